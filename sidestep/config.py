@@ -1,0 +1,169 @@
+"""Every setting of every command, declared once. Flags, questions, preset keys and README rows derive from here."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from sidestep.errors import UserError
+from sidestep.options import option
+
+ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
+OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
+SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup")
+NORMALIZATIONS = ("none", "peak", "lufs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which base model, where, and in which numbers: shared by every command that touches a model."""
+
+    checkpoint_dir: Path = option(MISSING, "folder of the ACE-Step checkpoints (holds acestep-v15-turbo/, vae/, …)", group="Model")
+    model_variant: str = option("turbo", "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir", group="Model")
+    device: str = option("auto", "auto, cuda, cuda:N, mps, xpu or cpu", group="Model")
+    precision: str = option("auto", "numbers the frozen base computes in", group="Model", choices=("auto", "bf16", "fp16", "fp32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(ModelConfig):
+    """`fixed --preprocess`: audio into training tensors."""
+
+    audio_dir: Path | None = option(None, "folder of songs to preprocess", group="Preprocessing")
+    dataset_json: Path | None = option(None, "dataset.json that lists the songs and what is known of them", group="Preprocessing")
+    tensor_output: Path = option(MISSING, "folder that receives the training tensors", group="Preprocessing")
+    normalize: str = option(
+        "none", "bring songs to one level: peak (-1 dBFS) or lufs (-14 LUFS, never clipping)", group="Preprocessing", choices=NORMALIZATIONS
+    )
+    max_duration: float = option(0.0, "use only the first N seconds of a song; 0 uses all of it", group="Preprocessing", minimum=0)
+    regimes: tuple[str, ...] = option(
+        ("text2music",),
+        "conditions to store: text2music, and hints for the app's thinking mode",
+        group="Preprocessing",
+        choices=("text2music", "hints"),
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.audio_dir and not self.dataset_json:
+            raise UserError(
+                "--preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
+                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: train.py build-dataset --input FOLDER_OF_SONGS",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """`fixed`: train an adapter."""
+
+    dataset_dir: Path = option(MISSING, "folder of preprocessed .pt tensors", group="Data")
+    output_dir: Path = option(MISSING, "folder for adapters, training state and logs", group="Data")
+    run_name: str = option("", "name of the run in TensorBoard and the report; default: the output folder's name", group="Data", advanced=True)
+    chunk_duration: float = option(0.0, "train on random windows of N seconds; 0 trains on whole songs", group="Data", minimum=0)
+    hints_ratio: float = option(
+        0.0, "share of micro-steps trained as in the app's thinking mode (needs --regimes hints)", group="Data", minimum=0, maximum=1, advanced=True
+    )
+
+    adapter_type: str = option("lora", "kind of adapter", group="Adapter", choices=ADAPTER_TYPES)
+    rank: int = option(64, "LoRA rank, LoKr linear dimension", "--rank", "-r", group="Adapter", minimum=1)
+    alpha: float = option(128.0, "adapter scale is alpha / rank", group="Adapter", above=0)
+    dropout: float = option(0.1, "dropout inside the adapter", group="Adapter", minimum=0, maximum=0.95)
+    target_modules: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), "attention projections that get an adapter", group="Adapter", choices=("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    attention_type: str = option("both", "adapt self attention, cross attention or both", group="Adapter", choices=("both", "self", "cross"))
+    self_target_modules: tuple[str, ...] | None = option(
+        None,
+        "projections of self attention, where they differ from --target-modules",
+        group="Adapter",
+        choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        advanced=True,
+    )
+    cross_target_modules: tuple[str, ...] | None = option(
+        None,
+        "projections of cross attention, where they differ from --target-modules",
+        group="Adapter",
+        choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        advanced=True,
+    )
+    target_mlp: bool = option(False, "adapt the MLP too", group="Adapter")
+    lokr_factor: int = option(-1, "LoKr: factor of the Kronecker split; -1 takes the most square one", group="Adapter", minimum=-1, advanced=True)
+    lokr_decompose_both: bool = option(False, "LoKr: low rank on both factors", group="Adapter", advanced=True)
+    lokr_weight_decompose: bool = option(False, "LoKr: learn magnitude and direction apart (DoRA)", group="Adapter", advanced=True)
+
+    epochs: int = option(100, "passes over the data", group="Training", minimum=1)
+    max_steps: int = option(0, "stop after N optimizer steps; 0 trains all epochs", group="Training", minimum=0)
+    batch_size: int = option(1, "songs or windows in a micro-step", group="Training", minimum=1)
+    gradient_accumulation: int = option(4, "micro-steps in an optimizer step", group="Training", minimum=1)
+    seed: int = option(42, "seed of everything random", group="Training", minimum=0)
+    lr: float = option(1e-4, "learning rate", group="Training", above=0)
+    optimizer_type: str = option("adamw", "optimizer", group="Training", choices=OPTIMIZER_TYPES)
+    scheduler_type: str = option("cosine", "learning rate over time", group="Training", choices=SCHEDULER_TYPES)
+    warmup_steps: int = option(100, "optimizer steps of warm-up, at most a tenth of the run", group="Training", minimum=0)
+    weight_decay: float = option(0.01, "weight decay", group="Training", minimum=0)
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 does not clip", group="Training", minimum=0)
+
+    loss_weighting: str = option("none", "weight of a timestep in the loss", group="Flow matching", choices=("none", "min_snr"))
+    snr_gamma: float = option(5.0, "gamma of min_snr", group="Flow matching", above=0, advanced=True)
+    timestep_mode: str = option(
+        "auto",
+        "discrete (turbo's 8 steps) or logit-normal; auto asks the checkpoint",
+        group="Flow matching",
+        choices=("auto", "discrete", "logit-normal"),
+        advanced=True,
+    )
+    timestep_mu: float | None = option(None, "mean of the logit-normal law; default: the checkpoint's", group="Flow matching", advanced=True)
+    timestep_sigma: float | None = option(None, "spread of the logit-normal law; default: the checkpoint's", group="Flow matching", above=0, advanced=True)
+    cfg_ratio: float | None = option(None, "share of samples without condition; default: 0.15, off for turbo", group="Flow matching", minimum=0, maximum=1)
+
+    gradient_checkpointing: bool = option(True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory")
+    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")
+
+    save_every: int = option(10, "epochs between checkpoints", group="Saving", minimum=1)
+    resume_from: Path | None = option(None, "checkpoint folder to go on from, or 'latest'", group="Saving")
+    log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildDatasetConfig:
+    """`build-dataset`: index a folder of audio and text."""
+
+    input: Path = option(MISSING, "folder of songs, searched with its subfolders", group="Dataset")
+    output: Path | None = option(None, "where to write; default: dataset.json in --input", group="Dataset")
+    name: str = option("", "name of the dataset; default: the folder's name", group="Dataset")
+    tag: str = option("", "trigger word that every prompt gets", group="Dataset")
+    tag_position: str = option("prepend", "where the tag goes", group="Dataset", choices=("prepend", "append", "replace"))
+    genre_ratio: int = option(0, "percentage of songs prompted by genre instead of caption", group="Dataset", minimum=0, maximum=100)
+    overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelConfig):
+    """`sample`: make audio with the base model plus an adapter."""
+
+    adapter: Path | None = option(None, "adapter folder; none samples the base model", group="Sample")
+    prompt: str = option(MISSING, "caption of the music", group="Sample")
+    lyrics: str = option("[Instrumental]", "lyrics", group="Sample")
+    language: str = option("unknown", "language code of the lyrics", group="Sample")
+    bpm: int | None = option(None, "beats per minute", group="Sample", minimum=30, maximum=300)
+    keyscale: str = option("", 'key, such as "A minor"', group="Sample")
+    timesignature: str = option("", "2, 3, 4 or 6", group="Sample")
+    duration: float = option(30.0, "seconds of audio", group="Sample", above=0, maximum=600)
+    strength: tuple[float, ...] = option((0.0, 1.0), "adapter strengths, one file each", group="Sample")
+    steps: int | None = option(None, "denoising steps; default: 8 for turbo, 27 otherwise", group="Sample", minimum=1)
+    guidance: float | None = option(None, "guidance scale; default: 1 for turbo, 7 otherwise", group="Sample", minimum=0)
+    seed: int = option(42, "seed of the noise", group="Sample", minimum=0)
+    output: Path = option(Path("samples"), "folder for the audio", group="Sample")
+    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`demo`: the whole pipeline on a tiny built-in model and built-in music."""
+
+    output_dir: Path = option(Path("side-step-demo"), "folder for the demo's files", group="Demo")
+
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "fixed": (TrainConfig, "train an adapter; with --preprocess, turn audio into training tensors"),
+    "build-dataset": (BuildDatasetConfig, "index a folder of audio and text into dataset.json"),
+    "sample": (SampleConfig, "make audio with the base model plus an adapter"),
+    "demo": (DemoConfig, "the whole pipeline on a tiny built-in model and built-in music"),
+}

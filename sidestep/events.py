@@ -1,0 +1,158 @@
+"""What a running task reports. Tasks never print: they call `report(event)` and a face shows or stores it."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events; its class name is the `event` field of a line in `events.jsonl`."""
+
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event):
+    """One sentence for the user. `level`: info, warning or error."""
+
+    message: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen(Event):
+    """A decision that was made for the user: what, which value and why."""
+
+    what: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """Where a task of countable parts stands. `rate` is in `unit` per second, `eta_seconds` the time left."""
+
+    task: str
+    done: int
+    total: int
+    current: str = ""
+    rate: float | None = None
+    unit: str = ""
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFailed(Event):
+    """One input that could not be used; the others go on."""
+
+    path: str
+    reason: str
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """An optimizer step that was logged. Times in seconds, memory in bytes (None where the device has no counter)."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float
+    steps_per_second: float
+    eta_seconds: float
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSkipped(Event):
+    """An optimizer step left out because its loss or gradient was not finite."""
+
+    step: int
+    songs: tuple[str, ...]
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone(Event):
+    """The end of an epoch and its mean training loss."""
+
+    epoch: int
+    total_epochs: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated(Event):
+    """Loss on the fixed grid of held-out songs, noise and timesteps."""
+
+    step: int
+    epoch: int
+    loss: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """Something complete now stands on disk. `what`: checkpoint, best, final, preview, dataset, …"""
+
+    what: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table(Event):
+    """Rows to show as they are: a summary, an audit, a plan."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event):
+    """A task came to its end: a sentence, and the commands that make sense next."""
+
+    message: str
+    next_commands: tuple[str, ...] = ()
+
+
+def as_json(event: Event) -> str:
+    """One line of `events.jsonl`: the event's name, the time (seconds since the epoch) and its fields."""
+    return json.dumps({"event": type(event).__name__, "time": round(time.time(), 3), **dataclasses.asdict(event)}, ensure_ascii=False)
+
+
+class EventLog:
+    """Appends every event to a file, one JSON line each; use as `report` or beside one."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(as_json(event) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def both(first: Report, second: Report) -> Report:
+    """A report that goes to two places, in order."""
+
+    def report(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return report
+
+
+def silent(event: Event) -> None:
+    """A report that nobody reads."""

@@ -1,0 +1,101 @@
+"""Facts about each model variant. Detected from `config.json`, never from a folder's name."""
+
+from dataclasses import dataclass
+
+OFFICIAL_FOLDERS = {
+    "turbo": "acestep-v15-turbo",
+    "base": "acestep-v15-base",
+    "sft": "acestep-v15-sft",
+    "xl-turbo": "acestep-v15-xl-turbo",
+    "xl-base": "acestep-v15-xl-base",
+    "xl-sft": "acestep-v15-xl-sft",
+}
+
+# The sizes of the official checkpoints, for planning without one (field names of their config.json).
+CONFIG_2B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "in_channels": 192,
+    "audio_acoustic_hidden_dim": 64,
+    "patch_size": 2,
+    "rope_theta": 1000000,
+    "sliding_window": 128,
+    "text_hidden_dim": 1024,
+    "timbre_hidden_dim": 64,
+    "num_lyric_encoder_hidden_layers": 8,
+    "num_timbre_encoder_hidden_layers": 4,
+    "num_attention_pooler_hidden_layers": 2,
+    "num_audio_decoder_hidden_layers": 24,
+    "timbre_fix_frame": 750,
+    "pool_window_size": 5,
+    "fsq_dim": 2048,
+    "fsq_input_levels": [8, 8, 8, 5, 5, 5],
+    "fsq_input_num_quantizers": 1,
+    "timestep_mu": -0.4,
+    "timestep_sigma": 1.0,
+    "data_proportion": 0.5,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+}
+CONFIG_XL = CONFIG_2B | {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_audio_decoder_hidden_layers": 32,
+    "encoder_hidden_size": 2048,
+    "encoder_intermediate_size": 6144,
+    "encoder_num_attention_heads": 16,
+    "encoder_num_key_value_heads": 8,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What training needs to know of a checkpoint beyond its sizes."""
+
+    name: str  # turbo, base or sft (with xl- in front), or the version a fine-tune states
+    is_turbo: bool
+    is_xl: bool
+    timestep_mu: float
+    timestep_sigma: float
+
+    @property
+    def timestep_mode(self) -> str:
+        """`discrete`: turbo's eight inference steps. `logit-normal`: the law base and sft were trained with."""
+        return "discrete" if self.is_turbo else "logit-normal"
+
+    @property
+    def cfg_ratio(self) -> float:
+        """Share of samples whose condition is dropped; turbo was distilled without guidance."""
+        return 0.0 if self.is_turbo else 0.15
+
+    @property
+    def reason(self) -> str:
+        return f"config.json says is_turbo={str(self.is_turbo).lower()}, model_version={self.name!r}"
+
+
+def detect(config: dict) -> Variant:
+    """The variant that a checkpoint's `config.json` states. A fine-tune keeps its parent's training law."""
+    version = str(config.get("model_version") or "")
+    is_turbo = bool(config.get("is_turbo", "turbo" in version.lower()))
+    is_xl = config.get("encoder_hidden_size") is not None
+    name = version or ("turbo" if is_turbo else "base")
+    if is_xl and not name.startswith("xl"):
+        name = f"xl-{name}"
+    return Variant(name, is_turbo, is_xl, float(config.get("timestep_mu", -0.4)), float(config.get("timestep_sigma", 1.0)))
+
+
+def official_config(variant: str) -> dict | None:
+    """The `config.json` fields of an official variant, or None for a name that is not one."""
+    if variant not in OFFICIAL_FOLDERS:
+        return None
+    version = variant.removeprefix("xl-")
+    sizes = CONFIG_XL if variant.startswith("xl-") else CONFIG_2B
+    return sizes | {"is_turbo": version == "turbo", "model_version": version}
