@@ -1,0 +1,1 @@
+"""The command line: words typed to configs, configs to tasks, errors to exit statuses."""

@@ -1,0 +1,113 @@
+"""From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept."""
+
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sidestep.cli.boundary import guarded
+from sidestep.cli.commands import RUN
+from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse
+from sidestep.config import DemoConfig, PreprocessConfig, TrainConfig
+from sidestep.errors import ExitStatus, UserError
+from sidestep.events import Event, EventLog, Notice, both, silent
+from sidestep.terminal.terminal import Terminal, wants_plain
+
+
+def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
+    """Run one command line and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        call = parse(argv)
+    except UserError as error:
+        (terminal or Terminal()).complain(error.problem, error.fix)
+        return error.status
+    except SystemExit as done:  # --help and --version have printed what was asked
+        return int(done.code or 0)
+    terminal = terminal or open_terminal(call.plain)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
+    if call.command is None:
+        return start_wizard(terminal)
+    configs: list[Any] = []
+    return guarded(terminal, lambda: output_folder(configs[-1]) if configs else None, lambda: run_call(call, configs, terminal))
+
+
+def open_terminal(plain: bool) -> Terminal:
+    """The terminal that fits: Rich where there is someone to see it and plain was not asked for."""
+    if plain or wants_plain(sys.stdout):
+        return Terminal()
+    from sidestep.terminal.rich_terminal import RichTerminal  # apart: plain mode never waits for Rich
+
+    return RichTerminal()
+
+
+def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
+    """Run what a call asks for, one config after the other; the first one that fails ends it.
+
+    `running` receives each config as it starts, so that the boundary knows where its log belongs.
+    """
+    configs = configs_of(call, {})
+    notes = [Notice(message=note) for note in notes_of(call)]
+    worst = ExitStatus.OK
+    for config in configs:
+        running.append(config)
+        status = run_config(config, terminal, notes)
+        if status not in (ExitStatus.OK, ExitStatus.SOME_FAILED):
+            return status
+        worst, notes = max(worst, status), []
+    return worst
+
+
+def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> ExitStatus:
+    """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return RUN[type(config)](config, silent)  # one process of a group speaks for all
+    with ExitStack() as stack:
+        report = stack.enter_context(terminal.view())
+        folder = output_folder(config)
+        if folder is not None:
+            log = LazyEventLog(folder / "events.jsonl")
+            stack.callback(log.close)
+            report = both(log, report)
+        for note in notes:
+            report(note)
+        return RUN[type(config)](config, report)
+
+
+def output_folder(config: Any) -> Path | None:
+    """The folder that a command writes its results to, where it has one of its own."""
+    match config:
+        case TrainConfig(output_dir=folder) | PreprocessConfig(tensor_output=folder) | DemoConfig(output_dir=folder):
+            return folder
+    return None
+
+
+class LazyEventLog:
+    """An EventLog that makes its file at the first event: a call that is refused leaves nothing behind."""
+
+    def __init__(self, path: Path):
+        self._path, self._log = path, None
+
+    def __call__(self, event: Event) -> None:
+        self._log = self._log or EventLog(self._path)
+        self._log(event)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+
+def start_wizard(terminal: Terminal) -> int:
+    """The wizard, where someone can answer; otherwise the help and what to do instead."""
+    terminal.say(command_list())
+    if not terminal.interactive:
+        terminal.complain("No command, and no terminal to ask in.", "The wizard needs a terminal; in a notebook or a script use a command from the list above.")
+    return ExitStatus.USAGE
+
+
+def _as_ctrl_c(_signum: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
