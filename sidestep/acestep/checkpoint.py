@@ -1,0 +1,182 @@
+"""A base checkpoint: its facts, and its parts loaded one by one into diffusers' and transformers' own classes.
+
+No Python that a checkpoint brings along is run. Key map and XL timbre token: spec, sections 1 and 2.
+"""
+
+import inspect
+import pickle
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
+from transformers import AutoTokenizer, Qwen3Model
+
+from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
+from sidestep.acestep.weights import Weights, fill
+from sidestep.errors import UserError
+from sidestep.variants import Variant, detect
+
+CPU = torch.device("cpu")
+DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
+
+
+class Checkpoint:
+    """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors that were read from the model file."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.config = layout.config
+        self.variant: Variant = detect(layout.config)
+        self.loaded_keys: set[str] = set()
+        self._weights: dict[Path, Weights] = {}
+
+    @property
+    def folder(self) -> Path:
+        return self.layout.folder
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["audio_acoustic_hidden_dim"])
+
+    @property
+    def timbre_frames(self) -> int:
+        return int(self.config.get("timbre_fix_frame", 750))
+
+    def identity(self, part: str = "transformer") -> str:
+        """Fingerprint of a part's weights: transformer, condition_encoder, vae or text_encoder."""
+        folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part) or self.layout.part(part)
+        return self._open(folder).identity()
+
+    def load_decoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepTransformer1DModel:
+        """The frozen DiT."""
+        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", self._sizes(), device, dtype)
+
+    def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
+        weights = self._open(self.layout.part("condition_encoder"))
+        if "null_condition_emb" not in weights.shapes:
+            raise UserError(f"{weights.folder}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
+        self.loaded_keys.add("null_condition_emb")
+        return next(iter(weights.read(["null_condition_emb"], dtype, device)))[1]
+
+    def load_condition_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepConditionEncoder:
+        """Lyric encoder, timbre encoder and text projection; on XL with the timbre token that diffusers leaves out."""
+        sizes = self._encoder_sizes()
+        extra = {}
+        if self.layout.kind == "original":
+            extra = {"null_condition_emb": self.load_null_condition, "silence_latent": self.silence_latent}
+        encoder = self._load(AceStepConditionEncoder, "condition_encoder", "encoder.", sizes, device, dtype, extra)
+        layer_types = sizes.get("layer_types")
+        if layer_types:
+            timbre = encoder.timbre_encoder
+            timbre._layer_types = list(layer_types[: len(timbre.layers)])
+        if self.variant.is_xl:
+            prepend_timbre_token(encoder)
+        return encoder
+
+    def load_audio_tokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenizer:
+        """25 Hz latents to 5 Hz codes."""
+        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", self._encoder_sizes(), device, dtype)
+
+    def load_audio_detokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenDetokenizer:
+        """5 Hz codes to 25 Hz hints."""
+        return self._load(AceStepAudioTokenDetokenizer, "audio_token_detokenizer", "detokenizer.", self._encoder_sizes(), device, dtype)
+
+    def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
+        """The audio codec, 48 kHz stereo."""
+        folder = require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN)
+        config = read_config(folder / "config.json")
+        with init_empty_weights(include_buffers=False):
+            vae = AutoencoderOobleck(**_accepted(AutoencoderOobleck, config))
+        weights = self._open(folder)
+        fill(vae, weights, {key: key for key in weights.shapes}, dtype, device, "VAE")
+        return vae.to(device).eval().requires_grad_(False)
+
+    def vae_config(self) -> dict:
+        """config.json of the VAE: sampling rate, down-sampling ratios."""
+        return read_config(require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN) / "config.json")
+
+    def load_text_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32):
+        """(Qwen3 without a head, its tokenizer)."""
+        folder = require_folder(self.layout.text_encoder, "The text encoder was", DOWNLOAD_AGAIN)
+        self._open(folder)  # a pointer or a cut file gets our message, not the library's
+        model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return model.to(device).eval().requires_grad_(False), self.load_tokenizer()
+
+    def load_tokenizer(self):
+        """The text tokenizer alone; a few MB."""
+        folder = require_folder(self.layout.tokenizer, "The tokenizer was", DOWNLOAD_AGAIN)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def silence_latent(self) -> torch.Tensor:
+        """The VAE's latent of silence, fp32 [1, T, D], 600 s on official checkpoints."""
+        if self.layout.kind == "diffusers":
+            weights = self._open(self.layout.part("condition_encoder"))
+            return next(iter(weights.read(["silence_latent"], torch.float32, CPU)))[1]
+        path = self.folder / "silence_latent.pt"
+        if not path.is_file():
+            raise UserError(f"{path} is missing.", "Copy silence_latent.pt from any ACE-Step 1.5 checkpoint of this release into that folder.")
+        try:
+            latent = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: not a plain tensor file ({first_line}).", DOWNLOAD_AGAIN) from None
+        if not isinstance(latent, torch.Tensor) or latent.ndim != 3 or latent.shape[1] != self.latent_channels:
+            raise UserError(f"{path}: expected a tensor [1, {self.latent_channels}, frames].", DOWNLOAD_AGAIN)
+        return latent.float().transpose(1, 2).contiguous()
+
+    def _open(self, folder: Path) -> Weights:
+        if folder not in self._weights:
+            self._weights[folder] = Weights(require_folder(folder, "A part of the checkpoint was", DOWNLOAD_AGAIN))
+        return self._weights[folder]
+
+    def _load(self, model_class, part: str, prefix: str, sizes: dict, device: torch.device, dtype: torch.dtype, extra: dict | None = None):
+        weights = self._open(self.layout.part(part))
+        if self.layout.kind == "diffusers":
+            sizes = read_config(weights.folder / "config.json")
+            keys = {key: key for key in weights.shapes}
+        else:
+            keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}
+        with init_empty_weights(include_buffers=False):
+            model = model_class(**_accepted(model_class, sizes))
+        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra)
+        self.loaded_keys.update(keys.values())
+        return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
+
+    def _sizes(self) -> dict:
+        """The DiT's sizes under diffusers' argument names."""
+        sizes = dict(self.config)
+        sizes["rope_theta"] = sizes.get("rope_theta") or sizes.get("rope_parameters", {}).get("rope_theta", 1e6)
+        if sizes.get("use_sliding_window") is False and self.layout.kind == "original":
+            sizes["layer_types"] = ["full_attention"] * int(sizes["num_hidden_layers"])
+        return sizes
+
+    def _encoder_sizes(self) -> dict:
+        """The encoders' sizes: in XL they keep the 2B model's."""
+        sizes = self._sizes()
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            sizes[name] = sizes.get(f"encoder_{name}") or sizes[name]
+        return sizes
+
+
+def open_checkpoint(checkpoint_dir: Path, model_variant: str) -> Checkpoint:
+    """The checkpoint of a variant (or folder name) below `checkpoint_dir`. Reads only its config. Raises UserError."""
+    return Checkpoint(find_layout(checkpoint_dir, model_variant))
+
+
+def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:
+    """Let the timbre encoder read its special token at position 0, as the original XL model does."""
+    timbre = encoder.timbre_encoder
+
+    def with_token(module, inputs, frames: torch.Tensor) -> torch.Tensor:
+        return torch.cat([timbre.special_token.expand(frames.shape[0], -1, -1).to(frames.dtype), frames], dim=1)
+
+    timbre.embed_tokens.register_forward_hook(with_token)
+
+
+def _accepted(model_class, config: dict) -> dict:
+    """The entries of a config that the class takes."""
+    parameters = set(inspect.signature(model_class.__init__).parameters) - {"self"}
+    return {name: value for name, value in config.items() if name in parameters}

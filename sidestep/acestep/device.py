@@ -1,0 +1,75 @@
+"""Which device and which numbers a run uses, each with the reason that is shown to the user."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sidestep.errors import UserError
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and its printed reason."""
+
+    value: Any
+    reason: str
+
+
+def choose_device(request: str = "auto") -> Choice:
+    """The torch device for `--device`. Raises UserError when what was asked for is not there.
+
+    ROCm builds of torch call their device `cuda` too. cuda, mps and xpu were not run here.
+    """
+    kind, _, index = request.partition(":")
+    if kind not in ("auto", "cuda", "mps", "xpu", "cpu") or (index and not (kind in ("cuda", "xpu") and index.isdigit())):
+        raise UserError(f"--device {request}: no such device.", "Use auto, cuda, cuda:N, mps, xpu or cpu.")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available(), "cpu": True}
+    if request == "auto":
+        kind = next(k for k, there in available.items() if there)
+        missing = ", ".join(k for k, there in available.items() if not there)
+        why = f"the first of cuda, mps, xpu and cpu that is there{f' ({missing}: none)' if missing else ''}"
+        return Choice(torch.device(kind), f"{_name(torch.device(kind))}: {why}")
+    if not available[kind]:
+        there = ", ".join(k for k, ok in available.items() if ok)
+        fix = "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto" if kind == "cuda" else ""
+        raise UserError(f"--device {request}: torch {torch.__version__} sees no {kind} device (available: {there}).", fix)
+    if index and int(index) >= getattr(torch, kind).device_count():
+        raise UserError(f"--device {request}: only {getattr(torch, kind).device_count()} {kind} device(s) are there.", "They are counted from 0.")
+    return Choice(torch.device(request), f"{_name(torch.device(request))}: asked for")
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({'ROCm' if torch.version.hip else 'CUDA'})"
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    return {"mps": "Apple GPU", "cpu": "CPU"}[device.type]
+
+
+def choose_precision(request: str, device: torch.device) -> Choice:
+    """The dtype of the frozen base for `--precision`. Adapters and optimizer stay in fp32 whatever this is."""
+    if request != "auto":
+        return Choice(PRECISIONS[request], "asked for")
+    if device.type == "cpu":
+        return Choice(torch.float32, "CPUs compute fp32 fastest and exactly")
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Choice(torch.float16, "this GPU is older than Ampere and has no bf16")
+    return Choice(torch.bfloat16, f"{device.type} devices compute in bf16, with the range of fp32")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue; for timing only."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Highest memory that tensors took on the device so far, or None where there is no counter. Reads no device value."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return None

@@ -1,0 +1,112 @@
+"""Where the parts of a checkpoint stand on disk, in the original and in the diffusers layout, and how its keys are named."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidestep.errors import UserError
+from sidestep.variants import OFFICIAL_FOLDERS
+
+TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
+
+# original name -> diffusers name, inside a key
+RENAMES = (
+    (".q_proj.", ".to_q."),
+    (".k_proj.", ".to_k."),
+    (".v_proj.", ".to_v."),
+    (".o_proj.", ".to_out.0."),
+    (".q_norm.", ".norm_q."),
+    (".k_norm.", ".norm_k."),
+)
+CONV_RENAMES = (("proj_in.1.", "proj_in_conv."), ("proj_out.1.", "proj_out_conv."))
+
+
+def diffusers_key(original: str) -> str:
+    """The diffusers name of a tensor, without its part's prefix (`decoder.`, `encoder.` …)."""
+    for old, new in RENAMES:
+        original = original.replace(old, new)
+    for old, new in CONV_RENAMES:
+        if original.startswith(old):
+            original = new + original.removeprefix(old)
+    return original
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint's folders. `kind`: original or diffusers. `config`: config.json of the model (of the DiT in diffusers)."""
+
+    kind: str
+    folder: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+    config: dict
+
+    def part(self, name: str) -> Path:
+        """Folder of a part's weights; in the original layout they share one file."""
+        return self.folder if self.kind == "original" else self.folder / name
+
+
+def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
+    """Locate a variant below `checkpoint_dir`, which may also be the variant's own folder.
+
+    Raises UserError that lists what is there.
+    """
+    if not checkpoint_dir.is_dir():
+        raise UserError(f"--checkpoint-dir {checkpoint_dir}: no such folder.", f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.")
+    folder = _model_folder(checkpoint_dir, model_variant)
+    if (folder / "model_index.json").is_file():
+        return Layout("diffusers", folder, folder / "vae", folder / "text_encoder", folder / "tokenizer", read_config(folder / "transformer" / "config.json"))
+    config = read_config(folder / "config.json")
+    root = folder.parent if folder != checkpoint_dir else checkpoint_dir
+    roots = (root, checkpoint_dir, checkpoint_dir.parent)
+    text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
+    return Layout("original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config)
+
+
+def require_folder(folder: Path, what: str, fix: str) -> Path:
+    """The folder, or a UserError when it is not there."""
+    if not folder.is_dir():
+        raise UserError(f"{what} not found: {folder} does not exist (in {folder.parent}: {_list_folders(folder.parent)}).", fix)
+    return folder
+
+
+def read_config(path: Path) -> dict:
+    """A `config.json` as a dict. Nothing in it is ever executed. Raises UserError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.", "Download the checkpoint again; it is incomplete.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}).", "Download this file again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a model's config (it holds a {type(config).__name__}).", "Download this file again.")
+    return config
+
+
+def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
+    names = (OFFICIAL_FOLDERS.get(variant, variant), f"{OFFICIAL_FOLDERS.get(variant, variant)}-diffusers")
+    for name in names:
+        if Path(name).name == name and (checkpoint_dir / name).is_dir():
+            return checkpoint_dir / name
+    is_model = (checkpoint_dir / "model_index.json").is_file() or "is_turbo" in _peek(checkpoint_dir / "config.json")
+    if is_model and (variant in OFFICIAL_FOLDERS or variant in (checkpoint_dir.name, ".")):
+        return checkpoint_dir
+    models = [p.name for p in sorted(checkpoint_dir.iterdir()) if (p / "model_index.json").is_file() or "is_turbo" in _peek(p / "config.json")]
+    found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
+    fix = f"Use one of them: --model-variant {models[0]}" if models else "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
+    raise UserError(f"--model-variant {variant}: no folder {names[0]} in {checkpoint_dir} ({found}).", fix)
+
+
+def _peek(config: Path) -> dict:
+    return read_config(config) if config.is_file() else {}
+
+
+def _beside(roots: tuple[Path, ...], name: str) -> Path:
+    return next((root / name for root in roots if (root / name).is_dir()), roots[0] / name)
+
+
+def _list_folders(folder: Path) -> str:
+    if not folder.is_dir():
+        return "none"
+    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:12]) or "none"

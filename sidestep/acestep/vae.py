@@ -1,0 +1,61 @@
+"""The audio codec in tiles: as exact as in one piece, at the memory of one tile."""
+
+import math
+
+import torch
+
+# Receptive fields, in latent frames, rounded up: the encoder reaches 12,165 samples to each side (spec, section 1).
+ENCODER_HALO_FRAMES = 7
+DECODER_HALO_FRAMES = 16
+TILE_FRAMES = 500
+
+
+def samples_per_frame(vae_config) -> int:
+    """Audio samples that one latent frame stands for (1920)."""
+    return math.prod(vae_config["downsampling_ratios"])
+
+
+def frames_per_second(vae_config) -> float:
+    """Latent frames per second of audio (25)."""
+    return vae_config["sampling_rate"] / samples_per_frame(vae_config)
+
+
+@torch.inference_mode()
+def encode_mean(vae, audio: torch.Tensor, tile_frames: int = TILE_FRAMES) -> torch.Tensor:
+    """Mean of the VAE's posterior. audio: [1, 2, S] at the VAE's rate, anywhere → [1, T, D] on the VAE's device.
+
+    The mean, because one frozen draw of the posterior would be learnt as if it were music. tile_frames 0: in one piece.
+    """
+    hop = samples_per_frame(vae.config)
+    total_frames = audio.shape[-1] // hop
+    if not tile_frames or total_frames <= tile_frames + ENCODER_HALO_FRAMES:
+        return _mean(vae, audio)
+    tiles = []
+    for start in range(0, total_frames, tile_frames):
+        first = max(start - ENCODER_HALO_FRAMES, 0)
+        is_last = start + tile_frames >= total_frames
+        stop = audio.shape[-1] if is_last else (start + tile_frames + ENCODER_HALO_FRAMES) * hop
+        mean = _mean(vae, audio[..., first * hop : stop])
+        tiles.append(mean[:, start - first :] if is_last else mean[:, start - first : start - first + tile_frames])
+    return torch.cat(tiles, dim=1)
+
+
+def _mean(vae, audio: torch.Tensor) -> torch.Tensor:
+    parameter = next(vae.parameters())
+    return vae.encode(audio.to(parameter.device, parameter.dtype)).latent_dist.mode().transpose(1, 2)
+
+
+@torch.inference_mode()
+def decode(vae, latents: torch.Tensor, tile_frames: int = TILE_FRAMES) -> torch.Tensor:
+    """Audio [1, 2, T·1920] on the CPU, fp32, of latents [1, T, D]."""
+    hop = samples_per_frame(vae.config)
+    parameter = next(vae.parameters())
+    latents = latents.to(parameter.device, parameter.dtype).transpose(1, 2)
+    frames = latents.shape[-1]
+    tiles = []
+    for start in range(0, frames, tile_frames or frames):
+        stop = min(start + (tile_frames or frames), frames)
+        first, last = max(start - DECODER_HALO_FRAMES, 0), min(stop + DECODER_HALO_FRAMES, frames)
+        audio = vae.decode(latents[..., first:last]).sample
+        tiles.append(audio[..., (start - first) * hop : (stop - first) * hop].float().cpu())
+    return torch.cat(tiles, dim=-1)

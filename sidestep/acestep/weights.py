@@ -1,0 +1,132 @@
+"""Reading safetensors files tensor by tensor, whole or sharded, and saying clearly what is wrong with a broken one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sidestep.errors import UserError
+
+WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+SAMPLED_BYTES = 64 * 1024
+SAMPLES_PER_FILE = 64
+
+
+class Weights:
+    """The tensors of one model folder. Opening reads headers only; `read` touches one tensor.
+
+    Raises UserError for a missing, truncated or LFS-pointer file and for a shard that is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files, self._file_of = _index(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            with _open(file) as header:
+                for key in header.keys():  # noqa: SIM118  (safe_open is no dict)
+                    if self._file_of.setdefault(key, file) == file:
+                        self.shapes[key] = tuple(header.get_slice(key).get_shape())
+        missing = sorted(set(self._file_of) - set(self.shapes))
+        if missing:
+            raise UserError(f"{folder}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again.")
+
+    def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
+        """Each of the tensors, cast and moved one by one; floating point only is cast."""
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._file_of[key], []).append(key)
+        for file, wanted in by_file.items():
+            with _open(file) as opened:
+                for key in wanted:
+                    tensor = opened.get_tensor(key)
+                    yield key, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def identity(self) -> str:
+        """Hex digest that changes when any file of the folder's weights does: headers, sizes and evenly spaced samples.
+
+        A fine-tune moves every tensor, so samples find it without reading gigabytes.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}:".encode())
+            with file.open("rb") as f:
+                digest.update(f.read(min(size, 1 << 20)))
+                for i in range(SAMPLES_PER_FILE):
+                    f.seek(size * i // SAMPLES_PER_FILE)
+                    digest.update(f.read(SAMPLED_BYTES))
+        return digest.hexdigest()
+
+
+def _index(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The safetensors files of a model folder and, when it is sharded, which tensor is in which."""
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return [folder / name], {}
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = {key: str(shard) for key, shard in weight_map.items()}
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index}: not a safetensors index ({error}).", "Download the checkpoint again.") from None
+            for shard in sorted(set(names.values())):
+                if Path(shard).name != shard:
+                    raise UserError(f"{index}: names a file outside its folder ({shard}).", "Get the checkpoint from its original source.")
+                if not (folder / shard).is_file():
+                    raise UserError(f"{folder}: {shard} is missing.", "Download the checkpoint again; it is incomplete.")
+            return [folder / shard for shard in sorted(set(names.values()))], {k: folder / s for k, s in names.items()}
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+    raise UserError(f"{folder}: no weights here (looked for {' and '.join(WEIGHT_NAMES)}; found {there}).", "Download the checkpoint again; pickled weights (.bin, .pt) are never loaded.")
+
+
+def _open(file: Path):
+    with file.open("rb") as f:
+        start = f.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file}: a Git LFS pointer, not the weights.", f"Fetch the file itself: git -C {file.parent} lfs pull")
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise UserError(f"{file}: damaged or cut short at {size:,} bytes ({error}).", "Download this file again.") from None
+
+
+def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: torch.dtype, device: torch.device, what: str, extra: dict[str, Callable[[], torch.Tensor]] | None = None) -> None:
+    """Give a model built on `meta` its weights, one tensor at a time, so that memory peaks at the weights themselves.
+
+    keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key.
+    Raises UserError when tensors are missing, left over or of another shape than the config says.
+    """
+    extra = extra or {}
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    missing = sorted(set(wanted) - set(keys) - set(extra))
+    left_over = sorted(set(keys) - set(wanted))
+    if missing or left_over:
+        details = [f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" for names, word in ((missing, "missing"), (left_over, "unknown")) if names]
+        raise UserError(f"{weights.folder}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.", "Take config.json and weights from the same checkpoint.")
+    wrong = [(name, weights.shapes[key], wanted[name]) for name, key in keys.items() if weights.shapes[key] != wanted[name]]
+    if wrong:
+        name, there, expected = wrong[0]
+        raise UserError(
+            f"{weights.folder}: {keys[name]} has shape {list(there)}, its config.json asks for {list(expected)} ({len(wrong)} such tensors).",
+            "Take config.json and weights from the same checkpoint.",
+        )
+    name_of = {key: name for name, key in keys.items()}
+    for key, tensor in weights.read(name_of, dtype, device):
+        _assign(model, name_of[key], tensor)
+    for name, make in extra.items():
+        _assign(model, name, make().to(device, dtype))
+
+
+def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
