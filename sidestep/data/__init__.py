@@ -1,0 +1,1 @@
+"""What is known of songs: text beside them, dataset.json, training tensors and batches of them."""
