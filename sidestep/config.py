@@ -20,6 +20,9 @@ class ModelConfig:
     model_variant: str = option("turbo", "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir", group="Model")
     device: str = option("auto", "auto, cuda, cuda:N, mps, xpu or cpu", group="Model")
     precision: str = option("auto", "numbers the frozen base computes in", group="Model", choices=("auto", "bf16", "fp16", "fp32"))
+    attention: str = option(
+        "auto", "how the sliding-window layers attend; all kinds give the same result", group="Speed", choices=("auto", "sdpa", "local", "flash", "flex")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,8 @@ class TrainConfig(ModelConfig):
     timestep_mu: float | None = option(None, "mean of the logit-normal law; default: the checkpoint's", group="Flow matching", advanced=True)
     timestep_sigma: float | None = option(None, "spread of the logit-normal law; default: the checkpoint's", group="Flow matching", above=0, advanced=True)
     cfg_ratio: float | None = option(None, "share of samples without condition; default: 0.15, off for turbo", group="Flow matching", minimum=0, maximum=1)
+
+    compile: bool = option(False, "compile the model's layers: the first steps take minutes, the others less time", group="Speed")
 
     gradient_checkpointing: bool = option(True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory")
     offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")

@@ -40,9 +40,7 @@ class WindowProcessor:
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """hidden_states [B, T, C] to [B, T, C]. Raises ValueError for a mask: every token handed to the DiT is attended."""
-        if attention_mask is not None or encoder_hidden_states is not None:
-            raise ValueError("WindowProcessor is for self attention without padding.")
+        """hidden_states [B, T, C] to [B, T, C]. `attention_mask` could only be the window itself, since the DiT drops padding masks: not needed."""
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, attn.head_dim)))
         key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
         value = attn.to_v(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim))
