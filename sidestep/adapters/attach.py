@@ -1,0 +1,54 @@
+"""Attach an adapter to the frozen decoder, and its trained tensors as a plain dictionary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from sidestep.adapters import dora, loha, lokr, lora, oft
+from sidestep.adapters.targets import targets_of
+from sidestep.config import TrainConfig
+from sidestep.errors import JobError
+
+KINDS = {"lora": lora, "dora": dora, "lokr": lokr, "loha": loha, "oft": oft}
+
+
+def attach(decoder: nn.Module, config: TrainConfig, rank_map: Mapping[str, Any] | None = None) -> PeftModel:
+    """The decoder with an adapter of `config.adapter_type`: float32 trainable weights on a frozen base, the identity at the start.
+
+    rank_map: see `targets.targets_of`. The decoder is changed in place. Raises UserError for settings that do not fit the model.
+    """
+    kind = KINDS[config.adapter_type]
+    targets = targets_of(decoder, config, rank_map)
+    if kind is oft:
+        oft.check(config, oft.input_widths(decoder, targets))
+    decoder.requires_grad_(False)
+    model = get_peft_model(decoder, kind.peft_config(config, targets), autocast_adapter_dtype=True)
+    kind.finish(model, config)
+    return model
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors by peft's names, detached but not copied: what a checkpoint holds and `load_adapter_state` takes."""
+    return {name: tensor.detach() for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
+def load_adapter_state(model: PeftModel, state: Mapping[str, Tensor]) -> None:
+    """Put tensors of `adapter_state` into a model with the same adapter.
+
+    Raises JobError, with the model untouched, unless names and shapes are exactly those of the model: a tensor that finds no place is
+    training that is silently lost.
+    """
+    own = adapter_state(model)
+    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    misshapen = sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
+    for names, what in ((missing, "are missing from"), (unexpected, "have no place in the model, of"), (misshapen, "have another shape in")):
+        if names:
+            raise JobError(
+                f"{len(names)} of {len(own)} adapter tensors {what} the saved adapter, such as {names[0]}.",
+                "It was saved with other adapter settings (type, rank, targets or rank map): use the settings of that run.",
+            )
+    result = set_peft_model_state_dict(model, dict(state))
+    if result.unexpected_keys:
+        raise JobError(f"{len(result.unexpected_keys)} adapter tensors were not loaded, such as {result.unexpected_keys[0]}.")

@@ -1,0 +1,114 @@
+"""LoKr: W + alpha/r · W1 ⊗ W2, each factor a full or a low-rank matrix (Yeh et al. 2023), as peft builds it.
+
+The product is never formed in training: (W1 ⊗ W2)·x is two small products, for 2048 × 2048 about 20 times less arithmetic than with the
+full matrix, and no 16 MB of temporary weight per module. It also works on a quantised base, whose packed weights have another shape.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import LoKrConfig, PeftModel
+from peft.tuners import lokr
+from torch import Tensor, nn
+
+from sidestep.adapters.targets import Targets
+from sidestep.config import TrainConfig
+from sidestep.errors import UserError
+
+
+def peft_config(config: TrainConfig, targets: Targets) -> LoKrConfig:
+    return LoKrConfig(
+        r=targets.rank,
+        alpha=targets.alpha,
+        decompose_both=config.lokr_decompose_both,
+        decompose_factor=config.lokr_factor,
+        target_modules=list(targets.names),
+        rank_pattern=targets.rank_pattern,
+        alpha_pattern=targets.alpha_pattern,
+    )
+
+
+def finish(model: PeftModel, config: TrainConfig) -> None:
+    """Give peft's layers the forward pass of `KroneckerLinear`, and magnitudes where they are asked for."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, lokr.Linear):
+            base = layer.get_base_layer()
+            if config.lokr_weight_decompose and not base.weight.is_floating_point():
+                raise UserError(
+                    f"--lokr-weight-decompose cannot be used on a quantised base: it needs the plain weights of {name.removeprefix('base_model.model.')}.",
+                    "Leave --lokr-weight-decompose away, use --adapter-type dora, or train on an unquantised base.",
+                )
+            layer.__class__ = KroneckerLinear  # the same parameters, another way to use them
+            layer.input_dropout = config.dropout
+            if config.lokr_weight_decompose:
+                layer.add_magnitude("default")
+
+
+class KroneckerLinear(lokr.Linear):
+    """peft's LoKr on a Linear, computed factor by factor; dropout on the adapter's input as in LoRA; magnitudes as in DoRA on request.
+
+    peft's own dropouts (rank, module) draw on the CPU, which would stop the GPU's queue once per module and step.
+    """
+
+    input_dropout = 0.0
+
+    def add_magnitude(self, adapter_name: str) -> None:
+        """Add a trainable norm per output row, [out] float32, equal to the base's: still the identity."""
+        self.adapter_layer_names = (*self.adapter_layer_names, "lokr_magnitude_vector")
+        self.lokr_magnitude_vector = nn.ParameterDict({adapter_name: nn.Parameter(self.row_norms(adapter_name))})
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """(W1 [a, b], W2 [c, d]) without alpha/r; the weight has a·c rows and b·d columns."""
+        full_w1, full_w2 = adapter_name in self.lokr_w1, adapter_name in self.lokr_w2
+        w1 = self.lokr_w1[adapter_name] if full_w1 else self.lokr_w1_a[adapter_name] @ self.lokr_w1_b[adapter_name]
+        w2 = self.lokr_w2[adapter_name] if full_w2 else self.lokr_w2_a[adapter_name] @ self.lokr_w2_b[adapter_name]
+        return w1, w2
+
+    @torch.no_grad()
+    def row_norms(self, adapter_name: str) -> Tensor:
+        """Norm of each row of W + ΔW, [out] float32. Carries no gradient (DoRA, section 4.3)."""
+        weight = self.get_base_layer().weight.float()
+        return torch.linalg.norm(weight + torch.kron(*self.factors(adapter_name)) * self.scaling[adapter_name], dim=1)
+
+    def gain(self, adapter_name: str) -> Tensor:
+        """Magnitude over the norm of each row, [out]: what DoRA multiplies W + ΔW with."""
+        return self.lokr_magnitude_vector[adapter_name] / self.row_norms(adapter_name)
+
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
+        """ΔW [out, in] in the adapter's numbers; with magnitudes, of the base as it is now (unmerged)."""
+        delta = torch.kron(*self.factors(adapter_name)) * self.scaling[adapter_name]
+        if not self.decomposes(adapter_name):
+            return delta
+        weight = self.get_base_layer().weight.to(delta.dtype)
+        return self.gain(adapter_name)[:, None] * (weight + delta) - weight
+
+    def decomposes(self, adapter_name: str) -> bool:
+        return adapter_name in getattr(self, "lokr_magnitude_vector", ())
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in] -> [..., out], in the dtype of x."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        result = plain = base(x, *args, **kwargs)
+        for adapter_name in self.active_adapters:
+            if adapter_name not in self._available_adapters:
+                continue
+            change = self._get_delta_activations(adapter_name, x)
+            if self.decomposes(adapter_name):
+                gain = self.gain(adapter_name)
+                unbiased = plain if base.bias is None else plain - base.bias
+                change = (gain - 1) * unbiased + gain * change
+            result = result + change
+        return result.to(x.dtype)
+
+    def _get_delta_activations(self, adapter_name: str, x: Tensor, *args, **kwargs) -> Tensor:
+        w1, w2 = self.factors(adapter_name)
+        x = F.dropout(self._cast_input_dtype(x, w1.dtype), self.input_dropout, self.training)
+        x = F.linear(x.unflatten(-1, (w1.shape[1], w2.shape[1])), w2)  # [..., b, c]
+        x = F.linear(x.transpose(-1, -2), w1)  # [..., c, a]
+        return x.transpose(-1, -2).flatten(-2) * self.scaling[adapter_name]
+
+    def unmerge(self) -> None:
+        if any(self.decomposes(name) for name in self.merged_adapters):
+            raise NotImplementedError("a weight-decomposed LoKr cannot be taken out of the weights again")
+        super().unmerge()
