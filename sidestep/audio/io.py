@@ -281,9 +281,8 @@ def _ffmpeg(path: Path) -> Iterator[_Source]:
             raise AudioError(path, "holds no audio stream")
         stream = container.streams.audio[0]
         stream.thread_type = "AUTO"
-        first, frames_of = None, _av_frames(path, container, stream)
-        for first in frames_of:
-            break
+        frames_of = _av_frames(path, container, stream)
+        first = next(frames_of, None)
         if first is None:
             raise AudioError(path, "holds no audio that can be decoded")
         rate = first.sample_rate  # of what comes out: HE-AAC says half of it in its header
