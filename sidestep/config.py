@@ -1,10 +1,14 @@
 """Every setting of every command, declared once. Flags, questions, preset keys and README rows derive from here."""
 
+import shlex
+import subprocess
+import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.options import option
+from sidestep.options import as_arguments, option
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
@@ -166,9 +170,49 @@ class DemoConfig:
     output_dir: Path = option(Path("side-step-demo"), "folder for the demo's files", group="Demo")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PresetsConfig:
+    """`presets`: look at presets, bring them in, hand them out."""
+
+    action: str = option("list", "list, show NAME, import FILE, or export NAME [FILE]", "action", group="Presets", choices=("list", "show", "import", "export"))
+    what: str = option("", "name of a preset, or the file to import", "what", group="Presets")
+    file: Path | None = option(None, "export: the file to write; default: NAME.json in this folder", "file", group="Presets")
+    overwrite: bool = option(False, "replace a preset or file of the same name", group="Presets")
+
+    def __post_init__(self) -> None:
+        if self.action != "list" and not self.what:
+            wanted = "the file of a preset" if self.action == "import" else "the name of a preset"
+            raise UserError(f"presets {self.action} needs {wanted}.", "See what there is: train.py presets list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """`doctor`: what this machine offers, for the first run and for bug reports."""
+
+    checkpoint_dir: Path | None = option(None, "also look at the checkpoints in this folder", group="Doctor")
+    paths: bool = option(False, "name folders in full; leave it out of a public bug report", group="Doctor")
+    json: bool = option(False, "print one JSON object and nothing else", group="Doctor")
+
+
 COMMANDS: dict[str, tuple[type, str]] = {
     "fixed": (TrainConfig, "train an adapter; with --preprocess, turn audio into training tensors"),
     "build-dataset": (BuildDatasetConfig, "index a folder of audio and text into dataset.json"),
     "sample": (SampleConfig, "make audio with the base model plus an adapter"),
     "demo": (DemoConfig, "the whole pipeline on a tiny built-in model and built-in music"),
+    "presets": (PresetsConfig, "list, show, import or export presets"),
+    "doctor": (DoctorConfig, "show device, memory, precision and versions, for a bug report"),
 }
+
+
+def command_words(config: Any) -> list[str]:
+    """The words after `train.py` that give this config: its command, mode and flags."""
+    for command, (config_class, _) in COMMANDS.items():
+        if type(config) is config_class:
+            return [command, *as_arguments(config)]
+    return ["fixed", "--preprocess", *as_arguments(config)]
+
+
+def command_line(config: Any) -> str:
+    """The same as one line for the shell of this platform, to show, store and paste."""
+    words = ["uv", "run", "train.py", *command_words(config)]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

@@ -142,12 +142,15 @@ def changed_from_defaults(config: Any) -> dict[str, Any]:
 
 
 def as_arguments(config: Any) -> list[str]:
-    """The flags that give this config when parsed; defaults are left out."""
+    """The words that give this config when parsed: positional ones first, then flags; defaults are left out."""
+    positional: list[str] = []
     arguments: list[str] = []
     options = options_of(type(config))
     for name, value in changed_from_defaults(config).items():
         o = options[name]
-        if o.type is bool:
+        if not o.flag.startswith("-"):
+            positional += map(str, value) if o.many else [str(value)]
+        elif o.type is bool:
             arguments.append(o.flag if value else "--no-" + o.flag.removeprefix("--"))
         elif value is None:
             continue
@@ -157,7 +160,7 @@ def as_arguments(config: Any) -> list[str]:
             arguments.append(f"{o.flag}={value}")
         else:
             arguments += [o.flag, str(value)]
-    return arguments
+    return positional + arguments
 
 
 def as_json_values(config: Any) -> dict[str, Any]:

@@ -3,15 +3,21 @@
 The imports stand inside the functions so that help and the wizard start without torch.
 """
 
+import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from sidestep.config import BuildDatasetConfig, DemoConfig, PreprocessConfig, SampleConfig, TrainConfig
+from sidestep import presets as preset_files
+from sidestep.config import BuildDatasetConfig, DemoConfig, DoctorConfig, PreprocessConfig, PresetsConfig, SampleConfig, TrainConfig
 from sidestep.errors import ExitStatus
-from sidestep.events import Report
+from sidestep.events import Notice, Report, Saved, Table
+from sidestep.terminal.render import as_typed
+from sidestep.terminal.terminal import Terminal
 
 
-def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
+def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed --preprocess`. Nothing preprocessed is a failure; some songs left out have a status of their own."""
     from sidestep.preprocess import preprocess
 
@@ -21,7 +27,7 @@ def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
     return ExitStatus.SOME_FAILED if summary.done or summary.skipped else ExitStatus.FAILED
 
 
-def train(config: TrainConfig, report: Report) -> ExitStatus:
+def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed`."""
     from sidestep.training import train
 
@@ -29,7 +35,7 @@ def train(config: TrainConfig, report: Report) -> ExitStatus:
     return ExitStatus.OK
 
 
-def build_dataset(config: BuildDatasetConfig, report: Report) -> ExitStatus:
+def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`build-dataset`."""
     from sidestep.build_dataset import build_dataset
 
@@ -37,7 +43,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> ExitStatus:
     return ExitStatus.OK
 
 
-def sample(config: SampleConfig, report: Report) -> ExitStatus:
+def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`sample`."""
     from sidestep.sample import sample
 
@@ -45,7 +51,7 @@ def sample(config: SampleConfig, report: Report) -> ExitStatus:
     return ExitStatus.OK
 
 
-def demo(config: DemoConfig, report: Report) -> ExitStatus:
+def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`demo`."""
     from sidestep.demo import demo
 
@@ -53,10 +59,49 @@ def demo(config: DemoConfig, report: Report) -> ExitStatus:
     return ExitStatus.OK
 
 
-RUN: dict[type, Callable[[Any, Report], ExitStatus]] = {
+def doctor(config: DoctorConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`doctor`."""
+    from sidestep.doctor import doctor
+
+    findings = doctor(config, report)
+    if config.json:
+        terminal.say(json.dumps([dataclasses.asdict(finding) for finding in findings], ensure_ascii=False))
+    return ExitStatus.OK
+
+
+def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`presets list|show|import|export`."""
+    match config.action:
+        case "list":
+            rows = tuple((p.name, "built in" if p.built_in else "yours", p.description) for p in preset_files.list_presets())
+            report(Table(title="Presets", columns=("name", "from", "what for"), rows=rows))
+        case "show":
+            report(preset_table(preset_files.find(config.what)))
+        case "import":
+            preset = preset_files.import_file(Path(config.what), replace=config.overwrite)
+            report(Saved(what=f"preset {preset.name}", path=str(preset.path)))
+            if ignored := preset_files.read(Path(config.what).expanduser()).unknown:
+                report(Notice(message=f"Ignored, because no command has such a setting: {', '.join(ignored)}.", level="warning"))
+        case "export":
+            path = preset_files.export_file(config.what, config.file or Path(f"{config.what}.json"), replace=config.overwrite)
+            report(Saved(what=f"preset {config.what}", path=str(path)))
+    return ExitStatus.OK
+
+
+def preset_table(preset: preset_files.Preset) -> Table:
+    """A preset's settings beside the defaults, and the keys of its file that are ignored."""
+    options = preset_files.preset_options()
+    rows = [(options[name].flag, as_typed(value), as_typed(options[name].default)) for name, value in preset.values.items()]
+    rows += [(name, "ignored: no such setting", "") for name in preset.unknown]
+    return Table(title=f"{preset.name}: {preset.description}".rstrip(": "), columns=("setting", "value", "default"), rows=tuple(rows))
+
+
+RUN: dict[type, Callable[[Any, Report, Terminal], ExitStatus]] = {
     PreprocessConfig: preprocess,
     TrainConfig: train,
     BuildDatasetConfig: build_dataset,
     SampleConfig: sample,
     DemoConfig: demo,
+    PresetsConfig: presets,
+    DoctorConfig: doctor,
 }

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sidestep import presets
 from sidestep.cli.boundary import guarded
 from sidestep.cli.commands import RUN
 from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse
@@ -50,8 +51,11 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 
     `running` receives each config as it starts, so that the boundary knows where its log belongs.
     """
-    configs = configs_of(call, {})
+    preset = presets.find(call.preset) if call.preset else None
+    configs = configs_of(call, preset.values if preset else {})
     notes = [Notice(message=note) for note in notes_of(call)]
+    if preset and preset.unknown:
+        notes.append(Notice(message=f"Preset {preset.name}: ignored, because no command has such a setting: {', '.join(preset.unknown)}.", level="warning"))
     worst = ExitStatus.OK
     for config in configs:
         running.append(config)
@@ -65,7 +69,9 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> ExitStatus:
     """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
     if int(os.environ.get("RANK", "0")) > 0:
-        return RUN[type(config)](config, silent)  # one process of a group speaks for all
+        return RUN[type(config)](config, silent, terminal)  # one process of a group speaks for all
+    if getattr(config, "json", False):
+        return RUN[type(config)](config, silent, terminal)  # nothing but JSON on the output
     with ExitStack() as stack:
         report = stack.enter_context(terminal.view())
         folder = output_folder(config)
@@ -75,7 +81,7 @@ def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> Exit
             report = both(log, report)
         for note in notes:
             report(note)
-        return RUN[type(config)](config, report)
+        return RUN[type(config)](config, report, terminal)
 
 
 def output_folder(config: Any) -> Path | None:

@@ -9,8 +9,8 @@ from sidestep import __version__
 from sidestep.config import COMMANDS, PreprocessConfig, TrainConfig
 from sidestep.errors import UserError
 from sidestep.options import Option, options_of, resolve
+from sidestep.presets import COMMANDS_WITH_PRESETS
 
-PRESET_COMMANDS = ("fixed", "estimate", "plan")
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -118,7 +118,7 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     if command == "fixed":
         help = "turn audio into training tensors; with --output-dir too, train on them afterwards"
         parser.add_argument("--preprocess", action="store_true", default=argparse.SUPPRESS, help=help)
-    if command in PRESET_COMMANDS:
+    if command in COMMANDS_WITH_PRESETS:
         parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help="start from a preset (see: train.py presets list); typed flags win")
     groups: dict[str, Any] = {}
     for name, o in options.items():

@@ -36,6 +36,15 @@ def gib(count: int | None) -> str:
     return "" if count is None else f"{count / 2**30:.1f} GiB"
 
 
+def as_typed(value: object) -> str:
+    """A setting's value as a person types it: on, off, 1e-04, a list in one line; a dash for none."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+
+
 def as_lines(event: Event) -> list[str]:
     """An event as lines of text, in full."""
     match event:

@@ -1,0 +1,87 @@
+"""What this machine offers: for the wizard's first run and for bug reports. Names no folder unless asked to."""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from sidestep import __version__
+from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.config import DoctorConfig
+from sidestep.events import Report, Table
+from sidestep.folders import config_folder, state_folder
+from sidestep.workspace import find_models
+
+PACKAGES = ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "soundfile", "av", "rich", "questionary")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what, what it is, and why or what follows from it."""
+
+    what: str
+    value: str
+    note: str = ""
+
+
+def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
+    """Look at this machine and report it as one table; the findings."""
+    device, findings = choose_device("auto"), []
+    precision = choose_precision("auto", device.value)
+    findings.append(Finding("device", str(device.value), device.reason))
+    findings.append(_memory(device.value))
+    findings.append(Finding("precision", str(precision.value).removeprefix("torch."), precision.reason))
+    findings.append(_attention(device.value))
+    findings += _models(config)
+    memory = psutil.virtual_memory()
+    findings.append(Finding("main memory", f"{memory.total / 2**30:.1f} GiB", f"{memory.available / 2**30:.1f} GiB free"))
+    findings.append(Finding("free disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB", "where this command was started"))
+    findings.append(Finding("Side-Step", __version__, f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}"))
+    findings.append(Finding("torch", torch.__version__, _build()))
+    findings += [Finding("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES[i : i + 3])) for i in range(0, len(PACKAGES), 3)]
+    if config.paths:
+        folders = (("settings", config_folder()), ("log", state_folder()), ("Python", Path(sys.executable)))
+        findings += [Finding(what, str(folder)) for what, folder in folders]
+    report(Table(title="This machine", columns=("what", "value", "note"), rows=tuple((f.what, f.value, f.note) for f in findings)))
+    return findings
+
+
+def _memory(device: torch.device) -> Finding:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Finding("device memory", f"{total / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB free")
+    memory = psutil.virtual_memory()
+    return Finding("device memory", f"{memory.total / 2**30:.1f} GiB", "shared with the rest of the system")
+
+
+def _attention(device: torch.device) -> Finding:
+    if device.type != "cuda":
+        return Finding("attention", "torch SDPA", f"the kernels torch has for {device.type}")
+    kernels = [("flash", torch.backends.cuda.flash_sdp_enabled()), ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled())]
+    return Finding("attention", "torch SDPA", f"kernels allowed: {', '.join(name for name, on in kernels if on) or 'math only'}")
+
+
+def _models(config: DoctorConfig) -> list[Finding]:
+    if config.checkpoint_dir is None:
+        return []
+    models = find_models(config.checkpoint_dir)
+    where = str(config.checkpoint_dir) if config.paths else ""
+    return [Finding("checkpoints", ", ".join(model.title.replace("  ", " ") for model in models) or "none found", where)]
+
+
+def _build() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
