@@ -127,6 +127,7 @@ class TrainConfig(ModelConfig):
 
     save_every: int = option(10, "epochs between checkpoints", group="Saving", minimum=1)
     resume_from: Path | None = option(None, "checkpoint folder to go on from, or 'latest'", group="Saving")
+    keep_checkpoints: int = option(10, "newest checkpoints to keep; 0 keeps all", group="Saving", minimum=0, advanced=True)
     log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
 
 
@@ -136,10 +137,15 @@ class BuildDatasetConfig:
 
     input: Path = option(MISSING, "folder of songs, searched with its subfolders", group="Dataset")
     output: Path | None = option(None, "where to write; default: dataset.json in --input", group="Dataset")
-    name: str = option("", "name of the dataset; default: the folder's name", group="Dataset")
-    tag: str = option("", "trigger word that every prompt gets", group="Dataset")
-    tag_position: str = option("prepend", "where the tag goes", group="Dataset", choices=("prepend", "append", "replace"))
-    genre_ratio: int = option(0, "percentage of songs prompted by genre instead of caption", group="Dataset", minimum=0, maximum=100)
+    name: str | None = option(None, "name of the dataset; default: the folder's name", group="Dataset")
+    tag: str | None = option(None, "trigger word that every prompt gets", group="Dataset")
+    tag_position: str | None = option(None, "where the tag goes; default: prepend", group="Dataset", choices=("prepend", "append", "replace"))
+    genre_ratio: int | None = option(None, "percentage of songs prompted by genre instead of caption; default: 0", group="Dataset", minimum=0, maximum=100)
+    analyze: bool = option(False, "estimate missing tempo, key and time signature from the audio", group="Dataset")
+    audit: bool = option(False, "listen to every song: report length, level, clipping, duplicates, text that is missing or too long", group="Dataset")
+    checkpoint_dir: Path | None = option(
+        None, "ACE-Step checkpoints, whose tokenizer --audit then counts with instead of estimating", group="Dataset", advanced=True
+    )
     overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
 
 

@@ -1,0 +1,1 @@
+"""The training mathematics: timestep laws, the velocity loss, condition dropout (spec, section 4)."""

@@ -1,0 +1,68 @@
+"""Optimizers and learning-rate schedules by name; all of them from libraries."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.optim import Adafactor, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from sidestep.config import TrainConfig
+from sidestep.errors import UserError
+
+SCHEDULER_NAMES = {"cosine_restarts": "cosine_with_restarts"}
+RESTARTS = 4
+FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
+
+
+def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Optimizer:
+    """The optimizer of `--optimizer-type`. Raises UserError where the device cannot run it; nothing else is put in its place."""
+    parameters = list(parameters)
+    if config.optimizer_type == "adamw":
+        return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in FUSED_DEVICES)
+    if config.optimizer_type == "adafactor":
+        return Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer_type == "prodigy":
+        from prodigyopt import Prodigy  # its import prints nothing and costs nothing, but few runs need it
+
+        return Prodigy(parameters, lr=config.lr, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True)
+    return _adamw8bit(config, parameters, device)
+
+
+def _adamw8bit(config: TrainConfig, parameters: list[torch.nn.Parameter], device: torch.device) -> Optimizer:
+    import bitsandbytes  # seconds to import, and only this optimizer needs it
+
+    make = bitsandbytes.optim.AdamW8bit
+    probe = torch.nn.Parameter(torch.zeros(1, device=device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        make([probe], min_8bit_size=1).step()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--optimizer-type adamw8bit: bitsandbytes {bitsandbytes.__version__} has no 8-bit optimizer for the {device.type} device ({error}).",
+            "Use --optimizer-type adamw, or adafactor where memory is short.",
+        ) from None
+    return make(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def can_skip_on_device(optimizer: Optimizer) -> bool:
+    """Whether `found_inf` makes this optimizer leave a step out without the host looking (torch's fused kernels)."""
+    return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Warm-up in optimizer steps: what was asked for, at most a tenth of the run."""
+    return min(config.warmup_steps, total_steps // 10)
+
+
+def make_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The schedule of `--scheduler-type` over `total_steps` optimizer steps, at its beginning."""
+    name = SCHEDULER_NAMES.get(config.scheduler_type, config.scheduler_type)
+    specific = {"num_cycles": RESTARTS} if config.scheduler_type == "cosine_restarts" else {}
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps(config, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=specific,
+    )
