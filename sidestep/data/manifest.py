@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def prompt_caption(sample: Sample, metadata: Metadata) -> str:
 
 
 def prompt_lyrics(sample: Sample) -> str:
-    """The lyrics as they reach the prompt: [Instrumental] for a song without any or one that is marked as instrumental."""
-    return INSTRUMENTAL if sample.is_instrumental or not sample.lyrics else sample.lyrics
+    """The lyrics as they reach the prompt: as written, [Instrumental] where there are none."""
+    return sample.lyrics or INSTRUMENTAL
 
 
 def duration_differs(sample: Sample, seconds: float) -> bool:
@@ -181,7 +181,16 @@ class _Reading:
             problem = "\n".join([f"{self.path} has {len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}:", *shown])
             raise UserError(problem, 'Put these right, or set them to null or "" where they are not known.')
         extra = {key: value for key, value in data.items() if key not in ("metadata", "samples")}
-        return Dataset(metadata=metadata, samples=tuple(s for s in samples if s), extra=extra)
+        return Dataset(metadata=metadata, samples=tuple(self._with_tag(s, metadata, extra) for s in samples if s), extra=extra)
+
+    @staticmethod
+    def _with_tag(sample: Sample, metadata: Metadata, extra: Mapping[str, Any]) -> Sample:
+        """ACE-Step looks for the tag in each sample, so it is written there; when it is then edited in the metadata alone, that edit holds."""
+        notes = extra.get("sidestep")
+        inherited = notes.get("tag") if isinstance(notes, dict) else None
+        if inherited is not None and sample.custom_tag == inherited != metadata.custom_tag:
+            return replace(sample, custom_tag=metadata.custom_tag)
+        return sample
 
     def _metadata(self, data: Any) -> Metadata:
         if not isinstance(data, dict):
