@@ -13,8 +13,8 @@ from sidestep import presets as preset_files
 from sidestep.config import BuildDatasetConfig, DemoConfig, DoctorConfig, PreprocessConfig, PresetsConfig, SampleConfig, TrainConfig
 from sidestep.errors import ExitStatus
 from sidestep.events import Notice, Report, Saved, Table
-from sidestep.terminal.render import as_typed
 from sidestep.terminal.terminal import Terminal
+from sidestep.wizard.preset_menu import preset_table
 
 
 def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> ExitStatus:
@@ -86,14 +86,6 @@ def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitSt
             path = preset_files.export_file(config.what, config.file or Path(f"{config.what}.json"), replace=config.overwrite)
             report(Saved(what=f"preset {config.what}", path=str(path)))
     return ExitStatus.OK
-
-
-def preset_table(preset: preset_files.Preset) -> Table:
-    """A preset's settings beside the defaults, and the keys of its file that are ignored."""
-    options = preset_files.preset_options()
-    rows = [(options[name].flag, as_typed(value), as_typed(options[name].default)) for name, value in preset.values.items()]
-    rows += [(name, "ignored: no such setting", "") for name in preset.unknown]
-    return Table(title=f"{preset.name}: {preset.description}".rstrip(": "), columns=("setting", "value", "default"), rows=tuple(rows))
 
 
 RUN: dict[type, Callable[[Any, Report, Terminal], ExitStatus]] = {

@@ -5,17 +5,23 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import presets
 from sidestep.cli.boundary import guarded
 from sidestep.cli.commands import RUN
+from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse
 from sidestep.config import DemoConfig, PreprocessConfig, TrainConfig
 from sidestep.errors import ExitStatus, UserError
-from sidestep.events import Event, EventLog, Notice, both, silent
+from sidestep.events import Event, EventLog, Notice, Report, Table, both, silent
+from sidestep.terminal.render import PlainView
 from sidestep.terminal.terminal import Terminal, wants_plain
+from sidestep.wizard.numbered import NumberedAsk
+from sidestep.wizard.questions import Ask
+from sidestep.wizard.session import Wizard
 
 
 def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
@@ -109,10 +115,37 @@ class LazyEventLog:
 
 def start_wizard(terminal: Terminal) -> int:
     """The wizard, where someone can answer; otherwise the help and what to do instead."""
+    if terminal.interactive:
+        return guarded(terminal, lambda: None, lambda: run_wizard(terminal))
     terminal.say(command_list())
-    if not terminal.interactive:
-        terminal.complain("No command, and no terminal to ask in.", "The wizard needs a terminal; in a notebook or a script use a command from the list above.")
+    terminal.complain("No command, and no terminal to ask in.", "The wizard needs a terminal; in a notebook or a script use a command from the list above.")
     return ExitStatus.USAGE
+
+
+def run_wizard(terminal: Terminal) -> ExitStatus:
+    """Ask, run what was chosen, ask again, until the user leaves."""
+    ask, show = asking(terminal)
+    wizard = Wizard(ask, show, outside())
+    while (chosen := wizard.next()) is not None:
+        status = guarded(terminal, partial(output_folder, chosen.config), partial(run_config, chosen.config, terminal))
+        wizard.finished(chosen, status in (ExitStatus.OK, ExitStatus.SOME_FAILED))
+    terminal.say("Goodbye.")
+    return ExitStatus.OK
+
+
+def asking(terminal: Terminal) -> tuple[Ask, Report]:
+    """How questions are asked and lines shown on this terminal: with cursor keys where it can, numbered otherwise."""
+    if terminal.plain or not can_draw():
+        return NumberedAsk(terminal), PlainView(terminal.say)
+    from sidestep.terminal.live import shown  # apart: plain mode never waits for Rich and questionary
+    from sidestep.wizard.prompts import QuestionaryAsk
+
+    return QuestionaryAsk(terminal), lambda event: terminal.console.print(shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table))
+
+
+def can_draw() -> bool:
+    """False in the one kind of window that claims to be a terminal and is none: a Windows program inside mintty (Git Bash)."""
+    return not (sys.platform == "win32" and os.environ.get("MSYSTEM") and os.environ.get("TERM_PROGRAM") == "mintty")
 
 
 def _as_ctrl_c(_signum: int, _frame: object) -> NoReturn:

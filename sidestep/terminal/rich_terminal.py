@@ -23,6 +23,11 @@ class RichTerminal(Terminal):
     def width(self) -> int:
         return self.console.width
 
+    @property
+    def unicode(self) -> bool:
+        """True where block and box characters can be shown."""
+        return self.console.encoding.startswith("utf") and not self.console.legacy_windows
+
     def say(self, text: str = "", style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True)
 

@@ -1,0 +1,91 @@
+"""What the wizard asks of the world outside it: songs are counted here, and what needs torch runs in a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sidestep.config import COMMANDS, TrainConfig
+from sidestep.errors import UserError
+from sidestep.events import Table
+from sidestep.options import as_arguments, options_of, resolve
+from sidestep.terminal.render import clock
+from sidestep.wizard.session import Outside
+from sidestep.workspace import count_tensors
+
+LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
+WAIT_SECONDS = 60
+
+
+def outside(here: Path = Path(".")) -> Outside:
+    """The wizard's view of the world."""
+    return Outside(songs=_songs, machine=_machine, facts=_facts, here=here)
+
+
+def _songs(folder: Path) -> str:
+    """`12 songs, 47:10`. Raises UserError where there are none."""
+    return _counted(folder.expanduser().resolve())
+
+
+@lru_cache(maxsize=32)
+def _counted(folder: Path) -> str:
+    from sidestep.audio.io import AudioError, find_audio, probe  # apart: the first question never waits for the audio libraries
+
+    if not folder.is_dir():
+        raise UserError("There is no such folder.")
+    songs = find_audio(folder)
+    if not songs:
+        raise UserError("No audio files in there.")
+    seconds, unread, deadline = 0.0, 0, time.monotonic() + LOOK_SECONDS
+    for number, song in enumerate(songs):
+        if time.monotonic() > deadline:
+            unread = len(songs) - number
+            break
+        try:
+            seconds += probe(song).seconds
+        except AudioError:
+            unread += 1
+    count = f"{len(songs):,} song{'' if len(songs) == 1 else 's'}"
+    return f"{count}, {'more than ' if unread else ''}{clock(seconds)} of music"
+
+
+def _machine(checkpoint_dir: Path | None) -> Table | None:
+    arguments = ["doctor", "--json", *(["--checkpoint-dir", str(checkpoint_dir)] if checkpoint_dir else [])]
+    findings = _json_of(arguments)
+    if not isinstance(findings, list):
+        return None
+    wanted = ("device", "device memory", "precision", "attention", "checkpoints", "free disk")
+    rows = tuple((f["what"], f["value"], f["note"]) for f in findings if f["what"] in wanted)
+    return Table(title="This machine", columns=("what", "value", "note"), rows=rows)
+
+
+def _facts(config: Any) -> list[str]:
+    """Lines for the review: the data, and whether the run fits into memory."""
+    lines = []
+    if isinstance(config, TrainConfig):
+        lines.append(f"Data: {count_tensors(config.dataset_dir):,} songs as tensors in {config.dataset_dir}")
+    if isinstance(config, TrainConfig) and "plan" in COMMANDS:
+        plan_class = COMMANDS["plan"][0]
+        shared = {name: getattr(config, name) for name in options_of(plan_class) if hasattr(config, name)}
+        plan = _json_of(["plan", *as_arguments(resolve(plan_class, shared)), "--json"])
+        if isinstance(plan, dict) and (line := _plan_line(plan)):
+            lines.append(line)
+    return lines
+
+
+def _plan_line(plan: dict) -> str:
+    peak = plan.get("peak_bytes")
+    return f"Memory: {peak / 2**30:.1f} GiB at most" if isinstance(peak, int | float) else ""
+
+
+def _json_of(arguments: list[str]) -> Any:
+    """What a command of ours prints as JSON, or None: the wizard goes on without it."""
+    command = [sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=WAIT_SECONDS, check=True, stdin=subprocess.DEVNULL)
+        return json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

@@ -1,0 +1,143 @@
+"""A question as data, and how one is made from a setting."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sidestep.errors import UserError
+from sidestep.options import Option
+
+Answers = Mapping[str, Any]
+
+
+class Move(Enum):
+    """A reply that is no answer."""
+
+    BACK = "back"
+
+
+BACK = Move.BACK
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of a list. `note`: a few words on what it means."""
+
+    value: Any
+    title: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as it is asked now, complete: what a person sees and how the reply becomes a value.
+
+    `kind`: text, path, choice, several or yes-no. `read` takes what was typed or chosen and raises UserError with the reason why not.
+    """
+
+    name: str
+    text: str
+    help: str
+    kind: str
+    default: Any
+    choices: tuple[Choice, ...]
+    read: Callable[[Any], Any]
+    title: str = ""  # of the flow
+    section: str = ""
+    step: int = 1
+    steps: int = 1
+    error: str = ""  # why the last reply was not taken
+
+
+Ask = Callable[[Prompt], Any]  # the reply as typed or chosen, or BACK; Ctrl-C raises KeyboardInterrupt
+
+
+def _as_is(reply: Any, _answers: Answers) -> Any:
+    return reply
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a flow. The functions see the answers given before it.
+
+    `depends_on`: answers that, when changed, make an earlier reply to this question void.
+    `tell`: one line about the value taken ("12 songs, 47 min").
+    """
+
+    name: str
+    text: str
+    help: str = ""
+    kind: str = "text"
+    section: str = ""
+    default: Callable[[Answers], Any] = lambda answers: ""
+    choices: Callable[[Answers], tuple[Choice, ...]] = lambda answers: ()
+    read: Callable[[Any, Answers], Any] = _as_is
+    when: Callable[[Answers], bool] = lambda answers: True
+    tell: Callable[[Any, Answers], str] = lambda value, answers: ""
+    depends_on: tuple[str, ...] = ()
+
+    def asked(self, answers: Answers, default: Any, **place: Any) -> Prompt:
+        """The prompt that asks this now."""
+        choices = self.choices(answers)
+        return Prompt(
+            self.name,
+            self.text,
+            self.help,
+            self.kind,
+            default,
+            choices,
+            lambda reply: self.read(_within(self, choices, reply), answers),
+            section=self.section,
+            **place,
+        )
+
+
+def _within(question: Question, choices: tuple[Choice, ...], reply: Any) -> Any:
+    values = [choice.value for choice in choices]
+    if question.kind == "choice" and reply not in values:
+        raise UserError(f"{reply} is not in the list.")
+    if question.kind == "several" and not set(reply) <= set(values):
+        raise UserError(f"{' '.join(map(str, reply))}: not all of these are in the list.")
+    return reply
+
+
+LABELS = {  # where the flag's own words would puzzle
+    "checkpoint_dir": "Folder of the checkpoints",
+    "dataset_dir": "Folder of training tensors",
+    "tensor_output": "Folder for the training tensors",
+    "output_dir": "Folder for the results",
+    "input": "Folder of songs",
+    "audio_dir": "Folder of songs",
+    "tag": "Trigger word",
+    "prompt": "Caption of the music",
+    "lr": "Learning rate",
+}
+KINDS = {bool: "yes-no", Path: "path"}
+
+
+def from_option(o: Option, default: Callable[[Answers], Any], **more: Any) -> Question:
+    """The question that a setting asks. An empty reply means "none" where that is allowed."""
+    kind = ("several" if o.many else "choice") if o.choices else KINDS.get(o.type, "text")
+    if kind == "several" and o.optional:
+        kind = "text"  # a list of boxes has no box for "not set"
+
+    def read(reply: Any, _answers: Answers) -> Any:
+        if isinstance(reply, str):
+            reply = reply.strip()
+            if reply in ("", "-") and (o.optional or (o.type is str and not o.choices and not o.required)):
+                return None if o.optional else ""
+            if not reply and o.required:
+                raise UserError("This one needs an answer.")
+        try:
+            return o.check(reply)
+        except UserError as error:
+            raise UserError(error.problem.partition(": ")[2] or error.problem, error.fix) from None
+
+    def choices(_answers: Answers) -> tuple[Choice, ...]:
+        return tuple(Choice(value, value) for value in o.choices)
+
+    label = LABELS.get(o.name, o.name.replace("_", " "))
+    arguments = {"text": label[:1].upper() + label[1:], "help": o.help, "kind": kind, "section": o.group, "choices": choices, "read": read} | more
+    return Question(o.name, default=default, **arguments)
