@@ -7,7 +7,7 @@ The content decides how a file is read, not its name: libsndfile first (wav, fla
 - more channels are folded as in ITU-R BS.775: centre and surrounds at -3 dB, a single back channel at -6 dB on both sides, LFE left out; each side is then
   divided by the sum of its weights, so that folding never clips. Channels without a known position go to both sides;
 - other sample rates are resampled with soxr (HQ) while the file streams through, so memory holds the result and one block, never the source too;
-- a file that breaks off gives what can be decoded: `probe` says what the header promises, `is_cut_short` compares;
+- a file that is damaged or breaks off gives what can be decoded: `probe` says what the header promises, `is_cut_short` compares;
 - a file without a single decodable sample, or with samples that are not numbers, is an AudioError.
 """
 
@@ -31,7 +31,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 NOT_THE_USERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"})  # folders that systems make
 
-_BLOCK_SECONDS = 2.0
+_BLOCK_SAMPLES = 8192  # small, so that one block is nothing beside a song
 _HALF_POWER = 0.5**0.5
 _LEFT_RIGHT = {  # channel name -> weight on (left, right)
     "FL": (1.0, 0.0),
@@ -254,20 +254,36 @@ def _sndfile(path: Path) -> Iterator[_Source]:
         raise _NotForSndfile from error
 
     def blocks() -> Iterator[np.ndarray]:
-        size = int(_BLOCK_SECONDS * file.samplerate)
+        done = 0
         while True:
             try:
-                block = file.read(size, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError:  # the file breaks off here
+                block = file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError:  # damaged here; FFmpeg passes over what it cannot decode
+                yield from _the_rest(path, file.samplerate, file.channels, done)
                 return
             if not len(block):
                 return
+            done += len(block)
             yield block
 
     with file:
         known = 0 < file.frames < 1 << 48
         names = _WAV_ORDER.get(file.channels, tuple(f"channel {i}" for i in range(file.channels)))
         yield _Source(file.samplerate, names, file.frames if known else None, f"{file.format}/{file.subtype}", blocks)
+
+
+def _the_rest(path: Path, sample_rate: int, channels: int, done: int) -> Iterator[np.ndarray]:
+    """What FFmpeg finds in a file after `done` samples; nothing where it cannot go on."""
+    try:
+        with _ffmpeg(path) as source:
+            if (source.sample_rate, len(source.positions)) != (sample_rate, channels):
+                return
+            for block in source.blocks():
+                if len(block) > done:
+                    yield block[done:]
+                done = max(done - len(block), 0)
+    except AudioError:
+        return
 
 
 @contextmanager
@@ -304,7 +320,7 @@ def _ffmpeg(path: Path) -> Iterator[_Source]:
                 for part in converted:
                     parts.append(part.to_ndarray().T)
                     held += len(parts[-1])
-                if held >= _BLOCK_SECONDS * rate:
+                if held >= _BLOCK_SAMPLES:
                     yield np.concatenate(parts)
                     parts, held = [], 0
             if parts:
