@@ -1,6 +1,7 @@
 """The training record of a song: a `.pt` file with latents, conditions and everything that is known of it."""
 
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from sidestep.errors import JobError
 
 SCHEMA = 1  # raise it when records of before must be made anew
 TENSORS = ("target_latents", "encoder_hidden_states", "audio_codes", "cover_hints", "hints_encoder_hidden_states")
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError, pickle.UnpicklingError, zipfile.BadZipFile)
+UNREADABLE = (  # all that torch's reader was seen to raise on damaged bytes
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError, NameError, EOFError),
+    *(MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
+)
 
 
 class RecordError(JobError):

@@ -63,8 +63,8 @@ def _inside(name: str) -> PurePosixPath:
 
 def _portable(part: str) -> str:
     """A file name that every system takes; a digest keeps apart what had to be changed."""
-    safe = _FORBIDDEN.sub("_", part)
-    safe = safe.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text, on Linux
+    safe = part.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text, on Linux
+    safe = _FORBIDDEN.sub("_", safe)
     if safe.startswith("."):
         safe = "_" + safe[1:]  # hidden files are not looked at when records are read
     if safe != safe.rstrip(" .") or _RESERVED.match(safe):

@@ -1,17 +1,20 @@
 """Which songs a job has: from dataset.json, or straight from a folder; each with its name, its record and what its prompts are made of."""
 
 import os
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sidestep.acestep.conditions import COVER, TEXT2MUSIC, lyric_prompt, text_prompt
 from sidestep.audio.io import find_audio
-from sidestep.config import PreprocessConfig
-from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, prompt_lyrics, relative_path, sample_id
+from sidestep.build_dataset import build_dataset
+from sidestep.config import BuildDatasetConfig, PreprocessConfig
+from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, prompt_lyrics, relative_path
 from sidestep.data.manifest import read as read_dataset
 from sidestep.data.timed_lyrics import without_time_marks
-from sidestep.errors import UserError
-from sidestep.events import Chosen, Notice, Report
+from sidestep.errors import JobError, UserError
+from sidestep.events import Chosen, Event, Notice, Progress, Report
 from sidestep.preprocess.naming import key_of, record_names, relative_name
 
 DATASET_NAME = "dataset.json"
@@ -107,13 +110,36 @@ def _listed(config: PreprocessConfig, report: Report) -> tuple[Path, Dataset]:
     listed = folder / DATASET_NAME
     if listed.is_file():
         report(Chosen(what="songs", value=str(listed), reason="--audio-dir holds a dataset.json; build-dataset --overwrite lists the folder anew"))
-        return folder.absolute(), read_dataset(listed)
+        dataset = read_dataset(listed)
+        _mention_unlisted(folder, dataset, report)
+        return folder.absolute(), dataset
     report(Chosen(what="songs", value=str(folder), reason="every audio file there, with the text beside it and its tags"))
     return folder.absolute(), index_folder(folder, report)
 
 
 def index_folder(folder: Path, report: Report) -> Dataset:
-    """A data set of every audio file below a folder, made in memory."""
-    paths = find_audio(folder, unreadable=lambda path, reason: report(Notice(message=f"{path}: {reason}", level="warning")))
-    samples = [Sample(audio_path=path, id=sample_id(relative_path(path, folder)), filename=path.name) for path in paths]
-    return Dataset(samples=tuple(samples))
+    """What build-dataset would write for a folder, without writing it there. Files that cannot be read are in it too: they fail by name later."""
+    paths = [Path(os.path.abspath(path)) for path in find_audio(folder)]
+    described: dict[Path, Sample] = {}
+    with tempfile.TemporaryDirectory() as aside:
+        try:
+            built = build_dataset(BuildDatasetConfig(input=folder, output=Path(aside) / DATASET_NAME), partial(_only_notices, report))
+            described = {sample.audio_path: sample for sample in built.dataset.samples}
+        except JobError:
+            pass  # nothing there can be read
+    bare = {path: Sample(audio_path=path, id=relative_path(path, folder), filename=path.name) for path in paths}
+    return Dataset(samples=tuple((bare | described).values()))
+
+
+def _only_notices(report: Report, event: Event) -> None:
+    if isinstance(event, Notice | Progress):
+        report(event)
+
+
+def _mention_unlisted(folder: Path, dataset: Dataset, report: Report) -> None:
+    listed = {os.path.normcase(os.path.abspath(sample.audio_path)) for sample in dataset.samples}
+    unlisted = [path for path in find_audio(folder) if os.path.normcase(os.path.abspath(path)) not in listed]
+    if unlisted:
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        message = f"{folder / DATASET_NAME} does not list {relative_path(unlisted[0], folder)}{more}; to add them: train.py build-dataset --input {folder}"
+        report(Notice(message=message, level="warning"))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from sidestep.atomic import replacing, write_text
@@ -34,7 +35,8 @@ class WorkFolder:
     def save(self, key: str, kind: str, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write tensors and facts, whole or not at all. kind: LATENTS or TEXT."""
         with replacing(self.folder / f"{key}{kind}") as temporary:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {"facts": json.dumps(facts)})
+            # Through Python, because a full disk is then an OSError with its number and not a library's text.
+            temporary.write_bytes(as_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"facts": json.dumps(facts)}))
 
     def facts(self, key: str, kind: str) -> dict[str, Any] | None:
         """The facts in a file's header, or None when there is no whole file."""
