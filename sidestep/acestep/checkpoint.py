@@ -64,9 +64,9 @@ class Checkpoint:
     def load_condition_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepConditionEncoder:
         """Lyric encoder, timbre encoder and text projection; on XL with the timbre token that diffusers leaves out."""
         sizes = self._encoder_sizes()
-        extra = {}
+        extra = {"silence_latent": self.silence_latent}  # of any length
         if self.layout.kind == "original":
-            extra = {"null_condition_emb": self.load_null_condition, "silence_latent": self.silence_latent}
+            extra["null_condition_emb"] = self.load_null_condition
         encoder = self._load(AceStepConditionEncoder, "condition_encoder", "encoder.", sizes, device, dtype, extra)
         layer_types = sizes.get("layer_types")
         if layer_types:
@@ -136,7 +136,7 @@ class Checkpoint:
         weights = self._open(self.layout.part(part))
         if self.layout.kind == "diffusers":
             sizes = read_config(weights.folder / "config.json")
-            keys = {key: key for key in weights.shapes}
+            keys = {key: key for key in weights.shapes if key not in (extra or {})}
         else:
             keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}
         with init_empty_weights(include_buffers=False):

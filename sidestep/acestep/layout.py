@@ -31,6 +31,16 @@ def diffusers_key(original: str) -> str:
     return original
 
 
+def original_key(diffusers: str) -> str:
+    """The original name of a tensor: the inverse of `diffusers_key`."""
+    for old, new in RENAMES:
+        diffusers = diffusers.replace(new, old)
+    for old, new in CONV_RENAMES:
+        if diffusers.startswith(new):
+            diffusers = old + diffusers.removeprefix(new)
+    return diffusers
+
+
 @dataclass(frozen=True)
 class Layout:
     """A checkpoint's folders. `kind`: original or diffusers. `config`: config.json of the model (of the DiT in diffusers)."""
