@@ -89,8 +89,8 @@ def test_the_diffusers_layout_gives_the_same_numbers(checkpoints, golden, tmp_pa
         theirs, ours = converted.load_decoder()(*arguments, return_dict=False)[0], original.load_decoder()(*arguments, return_dict=False)[0]
         silence, order = original.silence_latent()[:, :750], torch.zeros(1, dtype=torch.long)
         timbre = [e.timbre_encoder(silence, order)[0] for e in (converted.load_condition_encoder(), encoder)]
-    assert torch.equal(theirs, ours)
-    assert torch.equal(*timbre)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*timbre, rtol=0, atol=1e-5)
 
 
 def pointer(home: Path) -> None:
