@@ -190,6 +190,12 @@ def test_oft_refuses_what_it_cannot_do():
     attach(turbo(), config(adapter_type="oft"), {"rank_pattern": {"layers.0.self_attn.q_proj": 4}})
 
 
+def test_lokr_refuses_a_factor_that_programs_would_read_in_different_ways():
+    with pytest.raises(UserError, match="--lokr-factor 8") as refused:
+        attach(turbo(), config(adapter_type="lokr", lokr_factor=8))
+    assert "--lokr-factor 4" in refused.value.fix
+
+
 def packed(decoder: nn.Module, shape=lambda weight: weight.shape) -> nn.Module:
     """The decoder with integer weights, as a quantiser leaves them."""
     for name in target_names(decoder, config()):

@@ -21,8 +21,11 @@ def attach(decoder: nn.Module, config: TrainConfig, rank_map: Mapping[str, Any] 
     """
     kind = KINDS[config.adapter_type]
     targets = targets_of(decoder, config, rank_map)
+    layers = {name: decoder.get_submodule(name) for name in targets.names}
     if kind is oft:
-        oft.check(config, oft.input_widths(decoder, targets))
+        oft.check(config, {name: layer.in_features for name, layer in layers.items()})
+    if kind is lokr:
+        lokr.check(config, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
     decoder.requires_grad_(False)
     model = get_peft_model(decoder, kind.peft_config(config, targets), autocast_adapter_dtype=True)
     kind.finish(model, config)

@@ -15,6 +15,17 @@ from sidestep.config import TrainConfig
 from sidestep.errors import UserError
 
 
+def check(config: TrainConfig, sizes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a factor above the square root of a module's width: peft would make W1 the larger factor, LyCORIS W2, and no file could serve both."""
+    for name, size in sizes.items():
+        for width in size:
+            if config.lokr_factor**2 > width and width % config.lokr_factor == 0 and config.lokr_factor > 0:
+                raise UserError(
+                    f"--lokr-factor {config.lokr_factor}: more than the square root of a width of {name} ({width}); other programs would read its factors the other way round.",
+                    f"Use --lokr-factor {max(f for f in range(1, int(width**0.5) + 1) if width % f == 0)} or less, or -1 for the most square split.",
+                )
+
+
 def peft_config(config: TrainConfig, targets: Targets) -> LoKrConfig:
     return LoKrConfig(
         r=targets.rank,

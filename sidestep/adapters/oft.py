@@ -5,7 +5,7 @@ import math
 import torch
 from peft import OFTConfig, PeftModel
 from peft.tuners.oft.layer import OFTRotationModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidestep.adapters.targets import Targets
 from sidestep.config import TrainConfig
@@ -53,8 +53,3 @@ class Rotation(OFTRotationModule):
             return rotations
         keep = torch.rand(len(rotations), 1, 1, device=rotations.device) >= self.block_dropout
         return torch.where(keep, rotations, torch.eye(rotations.shape[-1], device=rotations.device, dtype=rotations.dtype))
-
-
-def input_widths(decoder: nn.Module, targets: Targets) -> dict[str, int]:
-    """Input features by full module name."""
-    return {name: decoder.get_submodule(name).in_features for name in targets.names}
