@@ -9,12 +9,14 @@ from diffusers import AceStepTransformer1DModel
 from diffusers.models.transformers import ace_step_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.acestep.attention import REQUESTS, use_attention
 from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.regional_compile import compile_layers
 from sidestep.acestep.window_attention import MaskCache, block_mask, local_attention
 from sidestep.errors import UserError
 
@@ -240,3 +242,30 @@ def test_a_model_without_sliding_layers_keeps_its_attention():
 def test_an_unknown_attention_is_refused():
     with pytest.raises(UserError, match="--attention xformers"):
         use_attention(tiny_decoder(), "xformers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_are_not_compiled_again_after_an_epoch_of_mixed_lengths(recompute):
+    torch._dynamo.reset()
+    counters.clear()
+    decoder = tiny_decoder(layers=2)
+    use_attention(decoder, "local")
+    if recompute:
+        decoder.enable_gradient_checkpointing()
+    exact = gradients(decoder, step_inputs(batch=1, frames=700))
+    compile_layers(decoder, CPU, backend="aot_eager")
+
+    def epoch(lengths):
+        for frames, condition in lengths:
+            results = gradients(decoder, step_inputs(batch=1, frames=frames, condition=condition))
+        return results
+
+    epoch([(700, 7), (131, 30), (1201, 9)])
+    after_first = counters["stats"]["unique_graphs"]
+    velocity, found = epoch([(90, 8), (801, 31), (334, 11), (1500, 40), (5, 3), (77, 22), (412, 7), (700, 7)])
+    assert after_first and counters["stats"]["unique_graphs"] == after_first
+    assert not counters["graph_break"]
+    torch.testing.assert_close(velocity, exact[0], atol=1e-5, rtol=0)
+    for name, gradient in exact[1].items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4 * gradient.abs().max().item() + 1e-9, rtol=1e-4)

@@ -94,7 +94,7 @@ def local_attention(
     """Queries in blocks, each block with the keys of its own and its neighbours' nearest tokens, in one call of SDPA. Any device, any dtype."""
     batch, tokens, heads, _ = query.shape
     groups = key.shape[2]
-    if tokens <= window + 1 and not torch.compiler.is_compiling():  # compiled code is made once for all lengths below two blocks
+    if not torch.compiler.is_compiling() and tokens <= window + 1:  # in compiled code every branch on the length costs another graph
         mask, block = None, tokens
     else:
         block = max(block, _multiple_of_8(window))
