@@ -130,7 +130,8 @@ def _make(job: Job, found: Found, tally: Tally) -> None:
 
 
 def _clear_up(job: Job, songs: Sequence[Song], tally: Tally) -> None:
-    """Remove what dead processes left of songs whose records stand."""
+    """Remove what dead processes left, be it before this run or during it."""
+    tally.claims.clean(job.config.tensor_output)
     left = job.work.keys()
     for song in songs:
         if song.key in left and song.key not in tally.failures and tally.claims.take(song.key):
