@@ -1,6 +1,7 @@
 """How a setting is declared, checked, written as a flag and read back. The settings themselves stand in `config`."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -103,6 +104,11 @@ def option(
 
 def options_of(config_class: type) -> dict[str, Option]:
     """Every setting of a config class by name, in order of declaration."""
+    return dict(_options_of(config_class))
+
+
+@functools.cache  # resolving the type hints of sixty fields takes a millisecond, and a wizard asks often
+def _options_of(config_class: type) -> dict[str, Option]:
     hints = typing.get_type_hints(config_class)
     found = {}
     for f in dataclasses.fields(config_class):
@@ -116,6 +122,11 @@ def options_of(config_class: type) -> dict[str, Option]:
         facts["flags"] = facts["flags"] or ("--" + f.name.replace("_", "-"),)
         found[f.name] = Option(name=f.name, type=kind, many=many, optional=optional, default=f.default, **facts)
     return found
+
+
+def splits_at_commas(o: Option) -> bool:
+    """True where `a,b` means two values: lists of numbers and of choices, but not of names and files, which may hold commas."""
+    return o.many and (o.type in (int, float) or bool(o.choices))
 
 
 def resolve(config_class: type[C], *layers: Mapping[str, Any]) -> C:

@@ -3,14 +3,15 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sidestep.atomic import write_text
 from sidestep.config import COMMANDS, PreprocessConfig, TrainConfig
 from sidestep.errors import UserError
 from sidestep.folders import config_folder
 from sidestep.options import Option, options_of
-from sidestep.atomic import write_text
 
 BUILT_IN = Path(__file__).resolve().parent.parent / "presets"
 COMMANDS_WITH_PRESETS = ("fixed", "estimate", "plan")  # the others have no settings worth keeping under a name
@@ -34,6 +35,7 @@ class Preset:
         return self.path.parent == BUILT_IN
 
 
+@cache
 def preset_options() -> dict[str, Option]:
     """Every setting that a preset may hold, by name. Folders and files are a machine's own and stay out."""
     classes = [TrainConfig, PreprocessConfig, *(COMMANDS[name][0] for name in COMMANDS_WITH_PRESETS if name in COMMANDS)]
@@ -138,6 +140,8 @@ def export_file(name: str, path: Path, replace: bool = False) -> Path:
     preset = find(name)
     path = path.expanduser()
     target = path / f"{preset.name}.json" if path.is_dir() else path
+    if not target.parent.is_dir():
+        raise UserError(f"There is no folder {target.parent}.", "Make it first, or choose another one.")
     if target.exists() and not replace:
         raise UserError(f"{target} exists already.", "Choose another file, or delete that one first.")
     write_text(target, preset.path.read_text(encoding="utf-8-sig"))

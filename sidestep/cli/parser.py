@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from sidestep import __version__
 from sidestep.config import COMMANDS, PreprocessConfig, TrainConfig
 from sidestep.errors import UserError
-from sidestep.options import Option, options_of, resolve
+from sidestep.options import Option, options_of, resolve, splits_at_commas
 from sidestep.presets import COMMANDS_WITH_PRESETS
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -56,8 +56,9 @@ def parse(argv: list[str]) -> Call:
         raise _unknown(command, parser, extra)
     typed = vars(found)
     flags = {name: typed.pop(name, default) for name, default in (("plain", False), ("yes", False), ("preset", ""), ("preprocess", False))}
-    positional = [name for name, o in options_for(command).items() if not o.flag.startswith("-") and not o.many]
-    typed = {name: _commas(value) if isinstance(value, list) else value for name, value in typed.items() if not (name in positional and value is None)}
+    options = options_for(command)
+    absent = [name for name, value in typed.items() if value is None or (value == [] and not options[name].flag.startswith("-"))]  # optional positional words
+    typed = {name: _parts(options[name], value) for name, value in typed.items() if name not in absent}
     return Call(command, typed, flags["preprocess"], flags["preset"], namespace.plain or flags["plain"], namespace.yes or flags["yes"])
 
 
@@ -181,8 +182,8 @@ def _only(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in options_of(config_class)}
 
 
-def _commas(values: list[str]) -> list[str]:
-    return [part for value in values for part in value.split(",") if part]
+def _parts(o: Option, value: Any) -> Any:
+    return [part for word in value for part in word.split(",") if part] if isinstance(value, list) and splits_at_commas(o) else value
 
 
 def _near(word: str, known: list[str]) -> str:

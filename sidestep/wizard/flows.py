@@ -92,7 +92,7 @@ def questions_for(flow: Flow, around: Surroundings, names: list[str], current: M
 
 
 def config_of(flow: Flow, answers: Answers, around: Surroundings) -> Any:
-    """The config that the answers make: the user's settings, then what is given, the preset's, what was answered. Raises UserError."""
+    """The config that the answers make: the user's settings, then the preset's, what the flow is about, what was answered. Raises UserError."""
     options = options_of(flow.config_class)
     base: dict[str, Any] = {name: around.carried[name] for name in ("device", "precision") if name in around.carried and name in options}
     if flow.key == "resume":
@@ -100,12 +100,13 @@ def config_of(flow: Flow, answers: Answers, around: Surroundings) -> Any:
         if run is None:
             raise UserError(f"{answers['run']}: no run there any more.")
         base = {name: value for name, value in run.settings.items() if name in options} | {"output_dir": answers["run"]}
-    values = {name: value for name, value in _preset_values(answers).items() if name in options}
+    preset = {name: value for name, value in _preset_values(answers).items() if name in options}
+    given = {name: value for name, value in flow.given.items() if preset.get(name) not in flow.narrowed.get(name, ())}  # a DoRA preset under "Train a LoRA"
     answered = {name: value for name, value in answers.items() if name in options}
     if "songs" in answers and "audio_dir" not in answered and "dataset_json" not in answered:
         songs = answers["songs"]
         answered["dataset_json" if songs.suffix.lower() == ".json" else "audio_dir"] = songs
-    return resolve(flow.config_class, base, dict(flow.given), values, answered)
+    return resolve(flow.config_class, base, preset, given, answered)
 
 
 def sections_of(flow: Flow) -> dict[str, list[str]]:
@@ -196,10 +197,10 @@ def _default(name: str, o: Option, flow: Flow, answers: Answers, around: Surroun
         return 2.0 * answers["rank"]  # the ratio that the defaults have
     if name == "lr" and answers.get("optimizer_type") == "prodigy":
         return 1.0  # prodigy's own scale: its lr is a multiplier
+    if name in preset and preset[name] in flow.narrowed.get(name, (preset[name],)):
+        return preset[name]
     if name in flow.given:
         return flow.given[name]
-    if name in preset:
-        return preset[name]
     if name in around.carried and o.type is not Path:
         try:
             return o.check(around.carried[name])
@@ -215,7 +216,7 @@ def _path_question(flow: Flow, o: Option, default: Callable[[Answers], Any], aro
         "audio_dir": around.songs,
         "input": around.songs,
         "dataset_json": places.dataset_list,
-        "output_dir": places.new_run if flow.key.startswith("train") else places.new_folder,
+        "output_dir": places.new_run if flow.key.startswith("train") else None if flow.key == "resume" else places.new_folder,
         "tensor_output": places.new_folder,
         "adapter": places.adapter,
         "resume_from": lambda path: "" if str(path) == "latest" else places.run(path.parent.parent if path.parent.name == "checkpoints" else path),
@@ -231,7 +232,7 @@ def _path_question(flow: Flow, o: Option, default: Callable[[Answers], Any], aro
         if isinstance(reply, str):
             reply = reply.strip().strip("\"'")  # terminals quote a folder that is dropped on them
         value = plain.read(reply, answers)
-        if look is not None and value is not None and not (flow.key == "resume" and o.name == "output_dir"):
+        if look is not None and value is not None:
             look(value)
         return value
 

@@ -51,17 +51,23 @@ def _questions() -> list[Question]:
         return found or (Choice("", "none of yours yet"),)
 
     def words(name: str, text: str, help: str, kind: str, action: tuple[str, ...], default: Any = "") -> Question:
-        return Question(name, text, help, kind, default=lambda a: default, read=_needed, when=lambda a: a["action"] in action and a.get("name") != "")
+        return Question(name, text, help, kind, default=lambda a: default, read=_needed, when=lambda a: a.get("action") in action and a.get("name") != "")
 
     return [
         Question("action", "What would you like to do?", "", "choice", default=lambda a: "show", choices=lambda a: actions),
         Question(
-            "name", "Which preset?", "", "choice", default=lambda a: which(a)[0].value, choices=which, when=lambda a: a["action"] not in ("import", "back")
+            "name",
+            "Which preset?",
+            "",
+            "choice",
+            default=lambda a: which(a)[0].value,
+            choices=which,
+            when=lambda a: a.get("action") in ("show", "export", "rename", "delete"),
         ),
         words("file", "Which file?", "a preset as .json; nothing in it is ever executed", "path", ("import",)),
         words("target", "Where to?", "a new .json file, or a folder", "path", ("export",), "."),
         words("new_name", "New name", "letters, digits, spaces, - and _", "text", ("rename",)),
-        Question("sure", "Delete it?", "", "yes-no", default=lambda a: False, when=lambda a: a["action"] == "delete" and a.get("name") != ""),
+        Question("sure", "Delete it?", "", "yes-no", default=lambda a: False, when=lambda a: a.get("action") == "delete" and a.get("name") != ""),
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.options import Option
+from sidestep.options import Option, splits_at_commas
 
 Answers = Mapping[str, Any]
 
@@ -130,14 +130,20 @@ def from_option(o: Option, default: Callable[[Answers], Any], **more: Any) -> Qu
                 return None if o.optional else ""
             if not reply and o.required:
                 raise UserError("This one needs an answer.")
+            if o.many:
+                reply = reply.replace(",", " ").split() if splits_at_commas(o) else reply.split()
+                if o.type is str and any(word.startswith("-") for word in reply):
+                    raise UserError("A word that begins with - would be read as a flag.")
         try:
             return o.check(reply)
         except UserError as error:
-            raise UserError(error.problem.partition(": ")[2] or error.problem, error.fix) from None
+            raise UserError(error.problem.partition(": ")[2] or error.problem) from None
 
     def choices(_answers: Answers) -> tuple[Choice, ...]:
-        return tuple(Choice(value, value) for value in o.choices)
+        unset = (Choice(None, "not set"),) if o.optional and kind == "choice" else ()
+        return (*unset, *(Choice(value, value) for value in o.choices))
 
     label = LABELS.get(o.name, o.name.replace("_", " "))
-    arguments = {"text": label[:1].upper() + label[1:], "help": o.help, "kind": kind, "section": o.group, "choices": choices, "read": read} | more
+    help = o.help + (f" ({', '.join(o.choices)}; empty: not set)" if o.many and o.choices and kind == "text" else "")
+    arguments = {"text": label[:1].upper() + label[1:], "help": help, "kind": kind, "section": o.group, "choices": choices, "read": read} | more
     return Question(o.name, default=default, **arguments)

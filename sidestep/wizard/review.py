@@ -76,7 +76,7 @@ def _edit(flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Repo
         if section is BACK:
             return
         names = sections[section]
-    current = {name: getattr(config, name) for name in options_of(flow.config_class)} if config is not None else dict(answers)
+    current = answers | ({name: getattr(config, name) for name in options_of(flow.config_class)} if config is not None else {})
     unasked = {name: value for name, value in current.items() if name not in names}
     walk = Walk(questions_for(flow, around, names, current), unasked, flow.title, lambda line: show(Notice(message=line)))
     changed = walk.forward(ask)
