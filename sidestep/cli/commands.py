@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from sidestep import presets as preset_files
-from sidestep.config import BuildDatasetConfig, DemoConfig, DoctorConfig, PreprocessConfig, PresetsConfig, SampleConfig, TrainConfig
+from sidestep.config import (
+    BuildDatasetConfig,
+    DemoConfig,
+    DoctorConfig,
+    EstimateConfig,
+    ExportConfig,
+    HistoryConfig,
+    InspectConfig,
+    PreprocessConfig,
+    PresetsConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from sidestep.errors import ExitStatus
 from sidestep.events import Notice, Report, Saved, Table
 from sidestep.terminal.terminal import Terminal
@@ -51,6 +63,38 @@ def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStat
     return ExitStatus.OK
 
 
+def estimate(config: EstimateConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`estimate`."""
+    from sidestep.estimate import estimate
+
+    estimate(config, report)
+    return ExitStatus.OK
+
+
+def export(config: ExportConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`export`."""
+    from sidestep.export import export
+
+    export(config, report)
+    return ExitStatus.OK
+
+
+def inspect(config: InspectConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`inspect`."""
+    from sidestep.inspect_adapter import inspect_adapter
+
+    result = inspect_adapter(config, report)
+    return _as_json(config, result, terminal)
+
+
+def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`history`."""
+    from sidestep.training.history import history
+
+    result = history(config, report)
+    return _as_json(config, result, terminal)
+
+
 def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`demo`."""
     from sidestep.demo import demo
@@ -63,10 +107,7 @@ def doctor(config: DoctorConfig, report: Report, terminal: Terminal) -> ExitStat
     """`doctor`."""
     from sidestep.doctor import doctor
 
-    findings = doctor(config, report)
-    if config.json:
-        terminal.say(json.dumps([dataclasses.asdict(finding) for finding in findings], ensure_ascii=False))
-    return ExitStatus.OK
+    return _as_json(config, doctor(config, report), terminal)
 
 
 def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitStatus:
@@ -88,11 +129,26 @@ def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitSt
     return ExitStatus.OK
 
 
+def _as_json(config: Any, result: Any, terminal: Terminal) -> ExitStatus:
+    """With `--json`, print a task's result (dataclasses, alone or in a list) as one JSON value."""
+    if config.json:
+        terminal.out.write(json.dumps(result, default=_plain, ensure_ascii=False) + "\n")
+    return ExitStatus.OK
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+
 RUN: dict[type, Callable[[Any, Report, Terminal], ExitStatus]] = {
     PreprocessConfig: preprocess,
     TrainConfig: train,
     BuildDatasetConfig: build_dataset,
     SampleConfig: sample,
+    EstimateConfig: estimate,
+    ExportConfig: export,
+    InspectConfig: inspect,
+    HistoryConfig: history,
     DemoConfig: demo,
     PresetsConfig: presets,
     DoctorConfig: doctor,
