@@ -133,6 +133,10 @@ class TrainConfig(ModelConfig):
     compile: bool = option(False, "compile the model's layers: the first steps take minutes, the others less time", group="Speed")
 
     gradient_checkpointing: bool = option(True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory")
+    recompute_layers: int | None = option(None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True)
+    base_precision: str = option("auto", "frozen base in 8 or 4 bits (bitsandbytes); auto keeps --precision", group="Memory", choices=("auto", "int8", "nf4"))
+    offload_activations: bool = option(False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True)
+    swap_blocks: int = option(0, "keep the weights of the first N layers on the CPU and stream them in", group="Memory", minimum=0, advanced=True)
     offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")
 
     preview_every: int = option(

@@ -208,7 +208,7 @@ def _lokr_config(adapter: Adapter, settings, full: bool) -> dict[str, Any]:
         "weight_decompose": adapter.has_magnitudes,
         "use_tucker": False,
         "use_scalar": False,
-        "bypass_mode": None,
+        "bypass_mode": False,
         "rs_lora": False,
         "unbalanced_factorization": False,
         "target_modules": list(adapter.modules),

@@ -238,13 +238,17 @@ def _alpha(tensor: Tensor, key: str, file: Path) -> float:
 
 
 def _number(value: Any, what: str, file: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{file}: {what} is {_short(str(value))}, not a finite number.", "The file was put together wrongly; export it again.")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{file}: {what} is {_short(str(value)[:1000])}, not a finite number.", "The file was put together wrongly; export it again.")
+    return number
 
 
 def _rank(value: Any, what: str, file: Path) -> int:
-    number = _number(value, what, file)
+    number = _number(value, what, file)  # finite, so it is an int or a float
     if number < 1 or number != int(number) or number > 1_000_000:
         raise UserError(f"{file}: {what} is {value}, not a rank.", "The file was put together wrongly; export it again.")
     return int(number)

@@ -1,0 +1,152 @@
+"""Merge adapters into base weights, file by file and tensor by tensor, so that memory holds one weight at a time.
+
+safetensors' own writer needs all tensors at once; the format itself is a length, a JSON table and the bytes, which can be streamed.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sidestep.adapters.adapter import Adapter, changed_weight, shape_of
+from sidestep.adapters.names import is_adaptable, to_original
+from sidestep.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE_BYTES = 32 * 2**20
+PREFIXES = ("model.diffusion_model.decoder.", "diffusion_model.decoder.", "decoder.", "")  # ComfyUI's files, the original layout, diffusers
+OTHER_MODEL = "The adapter was trained on another model: choose that one with --model-variant, or another --base."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file; start and end are byte positions in the file."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of a file in the order of their bytes, and its texts. Raises UserError for a damaged file."""
+    try:
+        with safe_open(file, framework="pt"):  # checks lengths, offsets and overlaps
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            table = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged or cut short ({error}).", "Download this file again.") from None
+    texts = table.pop("__metadata__", None) or {}
+    entries = [Entry(key, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1]) for key, t in table.items()]
+    return sorted(entries, key=lambda entry: (entry.start, entry.end)), texts
+
+
+def weight_name(key: str) -> str | None:
+    """The original module name whose weight a base file keeps under this key; None for any other tensor."""
+    if not key.endswith(".weight"):
+        return None
+    stem = next(key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)).removesuffix(".weight")
+    name = to_original(stem)
+    return name if is_adaptable(name) else None
+
+
+class BaseWeights:
+    """The adaptable weights of a base, found in its files and read one by one."""
+
+    def __init__(self, files: list[Path]):
+        self.where: dict[str, tuple[Path, Entry]] = {}
+        for file in files:
+            for entry in read_header(file)[0]:
+                name = weight_name(entry.key)
+                if name:
+                    self.where[name] = (file, entry)
+
+    def __call__(self, name: str) -> Tensor:
+        """The weight [out, in] of an original module name, as it is stored. Raises UserError for a base without it."""
+        if name not in self.where:
+            raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
+        file, entry = self.where[name]
+        with file.open("rb") as opened:
+            return _read(opened, entry)
+
+    def check(self, adapter: Adapter) -> None:
+        """Raises UserError unless every module of the adapter has its weight here, of the right shape and in plain numbers."""
+        for name, factors in adapter.modules.items():
+            if name not in self.where:
+                raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
+            entry, (rows, columns) = self.where[name][1], shape_of(factors)
+            if len(entry.shape) != 2 or columns != entry.shape[1] or (rows and rows != entry.shape[0]):
+                raise UserError(f"{name} has shape {list(entry.shape)} in the base and {[rows or entry.shape[0], columns]} in the adapter.", OTHER_MODEL)
+            if entry.dtype not in DTYPES:
+                raise UserError(f"{name} is stored in {entry.dtype} numbers, into which nothing can be merged.", "Use a base in bfloat16, float16 or float32.")
+
+
+def merge_file(
+    source: Path,
+    target: Path,
+    adapters: list[tuple[Adapter, float]],
+    dtype: torch.dtype | None = None,
+    note: dict[str, str] | None = None,
+    done: Callable[[str, int], None] = lambda key, size: None,
+) -> None:
+    """Write `source` with the adapters, each at its strength, merged in. dtype: of all floating-point tensors; None keeps each one's.
+
+    done(key, bytes read) is called after each tensor. The change is computed in float32 and rounded once.
+    """
+    entries, texts = read_header(source)
+    names = [NAMES[dtype] if dtype is not None and entry.dtype in DTYPES else entry.dtype for entry in entries]
+    table: dict[str, object] = {"__metadata__": {**texts, **(note or {})}}
+    position = 0
+    for entry, name in zip(entries, names, strict=True):
+        size = math.prod(entry.shape) * DTYPES[name].itemsize if name in DTYPES else entry.end - entry.start
+        table[entry.key] = {"dtype": name, "shape": list(entry.shape), "data_offsets": [position, position + size]}
+        position += size
+    header = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with source.open("rb") as reading, target.open("wb") as writing:
+        writing.write(len(header).to_bytes(8, "little") + header)
+        for entry, name in zip(entries, names, strict=True):
+            for piece in _merged(reading, entry, adapters, DTYPES.get(name)):
+                writing.write(piece)
+            done(entry.key, entry.end - entry.start)
+
+
+def _merged(reading, entry: Entry, adapters: list[tuple[Adapter, float]], dtype: torch.dtype | None) -> Iterator[memoryview]:
+    """The bytes of one tensor as it is to be written."""
+    name = weight_name(entry.key)
+    changes = [(adapter.modules[name], strength) for adapter, strength in adapters if name in adapter.modules]
+    if changes:
+        weight = _read(reading, entry).float()
+        merged = weight.clone()
+        for factors, strength in changes:
+            merged += changed_weight(weight, factors, strength) - weight
+        yield _bytes(merged.to(dtype))
+        return
+    for start in range(entry.start, entry.end, PIECE_BYTES):
+        reading.seek(start)
+        piece = reading.read(min(PIECE_BYTES, entry.end - start))
+        yield (
+            memoryview(piece)
+            if dtype is None or DTYPES[entry.dtype] == dtype
+            else _bytes(torch.frombuffer(bytearray(piece), dtype=DTYPES[entry.dtype]).to(dtype))
+        )
+
+
+def _read(reading, entry: Entry) -> Tensor:
+    reading.seek(entry.start)
+    data = bytearray(entry.end - entry.start)
+    reading.readinto(data)
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
