@@ -4,8 +4,10 @@ The plan of an epoch is a function of seed and epoch number, so a resumed run go
 and several processes take their shares of one plan.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,9 +17,24 @@ GOLDEN_RATIO = 0.6180339887498949
 SAME_LENGTH = 0.95  # whole songs share a batch when the shortest has this share of the longest's frames
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """How a song is cut: windows of `frames` that begin at one of `starts`, ascending. The window from `starts[i]` has the conditions
+    `conditions[which[i]]` [L, C]: their prompt states its length, and where lyrics have time marks they are those of the window."""
+
+    frames: int
+    starts: tuple[int, ...]
+    which: tuple[int, ...]
+    conditions: tuple[torch.Tensor, ...]
+    hints_conditions: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Song:
-    """One preprocessed song. latents: [T, D]; conditions: [L, C]; the hints regime has a source [T, D] and conditions of its own."""
+    """One preprocessed song. latents: [T, D]; conditions: [L, C]; the hints regime has a source [T, D] and conditions of its own.
+
+    windows: how it is cut, None when it is trained on as a whole. metadata: what its record says of it.
+    """
 
     name: str
     latents: torch.Tensor
@@ -25,6 +42,8 @@ class Song:
     repeat: int = 1
     hints: torch.Tensor | None = None
     hints_conditions: torch.Tensor | None = None
+    windows: Windows | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def frames(self) -> int:
@@ -33,11 +52,12 @@ class Song:
 
 @dataclass(frozen=True)
 class Item:
-    """A window of a song: `frames` latent frames from `start`."""
+    """A window of a song: `frames` latent frames from `start`. text: which of the song's window conditions it has, None for the whole song's."""
 
     song: int
     start: int
     frames: int
+    text: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,19 +109,30 @@ def window_start(frames: int, window: int, seed: int, song: str, visit: int) -> 
     return min(max(round(u * frames - window / 2), 0), frames - window)
 
 
+def item_of(song: Song, index: int, visit: int, seed: int, window_frames: int = 0) -> Item:
+    """What is heard of a song at its `visit`-th turn. window_frames: for songs without windows of their own."""
+    if song.windows is None:
+        frames = min(window_frames or song.frames, song.frames)
+        return Item(index, window_start(song.frames, frames, seed, song.name, visit), frames)
+    cut = song.windows
+    place = nearest(cut.starts, window_start(song.frames, cut.frames, seed, song.name, visit))
+    return Item(index, cut.starts[place], cut.frames, cut.which[place])
+
+
+def nearest(starts: Sequence[int], wanted: int) -> int:
+    """Index of the start that is closest to `wanted`; starts ascend."""
+    right = min(bisect_left(starts, wanted), len(starts) - 1)
+    return right - 1 if right and wanted - starts[right - 1] < starts[right] - wanted else right
+
+
 def plan_epoch(
     songs: Sequence[Song], epoch: int, *, seed: int, batch_size: int, accumulation: int, processes: int = 1, window_frames: int = 0, hints_ratio: float = 0.0
 ) -> list[StepPlan]:
     """The optimizer steps of an epoch. Every song comes `repeat` times; batches hold windows of equal length and no padding."""
-    items = []
-    for index, song in enumerate(songs):
-        for turn in range(song.repeat):
-            frames = min(window_frames or song.frames, song.frames)
-            start = window_start(song.frames, frames, seed, song.name, epoch * song.repeat + turn)
-            items.append(Item(index, start, frames))
+    items = [item_of(song, index, epoch * song.repeat + turn, seed, window_frames) for index, song in enumerate(songs) for turn in range(song.repeat)]
     generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
     shuffled = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-    groups = _equal_lengths(shuffled, batch_size)
+    groups = [_of_one_length(group, songs, seed, epoch) for group in _equal_lengths(shuffled, batch_size)]
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     per_step = accumulation * processes
     steps = []
@@ -117,7 +148,7 @@ def plan_epoch(
 
 
 def _equal_lengths(items: list[Item], batch_size: int) -> list[list[Item]]:
-    """Groups of at most `batch_size` items of (nearly) equal length; longer ones are cut to the shortest of their group."""
+    """Groups of at most `batch_size` items of (nearly) equal length; their number depends on the lengths alone, not on the order."""
     if batch_size == 1:
         return [[item] for item in items]
     groups: list[list[Item]] = []
@@ -129,20 +160,30 @@ def _equal_lengths(items: list[Item], batch_size: int) -> list[list[Item]]:
     return groups
 
 
+def _of_one_length(group: list[Item], songs: Sequence[Song], seed: int, epoch: int) -> list[Item]:
+    """The group cut to its shortest item: what is left away wanders from beginning to end over the epochs."""
+    frames = min(item.frames for item in group)
+    return [
+        item
+        if item.frames == frames
+        else replace(item, start=item.start + window_start(item.frames, frames, seed, songs[item.song].name, epoch), frames=frames)
+        for item in group
+    ]
+
+
 def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -> Batch:
-    """The tensors of a micro-batch. Conditions of unequal length are padded and masked, never attended."""
-    frames = min(item.frames for item in micro_batch.items)
-    chosen = [(songs[item.song], item.start + (item.frames - frames) // 2) for item in micro_batch.items]
-    conditions = [song.hints_conditions if micro_batch.hints else song.conditions for song, _ in chosen]
+    """The tensors of a micro-batch, whose items are of one length. Conditions of unequal length are padded and masked, never attended."""
+    chosen = [(songs[item.song], slice(item.start, item.start + item.frames)) for item in micro_batch.items]
+    conditions = [_conditions(songs[item.song], item, micro_batch.hints) for item in micro_batch.items]
     lengths = [c.shape[0] for c in conditions]
     mask = None
     if len(set(lengths)) > 1:
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     batch = Batch(
-        latents=torch.stack([song.latents[start : start + frames] for song, start in chosen]).float(),
+        latents=torch.stack([song.latents[window] for song, window in chosen]).float(),
         conditions=torch.nn.utils.rnn.pad_sequence(conditions, batch_first=True),
         condition_mask=mask,
-        source=torch.stack([song.hints[start : start + frames] for song, start in chosen]) if micro_batch.hints else None,
+        source=torch.stack([song.hints[window] for song, window in chosen]) if micro_batch.hints else None,
         songs=tuple(song.name for song, _ in chosen),
         slots=micro_batch.slots,
     )
@@ -150,3 +191,9 @@ def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -
         pinned = {name: x.pin_memory() for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
         batch = Batch(**{**vars(batch), **pinned})
     return batch
+
+
+def _conditions(song: Song, item: Item, hints: bool) -> torch.Tensor:
+    if item.text is None:
+        return song.hints_conditions if hints else song.conditions
+    return (song.windows.hints_conditions if hints else song.windows.conditions)[item.text]

@@ -8,89 +8,94 @@ from dataclasses import dataclass, field
 import torch
 
 from sidestep.acestep.device import peak_memory_bytes
-from sidestep.data.dataset import StepPlan, collate
+from sidestep.data.dataset import MicroBatch, StepPlan, collate
 from sidestep.errors import Interrupted, JobError
-from sidestep.events import EpochDone, StepDone, StepSkipped
+from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
-from sidestep.training.run_folder import resume_command, save_checkpoint
-from sidestep.training.setup import Run
+from sidestep.training.best import has_waited_enough, judge
+from sidestep.training.history import Point
+from sidestep.training.processes import whole
+from sidestep.training.run import Run
+from sidestep.training.run_folder import resume_command
+from sidestep.training.saving import save_best, save_checkpoint
 from sidestep.training.state import Position
 from sidestep.training.stops import StopRequest
+from sidestep.training.tally import StepReading, Tally
 
-TIMESTEP_BINS = 10
-SKIPS_THAT_STOP = 10
-
-
-@dataclass
-class Tally:
-    """Device values that wait to be read, and what the host knows of the steps they belong to."""
-
-    losses: list[torch.Tensor] = field(default_factory=list)  # [B] each
-    songs: list[tuple[str, ...]] = field(default_factory=list)
-    norms: list[torch.Tensor] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)  # (optimizer step, how many of the losses above it had)
-    bin_loss: torch.Tensor | None = None
-    bin_count: torch.Tensor | None = None
-
-    def add(self, loss: torch.Tensor, t: torch.Tensor, songs: tuple[str, ...]) -> None:
-        """Keep the plain losses [B] of a micro-step and sort them by timestep, all on the device."""
-        self.losses.append(loss)
-        self.songs.append(songs)
-        if self.bin_loss is None:
-            self.bin_loss, self.bin_count = torch.zeros(2, TIMESTEP_BINS, device=loss.device)
-        bins = (t * TIMESTEP_BINS).long().clamp_(max=TIMESTEP_BINS - 1)
-        self.bin_loss.index_add_(0, bins, loss.float())
-        self.bin_count.index_add_(0, bins, torch.ones_like(loss, dtype=torch.float32))
-
-
-@dataclass
-class Reading:
-    """What a tally said when the host read it."""
-
-    loss: float
-    grad_norm: float
-    skipped: list[tuple[int, tuple[str, ...]]]
+SKIPS_THAT_STOP = 10  # so many optimizer steps in a row without a finite gradient end a run; the host looks at least that often
 
 
 @dataclass
 class Progress:
-    """What the loop remembers between log lines."""
+    """What the loop remembers between two log lines. losses: of this process's samples."""
 
-    started: float
-    first_step: int
     tally: Tally = field(default_factory=Tally)
+    losses: list[float] = field(default_factory=list)
+    grad_norm: float = math.nan
     in_a_row: int = 0
-    epoch_losses: list[float] = field(default_factory=list)
-    done_steps: int = 0
+    logged_at: float = field(default_factory=time.perf_counter)
+    steps: int = 0
 
 
 def run_loop(run: Run) -> None:
     """Train from `run.position` to the end. Raises Interrupted after a save when asked to stop, JobError when the run goes astray."""
-    config = run.config
-    progress = Progress(started=time.perf_counter(), first_step=run.position.step)
+    progress = Progress()
     with StopRequest() as stop:
         while run.position.step < run.total_steps:
-            epoch, plan, epoch_started = run.position.epoch, run.plan(run.position.epoch), time.perf_counter()
-            for index in range(run.position.step_in_epoch, len(plan)):
-                optimizer_step(run, plan[index], progress.tally)
-                run.position = Position(epoch, index + 1, run.position.step + 1)
-                if len(progress.tally.steps) >= SKIPS_THAT_STOP or run.position.step % config.log_every == 0 or run.position.step == run.total_steps:
-                    log(run, progress)
-                if run.position.step == run.total_steps or agreed_to_stop(run, stop):
-                    break
-            if run.position.step_in_epoch == len(plan):
-                run.position = Position(epoch + 1, 0, run.position.step)
-            if stop.requested and run.position.step < run.total_steps:
-                log(run, progress)
-                save_checkpoint(run, f"step_{run.position.step:06d}")
-                run.writer.wait()
-                raise Interrupted(resume_command(run))
-            end_epoch(run, progress, epoch, time.perf_counter() - epoch_started)
+            started = time.perf_counter()
+            train_epoch(run, progress, stop)
+            is_best = end_epoch(run, progress, time.perf_counter() - started)
+            stops_early = has_waited_enough(run)
+            if is_best and run.config.save_best:
+                save_best(run)
             if run.position.step_in_epoch:  # --max-steps ended the run inside an epoch
                 save_checkpoint(run, f"step_{run.position.step:06d}")
-            elif run.position.epoch % config.save_every == 0 or run.position.step == run.total_steps:
+            elif run.position.epoch % run.config.save_every == 0 or run.position.step == run.total_steps or stops_early:
                 save_checkpoint(run, f"epoch_{run.position.epoch:04d}")
+            run.previews.after_epoch(run, run.position.epoch)
+            run.page.after_epoch(run, run.position.epoch)
+            if stops_early:
+                break
     run.writer.wait()
+
+
+def train_epoch(run: Run, progress: Progress, stop: StopRequest) -> None:
+    """The optimizer steps of an epoch that are left. Raises Interrupted before the next one when any process was asked to stop."""
+    plan = run.plan(run.position.epoch)
+    for index in range(run.position.step_in_epoch, len(plan)):
+        if run.position.step == run.total_steps:
+            return
+        stop.requested = run.processes.any(stop.requested)
+        if stop.requested:
+            leave(run, progress)
+        try:
+            optimizer_step(run, plan[index], progress.tally)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(run, plan[index], error) from None
+        run.position = Position(run.position.epoch, index + 1, run.position.step + 1)
+        progress.steps += 1
+        run.writer.poll()
+        if is_log_step(run) or len(progress.tally.steps) >= SKIPS_THAT_STOP:
+            look(run, progress)
+        if is_log_step(run):
+            log(run, progress)
+
+
+def leave(run: Run, progress: Progress) -> None:
+    """Save and stop. Raises Interrupted."""
+    look(run, progress)
+    add_up(run)
+    run.report(Notice(message=f"Asked to stop: saving optimizer step {run.position.step}. Ask again to quit without."))
+    save_checkpoint(run, f"step_{run.position.step:06d}")
+    run.writer.wait()
+    run.processes.wait()  # a launcher ends all processes when one of them leaves
+    raise Interrupted(resume_command(run.config))
+
+
+def is_log_step(run: Run) -> bool:
+    """The first step, every `--log-every`th and the last."""
+    step = run.position.step
+    return step == 1 or step % run.config.log_every == 0 or step == run.total_steps
 
 
 def optimizer_step(run: Run, plan: StepPlan, tally: Tally) -> None:
@@ -98,8 +103,8 @@ def optimizer_step(run: Run, plan: StepPlan, tally: Tally) -> None:
 
     Losses are divided by the samples of the whole step, so short steps and uneven batches weigh every sample the same.
     """
-    accelerator, processes = run.accelerator, run.accelerator.num_processes
-    own = plan.micro_batches[accelerator.process_index :: processes]
+    accelerator, processes = run.accelerator, run.processes.count
+    own = plan.micro_batches[run.processes.index :: processes]
     rounds = math.ceil(len(plan.micro_batches) / processes)
     for number in range(rounds):
         micro_batch = own[number] if number < len(own) else plan.micro_batches[0]  # a process without work still takes part in the reduction
@@ -110,91 +115,121 @@ def optimizer_step(run: Run, plan: StepPlan, tally: Tally) -> None:
             accelerator.backward(weighted.sum() * share)
         if share:
             tally.add(loss, t, batch.songs)
-    norm = accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf)
+    norm = whole(accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf).detach())
     update(run, norm)
     run.scheduler.step()
-    tally.norms.append(norm.detach())
-    tally.steps.append((run.position.step + 1, len(tally.losses)))
+    if run.average is not None:
+        run.average.step(run.parameters)
+    tally.close_step(run.position.step + 1, norm)
 
 
 def update(run: Run, norm: torch.Tensor) -> None:
     """Apply the gradient if its norm is finite. Fused optimizers decide that on the device; for the others the host looks once."""
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
-    if run.accelerator.scaler is None and can_skip_on_device(inner):
+    if run.accelerator.scaler is not None:
+        run.optimizer.step()
+    elif can_skip_on_device(inner):
         inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
         run.optimizer.step()
-    elif run.accelerator.scaler is not None or bool(torch.isfinite(norm)):
+    elif bool(torch.isfinite(norm)):
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def read(tally: Tally) -> Reading:
-    """Bring a tally to the host, in one transfer."""
-    losses = torch.cat(tally.losses).float()
-    values = torch.cat([losses, torch.stack(tally.norms).float()]).tolist()
-    per_sample, norms = values[: len(losses)], values[len(losses) :]
-    skipped, first_batch, first_sample = [], 0, 0
-    for (step, last_batch), norm in zip(tally.steps, norms, strict=True):
-        songs = [name for batch in tally.songs[first_batch:last_batch] for name in batch]
-        if not math.isfinite(norm):
-            bad = [name for name, loss in zip(songs, per_sample[first_sample : first_sample + len(songs)], strict=True) if not math.isfinite(loss)]
-            skipped.append((step, tuple(dict.fromkeys(bad or songs))))
-        first_batch, first_sample = last_batch, first_sample + len(songs)
-    finite = [x for x in per_sample if math.isfinite(x)]
-    return Reading(sum(finite) / len(finite) if finite else math.nan, norms[-1], skipped)
+def look(run: Run, progress: Progress) -> None:
+    """Read what waits on the device; report skipped steps and end a run that skips them all. Raises JobError."""
+    for reading in progress.tally.read():
+        for _, loss, t in reading.finite:
+            run.history.add_sample(loss, t)
+            progress.losses.append(loss)
+        if math.isfinite(reading.grad_norm):
+            progress.grad_norm = reading.grad_norm
+        count_skips(run, progress, reading)
+
+
+def count_skips(run: Run, progress: Progress, reading: StepReading) -> None:
+    """Say that a step was left out and whose fault it seems. Raises JobError after ten in a row."""
+    if not reading.was_skipped:
+        progress.in_a_row = 0
+        return
+    everyone = run.processes.gather((reading.suspects, len(reading.finite) < len(reading.samples)))
+    guilty = [songs for songs, is_sure in everyone if is_sure] or [songs for songs, _ in everyone]
+    if run.accelerator.scaler is not None and not any(is_sure for _, is_sure in everyone):
+        return  # fp16: the loss scale was too high for this gradient and is lowered now
+    songs = tuple(dict.fromkeys(name for names in guilty for name in names))
+    progress.in_a_row += 1
+    run.report(StepSkipped(step=reading.step, songs=songs, reason="loss or gradient is not finite", in_a_row=progress.in_a_row))
+    if progress.in_a_row >= SKIPS_THAT_STOP:
+        run.writer.wait()
+        raise JobError(
+            f"{SKIPS_THAT_STOP} optimizer steps in a row had no finite loss or gradient (the last at {', '.join(songs)}); the run was stopped at step {reading.step}.",
+            f"Lower --lr (now {run.config.lr:g}), use --precision fp32 or take these songs away. What was saved before is good: {resume_command(run.config)}",
+        )
 
 
 def log(run: Run, progress: Progress) -> None:
-    """Read the tally, report it, and stop a run whose steps are all skipped. Raises JobError."""
-    tally, config, now = progress.tally, run.config, time.perf_counter()
-    if not tally.steps:
-        return
-    reading = read(tally)
-    skipped = dict(reading.skipped)
-    for step, _ in tally.steps:
-        progress.in_a_row = progress.in_a_row + 1 if step in skipped else 0
-        if step in skipped:
-            run.report(StepSkipped(step=step, songs=skipped[step], reason="loss or gradient is not finite", in_a_row=progress.in_a_row))
-        if progress.in_a_row >= SKIPS_THAT_STOP:
-            raise JobError(
-                f"{SKIPS_THAT_STOP} optimizer steps in a row had no finite loss or gradient (the last at {', '.join(skipped[step])}); the run was stopped at step {step}.",
-                f"Lower --lr (now {config.lr:g}) or use --precision fp32, then resume from the last good checkpoint: {resume_command(run)}",
-            )
-    progress.epoch_losses.append(reading.loss)
-    step = run.position.step
-    if step % config.log_every == 0 or step == run.total_steps:
-        rate = (step - progress.first_step) / (now - progress.started)
-        lr = run.scheduler.get_last_lr()[0]
-        run.report(
-            StepDone(
-                step=step,
-                total_steps=run.total_steps,
-                epoch=run.position.epoch + 1,
-                loss=reading.loss,
-                lr=lr,
-                grad_norm=reading.grad_norm,
-                steps_per_second=rate,
-                eta_seconds=(run.total_steps - step) / rate,
-                memory_bytes=peak_memory_bytes(run.device),
-            )
+    """Report the mean loss of all processes since the last log line, and how fast it goes."""
+    total, count = run.processes.sum([sum(progress.losses), float(len(progress.losses))])
+    now, step, lr = time.perf_counter(), run.position.step, run.scheduler.get_last_lr()[0]
+    rate = progress.steps / (now - progress.logged_at)
+    point = Point(step, run.position.epoch + 1, total / count if count else math.nan, lr, progress.grad_norm, peak_memory_bytes(run.device))
+    run.history.points.append(point)
+    run.report(
+        StepDone(
+            step=step,
+            total_steps=run.total_steps,
+            epoch=point.epoch,
+            loss=point.loss,
+            lr=lr,
+            grad_norm=point.grad_norm,
+            steps_per_second=rate,
+            eta_seconds=(run.total_steps - step) / rate,
+            memory_bytes=point.memory_bytes,
         )
-        for name, value in (("loss/train", reading.loss), ("lr", lr), ("grad_norm", reading.grad_norm)):
-            run.tensorboard.add_scalar(name, value, step)
-    progress.tally = Tally(bin_loss=tally.bin_loss, bin_count=tally.bin_count)
+    )
+    for name, value in (("loss/train", point.loss), ("lr", lr), ("grad_norm", point.grad_norm)):
+        run.tensorboard.add_scalar(name, value, step)
+    progress.losses, progress.steps, progress.logged_at = [], 0, now
 
 
-def end_epoch(run: Run, progress: Progress, epoch: int, seconds: float) -> None:
-    """Report the epoch's mean loss."""
-    log(run, progress)
-    finite = [x for x in progress.epoch_losses if math.isfinite(x)]
-    run.report(EpochDone(epoch=epoch + 1, total_epochs=run.config.epochs, loss=sum(finite) / len(finite) if finite else math.nan, seconds=seconds))
-    progress.epoch_losses.clear()
+def end_epoch(run: Run, progress: Progress, seconds: float) -> bool:
+    """Report the epoch's mean loss and judge the adapter; whether it is the best so far. The position moves on to the next epoch."""
+    look(run, progress)
+    add_up(run)
+    history, done = run.history, run.position.epoch + 1
+    loss = history.epoch_loss()
+    run.report(EpochDone(epoch=done, total_epochs=run.config.epochs, loss=loss, seconds=seconds))
+    run.tensorboard.add_scalar("loss/epoch", loss, run.position.step)
+    if run.position.step_in_epoch == len(run.plan(run.position.epoch)):
+        history.close_epoch()
+        run.position = Position(done, 0, run.position.step)
+    is_best = judge(run, done)
     run.tensorboard.flush()
+    progress.logged_at, progress.steps = time.perf_counter(), 0
+    return is_best
 
 
-def agreed_to_stop(run: Run, stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; all leave after the same step."""
-    if run.accelerator.num_processes > 1:
-        flag = torch.tensor(float(stop.requested), device=run.device)
-        stop.requested = bool(run.accelerator.reduce(flag, "sum") > 0)
-    return stop.requested
+def add_up(run: Run) -> None:
+    """Put the losses of the epoch that each process has seen together."""
+    total, samples = run.processes.sum([run.history.loss_sum, float(run.history.samples)])
+    run.history.loss_sum, run.history.samples = total, int(samples)
+
+
+def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> JobError:
+    """What is said when the device's memory ran out: in which batch, and what would help that is not on yet."""
+    config, rate = run.config, run.frames_per_second
+    largest: MicroBatch = max(plan.micro_batches, key=lambda m: len(m.items) * m.items[0].frames)
+    seconds = largest.items[0].frames / rate
+    names = ", ".join(dict.fromkeys(run.songs[item.song].name for item in largest.items))
+    help_ = [
+        "--gradient-checkpointing" if not config.gradient_checkpointing else "",
+        "--batch-size 1 (with more --gradient-accumulation)" if config.batch_size > 1 else "",
+        f"--chunk-duration {max(10, round(seconds / 2))}" if seconds > 20 else "",
+        "--optimizer-type adamw8bit" if config.optimizer_type in ("adamw", "prodigy") and run.device.type == "cuda" else "",
+        f"--rank {max(1, config.rank // 2)}" if config.rank > 8 else "",
+    ]
+    there = "What was saved before is good; these settings may change on resume: --gradient-checkpointing. The others need a new --output-dir."
+    return JobError(
+        f"{run.device} ran out of memory at optimizer step {run.position.step + 1}, with a batch of {len(largest.items)} × {seconds:.1f} s ({names}): {str(error).splitlines()[0]}",
+        f"What helps: {', '.join(h for h in help_ if h) or 'a smaller model variant'}.\n{there}",
+    )

@@ -1,149 +1,128 @@
-"""The output folder of a run: what was asked for, what was saved, and the command that goes on from there."""
+"""The output folder of a run: what was asked for, and whether a run may begin or go on there."""
 
 import json
-import shlex
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from sidestep.atomic import replacing, write_text
+from sidestep.config import TrainConfig, command_line
+from sidestep.errors import UserError
+from sidestep.events import Notice, Report
+from sidestep.options import as_json_values, options_of
+from sidestep.training.state import Position, complete_checkpoints, find_checkpoint, position_of, read_checkpoint, restore
 
-from sidestep.adapters.attach import adapter_state, load_adapter_state
-from sidestep.adapters.export import save_final
-from sidestep.atomic import write_text
-from sidestep.config import TrainConfig
-from sidestep.errors import JobError, UserError
-from sidestep.events import Notice, Saved
-from sidestep.options import as_arguments, as_json_values, changed_from_defaults, options_of
-from sidestep.training.setup import Run
-from sidestep.training.state import complete_checkpoints, find_checkpoint, prune, read_checkpoint, snapshot, write_checkpoint
-
-# What may not change when a run goes on: the tensors or the order of the data would not fit.
+# What may not change when a run goes on: the saved tensors or the order of the data would not fit.
 FIXED_ON_RESUME = (
-    "adapter_type",
-    "rank",
-    "alpha",
-    "target_modules",
-    "attention_type",
-    "self_target_modules",
-    "cross_target_modules",
-    "target_mlp",
-    "lokr_factor",
-    "lokr_decompose_both",
-    "lokr_weight_decompose",
-    "optimizer_type",
-    "batch_size",
-    "gradient_accumulation",
-    "chunk_duration",
-    "seed",
+    *("adapter_type", "rank", "alpha", "target_modules", "attention_type", "self_target_modules", "cross_target_modules", "target_mlp"),
+    *("lokr_factor", "lokr_decompose_both", "lokr_weight_decompose", "optimizer_type", "batch_size", "chunk_duration", "val_split", "seed"),
 )
-WHERE = ("checkpoint_dir", "dataset_dir", "output_dir", "resume_from", "run_name", "device")
+# What says where things are, or had its effect at the start.
+NOT_COMPARED = (
+    *("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "resume_from", "run_name", "device", "attention", "compile"),
+    *("ignore_rank_map", "init", "init_from", "gradient_accumulation"),
+)
 
 
-def command_of(config: TrainConfig, **changes: object) -> str:
-    """The command line that gives this config, as a user would type it."""
-    values = {**changed_from_defaults(config), **changes}
-    arguments = as_arguments(type(config)(**{k: v for k, v in values.items() if k in options_of(type(config))}))
-    return shlex.join(["train.py", "fixed", *arguments])
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint that a run goes on from."""
+
+    folder: Path
+    state: dict[str, Any]
+    position: Position
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.state["config"]
 
 
-def resume_command(run: Run) -> str:
-    """The command that goes on from the newest checkpoint of a run."""
-    return "uv run " + command_of(run.config, resume_from=Path("latest"))
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on from the newest checkpoint of a run, started as this one was."""
+    line = command_line(replace(config, resume_from=Path("latest")))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else f"torchrun --nproc-per-node {processes}"
+    return line.replace("uv run train.py", f"uv run {launcher} train.py", 1) if processes > 1 else line
 
 
-def prepare(config: TrainConfig) -> None:
-    """Make the output folder and write config.json and command.txt.
+def require_writable(folder: Path) -> None:
+    """Make the output folder and try it. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in (folder, folder / "checkpoints"):
+            restore(parent)
+        with replacing(folder / "command.txt.try") as temporary:
+            temporary.touch()
+        (folder / "command.txt.try").unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}).", "Choose a folder on a disk with room where you may write.") from None
 
-    Raises UserError when another run stands there and is not resumed: nothing of it may be overwritten.
+
+def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
+    """Look at the output folder before anything is loaded: the checkpoint to go on from, None for a run that begins. It changes nothing.
+
+    Raises UserError when another run stands there, when there is nothing to go on from, and for a setting that may not change.
     """
     folder = config.output_dir
-    if not config.resume_from and (complete_checkpoints(folder) or (folder / "final").is_dir()):
-        go_on = command_of(config, resume_from=Path("latest"))
+    if not config.resume_from:
+        if complete_checkpoints(folder) or (folder / "final").is_dir():
+            go_on = command_line(replace(config, resume_from=Path("latest")))
+            raise UserError(
+                f"--output-dir {folder}: a run already stands there.", f"Go on with it: {go_on}\nor give this run a folder of its own: --output-dir {folder}-2"
+            )
+        return None
+    source = find_checkpoint(config.resume_from, folder)
+    state, position = read_checkpoint(source)
+    later = [path for path in complete_checkpoints(folder) if position_of(path).step > position.step]
+    if later:
         raise UserError(
-            f"--output-dir {folder}: a run already stands there.", f"Go on with it: {go_on}\nor give this run a folder of its own: --output-dir {folder}-2"
+            f"--resume-from {source}: {later[-1]} goes further; going on from here would mix two runs in one folder.",
+            f"Give this one a folder of its own: --output-dir {folder}-2\nor go on from the newest: --resume-from latest",
         )
-    try:
-        write_text(folder / "config.json", json.dumps(as_json_values(config), indent=2, ensure_ascii=False) + "\n")
-        write_text(folder / "command.txt", command_of(config) + "\n")
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror}).", "Choose a folder you may write to.") from None
+    _compare(config, state["config"], source, report)
+    return SavedRun(source, state, position)
 
 
-def save_checkpoint(run: Run, name: str) -> None:
-    """Snapshot the whole state and write it beside the training that goes on. Raises JobError rather than save a number that is none."""
-    if not run.accelerator.is_main_process:
-        return
-    adapter = snapshot(adapter_state(run.model))
-    broken = [key for key, tensor in adapter.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise JobError(
-            f"The adapter holds values that are no numbers ({broken[0]}); it was not saved.",
-            f"Go on from the last good checkpoint with a lower --lr: {resume_command(run)}",
-        )
-    state = {
-        "adapter": adapter,
-        "optimizer": snapshot(run.optimizer.state_dict()),
-        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else {},
-        "config": as_json_values(run.config),
-        "total_steps": run.total_steps,
-        "model": run.checkpoint.identity(),
-    }
-    folder, position = run.config.output_dir / "checkpoints" / name, run.position
-
-    def write() -> None:
-        write_checkpoint(folder, state, position, lambda temporary: save_final(run.model, temporary, run.config, state=adapter))
-        prune(run.config.output_dir, run.config.keep_checkpoints)
-        run.report(Saved(what="checkpoint", path=str(folder)))
-
-    run.writer.start(write)
-
-
-def save_final_adapter(run: Run) -> Path:
-    """Write `final/`, which every program reads at the same strength."""
-    folder = run.config.output_dir / "final"
-    if run.accelerator.is_main_process:
-        save_final(run.model, folder, run.config)
-        run.report(Saved(what="final", path=str(folder)))
-    return folder
-
-
-def resume(run: Run) -> None:
-    """Put a saved state into a run that was set up, and say what differs. Raises UserError for a setting that may not change."""
-    folder = find_checkpoint(run.config.resume_from, run.config.output_dir)
-    state, position = read_checkpoint(folder)
-    _compare(run, state["config"], folder)
-    if state["model"] != run.checkpoint.identity():
-        raise UserError(
-            f"--resume-from {folder}: was trained on another base model than {run.checkpoint.folder}.",
-            "Use the --checkpoint-dir and --model-variant of that run.",
-        )
-    load_adapter_state(run.model, state["adapter"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.accelerator.scaler and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.position = position
-    _schedule_from_here(run, state["total_steps"])
-    run.report(Notice(message=f"Resumed {folder.name}: {position.step} of {run.total_steps} optimizer steps are done"))
-
-
-def _compare(run: Run, saved: dict, folder: Path) -> None:
-    now, options = as_json_values(run.config), options_of(TrainConfig)
-    different = [name for name in saved if name in now and saved[name] != now[name] and name not in WHERE]
+def _compare(config: TrainConfig, saved: dict[str, Any], folder: Path, report: Report) -> None:
+    now, options = as_json_values(config), options_of(TrainConfig)
+    different = [name for name in now if name in saved and saved[name] != now[name] and name not in NOT_COMPARED]
     refused = [name for name in different if name in FIXED_ON_RESUME]
     if refused:
-        what = ", ".join(f"{options[name].flag} is {now[name]}, was {saved[name]}" for name in refused)
+        what = ", ".join(f"{options[name].flag} is {_words(now[name])}, was {_words(saved[name])}" for name in refused)
         raise UserError(f"--resume-from {folder}: {what}.", "Resume with the settings of that run, or start a new run in another --output-dir.")
     for name in different:
-        run.report(Notice(message=f"Resumed with {options[name].flag} {now[name]}, before {saved[name]}"))
+        report(Notice(message=f"Resumed with {options[name].flag} {_words(now[name])}, before {_words(saved[name])}"))
 
 
-def _schedule_from_here(run: Run, steps_before: int) -> None:
-    """Stand where this run's schedule stands at its position: it is a function of the step, so nothing of the old one is kept."""
-    lr_before = run.optimizer.param_groups[0]["lr"]
-    run.scheduler.last_epoch = run.position.step
-    for group, base, factor in zip(run.optimizer.param_groups, run.scheduler.base_lrs, run.scheduler.lr_lambdas, strict=True):
-        group.update(lr=base * factor(run.position.step), initial_lr=base, weight_decay=run.config.weight_decay)
-    run.scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
-    lr = run.scheduler.get_last_lr()[0]
-    if steps_before != run.total_steps:
-        message = f"The run is now {run.total_steps} steps long, was {steps_before}: its schedule was rebuilt, the learning rate goes from {lr_before:.3g} to {lr:.3g}"
-        run.report(Notice(message=message, level="warning"))
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def require_same_data(saved: SavedRun, songs: dict[str, str], config: TrainConfig) -> None:
+    """Raises UserError unless the songs are those of the saved run. songs: name and fingerprint of each."""
+    before = saved.state["songs"]
+    gone, new = sorted(set(before) - set(songs)), sorted(set(songs) - set(before))
+    changed = sorted(name for name in set(before) & set(songs) if before[name] != songs[name])
+    differences = [f"{len(names)} {what} ({names[0]})" for names, what in ((gone, "missing"), (new, "new"), (changed, "changed")) if names]
+    if differences:
+        raise UserError(
+            f"--resume-from {saved.folder}: the songs in {config.dataset_dir} are not those of that run: {', '.join(differences)}.",
+            f"Put them back as they were, or start a new run from this adapter: --init-from {saved.folder} --output-dir {config.output_dir}-2",
+        )
+
+
+def require_same_steps(saved: SavedRun, micro_batches: int, config: TrainConfig) -> None:
+    """Raises UserError unless an optimizer step holds as many micro-batches as in the saved run, over all processes."""
+    before = saved.state["micro_batches"]
+    if before != micro_batches:
+        raise UserError(
+            f"--resume-from {saved.folder}: --gradient-accumulation times the number of processes is {micro_batches}, was {before}.",
+            f"Choose --gradient-accumulation so that the product is {before} again, or start a new run in another --output-dir.",
+        )
+
+
+def write_settings(config: TrainConfig) -> None:
+    """Write config.json and command.txt. Raises OSError."""
+    write_text(config.output_dir / "config.json", json.dumps(as_json_values(config), indent=2, ensure_ascii=False) + "\n")
+    write_text(config.output_dir / "command.txt", command_line(config) + "\n")

@@ -1,8 +1,12 @@
 """Stopping a run from outside: the first Ctrl-C or SIGTERM lets the step finish and saves, the second quits at once."""
 
+import os
 import signal
 import threading
+import time
 from types import FrameType
+
+SAME_KEY_SECONDS = 1.0  # under a launcher one Ctrl-C arrives twice: from the terminal and from the launcher
 
 
 class StopRequest:
@@ -12,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._first = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -24,6 +29,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._first = True, now
+        elif "WORLD_SIZE" not in os.environ or now - self._first > SAME_KEY_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True

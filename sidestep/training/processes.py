@@ -1,0 +1,61 @@
+"""What the processes of one run tell each other beside gradients. With a single process nothing is sent.
+
+It goes through the CPU (gloo), so that no process waits for its device to say whether somebody pressed Ctrl-C.
+"""
+
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+PATIENCE = timedelta(hours=2)  # for the first process to encode, validate or save while the others wait
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The group of a run's processes; `index` 0 is the one that writes."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The values, added up over the processes."""
+        if self._group is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, in their order."""
+        if self._group is None:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has spread over the processes, put together; all of them must ask for it. Others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """A whole tensor spread over the processes as `example` is, if it is and has that shape."""
+    if not isinstance(example, DTensor) or tensor.shape != example.shape:
+        return tensor
+    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
