@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from sidestep import rank_map as maps
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.adapters.gradient_init import start_along_gradient
-from sidestep.adapters.read import read_adapter
 from sidestep.adapters.start import start_from
 from sidestep.config import TrainConfig
 from sidestep.errors import UserError
@@ -43,8 +42,8 @@ def start_of(model: PeftModel, config: TrainConfig, report: Report) -> None:
     if config.init_from:
         if config.init == "gradient":
             raise UserError("--init gradient and --init-from cannot both be followed.", "Leave one of them away.")
-        count = start_from(model, read_adapter(config.init_from), config)
-        report(Notice(message=f"The adapter starts from {config.init_from}: {count} modules"))
+        found = start_from(model, config.init_from)
+        report(Notice(message=f"The adapter starts from {config.init_from}, a {found.title} of {len(found.modules)} modules"))
     elif config.init == "gradient":
         path = config.dataset_dir / maps.DIRECTIONS_NAME
         count = start_along_gradient(model, _directions(path, config))
