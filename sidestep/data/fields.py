@@ -14,7 +14,6 @@ NotUnderstood, whose words go to the user; the value never reaches a prompt.
 
 import math
 import re
-import unicodedata
 from typing import Any
 
 from sidestep.data.languages import language_code
@@ -62,6 +61,8 @@ _CLOCK = re.compile(r"^(?:(\d{1,3}):)?(\d{1,3}):(\d{2}(?:\.\d{1,6})?)$")
 _KEY = re.compile(r"^([A-Ga-g])\s*(♯|♭|#|b|-?sharp|-?flat)?\s*[-_]?\s*(major|maj|dur|minor|min|moll|m|M)?$")
 _LRC_TIME = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]\s*)+")
 _LRC_LINE = re.compile(r"^\s*\[(?:\d{1,3}:\d{2}(?:[.:]\d{1,3})?|(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool)\s*:[^\]]*)\]", re.IGNORECASE)
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+_UNPAIRED = re.compile("[\\ud800-\\udfff]")
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
 _SHARPS_OR_FLATS = ("C", "G", "D", "A", "E", "B", "F#", "Db", "Ab", "Eb", "Bb", "F")  # the circle of fifths, clockwise from C
 _RELATIVE_MINORS = ("A", "E", "B", "F#", "C#", "G#", "D#", "Bb", "F", "C", "G", "D")
@@ -93,10 +94,8 @@ def understand(field: str, value: Any) -> Any:
 
 def _clean(text: str) -> str:
     """Without control characters and unpaired surrogates, which no tokenizer and no file takes; line breaks as \\n."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
-    if text.isprintable():
-        return text
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs") or c in "\n\t" else "\ufffd" if unicodedata.category(c) == "Cs" else "" for c in text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x85", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
+    return _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", text))
 
 
 def _short(value: Any) -> str:

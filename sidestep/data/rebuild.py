@@ -68,8 +68,9 @@ def merge(old: Dataset, fresh: Iterable[Sample], folder: Path) -> Rebuilt:
         path = relative_path(sample.audio_path, folder)
         before = earlier.pop(sample.audio_path, None)
         if before:
-            sample, edited = _merge_one(before, sample, notes["built"].get(path), old.metadata.custom_tag)
-            edits += len(edited)
+            song, edited = _merge_one(before, sample, notes["built"].get(path), old.metadata.custom_tag)
+            edits += sum(getattr(song, name) != getattr(sample, name) for name in edited)
+            sample = song
         elif path in notes["built"] or path in notes["removed"]:
             kept_out.append(path)
             continue
@@ -99,6 +100,13 @@ def filled_in(dataset: Dataset, samples: Iterable[Sample], names: Iterable[str],
     return replace(dataset, samples=samples, extra={**dataset.extra, SECTION: {**notes, "built": _packed(built)}})
 
 
+def emptied_by_hand(dataset: Dataset, sample: Sample, folder: Path) -> set[str]:
+    """The fields of a sample that had a value as built and have none now: somebody wants it so."""
+    prints = _notes(dataset)["built"].get(relative_path(sample.audio_path, folder), {})
+    nothing = {name: getattr(sample, name) for name in EDITABLE if getattr(sample, name) in _SAYS_NOTHING}
+    return {name for name, value in nothing.items() if name in prints and prints[name] != _print(value)}
+
+
 def absent_samples(dataset: Dataset, folder: Path) -> list[Sample]:
     """The samples that wait for their file to come back; what cannot be read of them is passed over."""
     samples = []
@@ -120,8 +128,7 @@ def _merge_one(before: Sample, fresh: Sample, built: Mapping[str, str] | None, t
             continue
         if _is_edited(before, name, built):
             values[name] = old
-            if old != new:
-                edited.add(name)
+            edited.add(name)
         elif name in before.estimated and new in _SAYS_NOTHING:
             values[name] = old
             estimated.append(name)
