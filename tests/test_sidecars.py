@@ -51,6 +51,7 @@ TXT = [
     ("text that would be lost is not guessed at", "caption: x\nbpm: 90\n\nI walk the line", {"caption": "x", "bpm": 90}),
     ("a paragraph below the caption is not guessed at", "caption: x\n\nkey to my heart", {"caption": "x"}),
     ("an address is text", "caption: see\nhttp://example.com", {"caption": "see http://example.com"}),
+    ("time marks are lyrics", "[00:01.50] key: of my heart\n[00:03] la", {"lyrics": "[00:01.50] key: of my heart\n[00:03] la"}),
     ("nothing", " \n\n", {}),
 ]
 

@@ -6,7 +6,7 @@ timesignature "2", "3", "4" or "6": also "4/4", "6/8"
 language      the model's code: also "English", "eng", "en-US"
 duration      seconds: also "3:25"; only ever compared with the file, which has the last word
 caption, genre, custom_tag   one line: line breaks and runs of spaces become one space
-lyrics        as they are, but for trailing spaces, the blank lines around them and the time stamps of a file that is LRC throughout
+lyrics        as they are, but for trailing spaces, the blank lines around them and, with LRC time marks, LRC headers such as [ar: artist]
 
 Ways of saying "not known" ("", "N/A", "unknown", "none", "-", null; 0 as a bpm) give nothing and are no mistake. Whatever cannot be understood gives a
 NotUnderstood, whose words go to the user; the value never reaches a prompt.
@@ -59,8 +59,8 @@ _NOTHING = {"", "n/a", "na", "none", "null", "unknown", "-", "--", "?", "tbd"}
 _NUMBER = re.compile(r"^[~≈]?\s*(\d{1,9}(?:[.,]\d{1,9})?)\s*(?:bpm|beats per minute|s|sec|seconds)?\.?$", re.IGNORECASE)
 _CLOCK = re.compile(r"^(?:(\d{1,3}):)?(\d{1,3}):(\d{2}(?:\.\d{1,6})?)$")
 _KEY = re.compile(r"^([A-Ga-g])\s*(♯|♭|#|b|-?sharp|-?flat)?\s*[-_]?\s*(major|maj|dur|minor|min|moll|m|M)?$")
-_LRC_TIME = re.compile(r"^\s*(?:\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]\s*)+")
-_LRC_LINE = re.compile(r"^\s*\[(?:\d{1,3}:\d{2}(?:[.:]\d{1,3})?|(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool)\s*:[^\]]*)\]", re.IGNORECASE)
+_LRC_TIME = re.compile(r"^\s*\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]")
+_LRC_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 _UNPAIRED = re.compile("[\\ud800-\\udfff]")
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
@@ -113,8 +113,8 @@ def _lyrics(value: Any) -> str | None:
     if not isinstance(value, str):
         raise NotUnderstood(f"{_short(value)} is no text")
     lines = [line.rstrip() for line in value.split("\n")]
-    if all(_LRC_LINE.match(line) for line in lines if line) and any(_LRC_TIME.match(line) for line in lines):
-        lines = [_LRC_TIME.sub("", line).strip() for line in lines if not line or _LRC_TIME.match(line)]
+    if any(_LRC_TIME.match(line) for line in lines):
+        lines = [line for line in lines if not _LRC_HEADER.match(line)]
     text = "\n".join(lines).strip("\n")
     return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
 

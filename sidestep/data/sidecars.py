@@ -4,7 +4,7 @@ Beside `song.ext`, the best source first; they are merged field by field, the fi
 
 1. `song.ext.json`, `song.json`   an object of fields
 2. `song.ext.txt`, `song.txt`     `key: value` lines, or plain text
-3. `song.ext.caption.txt`, `song.caption.txt`   the caption; `song.ext.lyrics.txt`, `song.lyrics.txt`   the lyrics
+3. `song.ext.caption.txt`, `song.caption.txt`   the caption; `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song.ext.lrc`, `song.lrc`   the lyrics
 4. `*.csv` (see `tables`), 5. tags inside the audio file (see `tags`), 6. its name.
 
 `song.txt` speaks for every song of that stem in its folder (song.wav and song.mp3), `song.wav.txt` for song.wav alone. A file whose name is the whole name
@@ -18,7 +18,7 @@ A `.txt` file:
 - Free text below other fields is lyrics with a section mark in it, else the caption if none was given, else reported.
 - A file that does not begin with a field has none: all of it is lyrics with a section mark in it, else the caption. A colon further down changes nothing.
 
-A section mark is a line that begins with [Verse], [Chorus 2], [Intro: piano] and the like; two lines that are nothing but words in brackets also count, in
+A section mark is a line that begins with [Verse], [Chorus 2], [Intro: piano] and the like, or with a time such as [01:23.45]; two lines that are nothing but words in brackets also count, in
 any language.
 
 Encodings: see `text`. A sidecar above 1 MiB is reported and not read.
@@ -41,8 +41,8 @@ MAX_BYTES = 1 << 20
 _FIELD_LINE = re.compile(r"^\s*([^\W\d][\w \t-]{0,30}?)\s*[:：]\s*(.*)$")
 _WORD_LINE = re.compile(r"^\s*[^\W\d][\w-]{0,30}\s*[:：](?!//)")
 _SECTIONS = "intro|verse|chorus|bridge|outro|hook|refrain|interlude|instrumental|inst|solo|drop|breakdown|break|build|prelude|coda|end|pre|post|rap|spoken|fade"
-_SECTION_MARK = re.compile(rf"^\s*[\[［](?:{_SECTIONS})(?![^\W\d])[^\]］\n]*[\]］]", re.IGNORECASE)
-_SIDECAR_SUFFIX = re.compile(r"(\.caption|\.lyrics)?\.txt$|\.json$", re.IGNORECASE)
+_SECTION_MARK = re.compile(rf"^\s*[\[［](?:(?:{_SECTIONS})(?![^\W\d])|\d{{1,3}}:\d\d)[^\]］\n]*[\]］]", re.IGNORECASE)
+_SIDECAR_SUFFIX = re.compile(r"(\.caption|\.lyrics)?\.txt$|\.json$|\.lrc$", re.IGNORECASE)
 _BRACKETED_LINE = re.compile(r"^\s*[\[［][^\]］\n]{1,60}[\]］]\s*$")
 
 
@@ -168,7 +168,7 @@ class Sidecars:
         whole, stem = composed(song.name), composed(song.stem)
         bases = [whole] if stem in names else [whole, stem]  # a song that is called like our stem has that sidecar for itself
         found = []
-        for suffix in (".json", ".txt", ".caption.txt", ".lyrics.txt"):
+        for suffix in (".json", ".txt", ".caption.txt", ".lyrics.txt", ".lrc"):
             for base in bases:
                 owner = base + suffix.removesuffix(".txt")
                 if suffix in (".caption.txt", ".lyrics.txt") and (owner in names or owner in stems):
