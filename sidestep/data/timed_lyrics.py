@@ -36,7 +36,7 @@ def timed_lines(lyrics: str) -> list[Line]:
     for raw in lyrics.splitlines():
         line = raw.strip()
         marks = []
-        while match := TIME_MARK.match(line):
+        while (match := TIME_MARK.match(line)) and (line[0] == "[" or not marks):  # a <mark> after a [mark] times a word
             marks.append(_seconds(match))
             line = line[match.end() :].lstrip()
         words = without_time_marks(line).strip()  # marks within a line, one per word
