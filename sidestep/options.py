@@ -154,24 +154,38 @@ def changed_from_defaults(config: Any) -> dict[str, Any]:
 
 def as_arguments(config: Any) -> list[str]:
     """The words that give this config when parsed: positional ones first, then flags; defaults are left out."""
-    positional: list[str] = []
     arguments: list[str] = []
     options = options_of(type(config))
     for name, value in changed_from_defaults(config).items():
         o = options[name]
         if not o.flag.startswith("-"):
-            positional += map(str, value) if o.many else [str(value)]
-        elif o.type is bool:
+            continue
+        if o.type is bool:
             arguments.append(o.flag if value else "--no-" + o.flag.removeprefix("--"))
         elif value is None:
             continue
+        elif o.many and splits_at_commas(o) and any(str(part).startswith("-") for part in value):
+            arguments.append(f"{o.flag}={','.join(map(str, value))}")  # -1e-3 alone would be read as a flag
         elif o.many:
             arguments += [o.flag, *map(str, value)]
         elif str(value).startswith("-"):
             arguments.append(f"{o.flag}={value}")
         else:
             arguments += [o.flag, str(value)]
-    return positional + arguments
+    return _positional(config) + arguments
+
+
+def _positional(config: Any) -> list[str]:
+    """The values without a flag, up to the last one that is not the default."""
+    words: list[str] = []
+    kept = 0
+    changed = changed_from_defaults(config)
+    for name, o in options_of(type(config)).items():
+        if not o.flag.startswith("-"):
+            value = getattr(config, name)
+            words += map(str, value) if o.many else [str(value)]
+            kept = len(words) if name in changed else kept
+    return words[:kept]
 
 
 def as_json_values(config: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sidestep.wizard.session import Wizard
 def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
     """Run one command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress is ours to show
     try:
         call = parse(argv)
     except UserError as error:
