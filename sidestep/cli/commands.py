@@ -89,7 +89,7 @@ def inspect(config: InspectConfig, report: Report, terminal: Terminal) -> ExitSt
 
 def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`history`."""
-    from sidestep.training.history import history
+    from sidestep.history import history
 
     result = history(config, report)
     return _as_json(config, result, terminal)
