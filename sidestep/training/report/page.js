@@ -67,7 +67,7 @@ function drawLines(box, series, { logarithmic = false, fromZero = false, unit = 
     return;
   }
   const width = box.clientWidth, height = box.clientHeight;
-  const margin = { left: 46, right: 14, top: series.length > 1 ? 30 : 14, bottom: 24 };
+  const margin = { left: 46, right: 20, top: series.length > 1 ? 30 : 14, bottom: 24 };
   const all = series.flatMap((s) => s.points);
   const dotted = series.filter((s) => s.dots).flatMap((s) => s.points.map(([, y]) => y));
   const xs = all.map(([x]) => x), sorted = all.map(([, y]) => y).sort((a, b) => a - b);
@@ -90,7 +90,7 @@ function drawLines(box, series, { logarithmic = false, fromZero = false, unit = 
     return height - margin.bottom - Math.max(-0.02, Math.min(1.02, share)) * (height - margin.top - margin.bottom);
   };
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${series.map((s) => s.name).join(", ")} by ${unit}` });
-  for (const y of logarithmic ? logTicks(low, high) : ticks(low, high, height > 200 ? 6 : 4)) {
+  for (const y of logarithmic ? logTicks(low, high) : ticks(low, high, height > 200 ? 6 : 5)) {
     picture.append(svg("line", { class: "grid", x1: margin.left, x2: width - margin.right, y1: py(y), y2: py(y) }));
     picture.append(svg("text", { x: margin.left - 7, y: py(y) + 4, "text-anchor": "end" }, short(y)));
   }

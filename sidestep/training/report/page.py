@@ -103,7 +103,7 @@ def _preview(entry: Mapping[str, Any]) -> str:
             f'<figure><figcaption><label>With the adapter, <select class="take" autocomplete="off">{options}</select></label></figcaption>'
             f"{_audio(takes[-1]['src'])}</figure>"
         )
-    switch = '<button type="button" class="switch">Switch between the two while playing</button>' if len(players) == 2 else ""
+    switch = '<button type="button" class="switch">Switch while playing</button>' if len(players) == 2 else ""
     words = f"<details><summary>Lyrics</summary><pre>{escape(lyrics)}</pre></details>" if lyrics.strip() not in ("", "[Instrumental]") else ""
     return (
         f'<article class="preview">\n<h3>{escape(caption)}</h3>\n<p class="quiet">{escape(facts)}</p>\n<div class="players">{"".join(players)}</div>\n'
