@@ -45,16 +45,16 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     """{"runs": the runs in a folder, the newest first}. Raises UserError when the folder is not there."""
     if not config.folder.is_dir():
         raise UserError(f"{config.folder}: no such folder.", "Give a run's --output-dir, or a folder that holds runs: train.py history FOLDER")
-    found = sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())
-    runs = sorted((past_run(run) for run in found), key=lambda run: run.started, reverse=True)
+    found = {str(run.folder): run for run in sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())}
+    runs = sorted((past_run(run) for run in found.values()), key=lambda run: run.started, reverse=True)
     if not runs:
         report(Notice(message=f"No runs in {config.folder}, nor in the folders below it.", level="warning"))
         return {"runs": []}
     columns = ("run", "started", "model", "adapter", "epochs", "time", "best loss", "judged by", "state")
     report(Table(title=f"{len(runs)} run{'s' * (len(runs) > 1)} in {config.folder}", columns=columns, rows=tuple(_row(run, config.folder) for run in runs)))
-    resumable = next((run for run in found if not run.finished and run.epochs), None)
-    if resumable is not None and (command := _resume(resumable)):
-        report(Finished(message=f"{resumable.folder} is not finished and can go on.", next_commands=(command,)))
+    resumable = next((run.folder for run in runs if not run.finished and found[run.folder].epochs), None)
+    if resumable is not None and (command := _resume(found[resumable])):
+        report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
     return {"runs": runs}
 
 

@@ -23,6 +23,7 @@ from sidestep.training.objective import ConditionMask, Objective, training_law
 from sidestep.training.previews import previews_for
 from sidestep.training.processes import Processes, spread_like
 from sidestep.training.ranks import ranks_for, start_of
+from sidestep.training.report import ReportPage
 from sidestep.training.run import NoTensorBoard, Run, plan_of
 from sidestep.training.run_folder import SavedRun, require_same_data, require_same_steps
 from sidestep.training.songs import load_songs, require_hints, split
@@ -119,6 +120,7 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
         tensorboard=tensorboard(config, saved.position.step if saved else None) if is_main else NoTensorBoard(),
         writer=BackgroundWriter(report),
         previews=previews,
+        page=ReportPage(),
     )
     if config.ema_decay:
         run.average = EMAModel(run.parameters, decay=config.ema_decay, foreach=True)
