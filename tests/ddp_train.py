@@ -1,0 +1,17 @@
+"""One process of several that train together; started by torchrun or by hand with RANK and WORLD_SIZE in the environment."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from sidestep.events import as_json
+from sidestep.training import train
+from tests.training_world import settings
+
+if __name__ == "__main__":
+    data, output, changes = sys.argv[1:]
+    config = settings(Path(data), Path(output), **json.loads(changes))
+    if config.resume_from:
+        config = dataclasses.replace(config, resume_from=Path(config.resume_from))
+    train(config, lambda event: print(as_json(event), flush=True))
