@@ -37,11 +37,11 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run's output folder. `epochs`: numbers of its saved epochs, ascending."""
+    """A run's output folder. `checkpoints`: names of those that are complete, the oldest first."""
 
     folder: Path
     settings: dict[str, Any]
-    epochs: tuple[int, ...]
+    checkpoints: tuple[str, ...]
     finished: bool
 
 
@@ -86,8 +86,16 @@ def read_run(folder: Path) -> FoundRun | None:
     settings = _read_json(folder / "config.json")
     if settings is None or "dataset_dir" not in settings:
         return None
-    epochs = sorted(int(p.name.removeprefix("epoch_")) for p in _folders(folder / "checkpoints") if p.name.removeprefix("epoch_").isdigit())
-    return FoundRun(folder, settings, tuple(epochs), (folder / "final" / "adapter_config.json").is_file())
+    return FoundRun(folder, settings, _complete_checkpoints(folder / "checkpoints"), (folder / "final" / "adapter_config.json").is_file())
+
+
+def _complete_checkpoints(folder: Path) -> tuple[str, ...]:
+    steps: list[tuple[int, str]] = []
+    for checkpoint in _folders(folder):
+        position = (_read_json(checkpoint / "complete.json") or {}).get("position")  # the file that training writes last
+        if isinstance(position, dict) and isinstance(position.get("step"), int):
+            steps.append((position["step"], checkpoint.name))
+    return tuple(name for _, name in sorted(steps))
 
 
 def safetensors_parameters(path: Path) -> int:

@@ -1,6 +1,7 @@
 """What is on disk, read without torch."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,18 +72,19 @@ def test_checkpoints_near_by_are_found(checkpoints, tmp_path):
     assert workspace.likely_checkpoint_dirs(tmp_path)[0] == tmp_path / "checkpoints"
 
 
-def test_runs_are_found_with_their_epochs_newest_first(tmp_path):
-    import os
-
+def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
     for age, name in enumerate(("new", "old")):
         folder = tmp_path / name
-        (folder / "checkpoints" / "epoch_0010").mkdir(parents=True)
-        (folder / "checkpoints" / "epoch_0002").mkdir()
+        for step, checkpoint in ((40, "epoch_0010"), (5, "step_000005"), (None, "epoch_0020")):
+            (folder / "checkpoints" / checkpoint).mkdir(parents=True)
+            if step is not None:
+                (folder / "checkpoints" / checkpoint / "complete.json").write_text(json.dumps({"position": {"step": step}}), encoding="utf-8")
         config = TrainConfig(checkpoint_dir=Path("c"), dataset_dir=Path("d"), output_dir=folder)
         (folder / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
         os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+    whole = ("step_000005", "epoch_0010")
     runs = workspace.find_runs(tmp_path)
-    assert [(run.folder.name, run.epochs, run.finished) for run in runs] == [("new", (2, 10), False), ("old", (2, 10), False)]
+    assert [(run.folder.name, run.checkpoints, run.finished) for run in runs] == [("new", whole, False), ("old", whole, False)]
     assert workspace.find_runs(tmp_path / "nowhere") == []
 
 

@@ -29,6 +29,7 @@ class World:
         (self.songs / "dataset.json").write_text(json.dumps({"metadata": {}, "samples": [{"audio_path": "one.wav"}]}), encoding="utf-8")
         (self.tensors / "one.pt").write_bytes(b"")
         (self.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+        (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text('{"position": {"step": 10}}', encoding="utf-8")
         config = TrainConfig(checkpoint_dir=CHECKPOINTS, dataset_dir=self.tensors, output_dir=self.run, rank=8)
         (self.run / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
 

@@ -317,8 +317,8 @@ def _run_question(around: Surroundings) -> Question:
     def choices(_answers: Answers) -> tuple[Choice, ...]:
         last = around.carried.get("output_dir")
         folders = dict.fromkeys([around.here / "runs", *([Path(last).parent] if last else [])])
-        runs = {run.folder: run for folder in folders for run in find_runs(folder) if run.epochs}
-        return tuple(Choice(str(r.folder), str(r.folder), f"saved at epoch {r.epochs[-1]}" + (", finished" if r.finished else "")) for r in runs.values())
+        runs = {run.folder: run for folder in folders for run in find_runs(folder) if run.checkpoints}
+        return tuple(Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else "")) for r in runs.values())
 
     def read(reply: Any, _answers: Answers) -> Path:
         path = Path(str(reply).strip().strip("\"'")).expanduser()
@@ -337,7 +337,7 @@ def _resume_point_question() -> Question:
     def choices(answers: Answers) -> tuple[Choice, ...]:
         run = read_run(answers["run"])
         folder = answers["run"] / "checkpoints"
-        older = [Choice(folder / f"epoch_{n:04}", f"epoch {n}") for n in reversed(run.epochs)] if run else []
+        older = [Choice(folder / name, name) for name in reversed(run.checkpoints)] if run else []
         return (Choice(Path("latest"), "latest", "the newest one that is complete"), *older)
 
     help = "which saved state to go on from"

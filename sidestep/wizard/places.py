@@ -91,9 +91,9 @@ def run(folder: Path) -> str:
     found = read_run(folder)
     if found is None:
         raise UserError("No run here: no config.json of one.", "Choose the --output-dir of a run.")
-    if not found.epochs:
+    if not found.checkpoints:
         raise UserError("This run has no checkpoint to go on from.", "Start it again: choose Train.")
-    return f"saved at epoch {', '.join(map(str, found.epochs[-5:]))}"
+    return f"saved: {', '.join(found.checkpoints[-5:])}"
 
 
 def fresh(folder: Path) -> Path:
