@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.options import as_arguments, option
+from sidestep.options import as_arguments, option, same_as
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
@@ -315,10 +315,39 @@ class InspectConfig:
     json: bool = option(False, "print one JSON object and nothing else", group="Inspect")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`plan`: say, before anything is loaded, how much memory a run takes and whether it fits."""
+
+    model_variant: str = same_as(ModelConfig, "model_variant")
+    checkpoint_dir: Path | None = option(None, "folder of the checkpoints; official variants are known without", group="Plan")
+    vram: float | None = option(None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0)
+    song_seconds: float = option(240.0, "length of the songs", group="Plan", above=0)
+    condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1)
+    json: bool = option(False, "print one JSON object and nothing else", group="Plan")
+
+    precision: str = same_as(ModelConfig, "precision")
+    attention: str = same_as(ModelConfig, "attention")
+    chunk_duration: float = same_as(TrainConfig, "chunk_duration")
+    adapter_type: str = same_as(TrainConfig, "adapter_type")
+    rank: int = same_as(TrainConfig, "rank")
+    target_modules: tuple[str, ...] = same_as(TrainConfig, "target_modules")
+    attention_type: str = same_as(TrainConfig, "attention_type")
+    target_mlp: bool = same_as(TrainConfig, "target_mlp")
+    batch_size: int = same_as(TrainConfig, "batch_size")
+    optimizer_type: str = same_as(TrainConfig, "optimizer_type")
+    gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing")
+    recompute_layers: int | None = same_as(TrainConfig, "recompute_layers")
+    base_precision: str = same_as(TrainConfig, "base_precision")
+    offload_activations: bool = same_as(TrainConfig, "offload_activations")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+
+
 COMMANDS: dict[str, tuple[type, str]] = {
     "fixed": (TrainConfig, "train an adapter; with --preprocess, turn audio into training tensors"),
     "build-dataset": (BuildDatasetConfig, "index a folder of audio and text into dataset.json"),
     "estimate": (EstimateConfig, "Preprocessing++: measure which modules respond to this music and give each its rank"),
+    "plan": (PlanConfig, "say, before anything is loaded, how much memory a run takes and whether it fits"),
     "sample": (SampleConfig, "make audio with the base model plus an adapter"),
     "export": (ExportConfig, "convert or merge an adapter for another program"),
     "inspect": (InspectConfig, "show what an adapter is, and how strongly each program applies it"),

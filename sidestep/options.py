@@ -102,6 +102,12 @@ def option(
     return dataclasses.field(default=default, metadata={"option": metadata})
 
 
+def same_as(config_class: type, name: str) -> Any:
+    """A setting that another config class declares: the same default, flag and help."""
+    declared = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    return dataclasses.field(default=declared.default, metadata=declared.metadata)
+
+
 def options_of(config_class: type) -> dict[str, Option]:
     """Every setting of a config class by name, in order of declaration."""
     return dict(_options_of(config_class))

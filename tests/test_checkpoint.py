@@ -204,10 +204,10 @@ def test_the_variant_is_what_its_config_says(config, mode, cfg_ratio):
 def test_official_sizes_are_the_published_ones(variant, parameters):
     from diffusers import AceStepTransformer1DModel
 
-    from sidestep.acestep.checkpoint import _accepted
+    from sidestep.acestep.checkpoint import accepted
 
     with torch.device("meta"):
-        decoder = AceStepTransformer1DModel(**_accepted(AceStepTransformer1DModel, official_config(variant)))
+        decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, official_config(variant)))
     assert sum(p.numel() for p in decoder.parameters()) == parameters
 
 

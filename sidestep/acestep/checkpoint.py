@@ -5,6 +5,7 @@ No Python that a checkpoint brings along is run. Key map and XL timbre token: sp
 
 import inspect
 import pickle
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import AceStepAudioTokenDeto
 from transformers import AutoTokenizer, Qwen3Model
 
 from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
+from sidestep.acestep.quantize import is_quantized, make_quantizable, quantize_weight
 from sidestep.acestep.weights import Weights, fill
 from sidestep.errors import UserError
 from sidestep.variants import Variant, detect
@@ -49,9 +51,9 @@ class Checkpoint:
         folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part) or self.layout.part(part)
         return self._open(folder).identity()
 
-    def load_decoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepTransformer1DModel:
-        """The frozen DiT."""
-        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", self._sizes(), device, dtype)
+    def load_decoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = "") -> AceStepTransformer1DModel:
+        """The frozen DiT. quantize: int8 or nf4 keeps the blocks' linear layers in so many bits; the rest stays in `dtype`."""
+        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", decoder_sizes(self.config), device, dtype, quantize=quantize)
 
     def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
@@ -63,7 +65,7 @@ class Checkpoint:
 
     def load_condition_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepConditionEncoder:
         """Lyric encoder, timbre encoder and text projection; on XL with the timbre token that diffusers leaves out."""
-        sizes = self._encoder_sizes()
+        sizes = encoder_sizes(self.config)
         extra = {"silence_latent": self.silence_latent}  # of any length
         if self.layout.kind == "original":
             extra["null_condition_emb"] = self.load_null_condition
@@ -78,18 +80,18 @@ class Checkpoint:
 
     def load_audio_tokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenizer:
         """25 Hz latents to 5 Hz codes."""
-        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", self._encoder_sizes(), device, dtype)
+        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", encoder_sizes(self.config), device, dtype)
 
     def load_audio_detokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenDetokenizer:
         """5 Hz codes to 25 Hz hints."""
-        return self._load(AceStepAudioTokenDetokenizer, "audio_token_detokenizer", "detokenizer.", self._encoder_sizes(), device, dtype)
+        return self._load(AceStepAudioTokenDetokenizer, "audio_token_detokenizer", "detokenizer.", encoder_sizes(self.config), device, dtype)
 
     def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo."""
         folder = require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN)
         config = read_config(folder / "config.json")
         with init_empty_weights(include_buffers=False):
-            vae = AutoencoderOobleck(**_accepted(AutoencoderOobleck, config))
+            vae = AutoencoderOobleck(**accepted(AutoencoderOobleck, config))
         weights = self._open(folder)
         fill(vae, weights, {key: key for key in weights.shapes}, dtype, device, "VAE")
         return vae.to(device).eval().requires_grad_(False)
@@ -132,7 +134,7 @@ class Checkpoint:
             self._weights[folder] = Weights(require_folder(folder, "A part of the checkpoint was", DOWNLOAD_AGAIN))
         return self._weights[folder]
 
-    def _load(self, model_class, part: str, prefix: str, sizes: dict, device: torch.device, dtype: torch.dtype, extra: dict | None = None):
+    def _load(self, model_class, part: str, prefix: str, sizes: dict, device: torch.device, dtype: torch.dtype, extra: dict | None = None, quantize: str = ""):
         weights = self._open(self.layout.part(part))
         if self.layout.kind == "diffusers":
             sizes = read_config(weights.folder / "config.json")
@@ -140,25 +142,29 @@ class Checkpoint:
         else:
             keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}
         with init_empty_weights(include_buffers=False):
-            model = model_class(**_accepted(model_class, sizes))
-        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra)
+            model = model_class(**accepted(model_class, sizes))
+            if quantize:
+                make_quantizable(model, quantize, dtype)
+        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra, partial(_place_quantized, device) if quantize else None)
         self.loaded_keys.update(keys.values())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
 
-    def _sizes(self) -> dict:
-        """The DiT's sizes under diffusers' argument names."""
-        sizes = dict(self.config)
-        sizes["rope_theta"] = sizes.get("rope_theta") or sizes.get("rope_parameters", {}).get("rope_theta", 1e6)
-        if sizes.get("use_sliding_window") is False and self.layout.kind == "original":
-            sizes["layer_types"] = ["full_attention"] * int(sizes["num_hidden_layers"])
-        return sizes
 
-    def _encoder_sizes(self) -> dict:
-        """The encoders' sizes: in XL they keep the 2B model's."""
-        sizes = self._sizes()
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            sizes[name] = sizes.get(f"encoder_{name}") or sizes[name]
-        return sizes
+def decoder_sizes(config: dict) -> dict:
+    """The DiT's sizes under diffusers' argument names, from a `config.json` of either layout."""
+    sizes = dict(config)
+    sizes["rope_theta"] = sizes.get("rope_theta") or sizes.get("rope_parameters", {}).get("rope_theta", 1e6)
+    if sizes.get("use_sliding_window") is False:
+        sizes["layer_types"] = ["full_attention"] * int(sizes["num_hidden_layers"])
+    return sizes
+
+
+def encoder_sizes(config: dict) -> dict:
+    """The encoders' sizes: in XL they keep the 2B model's."""
+    sizes = decoder_sizes(config)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        sizes[name] = sizes.get(f"encoder_{name}") or sizes[name]
+    return sizes
 
 
 def open_checkpoint(checkpoint_dir: Path, model_variant: str) -> Checkpoint:
@@ -176,7 +182,14 @@ def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:
     timbre.embed_tokens.register_forward_hook(with_token)
 
 
-def _accepted(model_class, config: dict) -> dict:
-    """The entries of a config that the class takes."""
+def _place_quantized(device: torch.device, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> bool:
+    if name != "weight" or not is_quantized(module):
+        return False
+    quantize_weight(module, tensor, device)
+    return True
+
+
+def accepted(model_class, config: dict) -> dict:
+    """The entries of a config that the class takes as arguments."""
     parameters = set(inspect.signature(model_class.__init__).parameters) - {"self"}
     return {name: value for name, value in config.items() if name in parameters}

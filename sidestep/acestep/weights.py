@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from sidestep.errors import UserError
 
+Place = Callable[[torch.nn.Module, str, torch.Tensor], bool]
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 SAMPLED_BYTES = 4096
 
@@ -94,10 +95,11 @@ def _open(file: Path):
         raise UserError(f"{file}: damaged or cut short at {size:,} bytes ({error}).", "Download this file again.") from None
 
 
-def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: torch.dtype, device: torch.device, what: str, extra: dict[str, Callable[[], torch.Tensor]] | None = None) -> None:
+def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: torch.dtype, device: torch.device, what: str, extra: dict[str, Callable[[], torch.Tensor]] | None = None, place: Place | None = None) -> None:
     """Give a model built on `meta` its weights, one tensor at a time, so that memory peaks at the weights themselves.
 
     keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key.
+    place(module, name, tensor): takes a tensor that is not to be stored as it is, and says so by returning True.
     Raises UserError when tensors are missing, left over or of another shape than the config says.
     """
     extra = extra or {}
@@ -115,8 +117,10 @@ def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: 
             "Take config.json and weights from the same checkpoint.",
         )
     name_of = {key: name for name, key in keys.items()}
-    for key, tensor in weights.read(name_of, dtype, device):
-        _assign(model, name_of[key], tensor)
+    for key, tensor in weights.read(name_of, dtype, torch.device("cpu") if place else device):
+        path, _, leaf = name_of[key].rpartition(".")
+        if place is None or not place(model.get_submodule(path), leaf, tensor):
+            _assign(model, name_of[key], tensor.to(device))
     for name, make in extra.items():
         _assign(model, name, make().to(device, dtype))
 

@@ -1,0 +1,82 @@
+"""What saves memory changes no number, or by no more than it says."""
+
+import pytest
+import torch
+
+from sidestep.acestep.block_swap import BlockSwap
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.recompute import offload_activations, recompute_layers
+from sidestep.adapters.attach import attach
+from sidestep.config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def run_steps(checkpoints, tmp_path, prepare=None, context=None, quantize="", steps=4, folder="turbo", dtype=torch.float32):
+    """Losses of a few optimizer steps on one golden-sized sample, and the gradient norms; everything seeded."""
+    checkpoint = open_checkpoint(checkpoints, folder)
+    decoder = checkpoint.load_decoder(dtype=dtype, quantize=quantize)
+    torch.manual_seed(0)
+    config = TrainConfig(checkpoint_dir=checkpoints, dataset_dir=tmp_path, output_dir=tmp_path, rank=4, alpha=8, dropout=0.1)
+    model = attach(decoder, config).train()
+    if prepare:
+        prepare(decoder)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    noisy, target = torch.randn(2, 1, 50, 8, generator=generator)
+    context_latents, conditions = torch.randn(1, 50, 16, generator=generator), torch.randn(1, 30, 32, generator=generator)
+    t = torch.tensor([0.5])
+    values = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        with context() if context else torch.enable_grad():
+            loss = (model(noisy, t, t, conditions, context_latents, return_dict=False)[0] - target).square().mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        values += [loss.item(), norm.item()]
+    return values, model
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, None])
+def test_recomputing_layers_changes_no_number(checkpoints, tmp_path, count):
+    plain, _ = run_steps(checkpoints, tmp_path)
+    recomputed, _ = run_steps(checkpoints, tmp_path, lambda decoder: recompute_layers(decoder, count))
+    assert recomputed == plain
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_offloading_activations_changes_no_number(checkpoints, tmp_path, recompute):
+    plain, _ = run_steps(checkpoints, tmp_path)
+    prepare = recompute_layers if recompute else None
+    offloaded, _ = run_steps(checkpoints, tmp_path, prepare, lambda: offload_activations(CPU))
+    assert offloaded == plain
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_swapping_blocks_changes_no_number_and_leaves_no_copy(checkpoints, tmp_path, count):
+    swap = BlockSwap(CPU)
+
+    def prepare(decoder):
+        recompute_layers(decoder, count)
+        swap.install(decoder, count)
+
+    plain, _ = run_steps(checkpoints, tmp_path)
+    swapped, model = run_steps(checkpoints, tmp_path, prepare)
+    assert swapped == plain
+    for block in swap.blocks:
+        assert all(module._parameters[name] is home for (module, name), home in zip(block.places, block.home, strict=True))
+    assert not swap.fetched
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("nf4", 0.35)])
+def test_a_quantised_base_trains_and_stays_near_the_exact_one(checkpoints, tmp_path, precision, tolerance):
+    exact, _ = run_steps(checkpoints, tmp_path, steps=12)
+    quantised, model = run_steps(checkpoints, tmp_path, quantize=precision, steps=12)
+    assert quantised[-2] < 0.9 * quantised[0]
+    assert quantised[0] == pytest.approx(exact[0], rel=tolerance)
+    kinds = {type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__}
+    assert kinds & {"Linear8bitLt", "Linear4bit"}
+    stored = {p.dtype for name, p in model.named_parameters() if ".base_layer.weight" in name}
+    assert stored == {torch.int8 if precision == "int8" else torch.uint8}
