@@ -1,7 +1,7 @@
 """Audio files: find them, ask how long they are, decode them to float32 [2, S] at 48 kHz.
 
-The content decides how a file is read, not its name: libsndfile first (wav, flac, mp3, ogg, opus, aiff, caf, w64), else FFmpeg through PyAV
-(m4a, aac, alac, wma, webm, wv, …). Rules:
+The content decides how a file is read, not its name: libsndfile first (wav, flac, ogg, opus, aiff, caf, w64), else FFmpeg through PyAV (m4a, aac, alac, wma,
+webm, wv, …). What is called mp3 goes to FFmpeg at once, because libsndfile's decoder writes its remarks on damaged files into the terminal. Rules:
 
 - mono is doubled, stereo is kept as it is;
 - more channels are folded as in ITU-R BS.775: centre and surrounds at -3 dB, a single back channel at -6 dB on both sides, LFE left out; each side is then
@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ AUDIO_SUFFIXES = frozenset(
 )
 NOT_THE_USERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"})  # folders that systems make
 
+_MPEG = frozenset({".mp3", ".mp2"})
 _BLOCK_SAMPLES = 8192  # small, so that one block is nothing beside a song
 _HALF_POWER = 0.5**0.5
 _LEFT_RIGHT = {  # channel name -> weight on (left, right)
@@ -230,28 +231,28 @@ def _opened(path: Path) -> Iterator[_Source]:
             file.read(1)
     except OSError as error:
         raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
-    try:
-        with _sndfile(path) as source:
-            yield source
-            return
-    except _NotForSndfile:
-        pass
-    with _ffmpeg(path) as source:
+    with ExitStack() as stack:
+        try:
+            if path.suffix.lower() in _MPEG:
+                raise _NotUnderstood
+            source = stack.enter_context(_sndfile(path))
+        except _NotUnderstood:
+            source = stack.enter_context(_ffmpeg(path))
         yield source
 
 
-class _NotForSndfile(Exception):
-    """libsndfile does not know this kind of file."""
+class _NotUnderstood(Exception):
+    """libsndfile does not know this kind of file, or is not to be asked."""
 
 
 @contextmanager
 def _sndfile(path: Path) -> Iterator[_Source]:
     if path.suffix.lower() == ".raw":  # soundfile would ask for a format; a raw file has none to give
-        raise _NotForSndfile
+        raise _NotUnderstood
     try:
         file = soundfile.SoundFile(str(path) if sys.platform == "win32" else os.fsencode(path))
     except (soundfile.LibsndfileError, UnicodeError) as error:
-        raise _NotForSndfile from error
+        raise _NotUnderstood from error
 
     def blocks() -> Iterator[np.ndarray]:
         done = 0
