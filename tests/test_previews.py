@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,6 +23,8 @@ from sidestep.training import train
 from sidestep.training.previews import previews_for, prompts_for
 from sidestep.training.setup import open_accelerator, set_up
 from tests.conftest import FIXTURES
+from tests.test_training_processes import FSDP, finish, start
+from tests.training_world import run, settings, write_data
 
 CHECKPOINTS = FIXTURES / "checkpoints"
 
@@ -112,16 +115,16 @@ def state_of(run) -> list:
 @pytest.mark.parametrize("adapter_type", ["lora", "dora", "lokr", "oft"])
 def test_previews_leave_model_modes_and_random_numbers_as_they_were(tensors, tmp_path, adapter_type):
     asked = config(tensors, tmp_path, preview_prompt="x", adapter_type=adapter_type)
-    run = set_up(asked, silent, *open_accelerator(asked, silent))
+    trained = set_up(asked, silent, *open_accelerator(asked, silent))
     hidden = torch.ones(1, 1, 1, 12, dtype=torch.bool)
-    run.objective.condition_mask.mask = hidden
-    before = state_of(run)
-    run.previews.at_end(run)
-    assert all(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))
-    assert run.objective.condition_mask.mask is hidden
+    trained.objective.condition_mask.mask = hidden
+    before = state_of(trained)
+    trained.previews.at_end(trained)
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(trained), strict=True))
+    assert trained.objective.condition_mask.mask is hidden
     assert files(tmp_path / "previews") == [f"{folder}/01-x.{kind}" for folder in ("base", "epoch_0000") for kind in ("flac", "json")]
     stamp = (tmp_path / "previews" / "base" / "01-x.flac").stat().st_mtime_ns
-    run.previews.make(run)
+    trained.previews.make(trained)
     assert (tmp_path / "previews" / "base" / "01-x.flac").stat().st_mtime_ns == stamp
 
 
@@ -138,10 +141,10 @@ def test_encoders_are_gone_before_training_and_an_offloaded_vae_returns_to_the_c
 
     monkeypatch.setattr(Checkpoint, "load_vae", watched)
     asked = config(tensors, tmp_path, preview_prompt="x", offload_encoder=offload)
-    run = set_up(asked, silent, *open_accelerator(asked, silent))
+    trained = set_up(asked, silent, *open_accelerator(asked, silent))
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Qwen3Model)]
-    run.previews.make(run)
+    trained.previews.make(trained)
     assert moves == [*after_each, *(["cpu", "cpu"] if offload else [])]  # base and adapter: to the device and back, but loaded there at first
 
 
@@ -196,3 +199,17 @@ def test_without_prompts_there_are_no_previews_and_nothing_is_loaded(tmp_path):
     assert not checkpoint.loaded_keys
     with pytest.raises(UserError, match="Say it: --preview-prompt"):
         prompts_for(config(tmp_path, tmp_path, preview_every=1), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_make_the_previews_of_one(tmp_path, environment):
+    data = write_data(tmp_path / "data")
+    asked = {"preview_every": 1, "preview_prompt": "x", "preview_duration": 1.0, "epochs": 1, "max_steps": 2, "lr": 1e-3, "val_split": 0.2}
+    run(settings(data, tmp_path / "one", gradient_accumulation=2, **asked))
+    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **asked))
+    previews = files(tmp_path / "one" / "previews")
+    assert previews and files(tmp_path / "two" / "previews") == previews
+    for name in (name for name in previews if name.endswith(".flac")):
+        one, two = (soundfile.read(tmp_path / folder / "previews" / name, dtype="float32")[0] for folder in ("one", "two"))
+        assert np.abs(one - two).max() < 1e-4, name
