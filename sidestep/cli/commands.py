@@ -18,6 +18,7 @@ from sidestep.config import (
     ExportConfig,
     HistoryConfig,
     InspectConfig,
+    PlanConfig,
     PreprocessConfig,
     PresetsConfig,
     SampleConfig,
@@ -95,6 +96,14 @@ def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitSt
     return _as_json(config, result, terminal)
 
 
+def plan(config: PlanConfig, report: Report, terminal: Terminal) -> ExitStatus:
+    """`plan`. An answer is a success, also when it is that the run does not fit."""
+    from sidestep.memory.plan import as_json, plan
+
+    result = plan(config, report)
+    return _as_json(config, as_json(result), terminal)
+
+
 def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`demo`."""
     from sidestep.demo import demo
@@ -146,6 +155,7 @@ RUN: dict[type, Callable[[Any, Report, Terminal], ExitStatus]] = {
     BuildDatasetConfig: build_dataset,
     SampleConfig: sample,
     EstimateConfig: estimate,
+    PlanConfig: plan,
     ExportConfig: export,
     InspectConfig: inspect,
     HistoryConfig: history,

@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import COMMANDS, TrainConfig
+from sidestep.config import DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.errors import UserError
 from sidestep.events import Table
-from sidestep.options import as_arguments, options_of, resolve
+from sidestep.options import changed_from_defaults, options_of, resolve
 from sidestep.terminal.render import clock
 from sidestep.wizard.session import Outside
 from sidestep.workspace import count_tensors
@@ -53,8 +53,7 @@ def _counted(folder: Path) -> str:
 
 
 def _machine(checkpoint_dir: Path | None) -> Table | None:
-    arguments = ["doctor", "--json", *(["--checkpoint-dir", str(checkpoint_dir)] if checkpoint_dir else [])]
-    findings = _json_of(arguments)
+    findings = _json_of(tuple(command_words(DoctorConfig(json=True, checkpoint_dir=checkpoint_dir))))
     if not isinstance(findings, list):
         return None
     wanted = ("device", "device memory", "precision", "attention", "checkpoints", "free disk")
@@ -67,21 +66,27 @@ def _facts(config: Any) -> list[str]:
     lines = []
     if isinstance(config, TrainConfig):
         lines.append(f"Data: {count_tensors(config.dataset_dir):,} songs as tensors in {config.dataset_dir}")
-    if isinstance(config, TrainConfig) and "plan" in COMMANDS:
-        plan_class = COMMANDS["plan"][0]
-        shared = {name: getattr(config, name) for name in options_of(plan_class) if hasattr(config, name)}
-        plan = _json_of(["plan", *as_arguments(resolve(plan_class, shared)), "--json"])
-        if isinstance(plan, dict) and (line := _plan_line(plan)):
-            lines.append(line)
+        lines += _memory(config)
     return lines
 
 
-def _plan_line(plan: dict) -> str:
-    peak = plan.get("peak_bytes")
-    return f"Memory: {peak / 2**30:.1f} GiB at most" if isinstance(peak, int | float) else ""
+def _memory(config: TrainConfig) -> list[str]:
+    options = options_of(PlanConfig)
+    shared = {name: value for name, value in changed_from_defaults(config).items() if name in options}
+    plan = _json_of(tuple(command_words(resolve(PlanConfig, shared, {"json": True}))))
+    if not isinstance(plan, dict):
+        return []
+    needed, there, fits = plan["asked"]["needed_bytes"] / 2**30, plan["device_bytes"], plan["fits"]
+    if fits is None:
+        return [f"Memory: {needed:.1f} GiB at most for songs of four minutes (no GPU found to compare with)"]
+    lines = [f"Memory: {needed:.1f} GiB at most of {there / 2**30:.1f} GiB for songs of four minutes: {'fits' if fits else 'DOES NOT FIT'}"]
+    if not fits and plan["best"]:
+        lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")
+    return lines
 
 
-def _json_of(arguments: list[str]) -> Any:
+@lru_cache(maxsize=8)  # a review that is shown again has the same answer
+def _json_of(arguments: tuple[str, ...]) -> Any:
     """What a command of ours prints as JSON, or None: the wizard goes on without it."""
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"), *arguments]
     try:

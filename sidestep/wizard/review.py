@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sidestep import presets
-from sidestep.config import command_line
+from sidestep.config import TrainConfig, command_line
 from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
 from sidestep.options import changed_from_defaults, options_of
@@ -43,6 +43,8 @@ def review(flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, around: 
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
         else:
             show(review_table(f"Review: {flow.title}  (* differs from the default)", config))
+            if type(config) is TrainConfig:
+                show(Notice(message="Working out the memory of this run ..."))
             for line in facts(config):
                 show(Notice(message=line))
             show(Notice(message=f"The same as a command:\n  {command_line(config)}"))
