@@ -52,7 +52,7 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
         return {"runs": []}
     columns = ("run", "started", "model", "adapter", "epochs", "time", "best loss", "judged by", "state")
     report(Table(title=f"{len(runs)} run{'s' * (len(runs) > 1)} in {config.folder}", columns=columns, rows=tuple(_row(run, config.folder) for run in runs)))
-    resumable = next((run.folder for run in runs if not run.finished and found[run.folder].epochs), None)
+    resumable = next((run.folder for run in runs if not run.finished and found[run.folder].checkpoints), None)
     if resumable is not None and (command := _resume(found[resumable])):
         report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
     return {"runs": runs}

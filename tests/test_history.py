@@ -32,6 +32,7 @@ def make_run(folder: Path, losses: list[float], validations: dict[int, float] | 
     place = folder / "final" if finished else folder / "checkpoints" / "epoch_0001"
     place.mkdir(parents=True)
     (place / "adapter_config.json").write_text("{}", "utf-8")
+    (place / "complete.json").write_text(json.dumps({"position": {"step": 10, "epoch": 1}}), "utf-8")
     return folder
 
 
