@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     """Run one command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress is ours to show
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warning their developers, not our users
     try:
         call = parse(argv)
     except UserError as error:

@@ -17,7 +17,7 @@ from sidestep.wizard.session import Outside
 from sidestep.workspace import count_tensors
 
 LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
-WAIT_SECONDS = 60
+WAIT_SECONDS = 25  # for an answer that needs torch; without it the wizard goes on
 
 
 def outside(here: Path = Path(".")) -> Outside:
@@ -75,7 +75,7 @@ def _memory(config: TrainConfig) -> list[str]:
     shared = {name: value for name, value in changed_from_defaults(config).items() if name in options}
     plan = _json_of(tuple(command_words(resolve(PlanConfig, shared, {"json": True}))))
     if not isinstance(plan, dict):
-        return []
+        return ["Memory: not worked out in time; train.py plan has the answer"]
     needed, there, fits = plan["asked"]["needed_bytes"] / 2**30, plan["device_bytes"], plan["fits"]
     if fits is None:
         return [f"Memory: {needed:.1f} GiB at most for songs of four minutes (no GPU found to compare with)"]
@@ -87,10 +87,10 @@ def _memory(config: TrainConfig) -> list[str]:
 
 @lru_cache(maxsize=8)  # a review that is shown again has the same answer
 def _json_of(arguments: tuple[str, ...]) -> Any:
-    """What a command of ours prints as JSON, or None: the wizard goes on without it."""
+    """What a command of ours prints as JSON, or None: the wizard goes on without it. Ctrl-C skips the wait."""
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=WAIT_SECONDS, check=True, stdin=subprocess.DEVNULL)
         return json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+    except (OSError, subprocess.SubprocessError, ValueError, KeyboardInterrupt):
         return None

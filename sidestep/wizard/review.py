@@ -44,7 +44,7 @@ def review(flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, around: 
         else:
             show(review_table(f"Review: {flow.title}  (* differs from the default)", config))
             if type(config) is TrainConfig:
-                show(Notice(message="Working out the memory of this run ..."))
+                show(Notice(message="Working out the memory of this run (Ctrl-C: skip) ..."))
             for line in facts(config):
                 show(Notice(message=line))
             show(Notice(message=f"The same as a command:\n  {command_line(config)}"))
