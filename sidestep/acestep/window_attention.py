@@ -25,8 +25,8 @@ except ImportError:  # torch before 2.10
 
 Attend = Callable[..., torch.Tensor]
 
-# Queries are cut in blocks of about this many tokens. Measured with window 128 (benchmarks/run.py, table "block size"): smaller blocks compute
-# fewer masked scores, larger ones copy fewer keys twice; 128 to 256 lie within a tenth of each other, 384 and 512 cost a third and more.
+# Queries are cut in blocks of about this many tokens. Smaller blocks compute fewer masked scores, larger ones copy fewer keys twice. Measured with
+# window 128 (benchmarks/run.py --only attention): 128 and 192 within a tenth of each other, 256 a fifth more, 384 a half, 512 nearly twice.
 BLOCK_TOKENS = 192
 
 
