@@ -46,7 +46,9 @@ def inspect_adapter(config: InspectConfig, report: Report) -> Inspection:
     adapter = found.adapter()
     applied = applied_by_each(found, keys)
     scales = {name: found.scale(name) for name in found.modules}
-    broken = not_finite(adapter)
+    norms = {name: norm_of(factors) for name, factors in adapter.modules.items()}
+    bad = set(not_finite(adapter))
+    broken = [name for name in adapter.modules if name in bad or not math.isfinite(norms[name])]  # or products that overflow
     result = Inspection(
         path=found.path.as_posix(),
         kind=adapter.title,
@@ -60,7 +62,7 @@ def inspect_adapter(config: InspectConfig, report: Report) -> Inspection:
         strength=[min(scales.values()), max(scales.values())],
         targets=dict(Counter(".".join(parts(name)[1:]) for name in found.modules)),
         programs={a.program: {"strength": list(a.strength) if a.strength else None, "note": a.note} for a in applied},
-        norms={name: round(norm_of(factors), 6) for name, factors in adapter.modules.items() if name not in broken},
+        norms={name: round(norm, 6) for name, norm in norms.items() if name not in broken},
         not_finite=broken,
         facts=found.facts,
     )

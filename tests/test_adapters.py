@@ -124,7 +124,7 @@ def test_each_adapter_learns_saves_loads_and_merges(adapter_type, settings):
         load_adapter_state(again, trained)
         assert all(torch.equal(tensor, trained[name]) for name, tensor in adapter_state(again).items())
         assert torch.equal(velocity(again), expected)
-        torch.testing.assert_close(velocity(again.merge_and_unload()), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(velocity(again.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
 
 
 @kinds
