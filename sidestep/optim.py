@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules by name; all of them from libraries."""
 
 from collections.abc import Iterable
+from contextlib import redirect_stdout
+from io import StringIO
 
 import torch
 from torch.optim import Adafactor, AdamW, Optimizer
@@ -26,7 +28,8 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
     if config.optimizer_type == "prodigy":
         from prodigyopt import Prodigy  # its import prints nothing and costs nothing, but few runs need it
 
-        return Prodigy(parameters, lr=config.lr, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True)
+        with redirect_stdout(StringIO()):  # it prints how it decays weights
+            return Prodigy(parameters, lr=config.lr, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True)
     return _adamw8bit(config, parameters, device)
 
 

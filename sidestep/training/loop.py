@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -40,7 +41,8 @@ class Progress:
 def run_loop(run: Run) -> None:
     """Train from `run.position` to the end. Raises Interrupted after a save when asked to stop, JobError when the run goes astray."""
     progress = Progress()
-    with StopRequest() as stop:
+    with StopRequest() as stop, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step that was skipped
         while run.position.step < run.total_steps:
             started = time.perf_counter()
             train_epoch(run, progress, stop)

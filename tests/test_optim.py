@@ -1,0 +1,77 @@
+"""Optimizers and schedules by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
+from sidestep.errors import UserError
+from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler, warmup_steps
+from tests.training_world import settings
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    return settings(Path("data"), Path("out"), **changes)
+
+
+def parameter() -> torch.nn.Parameter:
+    torch.manual_seed(0)
+    return torch.nn.Parameter(torch.randn(64, 8))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZER_TYPES if name != "adamw8bit"])
+def test_each_optimizer_goes_downhill_and_prints_nothing(name, capsys):
+    p = parameter()
+    optimizer = make_optimizer(config(optimizer_type=name, lr=1.0 if name == "prodigy" else 0.05), [p], CPU)
+    before = p.square().mean().item()
+    for _ in range(400 if name == "prodigy" else 60):  # it begins with tiny steps and finds the size
+        p.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert p.square().mean().item() < 0.9 * before
+    assert capsys.readouterr().out == ""
+
+
+def test_adamw_is_the_fused_one():
+    assert make_optimizer(config(), [parameter()], CPU).defaults["fused"]
+
+
+def test_adamw8bit_runs_or_says_that_this_device_has_none():
+    """It is never swapped for another one in silence."""
+    p = parameter()
+    try:
+        optimizer = make_optimizer(config(optimizer_type="adamw8bit"), [p], CPU)
+    except UserError as refused:
+        assert "adamw8bit" in refused.problem and "cpu" in refused.problem
+        assert "--optimizer-type adamw" in refused.fix
+    else:
+        assert type(optimizer).__name__ == "AdamW8bit"
+
+
+@pytest.mark.parametrize(("lr", "noted"), [(1e-4, True), (1.0, False), (0.5, False), (20.0, True)])
+def test_prodigys_lr_is_a_multiplier_around_one(lr, noted):
+    note = learning_rate_note(config(optimizer_type="prodigy", lr=lr))
+    assert bool(note) == noted
+    assert not noted or "around 1.0" in note
+    assert not learning_rate_note(config(lr=lr))
+
+
+@pytest.mark.parametrize("name", SCHEDULER_TYPES)
+def test_schedules_warm_up_and_end_where_they_should(name):
+    c = config(scheduler_type=name, warmup_steps=100, lr=1.0)
+    optimizer = make_optimizer(c, [parameter()], CPU)
+    schedule = make_scheduler(c, optimizer, 400)
+    rates = []
+    for _ in range(400):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert warmup_steps(c, 400) == 40  # at most a tenth of the run
+    if name != "constant":
+        assert rates[0] < 0.05 and rates[40] == pytest.approx(1.0)
+    assert rates[-1] < 0.01 if name in ("cosine", "linear") else rates[200] > 0
+    rises = sum(b > a + 0.5 for a, b in zip(rates[41:], rates[42:], strict=False))
+    assert rises == (3 if name == "cosine_restarts" else 0)
