@@ -1,6 +1,7 @@
 """Windowed attention: what diffusers' dense mask computes, at a cost that grows with the length and not with its square."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidestep.acestep import attention, window_attention
 from sidestep.acestep.attention import REQUESTS, use_attention
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.regional_compile import compile_layers
@@ -232,6 +235,41 @@ def test_every_choice_gives_its_reason(request_):
     else:
         choice = use_attention(decoder, request_)
         assert choice.value == {"auto": "local"}.get(request_, request_) and choice.reason
+
+
+def test_flex_attention_sees_the_same_window(monkeypatch):
+    monkeypatch.setattr(window_attention, "_compiled_flex", flex_attention)  # uncompiled it runs on CPUs too, forward only
+    inputs = [x.detach() for x in tensors(2, 140, 4, 2)]
+    found = window_attention.flex_window_attention(*inputs, 6, 0.3, 0.0, MaskCache())
+    torch.testing.assert_close(found, dense(*inputs, 6), atol=1e-5, rtol=1e-5)
+
+
+def test_songs_are_packed_for_torchs_flash_kernel_and_unpacked_again(monkeypatch):
+    def kernel(query, key, value, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        """What the CUDA kernel documents, song by song."""
+        assert (scale, enable_gqa, max_q, max_k) == (0.3, True, 140, 140) and window_size[0] == window_size[1] and starts_q.dtype == torch.int32
+        songs = [slice(a, b) for a, b in zip(starts_q.tolist(), starts_k.tolist()[1:], strict=False)]
+        return torch.cat([dense(query[None, s], key[None, s], value[None, s], window_size[0])[0] for s in songs])
+
+    monkeypatch.setattr(window_attention, "varlen_attn", kernel)
+    inputs = tensors(3, 140, 4, 2)
+    torch.testing.assert_close(window_attention.flash_torch_attention(*inputs, 6, 0.3, 0.0), dense(*inputs, 6), atol=1e-5, rtol=1e-5)
+
+
+def test_a_kernel_that_computes_something_else_is_found_in_the_trial():
+    layer = tiny_decoder().layers[0].self_attn
+    exact = partial(local_attention, masks=MaskCache())
+
+    def verdict(kernel):
+        return attention._difference(kernel, exact, CPU, torch.float32, layer)
+
+    def broken(*inputs):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    assert verdict(exact) == ""
+    assert "differs" in verdict(lambda q, k, v, window, scale, dropout: exact(q, k, v, window - 1, scale, dropout))
+    assert "differs" in verdict(lambda *inputs: exact(*inputs) * float("nan"))
+    assert verdict(broken) == "it fails on this device (no kernel image is available)"
 
 
 def test_a_model_without_sliding_layers_keeps_its_attention():
