@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,17 @@ def test_a_broken_header_that_promises_terabytes_costs_no_memory(tmp_path):
     data[4:8] = data[40:44] = b"\xff\xff\xff\x7f"
     (tmp_path / "a.wav").write_bytes(data)
     assert decode(tmp_path / "a.wav").shape == (2, 24_000)
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_decoding_holds_the_result_and_little_else(tmp_path, rate):
+    write_sndfile(tmp_path / "a.wav", tone(seconds=60, rate=rate), rate)
+    decode(tmp_path / "a.wav", max_seconds=1)
+    tracemalloc.start()
+    audio = decode(tmp_path / "a.wav")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert audio.shape == (2, 60 * SAMPLE_RATE) and peak < 1.1 * audio.nbytes
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")

@@ -203,8 +203,14 @@ class _Growing:
         self.length = end
 
     def samples(self, limit: int) -> np.ndarray:
-        """Float32 [2, min(S, limit)], contiguous."""
-        return np.ascontiguousarray(self._buffer[:, : min(self.length, limit)])
+        """Float32 [2, min(S, limit)], contiguous: the second row is moved up to the first within the buffer."""
+        length, capacity = min(self.length, limit), self._buffer.shape[1]
+        flat = self._buffer.reshape(-1)
+        if length < capacity:
+            for start in range(0, length, SAMPLE_RATE):
+                end = min(start + SAMPLE_RATE, length)
+                flat[length + start : length + end] = flat[capacity + start : capacity + end]
+        return flat[: 2 * length].reshape(2, length)
 
 
 def _to_stereo(positions: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
