@@ -136,6 +136,7 @@ class TrainConfig(ModelConfig):
     recompute_layers: int | None = option(None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True)
     base_precision: str = option("auto", "frozen base in 8 or 4 bits (bitsandbytes); auto keeps --precision", group="Memory", choices=("auto", "int8", "nf4"))
     offload_activations: bool = option(False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True)
+    even_if_it_does_not_fit: bool = option(False, "train although the memory planner says that the GPU is too small", group="Memory", advanced=True)
     swap_blocks: int = option(0, "keep the weights of the first N layers on the CPU and stream them in", group="Memory", minimum=0, advanced=True)
     offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")
 

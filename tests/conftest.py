@@ -8,7 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -28,16 +28,19 @@ class BlockSwap:
     last: int = -1
 
     def install(self, decoder: nn.Module, count: int) -> None:
-        """Move the frozen weights of the first `count` blocks to the CPU and stream them from there from now on."""
+        """Keep the frozen weights of the first `count` blocks on the CPU and stream them from now on; all else goes to the device."""
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for index, block in enumerate(decoder.layers[:count]):
             places = [(m, name) for m in block.modules() for name, p in m._parameters.items() if p is not None and not p.requires_grad]
             home = [self._to_cpu(m._parameters[name]) for m, name in places]
             self.blocks.append(_Block(places, home))
-            self._put(index, home)
+            self._put(index, [nn.Parameter(torch.empty(0), requires_grad=False) for _ in home])  # so that the move below leaves them
             block.register_forward_pre_hook(lambda module, inputs, index=index: self._enter(index))
             # a recomputation stops as soon as the backward pass has what it needs, by an exception: leave all the same
             block.register_forward_hook(lambda module, inputs, output, index=index: self._leave(index), always_call=True)
+        decoder.to(self.device)
+        for index, block in enumerate(self.blocks):
+            self._put(index, block.home)
 
     def _to_cpu(self, parameter: nn.Parameter) -> nn.Parameter:
         tensor = parameter.detach().to("cpu")

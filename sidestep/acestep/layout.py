@@ -104,7 +104,11 @@ def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
         return checkpoint_dir
     models = [p.name for p in sorted(checkpoint_dir.iterdir()) if (p / "model_index.json").is_file() or "is_turbo" in _peek(p / "config.json")]
     found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
-    fix = f"Use one of them: --model-variant {models[0]}" if models else "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
+    fix = (
+        f"Use one of them: --model-variant {models[0]}"
+        if models
+        else "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
+    )
     raise UserError(f"--model-variant {variant}: no folder {names[0]} in {checkpoint_dir} ({found}).", fix)
 
 

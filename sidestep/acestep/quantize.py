@@ -43,9 +43,7 @@ def quantize_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
         else:
-            layer.weight = bitsandbytes.nn.Params4bit(
-                weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-            ).to(device)
+            layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer).to(device)
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"--base-precision: bitsandbytes {bitsandbytes.__version__} cannot quantise on the {device.type} device ({error}).",

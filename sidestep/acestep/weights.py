@@ -32,7 +32,9 @@ class Weights:
                         self.shapes[key] = tuple(header.get_slice(key).get_shape())
         missing = sorted(set(self._file_of) - set(self.shapes))
         if missing:
-            raise UserError(f"{folder}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again.")
+            raise UserError(
+                f"{folder}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again."
+            )
 
     def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
         """Each of the tensors, cast and moved one by one; floating point only is cast."""
@@ -80,7 +82,10 @@ def _index(folder: Path) -> tuple[list[Path], dict[str, Path]]:
                     raise UserError(f"{folder}: {shard} is missing.", "Download the checkpoint again; it is incomplete.")
             return [folder / shard for shard in sorted(set(names.values()))], {k: folder / s for k, s in names.items()}
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-    raise UserError(f"{folder}: no weights here (looked for {' and '.join(WEIGHT_NAMES)}; found {there}).", "Download the checkpoint again; pickled weights (.bin, .pt) are never loaded.")
+    raise UserError(
+        f"{folder}: no weights here (looked for {' and '.join(WEIGHT_NAMES)}; found {there}).",
+        "Download the checkpoint again; pickled weights (.bin, .pt) are never loaded.",
+    )
 
 
 def _open(file: Path):
@@ -95,7 +100,16 @@ def _open(file: Path):
         raise UserError(f"{file}: damaged or cut short at {size:,} bytes ({error}).", "Download this file again.") from None
 
 
-def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: torch.dtype, device: torch.device, what: str, extra: dict[str, Callable[[], torch.Tensor]] | None = None, place: Place | None = None) -> None:
+def fill(
+    model: torch.nn.Module,
+    weights: Weights,
+    keys: dict[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+    extra: dict[str, Callable[[], torch.Tensor]] | None = None,
+    place: Place | None = None,
+) -> None:
     """Give a model built on `meta` its weights, one tensor at a time, so that memory peaks at the weights themselves.
 
     keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key.
@@ -107,8 +121,15 @@ def fill(model: torch.nn.Module, weights: Weights, keys: dict[str, str], dtype: 
     missing = sorted(set(wanted) - set(keys) - set(extra))
     left_over = sorted(set(keys) - set(wanted))
     if missing or left_over:
-        details = [f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" for names, word in ((missing, "missing"), (left_over, "unknown")) if names]
-        raise UserError(f"{weights.folder}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.", "Take config.json and weights from the same checkpoint.")
+        details = [
+            f"{len(names)} {word} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for names, word in ((missing, "missing"), (left_over, "unknown"))
+            if names
+        ]
+        raise UserError(
+            f"{weights.folder}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
+            "Take config.json and weights from the same checkpoint.",
+        )
     wrong = [(name, weights.shapes[key], wanted[name]) for name, key in keys.items() if weights.shapes[key] != wanted[name]]
     if wrong:
         name, there, expected = wrong[0]

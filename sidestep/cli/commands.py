@@ -42,8 +42,10 @@ def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> 
 
 def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed`."""
+    from sidestep.memory.gate import require_fit
     from sidestep.training import train
 
+    require_fit(config, report)
     train(config, report)
     return ExitStatus.OK
 

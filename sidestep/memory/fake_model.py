@@ -54,9 +54,10 @@ class _Unpacked(torch.autograd.Function):
 
 def store_small(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
     """Put `StoredSmall` where a quantised base has its packed weights: below the adapters, or bare."""
-    names = [name for name, m in model.named_modules() if ".layers." in f".{name}" and isinstance(m, nn.Linear) and not any(p.requires_grad for p in m.parameters())]
+    names = [
+        name for name, m in model.named_modules() if ".layers." in f".{name}" and isinstance(m, nn.Linear) and not any(p.requires_grad for p in m.parameters())
+    ]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         linear = model.get_submodule(name)
         setattr(model.get_submodule(parent), leaf, StoredSmall(linear.out_features, linear.in_features, precision, dtype))
-

@@ -14,12 +14,13 @@ from sidestep.errors import UserError
 from sidestep.events import Report, Table
 from sidestep.memory.device import GIB, Device, on_device, this_device
 from sidestep.memory.passes import first_pass_peak, second_pass_peak
-from sidestep.memory.step import Peak, Shape, step_peak
+from sidestep.memory.step import Peak, Shape, StepModel
 from sidestep.options import changed_from_defaults, options_of
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
 
 FRAMES_PER_SECOND = 25
 SHORTEST_WINDOW_SECONDS = 15.0
+COUNTED = ("gradient_checkpointing", "recompute_layers", "optimizer_type", "swap_blocks", "gradient_accumulation")  # change no measurement
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,25 @@ class Planner:
 
     def __init__(self, sizes: dict, dtype: torch.dtype, seconds: float, tokens: int):
         self.sizes, self.dtype, self.seconds, self.tokens = sizes, dtype, seconds, tokens
-        self._known: dict[TrainConfig, Peak] = {}
+        self._known: dict[TrainConfig, StepModel] = {}
 
     def peak(self, config: TrainConfig) -> Peak:
         """Peak of a step; a window longer than the song is the song."""
-        if config not in self._known:
+        same = dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in COUNTED})
+        if same not in self._known:
             seconds = min(config.chunk_duration or self.seconds, self.seconds)
             shape = Shape(config.batch_size, round(seconds * FRAMES_PER_SECOND), self.tokens)
-            self._known[config] = step_peak(self.sizes, config, shape, self.dtype)
-        return self._known[config]
+            self._known[same] = StepModel(self.sizes, same, shape, self.dtype)
+        return self._known[same].peak(config)
 
     def candidate(self, asked: TrainConfig, **changes: object) -> Candidate:
         """The settings asked about with some of them changed."""
         config = dataclasses.replace(asked, **changes)
         options = options_of(TrainConfig)
-        flags = tuple(options[name].flag if value is True else f"{options[name].flag} {value:g}" if isinstance(value, float) else f"{options[name].flag} {value}" for name, value in changes.items())
+        flags = tuple(
+            options[name].flag if value is True else f"{options[name].flag} {value:g}" if isinstance(value, float) else f"{options[name].flag} {value}"
+            for name, value in changes.items()
+        )
         return Candidate(config, self.peak(config), flags)
 
     def levers(self, asked: TrainConfig) -> Iterator[Candidate]:

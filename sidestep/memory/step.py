@@ -11,7 +11,7 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import accepted
 from sidestep.acestep.recompute import recompute_layers
 from sidestep.adapters.attach import attach
-from sidestep.config import TrainConfig
+from sidestep.config import OPTIMIZER_TYPES, TrainConfig
 from sidestep.data.dataset import Batch
 from sidestep.memory.fake_model import fake_mode, make_fake, store_small
 from sidestep.memory.tracker import LiveBytes, bytes_of
@@ -44,6 +44,10 @@ class Peak:
     gradients: int
     optimizer: int
     block_weights: int = 0  # the share of `weights` that stands in the blocks
+    adamw: int = 0  # what the state of each optimizer takes
+    adamw8bit: int = 0
+    adafactor: int = 0
+    prodigy: int = 0
 
     @property
     def activations(self) -> int:
@@ -58,29 +62,52 @@ class Peak:
     def __mul__(self, times: int) -> "Peak":
         return Peak(*(times * a for a in astuple(self)))
 
+    def with_optimizer(self, optimizer_type: str) -> "Peak":
+        """With the state of an optimizer, which stands there in every step but the first."""
+        state = getattr(self, optimizer_type)
+        return replace(self, total=self.total + state, optimizer=state)
+
     def without_swapped(self, layers: int, swapped: int) -> "Peak":
         """With `swapped` of the `layers` blocks on the CPU, but for the one that computes and the one that is fetched ahead."""
         away = self.block_weights // layers * max(swapped - 2, 0)
         return replace(self, total=self.total - away, weights=self.weights - away, block_weights=self.block_weights - away)
 
 
-def step_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> Peak:
-    """Peak of an optimizer step of this model.
+class StepModel:
+    """Peaks of an optimizer step of one model on one shape, for any number of recomputed and swapped layers and any optimizer.
 
     All blocks are alike, so a few of them are run and the rest is counted: each recomputed block adds the same, each other block too.
     sizes: the model's config.json. dtype: of the frozen base; `config.base_precision` may pack it tighter.
     """
-    layers = int(sizes["num_hidden_layers"])
-    recomputed = 0 if not config.gradient_checkpointing else layers if config.recompute_layers is None else min(config.recompute_layers, layers)
-    kept = layers - recomputed
-    few_recomputed, few_kept = min(recomputed, FEW_BLOCKS + recomputed % 2), min(kept, FEW_BLOCKS + kept % 2)
-    base = _peak_of(sizes, config, shape, dtype, few_recomputed, few_kept)
-    total = base
-    for more, few, extra in ((recomputed, few_recomputed, (2, 0)), (kept, few_kept, (0, 2))):
-        if more > few:
-            larger = _peak_of(sizes, config, shape, dtype, few_recomputed + extra[0], few_kept + extra[1])
-            total = total + (larger - base) * ((more - few) // 2)
-    return total.without_swapped(layers, config.swap_blocks)
+
+    def __init__(self, sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype):
+        self.sizes, self.config, self.shape, self.dtype = sizes, config, shape, dtype
+        self.layers = int(sizes["num_hidden_layers"])
+        self._measured: dict[tuple[int, int], Peak] = {}
+
+    def peak(self, config: TrainConfig) -> Peak:
+        """Peak with the recomputation, swapping and optimizer of `config`; all else is as at the beginning."""
+        recomputed = 0
+        if config.gradient_checkpointing:
+            recomputed = self.layers if config.recompute_layers is None else min(config.recompute_layers, self.layers)
+        kept = self.layers - recomputed
+        few = (min(recomputed, FEW_BLOCKS + recomputed % 2), min(kept, FEW_BLOCKS + kept % 2))
+        total = base = self._measure(*few)
+        if recomputed > few[0]:
+            total = total + (self._measure(few[0] + 2, few[1]) - base) * ((recomputed - few[0]) // 2)
+        if kept > few[1]:
+            total = total + (self._measure(few[0], few[1] + 2) - base) * ((kept - few[1]) // 2)
+        return total.with_optimizer(config.optimizer_type).without_swapped(self.layers, config.swap_blocks)
+
+    def _measure(self, recomputed: int, kept: int) -> Peak:
+        if (recomputed, kept) not in self._measured:
+            self._measured[recomputed, kept] = _peak_of(self.sizes, self.config, self.shape, self.dtype, recomputed, kept)
+        return self._measured[recomputed, kept]
+
+
+def step_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> Peak:
+    """Peak of an optimizer step with these settings."""
+    return StepModel(sizes, config, shape, dtype).peak(config)
 
 
 def _peak_of(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype, recomputed: int, kept: int) -> Peak:
@@ -114,20 +141,20 @@ def _run(model: torch.nn.Module, mask: ConditionMask, sizes: dict, config: Train
     silence, null = torch.empty(1, SILENCE_FRAMES, channels), torch.empty(1, 1, width, dtype=dtype)
     latents, conditions = torch.empty(shape.batch, shape.frames, channels), torch.empty(shape.batch, shape.tokens, width, dtype=dtype)
     batch = Batch(latents, conditions, None, None, ("",) * shape.batch, tuple(range(shape.batch)))
-    objective = Objective(config, TrainingLaw(variant.name, _half, 0.0, ""), silence, null, mask)
+    objective = Objective(replace(config, offload_activations=False), TrainingLaw(variant.name, _half, 0.0, ""), silence, null, mask)
     memory = LiveBytes()
     memory.count([*parameters, *frozen, silence, null, latents, conditions])
     with memory:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), (_activations_elsewhere() if config.offload_activations else nullcontext()):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _activations_elsewhere() if config.offload_activations else nullcontext():
             weighted, _, _ = objective(model, batch, 0, shape.batch)
         weighted.sum().backward()
         del weighted
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
     # The state is made by the first update and stands there in every later step; the update itself works in place.
-    state = optimizer_bytes(config.optimizer_type, parameters)
+    states = tuple(optimizer_bytes(kind, parameters) for kind in OPTIMIZER_TYPES)
     gradients = bytes_of(p.grad for p in parameters)
     in_blocks = bytes_of(t for t in _block_tensors(model) if not t.requires_grad)
-    return Peak(memory.peak + state, bytes_of(frozen), bytes_of(parameters), gradients, state, in_blocks)
+    return Peak(memory.peak, bytes_of(frozen), bytes_of(parameters), gradients, 0, in_blocks, *states)
 
 
 def _activations_elsewhere() -> AbstractContextManager:

@@ -1,11 +1,14 @@
 """What a micro-step computes: the loss of a batch, with noise, timesteps and dropped conditions drawn for its place in the run."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
 
 from sidestep.acestep.conditions import context_latents, tiled_silence
+from sidestep.acestep.recompute import offload_activations
 from sidestep.config import TrainConfig
 from sidestep.data.dataset import Batch
 from sidestep.flow_matching.guidance import drop_conditions
@@ -68,6 +71,7 @@ class Objective:
         self.law, self.silence, self.null_condition, self.condition_mask = law, silence, null_condition, condition_mask
         self.weight = min_snr_weight(config.snr_gamma) if config.loss_weighting == "min_snr" else uniform_weight
         self.seed = config.seed
+        self._keep_activations = partial(offload_activations, silence.device) if config.offload_activations else nullcontext
         self._generator = torch.Generator(silence.device)
 
     def timesteps(self, step: int, samples: int) -> torch.Tensor:
@@ -119,4 +123,5 @@ class Objective:
                 return_dict=False,
             )[0]
 
-        return flow_matching_loss(velocity, batch.latents, noise, t)
+        with self._keep_activations():
+            return flow_matching_loss(velocity, batch.latents, noise, t)

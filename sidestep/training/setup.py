@@ -8,8 +8,10 @@ from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
+from sidestep.acestep.block_swap import BlockSwap
+from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.recompute import recompute_layers
 from sidestep.acestep.regional_compile import compile_layers
 from sidestep.adapters.attach import attach, load_adapter_state
 from sidestep.config import TrainConfig
@@ -63,6 +65,7 @@ def _prepare_fsdp(accelerator: Accelerator, config: TrainConfig) -> None:
 def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precision: torch.dtype, saved: SavedRun | None = None) -> Run:
     """Load data and model, attach the adapter, make optimizer and schedule; with `saved`, stand where that run stood. Raises UserError and JobError."""
     device, processes = accelerator.device, Processes(accelerator)
+    require_levers_that_go_together(config, processes.count)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     if saved and saved.state["model"] != checkpoint.identity():
         raise UserError(
@@ -97,7 +100,7 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
         report(Notice(message=note, level="warning"))
     total_steps = steps_of(config, songs, processes.count)
     scheduler = make_scheduler(config, optimizer, total_steps)
-    wrapped, prepared_optimizer = accelerator.prepare(model, optimizer)
+    wrapped, prepared_optimizer = accelerator.prepare(model, optimizer, device_placement=[not config.swap_blocks, True])
     is_main = processes.index == 0
     run = Run(
         config=config,
@@ -129,6 +132,21 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
     return run
 
 
+def require_levers_that_go_together(config: TrainConfig, processes: int) -> None:
+    """Raises UserError for memory settings of which one would undo or break the other."""
+    if config.swap_blocks and (not config.gradient_checkpointing or (config.recompute_layers is not None and config.recompute_layers < config.swap_blocks)):
+        raise UserError(
+            f"--swap-blocks {config.swap_blocks}: a swapped layer must be recomputed, or the backward pass keeps its weights on the device.",
+            f"Recompute at least as many: --gradient-checkpointing --recompute-layers {config.swap_blocks}",
+        )
+    if config.swap_blocks and config.base_precision != "auto":
+        raise UserError(
+            f"--swap-blocks {config.swap_blocks} with --base-precision {config.base_precision}: quantised weights cannot be streamed.", "Use one of the two."
+        )
+    if processes > 1 and (config.swap_blocks or config.base_precision != "auto"):
+        raise UserError("--swap-blocks and --base-precision are for one process.", "Leave them out under torchrun and accelerate launch.")
+
+
 def steps_of(config: TrainConfig, songs: list[Song], processes: int) -> int:
     """Optimizer steps of the whole run: as many in each epoch, cut at `--max-steps`."""
     total = len(plan_of(config, songs, processes, 0)) * config.epochs
@@ -145,19 +163,21 @@ def _model(
 ) -> tuple[PeftModel, ConditionMask, dict | None]:
     """(frozen decoder with its adapter in training mode, the mask its cross attention reads, the ranks in use)."""
     set_seed(config.seed)
-    decoder = checkpoint.load_decoder(device, precision)
+    decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device, precision, "" if config.base_precision == "auto" else config.base_precision)
     mask = ConditionMask()
     mask.install(decoder)
     attention = use_attention(decoder, config.attention, device, precision)
     report(Chosen(what="attention", value=str(attention.value), reason=attention.reason))
     if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing()
+        recompute_layers(decoder, config.recompute_layers)
     ranks = saved.state["ranks"] if saved else ranks_for(config, checkpoint, decoder, dataset, report)
     model = attach(decoder, config, ranks)
     if saved:
         load_adapter_state(model, saved.state["adapter"])
     else:
         start_of(model, config, report)
+    if config.swap_blocks:
+        BlockSwap(device).install(decoder, config.swap_blocks)
     model.train()
     if config.compile:
         compiled = compile_layers(decoder, device)
