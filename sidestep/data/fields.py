@@ -14,6 +14,7 @@ NotUnderstood, whose words go to the user; the value never reaches a prompt.
 
 import math
 import re
+from functools import lru_cache
 from typing import Any
 
 from sidestep.data.languages import language_code
@@ -62,6 +63,8 @@ _KEY = re.compile(r"^([A-Ga-g])\s*(♯|♭|#|b|-?sharp|-?flat)?\s*[-_]?\s*(major
 _LRC_TIME = re.compile(r"^\s*\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]")
 _LRC_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
+_LINE_ENDS = re.compile("\\r\\n?|[\\x85\\u2028\\u2029]")
+_UNUSUAL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _UNPAIRED = re.compile("[\\ud800-\\udfff]")
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
 _SHARPS_OR_FLATS = ("C", "G", "D", "A", "E", "B", "F#", "Db", "Ab", "Eb", "Bb", "F")  # the circle of fifths, clockwise from C
@@ -72,6 +75,7 @@ class NotUnderstood(Exception):
     """A value that means nothing here; the text says what would."""
 
 
+@lru_cache(maxsize=4096)
 def field_named(key: str) -> str | None:
     """The field that a written key stands for ("Tempo", "time signature", "Custom-Tag"), or None."""
     return _BY_NAME.get(re.sub(r"[\s_-]+", "", key).casefold())
@@ -94,8 +98,11 @@ def understand(field: str, value: Any) -> Any:
 
 def _clean(text: str) -> str:
     """Without control characters and unpaired surrogates, which no tokenizer and no file takes; line breaks as \\n."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x85", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
-    return _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", text))
+    if text.isprintable():
+        return text
+    if not _UNUSUAL.search(text):
+        return text
+    return _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)))
 
 
 def _short(value: Any) -> str:
@@ -113,7 +120,7 @@ def _lyrics(value: Any) -> str | None:
     if not isinstance(value, str):
         raise NotUnderstood(f"{_short(value)} is no text")
     lines = [line.rstrip() for line in value.split("\n")]
-    if any(_LRC_TIME.match(line) for line in lines):
+    if "[" in value and any(_LRC_TIME.match(line) for line in lines):
         lines = [line for line in lines if not _LRC_HEADER.match(line)]
     text = "\n".join(lines).strip("\n")
     return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
