@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sidestep import rank_map
+from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters.adapter import changed_weight
 from sidestep.adapters.attach import adapter_state
 from sidestep.adapters.export import adapter_of
@@ -19,7 +23,7 @@ from sidestep.training.saving import save_results
 from sidestep.training.setup import open_accelerator, set_up
 from sidestep.training.state import complete_checkpoints, position_of, read_checkpoint
 from sidestep.training.validation import grid_loss
-from tests.training_world import Log, adapter, differing, record, run, settings, write_data
+from tests.training_world import CHECKPOINTS, Log, adapter, differing, record, run, settings, write_data
 
 
 def prepared(config):
@@ -200,3 +204,67 @@ def test_saved_events_name_what_stands(data, tmp_path):
     log = run(settings(data, tmp_path, epochs=1, val_split=0.3, ema_decay=0.5))
     assert {event.what for event in log.of(Saved)} >= {"checkpoint", "best", "final", "ema"}
     assert all(Path(event.path).exists() for event in log.of(Saved))
+
+
+@pytest.fixture
+def mapped(data, tmp_path) -> Path:
+    """A data set with a rank map: one module of rank 6, one of rank 2, the others left out."""
+    folder = copytree(data, tmp_path / "mapped")
+    checkpoint = open_checkpoint(CHECKPOINTS, "turbo")
+    decoder = checkpoint.load_decoder()
+    ranks = {"layers.0.self_attn.to_q": 6, "layers.1.cross_attn.to_out.0": 2, "layers.0.cross_attn.to_k": 0}
+    linears = {name: decoder.get_submodule(name) for name in ranks}
+    modules = {
+        name: rank_map.Module(shape=(m.out_features, m.in_features), rank=ranks[name], score=1.0, confidence=1.0, spectrum=(1.0,), confirmed=(1.0,))
+        for name, m in linears.items()
+    }
+    spent = sum(m.rank * m.cost for m in modules.values())
+    content = rank_map.RankMap(
+        model={"variant": checkpoint.variant.name, "identity": checkpoint.identity()},
+        data={"fingerprint": "of other songs", "songs": 4},
+        settings={"rank": 4, "alpha": 8.0, "focus": "balanced", "seed": 1},
+        budget=spent,
+        spent=spent,
+        batches=8,
+        converged=True,
+        agreement=1.0,
+        modules=modules,
+    )
+    rank_map.write(folder / rank_map.FILE_NAME, content)
+    save_file({"layers.0.self_attn.to_q": torch.eye(6, linears["layers.0.self_attn.to_q"].in_features)}, folder / rank_map.DIRECTIONS_NAME)
+    return folder
+
+
+def ranks_of(folder: Path) -> dict[str, int]:
+    return read_adapter(folder).ranks
+
+
+def test_the_rank_map_beside_the_data_decides_the_ranks_and_keeps_deciding_on_resume(mapped, tmp_path):
+    expected = {"layers.0.self_attn.q_proj": 6, "layers.1.cross_attn.o_proj": 2}
+    config = settings(mapped, tmp_path / "run", epochs=1)
+    log = run(config)
+    assert ranks_of(tmp_path / "run" / "final") == expected
+    assert "measured on other data" in log.text
+    (mapped / rank_map.FILE_NAME).unlink()
+    run(replace(config, epochs=2, resume_from=Path("latest")))
+    assert ranks_of(tmp_path / "run" / "final") == expected
+
+
+def test_the_rank_map_is_ignored_on_request_or_refused_for_another_model(mapped, tmp_path):
+    run(settings(mapped, tmp_path / "run", epochs=1, ignore_rank_map=True))
+    assert set(ranks_of(tmp_path / "run" / "final").values()) == {4}
+    with pytest.raises(UserError, match="was made for the variant turbo") as refused:
+        run(settings(mapped, tmp_path / "xl", model_variant="xl-turbo"))
+    assert "--ignore-rank-map" in refused.value.fix
+
+
+def test_init_gradient_starts_along_the_measured_directions_without_changing_the_model(mapped, tmp_path):
+    started = prepared(settings(mapped, tmp_path / "run", init="gradient"))
+    rows = adapter_state(started.model)["base_model.model.layers.0.self_attn.to_q.lora_A.weight"]
+    assert torch.count_nonzero(rows) == 6
+    with started.model.disable_adapter():
+        base = grid_loss(started, started.songs)
+    assert grid_loss(started, started.songs) == pytest.approx(base, abs=1e-6)
+    (mapped / rank_map.DIRECTIONS_NAME).unlink()
+    with pytest.raises(UserError, match="--init gradient: .* is not there"):
+        prepared(settings(mapped, tmp_path / "none", init="gradient"))

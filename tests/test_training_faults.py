@@ -189,17 +189,21 @@ def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_state_kept(data,
 
 
 def test_out_of_memory_names_the_batch_its_length_and_what_helps(data, tmp_path, monkeypatch):
-    def too_much(*_args) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+    step = loop.optimizer_step
 
-    save_record(data / "long.pt", record(1, 1500))
-    monkeypatch.setattr(loop, "optimizer_step", too_much)
+    def too_much_at_last(run, *args) -> None:
+        if run.position.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        step(run, *args)
+
+    monkeypatch.setattr(loop, "optimizer_step", too_much_at_last)
     with pytest.raises(JobError) as stopped:
-        run(settings(data, tmp_path / "run", batch_size=2, rank=16))
-    assert "at optimizer step 1" in stopped.value.problem
-    assert "s (" in stopped.value.problem
+        run(settings(data, tmp_path / "run", batch_size=2, gradient_accumulation=1, rank=16))
+    assert "at optimizer step 2, with a batch of" in stopped.value.problem
+    assert "s (song" in stopped.value.problem
     for flag in ("--gradient-checkpointing", "--batch-size 1", "--rank 8"):
         assert flag in stopped.value.fix
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step_000001"]  # what was learnt is not lost
 
 
 def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):

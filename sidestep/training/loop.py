@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,10 +70,7 @@ def train_epoch(run: Run, progress: Progress, stop: StopRequest) -> None:
         stop.requested = run.processes.any(stop.requested)
         if stop.requested:
             leave(run, progress)
-        try:
-            optimizer_step(run, plan[index], progress.tally)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(run, plan[index], error) from None
+        step_or_give_up(run, plan[index], progress.tally)
         run.position = Position(run.position.epoch, index + 1, run.position.step + 1)
         progress.steps += 1
         run.writer.poll()
@@ -217,6 +214,21 @@ def add_up(run: Run) -> None:
     run.history.loss_sum, run.history.samples = total, int(samples)
 
 
+def step_or_give_up(run: Run, plan: StepPlan, tally: Tally) -> None:
+    """An optimizer step. Raises JobError when memory runs out in it, after saving what is trained so far."""
+    try:
+        optimizer_step(run, plan, tally)
+        return
+    except torch.OutOfMemoryError as error:
+        problem = out_of_memory(run, plan, error)
+    # From here on the handler's traceback no longer holds the batch's tensors.
+    if run.processes.count == 1 and run.position.step:  # others would have to take part, and they do not know
+        run.optimizer.zero_grad(set_to_none=True)
+        save_checkpoint(run, f"step_{run.position.step:06d}")
+        run.writer.wait()
+    raise problem
+
+
 def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> JobError:
     """What is said when the device's memory ran out: in which batch, and what would help that is not on yet."""
     config, rate = run.config, run.frames_per_second
@@ -230,8 +242,13 @@ def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> Jo
         "--optimizer-type adamw8bit" if config.optimizer_type in ("adamw", "prodigy") and run.device.type == "cuda" else "",
         f"--rank {max(1, config.rank // 2)}" if config.rank > 8 else "",
     ]
-    there = "What was saved before is good; these settings may change on resume: --gradient-checkpointing. The others need a new --output-dir."
+    resumable = (
+        ""
+        if config.gradient_checkpointing
+        else f"With --gradient-checkpointing this run can go on: {resume_command(replace(config, gradient_checkpointing=True))}\n"
+    )
+    start_anew = f"With the others start anew from what it has learnt: --init-from {config.output_dir / 'checkpoints'}/… --output-dir {config.output_dir}-2"
     return JobError(
         f"{run.device} ran out of memory at optimizer step {run.position.step + 1}, with a batch of {len(largest.items)} × {seconds:.1f} s ({names}): {str(error).splitlines()[0]}",
-        f"What helps: {', '.join(h for h in help_ if h) or 'a smaller model variant'}.\n{there}",
+        f"What helps: {', '.join(h for h in help_ if h) or 'a smaller model variant'}.\n{resumable}{start_anew}",
     )
