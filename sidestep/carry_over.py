@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.folders import config_folder
 from sidestep.atomic import write_text
+from sidestep.folders import config_folder
 
 VERSION = 1
 

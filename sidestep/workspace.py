@@ -63,9 +63,9 @@ def short_name(folder_name: str) -> str:
 
 
 def likely_checkpoint_dirs(start: Path) -> list[Path]:
-    """Folders near `start` and in the user's home that hold models."""
+    """Folders near `start` and in the user's home that hold models; those near by relative to it, as `start` is given."""
     names = ("checkpoints", "ACE-Step-1.5/checkpoints", "ACE-Step/checkpoints", "Ace-Step1.5", "models/ACE-Step-1.5")
-    places = [root / name for root in (start, start.parent, Path.home()) for name in names]
+    places = [root / name for root in (start, start / "..", Path.home()) for name in names]
     return [place for place in dict.fromkeys(places) if find_models(place)]
 
 

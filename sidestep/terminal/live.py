@@ -123,12 +123,12 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
         case Saved(what=what, path=path):
             return Text.assemble((f"saved {what}: ", "green"), path)
         case Table(title=title, columns=columns, rows=rows):
-            table = RichTable(title=title or None, title_justify="left", show_header=any(columns), header_style="bold", safe_box=not unicode)
+            table = RichTable(show_header=any(columns), header_style="bold", safe_box=not unicode)
             for column in columns or ("",) * max((len(row) for row in rows), default=0):
                 table.add_column(Text(column), overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
-            return table
+            return Group(Text(title, style="bold"), table) if title else table  # a Rich title would wrap at a narrow table's width
         case Finished(message=message, next_commands=commands):
             text = Text(message, style="bold green")
             return Text("\n").join([text, *([Text("Next:", style="dim")] if commands else []), *(Text("  " + c) for c in commands)])

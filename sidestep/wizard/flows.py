@@ -28,6 +28,7 @@ class Flow:
 
 
 OWN_QUESTIONS = ("songs", "run", "preset")  # asked in place of, or before, settings
+CARRIED_PATHS = ("checkpoint_dir", "audio_dir", "dataset_json", "input", "dataset_dir", "output_dir", "adapter")
 SONGS = {"audio_dir", "dataset_json"}  # what the question for songs answers
 TRAIN_BASICS = ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "preset", "rank", "epochs")
 EXTRA_FLOWS = {  # key: (title, basic questions), for the commands that are there
@@ -246,7 +247,7 @@ def _path_default(o: Option, flow: Flow, answers: Answers, around: Surroundings)
     carried = around.carried.get(o.name)
     match o.name:
         case "checkpoint_dir":
-            found = [] if carried else likely_checkpoint_dirs(around.here.resolve())
+            found = [] if carried else likely_checkpoint_dirs(around.here)
             return carried or (found[0] if found else "")
         case "tensor_output":
             songs = answers.get("songs") or answers.get("audio_dir") or answers.get("dataset_json")
@@ -344,10 +345,14 @@ def _resume_point_question() -> Question:
     return Question("resume_from", "From", help, "choice", "Run", default=lambda a: Path("latest"), choices=choices, depends_on=_DEPENDS_ON["resume_from"])
 
 
+def for_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Carried values as they are kept for another session, which may start in another folder: paths in full."""
+    return {name: Path(value).absolute().as_posix() if name in CARRIED_PATHS and value else value for name, value in values.items()}
+
+
 def carried_from(config: Any) -> dict[str, Any]:
     """What a config that was started leaves for the next action and the next session."""
-    names = ("checkpoint_dir", "model_variant", "audio_dir", "dataset_json", "input", "dataset_dir", "output_dir", "adapter")
-    names += ("rank", "alpha", "rank_min", "rank_max", "epochs")
+    names = (*CARRIED_PATHS, "model_variant", "rank", "alpha", "rank_min", "rank_max", "epochs")
     values = {name: value for name, value in as_json_values(config).items() if name in names and value is not None}
     if not isinstance(config, TrainConfig):
         values.pop("output_dir", None)

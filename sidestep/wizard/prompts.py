@@ -90,7 +90,17 @@ class QuestionaryAsk:
                 event.app.erase_when_done = True  # a question stepped back over leaves no half line
                 event.app.exit(result=BACK)
 
+        def accept(event: KeyPressEvent) -> None:
+            """Enter takes what is typed, unless a completion is being picked; questionary's own wants a second Enter then."""
+            buffer = event.current_buffer
+            picking = buffer.complete_state is not None and buffer.complete_state.current_completion is not None
+            buffer.complete_state = None
+            if not picking and buffer.validate(set_cursor=True):
+                event.app.exit(result=buffer.text)
+
         bindings.add(Keys.Escape, eager=True)(back)
+        if prompt.kind == "path":
+            bindings.add(Keys.ControlM, eager=True)(accept)
         if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM):
             bindings.add("b", eager=True)(back)
         return bindings

@@ -11,7 +11,7 @@ from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
 from sidestep.options import options_of
 from sidestep.wizard import places
-from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Flow, Surroundings, carried_from, questions_of
+from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Flow, Surroundings, carried_from, for_later, questions_of
 from sidestep.wizard.preset_menu import manage_presets
 from sidestep.wizard.questions import BACK, Ask, Choice, Question, from_option
 from sidestep.wizard.review import START, Facts, ask_one, review
@@ -134,7 +134,7 @@ class Wizard:
     def _first_run(self) -> Chosen | None:
         """Where are the checkpoints, what is this machine, and would a demo be welcome?"""
         self._say("Welcome to Side-Step. Two questions first; Enter takes what is suggested.")
-        found = likely_checkpoint_dirs(self.outside.here.resolve())
+        found = likely_checkpoint_dirs(self.outside.here)
         if not found:
             self._say(f"No ACE-Step 1.5 checkpoints were found nearby. They can be downloaded with:\n  {places.DOWNLOAD}\nThe demo needs none.")
         option = options_of(ModelConfig)["checkpoint_dir"]
@@ -189,7 +189,7 @@ class Wizard:
 
     def _keep(self, values: dict[str, Any]) -> None:
         self.carried.update(values)
-        if problem := carry_over.write(self.carried):
+        if problem := carry_over.write(for_later(self.carried)):
             self._say(problem, "warning")
 
     def _say(self, line: str, level: str = "info") -> None:
