@@ -135,7 +135,7 @@ class EventLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)  # a Linux file name may be no UTF-8
 
     def __call__(self, event: Event) -> None:
         self._file.write(as_json(event) + "\n")

@@ -51,11 +51,19 @@ def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`build-dataset`."""
+    """`build-dataset`, and what it was asked to find out about the songs."""
     from sidestep.build_dataset import build_dataset
 
-    build_dataset(config, report)
-    return ExitStatus.OK
+    summary = build_dataset(config, report)
+    if config.analyze:
+        from sidestep.analyze import analyze
+
+        analyze(summary.path, report)
+    if config.audit:
+        from sidestep.audit import audit
+
+        audit(summary.path, report, config.checkpoint_dir)
+    return ExitStatus.SOME_FAILED if summary.failed else ExitStatus.OK
 
 
 def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStatus:

@@ -1,5 +1,6 @@
 """From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept."""
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     """Run one command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress is ours to show
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs at every import
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warning their developers, not our users
     try:
