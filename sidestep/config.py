@@ -200,7 +200,11 @@ class EstimateConfig(ModelConfig):
     batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1)
     seed: int = option(42, "seed of everything random", group="Measuring", minimum=0)
     sketch_width: int = option(32, "directions of each gradient that are measured; memory grows with it", group="Measuring", minimum=2, advanced=True)
-    gradient_checkpointing: bool = option(True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory")
+    gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing")
+    recompute_layers: int | None = same_as(TrainConfig, "recompute_layers")
+    base_precision: str = same_as(TrainConfig, "base_precision")
+    offload_activations: bool = same_as(TrainConfig, "offload_activations")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks")
 
     def __post_init__(self) -> None:
         if self.batches != "auto" and not (self.batches.isdigit() and int(self.batches) >= 4):

@@ -139,8 +139,9 @@ def test_another_seed_gives_another_measurement(config, measured):
 
 
 @pytest.mark.slow
-def test_recomputation_gives_the_same_map(config, tmp_path):
-    first, second = (estimate(replace(config, output=tmp_path / f"{r}.json", gradient_checkpointing=r), silent) for r in (True, False))
+@pytest.mark.parametrize("lever", [{"gradient_checkpointing": False}, {"recompute_layers": 1}, {"swap_blocks": 2}, {"offload_activations": True}])
+def test_memory_levers_give_the_same_map(config, tmp_path, lever):
+    first, second = (estimate(replace(config, output=tmp_path / f"{i}.json", **changes), silent) for i, changes in enumerate(({}, lever)))
     assert first.rank_pattern == second.rank_pattern
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from sidestep import rank_map as maps
 from sidestep.acestep.attention import use_attention
+from sidestep.acestep.block_swap import BlockSwap
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
+from sidestep.acestep.recompute import recompute_layers
 from sidestep.adapters.targets import target_names
 from sidestep.atomic import replacing
 from sidestep.config import EstimateConfig, TrainConfig
@@ -29,10 +31,11 @@ from sidestep.options import as_json_values
 from sidestep.rank_map import RankMap
 from sidestep.training.objective import ConditionMask, Objective, TrainingLaw, training_law
 from sidestep.training.processes import Processes
-from sidestep.training.setup import open_accelerator
+from sidestep.training.setup import open_accelerator, require_levers_that_go_together
 from sidestep.training.songs import load_songs
 from sidestep.training.windows import with_windows
 
+MEMORY_LEVERS = ("gradient_checkpointing", "recompute_layers", "offload_activations", "swap_blocks")  # change memory and time, not the numbers
 STEPS_OF_LAW = 8192  # resolution at which --focus cuts the law of the timesteps
 
 
@@ -42,6 +45,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     if output.exists() and not config.overwrite:
         raise UserError(f"{output}: a rank map is already there.", "Add --overwrite to replace it, or name another file with --output.")
     training = as_training(config)
+    require_levers_that_go_together(training, processes=1)
     accelerator, precision = open_accelerator(training, report)
     device = accelerator.device
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
@@ -53,13 +57,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     law = focused(training_law(training, checkpoint.variant), config)
     report(Chosen(what="timesteps", value=law.name, reason=law.reason))
 
-    decoder = checkpoint.load_decoder(device, precision)
-    mask = ConditionMask()
-    mask.install(decoder)
-    attention = use_attention(decoder, config.attention, device, precision)
-    report(Chosen(what="attention", value=str(attention.value), reason=attention.reason))
-    if config.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing()
+    decoder, mask = load_frozen(training, checkpoint, device, precision, report)
     layout = Layout(linear_shapes(decoder, target_names(decoder, training)), config.sketch_width, config.seed)
     budget = config.budget or attention_budget(decoder, config)
     cheapest = min(slot.out_features + slot.in_features for slot in layout.slots.values())
@@ -87,6 +85,21 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     return result
 
 
+def load_frozen(training: TrainConfig, checkpoint: Checkpoint, device: torch.device, precision: torch.dtype, report: Report):
+    """(frozen decoder under training's memory levers, the mask that its cross attention reads)."""
+    quantised = "" if training.base_precision == "auto" else training.base_precision
+    decoder = checkpoint.load_decoder(torch.device("cpu") if training.swap_blocks else device, precision, quantised)
+    mask = ConditionMask()
+    mask.install(decoder)
+    attention = use_attention(decoder, training.attention, device, precision)
+    report(Chosen(what="attention", value=str(attention.value), reason=attention.reason))
+    if training.gradient_checkpointing:
+        recompute_layers(decoder, training.recompute_layers)
+    if training.swap_blocks:
+        BlockSwap(device).install(decoder, training.swap_blocks)
+    return decoder, mask
+
+
 TURBO_WARNING = (
     "This is a turbo checkpoint. It was distilled to eight steps, so part of its gradient undoes the distillation instead of learning the music, "
     "and ranks measured on it are less certain than on base or sft. A map holds only for the variant it was measured on."
@@ -102,6 +115,12 @@ def as_training(config: EstimateConfig) -> TrainConfig:
         output_dir=config.dataset_dir,
         device=config.device,
         precision=config.precision,
+        attention=config.attention,
+        gradient_checkpointing=config.gradient_checkpointing,
+        recompute_layers=config.recompute_layers,
+        base_precision=config.base_precision,
+        offload_activations=config.offload_activations,
+        swap_blocks=config.swap_blocks,
         chunk_duration=config.chunk_duration,
         target_mlp=config.include_mlp,
         seed=config.seed,
@@ -135,7 +154,7 @@ def focused(law: TrainingLaw, config: EstimateConfig) -> TrainingLaw:
 
 def resume_key(config: EstimateConfig, checkpoint: Checkpoint, data: str) -> str:
     """What sums on disk must belong to so that a measurement can go on with them."""
-    ignored = {"output", "overwrite", "batches", "budget", "rank", "alpha", "rank_min", "rank_max", "checkpoint_dir", "dataset_dir", "gradient_checkpointing"}
+    ignored = {"output", "overwrite", "batches", "budget", "rank", "alpha", "rank_min", "rank_max", "checkpoint_dir", "dataset_dir", *MEMORY_LEVERS}
     settings = {name: value for name, value in as_json_values(config).items() if name not in ignored}
     return hashlib.blake2b(json.dumps([settings, checkpoint.identity(), data], sort_keys=True).encode(), digest_size=16).hexdigest()
 
