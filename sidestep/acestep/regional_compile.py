@@ -1,5 +1,8 @@
 """`--compile`: the DiT's repeated layer compiled once for all layers and all lengths, with its recomputation inside the compiled code."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 from diffusers import AceStepTransformer1DModel
 from torch import nn
@@ -19,10 +22,16 @@ def recompute(layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False)
 
 
-def compile_layers(decoder: AceStepTransformer1DModel, device: torch.device, backend: str = "inductor") -> Choice:
+def _recompute_some(chosen: set[nn.Module], again: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    return again(layer, *inputs) if layer in chosen else layer(*inputs)
+
+
+def compile_layers(decoder: AceStepTransformer1DModel, device: torch.device, recomputed: Iterable[nn.Module] = (), backend: str = "inductor") -> Choice:
     """Compile each layer for lengths that vary; the code is shared by layers of the same kind. Call it after the attention is chosen, the adapter
     attached and gradient checkpointing switched on or off. Nothing is compiled before the first step.
 
+    recomputed: the layers to compute again in the backward pass inside the compiled code, which is faster than around it. Left empty, gradient
+    checkpointing stays as it was switched on, around the compiled layers.
     Compiled code is kept on disk by torch (TORCHINDUCTOR_CACHE_DIR), so a later run with the same model starts faster.
     Raises UserError where no compiler is found.
     """
@@ -34,8 +43,9 @@ def compile_layers(decoder: AceStepTransformer1DModel, device: torch.device, bac
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 2 * limit)
     for layer in decoder.layers:
         layer.compile(dynamic=True, backend=backend)
-    if decoder.gradient_checkpointing:
-        decoder.enable_gradient_checkpointing(torch.compile(recompute, dynamic=True, backend=backend))
+    if chosen := set(recomputed):
+        again = torch.compile(recompute, dynamic=True, backend=backend)
+        decoder.enable_gradient_checkpointing(partial(_recompute_some, chosen, again))
     return Choice("on", "asked for: the first steps compile, one code for all lengths")
 
 
