@@ -57,13 +57,15 @@ def test_when_no_record_can_be_used_the_job_fails(data, tmp_path):
         run(settings(data, tmp_path / "run"))
 
 
-def test_an_output_folder_that_cannot_be_written_is_told_before_anything_is_loaded(data, tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_told_before_anything_is_loaded(data, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     log = Log()
     with pytest.raises(UserError, match="--output-dir .* cannot be written") as refused:
         train(settings(data, tmp_path / "file" / "run"), log)
     assert refused.value.status == ExitStatus.USAGE
-    assert "songs" not in log.text
+    assert not log.events
+    assert main(["--plain", "fixed", *as_arguments(settings(data, tmp_path / "file" / "run"))]) == ExitStatus.USAGE
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_the_run_with_the_last_good_state_kept(data, tmp_path, monkeypatch):

@@ -54,11 +54,12 @@ def start(data: Path, output: Path, environment: dict[str, str] | None = None, *
     ]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """What each printed; both must have ended well."""
+def finish(processes: list[subprocess.Popen], sharded: bool = False) -> list[str]:
+    """What each printed; both must have ended well, and have sharded the model if they should."""
     outputs = [process.communicate(timeout=280) for process in processes]
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err[-3000:] + out[-1000:]
+    assert ("as launched, fsdp" in outputs[0][0]) == sharded
     return [out for out, _ in outputs]
 
 
@@ -81,7 +82,7 @@ CHANGES = {"chunk_duration": 1.0, "val_split": 0.2, "ema_decay": 0.9, "lr": 1e-3
 @pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
 def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, environment, kind):
     one = run(settings(data, tmp_path / "one", adapter_type=kind, gradient_accumulation=2, **CHANGES))
-    first, second = finish(start(data, tmp_path / "two", environment, adapter_type=kind, gradient_accumulation=1, **CHANGES))
+    first, second = finish(start(data, tmp_path / "two", environment, adapter_type=kind, gradient_accumulation=1, **CHANGES), environment is FSDP)
     for folder in ("final", "ema"):
         assert largest_difference(tmp_path / "one" / folder, tmp_path / "two" / folder) < 1e-5
     losses = [event["loss"] for line in first.splitlines() if (event := json.loads(line))["event"] in ("StepDone", "Validated")]
@@ -92,7 +93,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
 
 
 def test_a_run_of_two_sharded_processes_goes_on_in_one(data, tmp_path):
-    finish(start(data, tmp_path / "two", FSDP, gradient_accumulation=1, epochs=1, **CHANGES))
+    finish(start(data, tmp_path / "two", FSDP, gradient_accumulation=1, epochs=1, **CHANGES), sharded=True)
     run(settings(data, tmp_path / "two", gradient_accumulation=2, epochs=2, resume_from=Path("latest"), **CHANGES))
     run(settings(data, tmp_path / "one", gradient_accumulation=2, epochs=1, **CHANGES))
     run(settings(data, tmp_path / "one", gradient_accumulation=2, epochs=2, resume_from=Path("latest"), **CHANGES))
@@ -102,7 +103,7 @@ def test_a_run_of_two_sharded_processes_goes_on_in_one(data, tmp_path):
 def test_a_run_of_one_process_goes_on_sharded_over_two(data, tmp_path):
     config = settings(data, tmp_path / "one", gradient_accumulation=2, epochs=1, **CHANGES)
     run(config)
-    finish(start(data, tmp_path / "two", FSDP, gradient_accumulation=1, resume_from=str(complete_checkpoints(tmp_path / "one")[-1]), **CHANGES))
+    finish(start(data, tmp_path / "two", FSDP, gradient_accumulation=1, resume_from=str(complete_checkpoints(tmp_path / "one")[-1]), **CHANGES), sharded=True)
     run(replace(config, epochs=2, resume_from=Path("latest")))
     assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
 

@@ -43,6 +43,7 @@ def run_loop(run: Run) -> None:
     progress = Progress()
     with StopRequest() as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step that was skipped
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
         while run.position.step < run.total_steps:
             started = time.perf_counter()
             train_epoch(run, progress, stop)

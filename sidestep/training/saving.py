@@ -27,6 +27,7 @@ def save_checkpoint(run: Run, name: str) -> None:
     if not run.is_main:
         return
     folder, position = run.config.output_dir / "checkpoints" / name, run.position
+    run.writer.wait()
     if any(position_of(path).step == position.step for path in complete_checkpoints(run.config.output_dir)):
         return  # resumed and stopped before the next step: it stands already
     best = run.history.best.step if run.history.best else None

@@ -1,8 +1,10 @@
 """From settings to a run that is ready for its first optimizer step, or for the step that a saved run would have taken next."""
 
+import os
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +45,10 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
     if device.value.type == "cuda" and device.value.index is not None:
         torch.cuda.set_device(device.value)
     accelerator = Accelerator(cpu=device.value.type == "cpu", mixed_precision=MIXED_PRECISION.get(precision.value, "no"))
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate would train with DDP here without a word; torch shards on CPUs too
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
     if accelerator.is_main_process:
         report(Chosen(what="device", value=str(accelerator.device), reason=device.reason))
         report(Chosen(what="precision", value=str(precision.value).removeprefix("torch."), reason=precision.reason))

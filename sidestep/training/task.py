@@ -1,5 +1,6 @@
 """`fixed`: train an adapter from a folder of training tensors."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,10 +24,10 @@ class TrainResult:
 
 def train(config: TrainConfig, report: Report) -> TrainResult:
     """Train an adapter and write `final/`. Raises UserError, JobError and Interrupted; zero steps are a failure."""
+    if os.environ.get("RANK", "0") == "0":
+        require_writable(config.output_dir)  # before the first event, which is written there too
     accelerator, precision = open_accelerator(config, report)
     report = report if accelerator.is_main_process else silent
-    if accelerator.is_main_process:
-        require_writable(config.output_dir)
     accelerator.wait_for_everyone()
     saved = open_folder(config, report)
     accelerator.wait_for_everyone()
