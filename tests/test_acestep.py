@@ -50,9 +50,7 @@ def test_token_ids_and_conditions_equal_the_original(checkpoints, golden, golden
     facts = golden_cases[case]
     checkpoint = open_checkpoint(checkpoints, folder)
     text_encoder, tokenizer = checkpoint.load_text_encoder()
-    text = text_prompt(
-        facts["caption"], bpm=facts["bpm"], timesignature=facts["timesignature"], keyscale=facts["keyscale"], duration=facts["duration"]
-    )
+    text = text_prompt(facts["caption"], bpm=facts["bpm"], timesignature=facts["timesignature"], keyscale=facts["keyscale"], duration=facts["duration"])
     lyric = lyric_prompt(facts["lyrics"], facts["language"])
     assert (text, lyric) == (facts["text"], facts["lyric"])
     text_ids, text_lost = token_ids(tokenizer, text, TEXT_TOKENS)
