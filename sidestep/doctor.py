@@ -1,6 +1,7 @@
 """What this machine offers: for the wizard's first run and for bug reports. Names no folder unless asked to."""
 
 import importlib.metadata
+import inspect
 import platform
 import shutil
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import psutil
 import torch
+from diffusers import AceStepTransformer1DModel
 
 from sidestep import __version__
+from sidestep.acestep.attention import use_attention
+from sidestep.acestep.checkpoint import decoder_sizes
 from sidestep.acestep.device import choose_device, choose_precision
 from sidestep.config import DoctorConfig
 from sidestep.events import Report, Table
 from sidestep.folders import config_folder, state_folder
+from sidestep.variants import CONFIG_2B
 from sidestep.workspace import find_models
 
 PACKAGES = ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "soundfile", "av", "rich", "questionary")
@@ -36,7 +41,7 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     findings.append(Finding("device", str(device.value), device.reason))
     findings.append(_memory(device.value))
     findings.append(Finding("precision", str(precision.value).removeprefix("torch."), precision.reason))
-    findings.append(_attention(device.value))
+    findings.append(_attention(device.value, precision.value))
     findings += _models(config)
     memory = psutil.virtual_memory()
     findings.append(Finding("main memory", f"{memory.total / 2**30:.1f} GiB", f"{memory.available / 2**30:.1f} GiB free"))
@@ -59,11 +64,14 @@ def _memory(device: torch.device) -> Finding:
     return Finding("device memory", f"{memory.total / 2**30:.1f} GiB", "shared with the rest of the system")
 
 
-def _attention(device: torch.device) -> Finding:
-    if device.type != "cuda":
-        return Finding("attention", "torch SDPA", f"the kernels torch has for {device.type}")
-    kernels = [("flash", torch.backends.cuda.flash_sdp_enabled()), ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled())]
-    return Finding("attention", "torch SDPA", f"kernels allowed: {', '.join(name for name, on in kernels if on) or 'math only'}")
+def _attention(device: torch.device, dtype: torch.dtype) -> Finding:
+    """What `--attention auto` takes here, tried on one layer of the official sizes."""
+    sizes = decoder_sizes(CONFIG_2B | {"num_hidden_layers": 1})
+    parameters = inspect.signature(AceStepTransformer1DModel.__init__).parameters
+    with torch.device("meta"):
+        layer = AceStepTransformer1DModel(**{name: value for name, value in sizes.items() if name in parameters})
+    choice = use_attention(layer, "auto", device, dtype)
+    return Finding("attention", choice.value, choice.reason)
 
 
 def _models(config: DoctorConfig) -> list[Finding]:

@@ -17,7 +17,7 @@ from sidestep.wizard.session import Outside
 from sidestep.workspace import count_tensors
 
 LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
-WAIT_SECONDS = 25  # for an answer that needs torch; without it the wizard goes on
+WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
 
 
 def outside(here: Path = Path(".")) -> Outside:

@@ -76,7 +76,7 @@ def questions_of(flow: Flow, around: Surroundings, advanced: bool = False) -> li
     basic = [name for name in flow.basic if name in options or name in OWN_QUESTIONS] + _unless_covered(flow, required)
     questions = [_question(name, flow, options.get(name), around, {}) for name in basic]
     if advanced:
-        for section, names in sections_of(flow).items():
+        for section, names in sections_of(flow.config_class).items():
             rest = [name for name in names if name not in basic and not (flow.key == "preprocess" and name in SONGS)]
             gate = f"change {section}"
             if rest:
@@ -110,10 +110,10 @@ def config_of(flow: Flow, answers: Answers, around: Surroundings) -> Any:
     return resolve(flow.config_class, base, preset, given, answered)
 
 
-def sections_of(flow: Flow) -> dict[str, list[str]]:
-    """The names of a flow's settings by section, for the review."""
+def sections_of(config_class: type) -> dict[str, list[str]]:
+    """The names of a config's settings by section."""
     sections: dict[str, list[str]] = {}
-    for name, o in options_of(flow.config_class).items():
+    for name, o in options_of(config_class).items():
         sections.setdefault(o.group, []).append(name)
     return sections
 

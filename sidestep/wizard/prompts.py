@@ -17,7 +17,14 @@ from sidestep.wizard.questions import BACK, Prompt
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
 STYLE = Style(
-    [("qmark", "fg:ansicyan bold"), ("question", "bold"), ("answer", "fg:ansicyan"), ("pointer", "fg:ansicyan bold"), ("highlighted", "fg:ansicyan bold")]
+    [
+        ("qmark", "fg:ansicyan bold"),
+        ("question", "bold"),
+        ("answer", "fg:ansicyan"),
+        ("pointer", "fg:ansicyan bold"),
+        ("highlighted", "fg:ansicyan bold"),
+        ("selected", "noreverse"),  # the pointer marks the line; reversed, the suggestion would look chosen wherever the pointer is
+    ]
 )
 MARK = "?"
 

@@ -19,14 +19,13 @@ START, EDIT, ALL, SAVE, CANCEL = "start", "edit", "all", "save", "cancel"
 
 def review_table(title: str, config: Any) -> Table:
     """Every setting by section; a star marks what differs from the default."""
-    changed = changed_from_defaults(config)
-    rows, section = [], ""
-    for name, o in options_of(type(config)).items():
-        if o.group != section:
-            section = o.group
-            rows.append(("", section.upper(), "", ""))
-        default = "" if o.required or name not in changed else as_typed(o.default)
-        rows.append(("*" if name in changed else "", name.replace("_", " "), as_typed(getattr(config, name)), default))
+    changed, options = changed_from_defaults(config), options_of(type(config))
+    rows = []
+    for section, names in sections_of(type(config)).items():
+        rows.append(("", section.upper(), "", ""))
+        for name in names:
+            default = "" if options[name].required or name not in changed else as_typed(options[name].default)
+            rows.append(("*" if name in changed else "", name.replace("_", " "), as_typed(getattr(config, name)), default))
     return Table(title=title, columns=("", "setting", "value", "default"), rows=tuple(rows))
 
 
@@ -69,7 +68,7 @@ def _actions(flow: Flow, ready: bool) -> Question:
 
 
 def _edit(flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Report, around: Surroundings, every: bool) -> None:
-    sections = sections_of(flow)
+    sections = sections_of(flow.config_class)
     if every:
         names = [name for section in sections.values() for name in section]
     else:

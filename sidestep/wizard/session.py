@@ -167,6 +167,7 @@ class Wizard:
             answers = {}
         if answers.get("checkpoint_dir"):
             self._keep({"checkpoint_dir": answers["checkpoint_dir"].as_posix()})
+        self._say("Looking at this machine (a few seconds; Ctrl-C: skip) ...")
         machine = self.outside.machine(answers.get("checkpoint_dir"))
         if machine is not None:
             self.show(machine)

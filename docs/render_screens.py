@@ -1,0 +1,117 @@
+"""Draw the screens of the docs: real sessions in a pseudo-terminal, as SVG by Rich. Run: uv run python -m docs.render_screens"""
+
+import shutil
+import tempfile
+import time
+import wave
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from string import hexdigits
+
+import numpy as np
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from tests.pseudo_terminal import ROOT, Session
+
+OUT = Path(__file__).parent / "screens"
+COLUMNS = 92
+COLOURS = {"default": None, "brown": "yellow"}  # pyte's names where Rich's differ
+
+
+def draw(session: Session, name: str, title: str, last: int = 40) -> None:
+    """Write the last lines of a session as `screens/NAME.svg`."""
+    rows = [*session.screen.history.top, *(session.screen.buffer[y] for y in range(session.screen.lines))]
+    lines = [_line(row) for row in rows]
+    while lines and not lines[-1].plain.strip():
+        lines.pop()
+    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w", encoding="utf-8"), force_terminal=True)
+    for line in lines[-last:]:
+        console.print(line, no_wrap=True, crop=True)
+    OUT.mkdir(exist_ok=True)
+    (OUT / f"{name}.svg").write_text(console.export_svg(title=title), encoding="utf-8", newline="\n")
+
+
+def _line(row: dict) -> Text:
+    """A row of the emulator's screen, neighbours of one style as one piece."""
+    text = Text()
+    for style, cells in groupby((row[x] for x in range(COLUMNS)), key=lambda char: (char.fg, char.bold, char.reverse)):
+        text.append("".join(char.data for char in cells), _style(*style))
+    text.rstrip()
+    return text
+
+
+def _style(colour: str, bold: bool, reverse: bool) -> Style:
+    if len(colour) == 6 and set(colour) <= set(hexdigits):
+        colour = f"#{colour}"
+    elif colour.startswith("bright"):
+        colour = colour.replace("bright", "bright_")
+    return Style(color=COLOURS.get(colour, colour), bold=bold, reverse=reverse)
+
+
+def songs(folder: Path) -> None:
+    """Two short songs of noise."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    for name in ("morning walk", "night drive"):
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
+            file.setnchannels(2)
+            file.setsampwidth(2)
+            file.setframerate(48000)
+            file.writeframes(noise.normal(0, 3000, 2 * 48000 * 4).astype("<i2").tobytes())
+
+
+def wizard(folder: Path) -> None:
+    """From the first question to a training under way."""
+    with Session(folder, columns=COLUMNS, lines=44) as session:
+        session.asks("Where are the ACE-Step checkpoints?")
+        session.keys("enter")
+        session.asks("Try the demo first?")
+        session.keys("enter")
+        session.asks("What would you like to do?", seconds=120)
+        draw(session, "first-run", "uv run train.py")
+        session.choose("Preprocess audio")
+        for question, typed in (("Songs", "songs"), ("Folder of the checkpoints", ""), ("Model", ""), ("Folder for the training tensors", "")):
+            session.asks(question)
+            session.keys(typed, "enter")
+        session.asks("What now?")
+        draw(session, "preprocess", "Preprocess audio")
+        session.keys("enter")
+        session.asks("What next?", seconds=600)
+        session.keys("enter")
+        session.asks("Preset")
+        draw(session, "chain", "The next step, filled in", last=34)
+        session.choose("quick_test")
+        session.asks("Epochs")
+        session.keys("enter")
+        session.asks("What now?", seconds=120)
+        draw(session, "review", "Review", last=90)
+        session.keys("enter")
+        session.until("Training", "steps/s", seconds=600)
+        _watch(session, lambda: any("▁" in line for line in session.screen.display), 600)
+        draw(session, "training", "Training", last=24)
+
+
+def _watch(session: Session, seen: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not seen() and time.monotonic() < deadline and session.read():
+        pass
+
+
+def commands(folder: Path) -> None:
+    """Commands that answer at once."""
+    for name, arguments in (("doctor", ("doctor",)), ("presets", ("presets", "list")), ("plan", ("plan", "--model-variant", "xl-turbo", "--vram", "12"))):
+        with Session(folder, *arguments, columns=COLUMNS, lines=60) as session:
+            session.end(seconds=300)
+            draw(session, name, f"uv run train.py {' '.join(arguments)}", last=60)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        shutil.copytree(ROOT / "tests" / "fixtures" / "checkpoints", home / "checkpoints")
+        songs(home / "songs")
+        wizard(home)
+        commands(home)
