@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.measure import ROOT, Result, Times
+from benchmarks import charts, speed_attention, speed_model
+from benchmarks.measure import ROOT, Result, Setting, Times, machine
 from benchmarks.run import PARTS, as_markdown, report
 
+CPU = torch.device("cpu")
 STORED = Path(ROOT, "benchmarks", "results", "speed.json")
 
 
@@ -31,3 +34,17 @@ def test_the_report_is_made_of_the_stored_figures():
 
 def test_every_part_has_measurements():
     assert all(callable(measure) for part in PARTS.values() for measure in part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [name for name in PARTS if name != "compile"])
+def test_every_part_runs_on_a_tiny_model(part, monkeypatch, tmp_path):
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    monkeypatch.setattr(speed_model, "SMALL", speed_model.SMALL | tiny)
+    monkeypatch.setattr(speed_attention, "BLOCKS", (128, 256))
+    setting = Setting(CPU, torch.float32, rounds=1, quick=True)
+    results = [measure(setting) for measure in PARTS[part]]
+    tables = {result.name: {**vars(result), "machine": machine(setting), "rounds": 1} for result in results}
+    assert all(result.rows for result in results) and report(json.loads(json.dumps(tables)))
+    for chart in charts.draw({name: table["rows"] for name, table in tables.items()}, tmp_path):
+        assert chart.read_text(encoding="utf-8").startswith("<?xml")
