@@ -62,6 +62,7 @@ def start(setting: Setting) -> Result:
         run_loop(run)
         blocked, whole = [], []
         for number in range(rounds + 1):
+            run.position = replace(run.position, step=run.position.step + 1)  # a step that stands on disk is not saved twice
             started = time.perf_counter()
             save_checkpoint(run, f"trial_{number}")
             blocked.append(time.perf_counter() - started)
