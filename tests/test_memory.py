@@ -74,6 +74,7 @@ def measured_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.d
     return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "shape", "dtype"),
     [
@@ -120,6 +121,7 @@ def test_promised_peaks_are_kept(tmp_path, variant, seconds, base_precision, lim
     assert peak.total <= limit_gib * GIB
 
 
+@pytest.mark.slow
 def test_preprocessing_stays_below_its_promises():
     assert first_pass_peak(BF16, 240) <= 3 * GIB
     assert second_pass_peak(official_config("turbo"), BF16) <= 1.6 * GIB
