@@ -71,7 +71,7 @@ def wizard(folder: Path) -> None:
         session.asks("Try the demo first?")
         session.keys("enter")
         session.asks("What would you like to do?", seconds=120)
-        draw(session, "first-run", "uv run train.py")
+        draw(session, "first-run", "uv run train.py", last=44)
         session.choose("Preprocess audio")
         for question, typed in (("Songs", "songs"), ("Folder of the checkpoints", ""), ("Model", ""), ("Folder for the training tensors", "")):
             session.asks(question)
@@ -90,8 +90,8 @@ def wizard(folder: Path) -> None:
         draw(session, "review", "Review", last=90)
         session.keys("enter")
         session.until("Training", "steps/s", seconds=600)
-        _watch(session, lambda: any("▁" in line for line in session.screen.display), 600)
-        draw(session, "training", "Training", last=24)
+        _watch(session, lambda: any("8/10" in line for line in session.screen.display), 600)
+        draw(session, "training", "Training", last=16)
 
 
 def _watch(session: Session, seen: Callable[[], bool], seconds: float) -> None:

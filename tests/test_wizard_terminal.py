@@ -128,6 +128,23 @@ def test_b_goes_back_from_a_list_a_text_and_a_path(known):
         session.asks("Songs")
 
 
+def test_many_fine_tunes_are_searched_by_typing(known):
+    for number in range(20):
+        shutil.copytree(known / "checkpoints" / "acestep-v15-turbo", known / "checkpoints" / f"tune-{number:02}")
+    with Session(known) as session:
+        session.asks("What would you like to do?")
+        session.choose("Preprocess audio")
+        session.asks("Songs")
+        session.keys("enter")
+        session.asks("Folder of the checkpoints")
+        session.keys("enter")
+        session.until("type to search", "tune-19")
+        session.keys("-", "1", "7")
+        session.until("> tune-17")
+        session.keys("enter")
+        session.asks("Folder for the training tensors")
+
+
 def test_a_refused_path_says_why_on_the_spot(known):
     with Session(known) as session:
         session.asks("What would you like to do?")

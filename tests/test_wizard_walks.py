@@ -72,22 +72,33 @@ class Wanderer:
         if prompt.kind == "choice":
             return prompt.default
         if prompt.error or prompt.default in ("", None):
-            return self.draw(st.sampled_from(("warm piano", "7", "0.5", "")))
+            return ("7", "warm piano", "0.5", "")[self.count % 4]
         return prompt.default
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_every_walk_ends_in_a_config_that_validates_and_a_command_line_that_parses_to_it(world, data):
-    depth = data.draw(st.sampled_from(("basic", "advanced")))
+def walk(world: World, draw: Any) -> None:
+    """One session of two actions: each ends in a config that validates and a command line that parses to it."""
     shutil.rmtree(world.root / "home", ignore_errors=True)
-    welcomed(world.root / "home", depth=depth)
-    wizard = Wizard(Wanderer(data.draw, world), Screen(), world.outside())
-    for _ in range(2):  # twice: the second time what was chosen is carried over, and the next step is offered
+    welcomed(world.root / "home", depth=draw(st.sampled_from(("basic", "advanced"))))
+    wizard = Wizard(Wanderer(draw, world), Screen(), world.outside())
+    for _ in range(2):  # the second time what was chosen is carried over, and the next step is offered
         wizard.ask.count = 0
         chosen = wizard.next()
         if chosen is None:
             return
         assert resolve(type(chosen.config), vars(chosen.config)) == chosen.config
         assert configs_of(parse(command_words(chosen.config)), {}) == [chosen.config]
-        wizard.finished(chosen, ok=data.draw(st.booleans()))
+        wizard.finished(chosen, ok=draw(st.booleans()))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_few_walks_end_in_a_config_that_validates_and_a_command_line_that_parses_to_it(world, data):
+    walk(world, data.draw)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_three_hundred_walks_end_in_a_config_that_validates_and_a_command_line_that_parses_to_it(world, data):
+    walk(world, data.draw)
