@@ -25,7 +25,7 @@ from sidestep.events import Finished, Notice, Progress, Saved, silent
 from sidestep.export import export
 from tests.conftest import FIXTURES
 from tests.consumers import comfyui_weights, diffusers_weights, lycoris_weights, peft_weights, trained_weights
-from tests.test_adapters import config, shake, turbo, velocity
+from tests.test_adapters import close_velocities, config, shake, turbo
 from tests.test_export import TYPES, base, close, own_weights, pipeline  # noqa: F401 (a fixture)
 
 CHECKPOINTS = FIXTURES / "checkpoints"
@@ -345,5 +345,4 @@ def test_a_killed_merge_leaves_the_source_untouched_and_no_output(tmp_path):
 def test_the_merged_model_computes_as_the_trained_one(tmp_path):
     adapter, model = make(tmp_path / "adapter")
     run(adapter, tmp_path / "c" / "mine", format="merged", base=CHECKPOINTS)
-    with torch.no_grad():
-        torch.testing.assert_close(velocity(open_checkpoint(tmp_path / "c", "mine").load_decoder()), velocity(model), rtol=1e-5, atol=1e-5)
+    close_velocities(open_checkpoint(tmp_path / "c", "mine").load_decoder(), model)
