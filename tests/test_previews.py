@@ -207,7 +207,7 @@ def test_two_processes_make_the_previews_of_one(tmp_path, environment):
     data = write_data(tmp_path / "data")
     asked = {"preview_every": 1, "preview_prompt": "x", "preview_duration": 1.0, "epochs": 1, "max_steps": 2, "lr": 1e-3, "val_split": 0.2}
     run(settings(data, tmp_path / "one", gradient_accumulation=2, **asked))
-    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **asked))
+    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **asked), sharded=bool(environment))
     previews = files(tmp_path / "one" / "previews")
     assert previews and files(tmp_path / "two" / "previews") == previews
     for name in (name for name in previews if name.endswith(".flac")):

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
@@ -48,7 +48,7 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate would train with DDP here without a word; torch shards on CPUs too
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # in both: each new state object copies the second
     if accelerator.is_main_process:
         report(Chosen(what="device", value=str(accelerator.device), reason=device.reason))
         report(Chosen(what="precision", value=str(precision.value).removeprefix("torch."), reason=precision.reason))
