@@ -20,7 +20,9 @@ NORMALIZATIONS = ("none", "peak", "lufs")
 class ModelConfig:
     """Which base model, where, and in which numbers: shared by every command that touches a model."""
 
-    checkpoint_dir: Path = option(MISSING, "folder of the ACE-Step checkpoints (holds acestep-v15-turbo/, vae/, …)", group="Model")
+    checkpoint_dir: Path = option(
+        MISSING, "folder of the ACE-Step checkpoints (holds acestep-v15-turbo/, vae/, …), or ComfyUI's single .safetensors file", group="Model"
+    )
     model_variant: str = option("turbo", "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir", group="Model")
     device: str = option("auto", "auto, cuda, cuda:N, mps, xpu or cpu", group="Model")
     precision: str = option("auto", "numbers the frozen base computes in", group="Model", choices=("auto", "bf16", "fp16", "fp32"))

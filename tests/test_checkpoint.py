@@ -92,6 +92,40 @@ def test_the_diffusers_layout_gives_the_same_numbers(checkpoints, golden, tmp_pa
     torch.testing.assert_close(*timbre, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""], ids=["all in one", "model alone"])
+def test_comfyuis_single_files_give_the_same_tensors(checkpoints, tmp_path, prefix):
+    home = tmp_path / "comfyui"
+    tensors = {prefix + key: tensor for key, tensor in load_file(checkpoints / TURBO / "model.safetensors").items()}
+    if prefix:  # what else an all-in-one file holds is left alone
+        tensors |= {"vae.decoder.conv1.weight": torch.ones(2, 2), "text_encoders.qwen3_06b.transformer.model.norm.weight": torch.ones(2)}
+    home.mkdir()
+    save_file(tensors, home / "aio.safetensors")
+    with pytest.raises(UserError, match="do not fit its config.json|its config.json asks for"):
+        open_checkpoint(home / "aio.safetensors", "turbo").load_decoder()  # a tiny model; the official turbo is larger
+    with pytest.raises(UserError, match="put that model's config.json beside it as aio.json"):
+        open_checkpoint(home / "aio.safetensors", "my-tune")
+    shutil.copy(checkpoints / TURBO / "config.json", home / "aio.json")
+    single, folder = open_checkpoint(home / "aio.safetensors", "turbo"), open_checkpoint(checkpoints, "turbo")
+    for load in ("load_decoder", "load_null_condition"):
+        ours, expected = getattr(single, load)(), getattr(folder, load)()
+        if load == "load_decoder":
+            ours, expected = ours.state_dict(), expected.state_dict()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert {key.split(".")[0] for key in single.loaded_keys} == {"decoder", "null_condition_emb"}
+    for load, message in [
+        (single.load_vae, "The VAE was"),
+        (single.load_text_encoder, "The text encoder was"),
+        (single.silence_latent, "silence_latent.pt from any"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load()
+    for name in ("vae", "Qwen3-Embedding-0.6B"):
+        shutil.copytree(checkpoints / name, home / name)
+    shutil.copytree(checkpoints / TURBO, home / TURBO, ignore=lambda *_: ["model.safetensors", "config.json"])
+    load_everything(home / "aio.safetensors", "turbo")
+    assert torch.equal(open_checkpoint(home / "aio.safetensors", "turbo").silence_latent(), folder.silence_latent())
+
+
 def pointer(home: Path) -> None:
     (home / TURBO / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8")
 

@@ -38,6 +38,15 @@ def test_the_diffusers_layout_is_found(checkpoints, tmp_path):
     assert [(m.name, m.layout) for m in workspace.find_models(tmp_path)] == [("mine", "diffusers")]
 
 
+def test_a_single_file_offers_every_model_it_may_descend_from_or_the_one_beside_it(checkpoints, tmp_path):
+    file = Path(shutil.copy(checkpoints / "acestep-v15-turbo" / "model.safetensors", tmp_path / "aio.safetensors"))
+    assert [model.variant for model in workspace.find_models(file)] == ["turbo", "base", "sft", "xl-turbo", "xl-base", "xl-sft"]
+    shutil.copy(checkpoints / "acestep-v15-turbo" / "config.json", tmp_path / "aio.json")
+    assert [(model.variant, model.problem) for model in workspace.find_models(file)] == [("turbo", "")]
+    file.write_bytes(b"version https://git-lfs")
+    assert "LFS" in workspace.find_models(file)[0].problem
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

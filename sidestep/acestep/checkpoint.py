@@ -59,7 +59,7 @@ class Checkpoint:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
         weights = self._open(self.layout.part("condition_encoder"))
         if "null_condition_emb" not in weights.shapes:
-            raise UserError(f"{weights.folder}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
+            raise UserError(f"{weights.place}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
         self.loaded_keys.add("null_condition_emb")
         return next(iter(weights.read(["null_condition_emb"], dtype, device)))[1]
 
@@ -117,9 +117,9 @@ class Checkpoint:
         if self.layout.kind == "diffusers":
             weights = self._open(self.layout.part("condition_encoder"))
             return next(iter(weights.read(["silence_latent"], torch.float32, CPU)))[1]
-        path = self.folder / "silence_latent.pt"
+        path = self.layout.silence_latent
         if not path.is_file():
-            raise UserError(f"{path} is missing.", "Copy silence_latent.pt from any ACE-Step 1.5 checkpoint of this release into that folder.")
+            raise UserError(f"{path} is missing.", f"Copy {path.name} from any ACE-Step 1.5 checkpoint of this release into that folder.")
         try:
             latent = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -129,15 +129,15 @@ class Checkpoint:
             raise UserError(f"{path}: expected a tensor [1, {self.latent_channels}, frames].", DOWNLOAD_AGAIN)
         return latent.float().transpose(1, 2).contiguous()
 
-    def _open(self, folder: Path) -> Weights:
-        if folder not in self._weights:
-            self._weights[folder] = Weights(require_folder(folder, "A part of the checkpoint was", DOWNLOAD_AGAIN))
-        return self._weights[folder]
+    def _open(self, place: Path) -> Weights:
+        if place not in self._weights:
+            self._weights[place] = Weights(place if place.is_file() else require_folder(place, "A part of the checkpoint was", DOWNLOAD_AGAIN))
+        return self._weights[place]
 
     def _load(self, model_class, part: str, prefix: str, sizes: dict, device: torch.device, dtype: torch.dtype, extra: dict | None = None, quantize: str = ""):
         weights = self._open(self.layout.part(part))
         if self.layout.kind == "diffusers":
-            sizes = read_config(weights.folder / "config.json")
+            sizes = read_config(weights.place / "config.json")
             keys = {key: key for key in weights.shapes if key not in (extra or {})}
         else:
             keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}

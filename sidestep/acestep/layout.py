@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidestep.errors import UserError
-from sidestep.variants import OFFICIAL_FOLDERS
+from sidestep.variants import OFFICIAL_FOLDERS, official_config
 
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
+SILENCE_LATENT = "silence_latent.pt"
 
 # original name -> diffusers name, inside a key
 RENAMES = (
@@ -43,7 +44,10 @@ def original_key(diffusers: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's folders. `kind`: original or diffusers. `config`: config.json of the model (of the DiT in diffusers)."""
+    """A checkpoint's places. `kind`: original or diffusers. `folder`: the model's own; for ComfyUI's single files the file itself.
+
+    config: config.json of the model (of the DiT in diffusers). silence_latent: its file in the original layout.
+    """
 
     kind: str
     folder: Path
@@ -51,27 +55,51 @@ class Layout:
     text_encoder: Path
     tokenizer: Path
     config: dict
+    silence_latent: Path
 
     def part(self, name: str) -> Path:
-        """Folder of a part's weights; in the original layout they share one file."""
+        """Where a part's weights are; in the original layout they share one file."""
         return self.folder if self.kind == "original" else self.folder / name
 
 
 def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
-    """Locate a variant below `checkpoint_dir`, which may also be the variant's own folder.
+    """Locate a variant below `checkpoint_dir`, which may also be the variant's own folder, or a single .safetensors file as ComfyUI has them.
 
     Raises UserError that lists what is there.
     """
+    if checkpoint_dir.is_file():
+        return _single_file(checkpoint_dir, model_variant)
     if not checkpoint_dir.is_dir():
         raise UserError(f"--checkpoint-dir {checkpoint_dir}: no such folder.", f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.")
     folder = _model_folder(checkpoint_dir, model_variant)
     if (folder / "model_index.json").is_file():
-        return Layout("diffusers", folder, folder / "vae", folder / "text_encoder", folder / "tokenizer", read_config(folder / "transformer" / "config.json"))
+        config = read_config(folder / "transformer" / "config.json")
+        return Layout("diffusers", folder, folder / "vae", folder / "text_encoder", folder / "tokenizer", config, folder / SILENCE_LATENT)
     config = read_config(folder / "config.json")
     root = folder.parent if folder != checkpoint_dir else checkpoint_dir
     roots = (root, checkpoint_dir, checkpoint_dir.parent)
     text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
-    return Layout("original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config)
+    return Layout("original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config, folder / SILENCE_LATENT)
+
+
+def _single_file(file: Path, model_variant: str) -> Layout:
+    """A model in one file, without a config.json of its own: that of the official variant, unless one stands beside it. The rest stands beside it."""
+    if file.suffix.lower() != ".safetensors":
+        raise UserError(
+            f"--checkpoint-dir {file}: neither a folder nor a .safetensors file.", "Point it at the folder of the checkpoints, or at ComfyUI's file."
+        )
+    own = file.with_suffix(".json")
+    config = read_config(own) if own.is_file() else official_config(model_variant)
+    if config is None:
+        raise UserError(
+            f"--model-variant {model_variant}: {file.name} does not say what model it is.",
+            f"Say which official model it descends from ({', '.join(OFFICIAL_FOLDERS)}), or put that model's config.json beside it as {own.name}.",
+        )
+    roots = (file.parent, file.parent.parent)
+    text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
+    homes = [root / sub for root in roots for sub in ("", *OFFICIAL_FOLDERS.values())]
+    silence = next((home / SILENCE_LATENT for home in homes if (home / SILENCE_LATENT).is_file()), file.parent / SILENCE_LATENT)
+    return Layout("original", file, _beside(roots, "vae"), text_encoder, text_encoder, config, silence)
 
 
 def require_folder(folder: Path, what: str, fix: str) -> Path:

@@ -12,19 +12,23 @@ from sidestep.errors import UserError
 
 Place = Callable[[torch.nn.Module, str, torch.Tensor], bool]
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+ALL_IN_ONE = "model.diffusion_model."  # before the model's keys in ComfyUI's files that hold everything
 SAMPLED_BYTES = 4096
 
 
 class Weights:
-    """The tensors of one model folder. Opening reads headers only; `read` touches one tensor.
+    """The tensors of one model folder, or of one file. Opening reads headers only; `read` touches one tensor.
+
+    In ComfyUI's all-in-one files the model stands beside a VAE and text encoders: only the model counts, its prefix left away.
 
     Raises UserError for a missing, truncated or LFS-pointer file and for a shard that is not there.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files, self._file_of = _index(folder)
+    def __init__(self, place: Path):
+        self.place = place
+        self.files, self._file_of = ([place], {}) if place.is_file() else _index(place)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._prefix = ""
         for file in self.files:
             with _open(file) as header:
                 for key in header.keys():
@@ -32,19 +36,20 @@ class Weights:
                         self.shapes[key] = tuple(header.get_slice(key).get_shape())
         missing = sorted(set(self._file_of) - set(self.shapes))
         if missing:
-            raise UserError(
-                f"{folder}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again."
-            )
+            raise UserError(f"{place}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again.")
+        if any(key.startswith(ALL_IN_ONE) for key in self.shapes):
+            self._prefix = ALL_IN_ONE
+            self.shapes = {key.removeprefix(ALL_IN_ONE): shape for key, shape in self.shapes.items() if key.startswith(ALL_IN_ONE)}
 
     def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
         """Each of the tensors, cast and moved one by one; floating point only is cast."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
-            by_file.setdefault(self._file_of[key], []).append(key)
+            by_file.setdefault(self._file_of[self._prefix + key], []).append(key)
         for file, wanted in by_file.items():
             with _open(file) as opened:
                 for key in wanted:
-                    tensor = opened.get_tensor(key)
+                    tensor = opened.get_tensor(self._prefix + key)
                     yield key, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     def identity(self) -> str:
@@ -127,14 +132,14 @@ def fill(
             if names
         ]
         raise UserError(
-            f"{weights.folder}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
+            f"{weights.place}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
             "Take config.json and weights from the same checkpoint.",
         )
     wrong = [(name, weights.shapes[key], wanted[name]) for name, key in keys.items() if weights.shapes[key] != wanted[name]]
     if wrong:
         name, there, expected = wrong[0]
         raise UserError(
-            f"{weights.folder}: {keys[name]} has shape {list(there)}, its config.json asks for {list(expected)} ({len(wrong)} such tensors).",
+            f"{weights.place}: {keys[name]} has shape {list(there)}, its config.json asks for {list(expected)} ({len(wrong)} such tensors).",
             "Take config.json and weights from the same checkpoint.",
         )
     name_of = {key: name for name, key in keys.items()}

@@ -17,7 +17,8 @@ def token_counter(checkpoint_dir: Path | None) -> Callable[[str], int]:
     """A function from text to its number of tokens. Raises UserError when `checkpoint_dir` holds no tokenizer."""
     if checkpoint_dir is None:
         return guess
-    places = [checkpoint_dir / "Qwen3-Embedding-0.6B" / "tokenizer.json", checkpoint_dir / "tokenizer" / "tokenizer.json"]
+    home = checkpoint_dir.parent if checkpoint_dir.is_file() else checkpoint_dir
+    places = [home / "Qwen3-Embedding-0.6B" / "tokenizer.json", home / "tokenizer" / "tokenizer.json"]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise UserError(f"--checkpoint-dir {checkpoint_dir}: no tokenizer there.", f"It stands at {places[0]}; without the flag, tokens are guessed.")

@@ -13,8 +13,8 @@ Look = Callable[[Path], str]
 
 
 def checkpoints(folder: Path) -> str:
-    """A folder of models. Raises UserError naming what is there instead."""
-    _there(folder, folder.is_dir())
+    """A folder of models, or ComfyUI's single file. Raises UserError naming what is there instead."""
+    _there(folder, folder.is_dir() or folder.suffix.lower() == ".safetensors" and folder.is_file())
     models = find_models(folder)
     usable = [model for model in models if not model.problem]
     if usable:
