@@ -7,9 +7,12 @@ Prints the ratio of medians, measured alternately in one process.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not as a module of the repository
 
 import torch
 from diffusers import AceStepTransformer1DModel
