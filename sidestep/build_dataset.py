@@ -79,9 +79,10 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     for sample in rebuilt.absent:
         report(Notice(level="warning", message=f"{sample.audio_path} is not there; what {output.name} knows of it is kept aside until it is back."))
     report(_summary(dataset, origins, failed))
-    report(Saved(what="dataset", path=str(output)))
-    preprocess = f"train.py fixed --preprocess --dataset-json {shlex.quote(str(output))} --tensor-output tensors --checkpoint-dir CHECKPOINTS"
-    report(Finished(message=f"{len(dataset.samples)} songs in {output}", next_commands=(preprocess,)))
+    shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
+    report(Saved(what="dataset", path=str(shown)))
+    preprocess = f"uv run train.py fixed --preprocess --dataset-json {shlex.quote(str(shown))} --tensor-output tensors --checkpoint-dir CHECKPOINTS"
+    report(Finished(message=f"{len(dataset.samples)} songs in {shown}", next_commands=(preprocess,)))
     return BuildSummary(output, dataset, tuple(failed))
 
 
@@ -89,7 +90,7 @@ def output_path(config: BuildDatasetConfig) -> Path:
     """Where dataset.json stands or will stand. Raises UserError when --input is no folder."""
     if not config.input.is_dir():
         there = "is a file" if config.input.is_file() else "does not exist"
-        raise UserError(f"--input {config.input} {there}; a folder of songs is needed.", "train.py build-dataset --input FOLDER_OF_SONGS")
+        raise UserError(f"--input {config.input} {there}; a folder of songs is needed.", "uv run train.py build-dataset --input FOLDER_OF_SONGS")
     output = config.output or config.input / "dataset.json"
     return Path(os.path.abspath(output / "dataset.json" if output.is_dir() else output))
 

@@ -54,7 +54,7 @@ class PreprocessConfig(ModelConfig):
         if not self.audio_dir and not self.dataset_json:
             raise UserError(
                 "--preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
-                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: train.py build-dataset --input FOLDER_OF_SONGS",
+                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: uv run train.py build-dataset --input FOLDER_OF_SONGS",
             )
 
 
@@ -274,7 +274,7 @@ class PresetsConfig:
     def __post_init__(self) -> None:
         if self.action != "list" and not self.what:
             wanted = "the file of a preset" if self.action == "import" else "the name of a preset"
-            raise UserError(f"presets {self.action} needs {wanted}.", "See what there is: train.py presets list")
+            raise UserError(f"presets {self.action} needs {wanted}.", "See what there is: uv run train.py presets list")
 
 
 @dataclass(frozen=True, kw_only=True)

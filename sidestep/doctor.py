@@ -15,7 +15,7 @@ from diffusers import AceStepTransformer1DModel
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import decoder_sizes
-from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.config import DoctorConfig
 from sidestep.events import Report, Table
 from sidestep.folders import config_folder, state_folder
@@ -40,7 +40,7 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     precision = choose_precision("auto", device.value)
     findings.append(Finding("device", str(device.value), device.reason))
     findings.append(_memory(device.value))
-    findings.append(Finding("precision", str(precision.value).removeprefix("torch."), precision.reason))
+    findings.append(Finding("precision", precision_name(precision.value), precision.reason))
     findings.append(_attention(device.value, precision.value))
     findings += _models(config)
     memory = psutil.virtual_memory()

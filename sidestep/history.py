@@ -44,7 +44,7 @@ class PastRun:
 def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     """{"runs": the runs in a folder, the newest first}. Raises UserError when the folder is not there."""
     if not config.folder.is_dir():
-        raise UserError(f"{config.folder}: no such folder.", "Give a run's --output-dir, or a folder that holds runs: train.py history FOLDER")
+        raise UserError(f"{config.folder}: no such folder.", "Give a run's --output-dir, or a folder that holds runs: uv run train.py history FOLDER")
     found = {str(run.folder): run for run in sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())}
     runs = sorted((past_run(run) for run in found.values()), key=lambda run: run.started, reverse=True)
     if not runs:

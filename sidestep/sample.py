@@ -14,7 +14,7 @@ from torch import Tensor
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.pipeline import Denoiser, Sampling, at_full_level, denoise, denoiser, sampling_for
 from sidestep.acestep.prompts import Conditions, Prompt, encode_prompts
 from sidestep.acestep.residence import Part
@@ -67,7 +67,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     adapter = read_adapter(config.adapter) if config.adapter else None
     device, precision = choose_device(config.device), choose_precision(config.precision, choose_device(config.device).value)
     report(Chosen(what="device", value=str(device.value), reason=device.reason))
-    report(Chosen(what="precision", value=_name(precision.value), reason=precision.reason))
+    report(Chosen(what="precision", value=precision_name(precision.value), reason=precision.reason))
     sampling = sampling_for(checkpoint.variant, config.steps, config.guidance, config.shift)
     report(Chosen(what="sampling", value=described(sampling), reason=checkpoint.variant.reason))
     if config.guidance is not None and config.guidance != sampling.guidance:
@@ -93,7 +93,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             "strength": strength,
             "adapter": str(config.adapter) if config.adapter else None,
             "checkpoint": checkpoint.folder.name,
-            "precision": _name(precision.value),
+            "precision": precision_name(precision.value),
             "device": device.value.type,
         }
         write_take(path, studio, studio.audio(latents), prompt, facts)
@@ -202,7 +202,3 @@ def _free_stem(folder: Path, stem: str, strengths: tuple[float, ...]) -> str:
     """The stem, or the stem with a number, for which no file stands there yet."""
     candidates = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
     return next(c for c in candidates if not any((folder / f"{c}-strength{s:g}{suffix}").exists() for s in strengths for suffix in (".flac", ".json")))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -60,6 +60,11 @@ def choose_precision(request: str, device: torch.device) -> Choice:
     return Choice(torch.bfloat16, f"{device.type} devices compute in bf16, with the range of fp32")
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """bf16, fp16 or fp32, as `--precision` calls it."""
+    return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queue; for timing only."""
     if device.type in ("cuda", "xpu", "mps"):

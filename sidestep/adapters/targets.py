@@ -65,7 +65,7 @@ def targets_of(decoder: nn.Module, config: TrainConfig, rank_map: Mapping[str, A
     if unknown:
         raise UserError(
             f"The rank map names {len(unknown)} modules that this model does not have, such as {unknown[0]}.",
-            "It was made for another model: run train.py estimate again for this one, or train without it: --ignore-rank-map",
+            "It was made for another model: run estimate again for this one, or train without it: --ignore-rank-map",
         )
     if not ranks:
         raise UserError("The rank map leaves out every module: nothing would be trained.", "Train without it: --ignore-rank-map")

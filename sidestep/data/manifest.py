@@ -148,11 +148,11 @@ def read(path: Path) -> Dataset:
         text, _ = decode_text(path.read_bytes())
         data = json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"There is no {path}.", "Build it: train.py build-dataset --input FOLDER_OF_SONGS") from None
+        raise UserError(f"There is no {path}.", "Build it: uv run train.py build-dataset --input FOLDER_OF_SONGS") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}.", "Put it right at that place, or build it anew: train.py build-dataset --overwrite …") from error
+        raise UserError(f"{path} is no JSON: {error}.", "Put it right at that place, or build it anew: uv run train.py build-dataset --overwrite …") from error
     return _Reading(path).dataset(data)
 
 

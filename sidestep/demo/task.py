@@ -29,7 +29,8 @@ def _demo(config: DemoConfig, report: Report) -> None:
     home = config.output_dir
     if home.exists() and any(home.iterdir()):
         raise UserError(
-            f"--output-dir {home}: not empty, and the demo overwrites nothing.", f"Delete it, or choose another folder: train.py demo --output-dir {home}-2"
+            f"--output-dir {home}: not empty, and the demo overwrites nothing.",
+            f"Delete it, or choose another folder: uv run train.py demo --output-dir {home}-2",
         )
     report(Notice(message=f"1/5 A tiny ACE-Step model with random weights, and four short songs, in {home}"))
     checkpoints = write_tiny_checkpoint(home / "checkpoints")

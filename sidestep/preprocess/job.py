@@ -10,7 +10,7 @@ import torch
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import tiled_silence
-from sidestep.acestep.device import PRECISIONS, choose_device, choose_precision
+from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import frames_per_second, samples_per_frame
 from sidestep.audio.io import AudioError, content_hash, probe
 from sidestep.config import PreprocessConfig
@@ -159,11 +159,6 @@ def open_job(config: PreprocessConfig, report: Report) -> Job:
     job.identities = {part: checkpoint.identity(part) for part in ("vae", "text_encoder", "condition_encoder")}
     job.identities["silence"] = hashlib.blake2b(job.timbre_silence().numpy().tobytes(), digest_size=16).hexdigest()
     return job
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """bf16, fp16 or fp32."""
-    return next(name for name, value in PRECISIONS.items() if value == dtype)
 
 
 def audio_stat(path: Path) -> list[int]:

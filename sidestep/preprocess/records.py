@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sidestep.acestep.conditions import cover_hints, encode_conditions
+from sidestep.acestep.device import precision_name
 from sidestep.data.samples import SCHEMA, Record, RecordError, load_record, save_record
-from sidestep.preprocess.job import Inspection, Job, Need, audio_stat, precision_name
+from sidestep.preprocess.job import Inspection, Job, Need, audio_stat
 from sidestep.preprocess.songs import Song
 from sidestep.preprocess.space import watch
 from sidestep.preprocess.tally import Pace, Tally

@@ -43,7 +43,7 @@ def preprocess(config: PreprocessConfig, report: Report) -> Summary:
     try:
         return _preprocess(config, report)
     except KeyboardInterrupt:
-        raise Interrupted(shlex.join(["train.py", "fixed", "--preprocess", *as_arguments(config)])) from None
+        raise Interrupted(shlex.join(["uv", "run", "train.py", "fixed", "--preprocess", *as_arguments(config)])) from None
 
 
 def _preprocess(config: PreprocessConfig, report: Report) -> Summary:
@@ -177,5 +177,5 @@ def _finish(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, r
     if not summary.done and not summary.skipped:
         return
     model = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
-    train = shlex.join(["train.py", "fixed", *model, "--dataset-dir", str(config.tensor_output), "--output-dir", "OUTPUT_FOLDER"])
+    train = shlex.join(["uv", "run", "train.py", "fixed", *model, "--dataset-dir", str(config.tensor_output), "--output-dir", "OUTPUT_FOLDER"])
     report(Finished(message=f"{summary.done} songs preprocessed, {summary.skipped} stood already, {summary.failed} failed.", next_commands=(train,)))

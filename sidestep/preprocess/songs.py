@@ -84,7 +84,7 @@ def read_songs(config: PreprocessConfig, report: Report) -> list[Song]:
     if not dataset.samples:
         where = config.dataset_json or config.audio_dir
         raise UserError(
-            f"{where}: no songs here.", "Point --audio-dir at a folder with audio files, or build a list: train.py build-dataset --input FOLDER_OF_SONGS"
+            f"{where}: no songs here.", "Point --audio-dir at a folder with audio files, or build a list: uv run train.py build-dataset --input FOLDER_OF_SONGS"
         )
     samples = sorted(dataset.samples, key=lambda sample: relative_name(sample.audio_path, base))
     names = [relative_name(sample.audio_path, base) for sample in samples]
@@ -141,5 +141,7 @@ def _mention_unlisted(folder: Path, dataset: Dataset, report: Report) -> None:
     unlisted = [path for path in find_audio(folder) if os.path.normcase(os.path.abspath(path)) not in listed]
     if unlisted:
         more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        message = f"{folder / DATASET_NAME} does not list {relative_path(unlisted[0], folder)}{more}; to add them: train.py build-dataset --input {folder}"
+        message = (
+            f"{folder / DATASET_NAME} does not list {relative_path(unlisted[0], folder)}{more}; to add them: uv run train.py build-dataset --input {folder}"
+        )
         report(Notice(message=message, level="warning"))

@@ -57,4 +57,4 @@ def _directions(path: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
         problem = f"--init gradient: {path} is not there."
     except (OSError, SafetensorError) as error:
         problem = f"--init gradient: {path} cannot be read ({error})."
-    raise UserError(problem, f"Measure first: train.py estimate --dataset-dir {config.dataset_dir} …, or use --init default.")
+    raise UserError(problem, f"Measure first: uv run train.py estimate --dataset-dir {config.dataset_dir} …, or use --init default.")

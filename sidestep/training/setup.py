@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.block_swap import BlockSwap
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
-from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.recompute import recompute_layers
 from sidestep.acestep.regional_compile import compile_layers
 from sidestep.adapters.attach import attach, load_adapter_state
@@ -51,7 +51,7 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # in both: each new state object copies the second
     if accelerator.is_main_process:
         report(Chosen(what="device", value=str(accelerator.device), reason=device.reason))
-        report(Chosen(what="precision", value=str(precision.value).removeprefix("torch."), reason=precision.reason))
+        report(Chosen(what="precision", value=precision_name(precision.value), reason=precision.reason))
         if accelerator.num_processes > 1:
             report(Chosen(what="processes", value=str(accelerator.num_processes), reason=f"as launched, {accelerator.distributed_type.value.lower()}"))
     if accelerator.distributed_type == DistributedType.FSDP:
