@@ -15,6 +15,8 @@ from sidestep.options import Option, options_of
 
 BUILT_IN = Path(__file__).resolve().parent.parent / "presets"
 COMMANDS_WITH_PRESETS = ("fixed", "estimate", "plan")  # the others have no settings worth keeping under a name
+PROFILES = {"comfortable": 24, "standard": 16, "tight": 12, "minimal": 8}  # GiB of the smallest card that each is made for
+USABLE = 0.93  # what a card of so many GB reports of them
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.\-]{0,60}[A-Za-z0-9]|[A-Za-z0-9]")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # names that Windows keeps for devices
 LARGEST_BYTES = 1_000_000
@@ -75,6 +77,12 @@ def find(name: str) -> Preset:
             return read(path)
     known = ", ".join(preset.name for preset in list_presets())
     raise UserError(f"--preset {name}: there is no preset of that name.", f"Presets: {known}.")
+
+
+def profile_for(gib: float, is_xl: bool) -> str:
+    """The preset for a card of so many GiB: the most comfortable profile that is made for it. On the smallest cards XL has one of its own."""
+    name = next((name for name, least in PROFILES.items() if gib >= USABLE * least), "minimal")
+    return f"{name}_xl" if is_xl and name == "minimal" else name
 
 
 def read(path: Path) -> Preset:

@@ -27,11 +27,11 @@ from sidestep.variants import official_config
 
 BF16 = torch.bfloat16
 SMALL = official_config("base") | {
-    "hidden_size": 256,
-    "intermediate_size": 768,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
     "head_dim": 64,
     "sliding_window": 64,
 }

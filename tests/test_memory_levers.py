@@ -2,14 +2,32 @@
 
 import pytest
 import torch
+from diffusers import AceStepTransformer1DModel
 
 from sidestep.acestep.block_swap import BlockSwap
 from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.acestep.recompute import offload_activations, recompute_layers
 from sidestep.adapters.attach import attach
+from sidestep.adapters.export import save_final
+from sidestep.adapters.put_on import put_on
+from sidestep.adapters.read import read_adapter
 from sidestep.config import TrainConfig
 
 CPU = torch.device("cpu")
+
+
+def trained_config(checkpoints, tmp_path) -> TrainConfig:
+    return TrainConfig(checkpoint_dir=checkpoints, dataset_dir=tmp_path, output_dir=tmp_path, rank=4, alpha=8, dropout=0.1)
+
+
+def sample() -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """(what the decoder is given, the velocity it should answer)."""
+    generator = torch.Generator().manual_seed(1)
+    noisy, target = torch.randn(2, 1, 50, 8, generator=generator)
+    context_latents, conditions = torch.randn(1, 50, 16, generator=generator), torch.randn(1, 30, 32, generator=generator)
+    t = torch.tensor([0.5])
+    return (noisy, t, t, conditions, context_latents), target
 
 
 def run_steps(checkpoints, tmp_path, prepare=None, context=None, quantize="", steps=4, folder="turbo", dtype=torch.float32):
@@ -17,20 +35,16 @@ def run_steps(checkpoints, tmp_path, prepare=None, context=None, quantize="", st
     checkpoint = open_checkpoint(checkpoints, folder)
     decoder = checkpoint.load_decoder(dtype=dtype, quantize=quantize)
     torch.manual_seed(0)
-    config = TrainConfig(checkpoint_dir=checkpoints, dataset_dir=tmp_path, output_dir=tmp_path, rank=4, alpha=8, dropout=0.1)
-    model = attach(decoder, config).train()
+    model = attach(decoder, trained_config(checkpoints, tmp_path)).train()
     if prepare:
         prepare(decoder)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    generator = torch.Generator().manual_seed(1)
-    noisy, target = torch.randn(2, 1, 50, 8, generator=generator)
-    context_latents, conditions = torch.randn(1, 50, 16, generator=generator), torch.randn(1, 30, 32, generator=generator)
-    t = torch.tensor([0.5])
+    inputs, target = sample()
     values = []
     for step in range(steps):
         torch.manual_seed(step)
         with context() if context else torch.enable_grad():
-            loss = (model(noisy, t, t, conditions, context_latents, return_dict=False)[0] - target).square().mean()
+            loss = (model(*inputs, return_dict=False)[0] - target).square().mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -80,3 +94,39 @@ def test_a_quantised_base_trains_and_stays_near_the_exact_one(checkpoints, tmp_p
     assert kinds & {"Linear8bitLt", "Linear4bit"}
     stored = {p.dtype for name, p in model.named_parameters() if ".base_layer.weight" in name}
     assert stored == {torch.int8 if precision == "int8" else torch.uint8}
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.04), ("nf4", 0.1)])
+def test_an_adapter_trained_on_a_quantised_base_does_the_same_on_the_bf16_one(tmp_path, precision, tolerance):
+    """The exported adapter on the bf16 base gives the trained velocity within 4 % (int8) or 10 % (nf4), and keeps what was learnt."""
+    exact, base = wider_decoder(), wider_decoder()
+    weights = {name: layer.weight.detach() for name, layer in quantized_layers(exact).items()}
+    make_quantizable(exact, precision, torch.float32)
+    for name, weight in weights.items():
+        quantize_weight(exact.get_submodule(name), weight, CPU)
+    config = TrainConfig(checkpoint_dir=tmp_path, dataset_dir=tmp_path, output_dir=tmp_path, rank=8, alpha=16, dropout=0.0)
+    trained = attach(exact, config).train()
+    noisy, target = torch.randn(2, 2, 100, 64, generator=torch.Generator().manual_seed(1))
+    inputs = (noisy, torch.tensor([0.3, 0.7]), torch.tensor([0.3, 0.7]), torch.randn(2, 30, 256), torch.randn(2, 100, 128))
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(25):
+        (trained(*inputs, return_dict=False)[0] - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_final(trained, tmp_path / "final", config)
+    exported = put_on(base.bfloat16(), read_adapter(tmp_path / "final"))
+    with torch.no_grad():
+        expected = trained.eval()(*inputs, return_dict=False)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            inputs = tuple(tensor.bfloat16() for tensor in inputs)
+            velocity = exported(*inputs, return_dict=False)[0].float()
+            with exported.disable_adapter():
+                untrained = base(*inputs, return_dict=False)[0].float()
+    assert (velocity - expected).norm() < tolerance * expected.norm()
+    assert (velocity - target).square().mean() < 0.85 * (untrained - target).square().mean()
+
+
+def wider_decoder() -> AceStepTransformer1DModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return AceStepTransformer1DModel(**sizes, is_turbo=True).eval().requires_grad_(False)

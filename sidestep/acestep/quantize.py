@@ -26,6 +26,7 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
             new = bitsandbytes.nn.Linear8bitLt(**shape, has_fp16_weights=False)
         else:
             new = bitsandbytes.nn.Linear4bit(**shape, quant_type="nf4", compute_dtype=compute_dtype, compress_statistics=True)
+            new.support_avx512bf16_for_cpu = False  # or evaluation would repack the weight, its scales in bf16, and training go on with that
         parent, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(parent), leaf, new)
     decoder.is_loaded_in_8bit = precision == "int8"  # by these peft knows which layers to expect

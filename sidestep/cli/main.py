@@ -16,9 +16,10 @@ from sidestep.cli.boundary import guarded
 from sidestep.cli.commands import RUN
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse
+from sidestep.cli.profile import profile_of
 from sidestep.config import DemoConfig, PreprocessConfig, TrainConfig
 from sidestep.errors import ExitStatus, UserError
-from sidestep.events import Event, EventLog, Notice, Report, Table, both, silent
+from sidestep.events import Chosen, Event, EventLog, Notice, Report, Table, both, silent
 from sidestep.terminal.render import PlainView
 from sidestep.terminal.terminal import Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
@@ -64,9 +65,13 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 
     `running` receives each config as it starts, so that the boundary knows where its log belongs.
     """
-    preset = presets.find(call.preset) if call.preset else None
+    notes: list[Event] = [Notice(message=note) for note in notes_of(call)]
+    name = call.preset
+    if call.vram_profile:
+        name, why = profile_of(call)
+        notes.append(Chosen(what="profile", value=name, reason=why))
+    preset = presets.find(name) if name else None
     configs = configs_of(call, preset.values if preset else {})
-    notes = [Notice(message=note) for note in notes_of(call)]
     if preset and preset.unknown:
         notes.append(Notice(message=f"Preset {preset.name}: ignored, because no command has such a setting: {', '.join(preset.unknown)}.", level="warning"))
     worst = ExitStatus.OK

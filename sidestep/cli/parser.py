@@ -9,7 +9,7 @@ from sidestep import __version__
 from sidestep.config import COMMANDS, PreprocessConfig, TrainConfig
 from sidestep.errors import UserError
 from sidestep.options import Option, options_of, resolve, splits_at_commas
-from sidestep.presets import COMMANDS_WITH_PRESETS
+from sidestep.presets import COMMANDS_WITH_PRESETS, PROFILES
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -22,6 +22,7 @@ class Call:
     typed: dict[str, Any] = field(default_factory=dict)
     preprocess: bool = False
     preset: str = ""
+    vram_profile: str = ""
     plain: bool = False
     yes: bool = False
 
@@ -55,11 +56,13 @@ def parse(argv: list[str]) -> Call:
     if extra:
         raise _unknown(command, parser, extra)
     typed = vars(found)
-    flags = {name: typed.pop(name, default) for name, default in (("plain", False), ("yes", False), ("preset", ""), ("preprocess", False))}
+    flags = {"plain": False, "yes": False, "preset": "", "vram_profile": "", "preprocess": False}
+    flags |= {name: typed.pop(name) for name in flags if name in typed}
     options = options_for(command)
     absent = [name for name, value in typed.items() if value is None or (value == [] and not options[name].flag.startswith("-"))]  # optional positional words
     typed = {name: _parts(options[name], value) for name, value in typed.items() if name not in absent}
-    return Call(command, typed, flags["preprocess"], flags["preset"], namespace.plain or flags["plain"], namespace.yes or flags["yes"])
+    flags |= {"plain": namespace.plain or flags["plain"], "yes": namespace.yes or flags["yes"]}
+    return Call(command, typed, **flags)
 
 
 def configs_of(call: Call, preset: dict[str, Any]) -> list[Any]:
@@ -121,6 +124,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--preprocess", action="store_true", default=argparse.SUPPRESS, help=help)
     if command in COMMANDS_WITH_PRESETS:
         parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help="start from a preset (see: train.py presets list); typed flags win")
+        help = "start from the preset for this GPU (auto), or for a card of that kind; typed flags win"
+        parser.add_argument("--vram-profile", choices=("auto", *PROFILES), default=argparse.SUPPRESS, help=help)
     groups: dict[str, Any] = {}
     for name, o in options.items():
         group = groups.get(o.group) or groups.setdefault(o.group, parser.add_argument_group(o.group))
