@@ -116,17 +116,17 @@ class Planner:
         return self.candidate(config, chunk_duration=seconds) if seconds >= SHORTEST_WINDOW_SECONDS else None
 
     def _least_recomputation(self, asked: TrainConfig, fitting: Candidate, changes: dict, limit: int) -> Candidate:
-        """Fewest recomputed layers that fit. Swapped blocks must be recomputed, so they are left as they are."""
+        """Fewest recomputed layers that fit, in pairs of sliding and full attention. Swapped blocks must be recomputed, so they are left as they are."""
         config = fitting.config
         if not config.gradient_checkpointing or config.recompute_layers is not None or config.swap_blocks:
             return fitting
         low, high = 0, int(self.sizes["num_hidden_layers"])  # `high` fits
         while low < high:
-            middle = (low + high) // 2
+            middle = (low + high) // 4 * 2
             if on_device(self.peak(dataclasses.replace(config, recompute_layers=middle)).total) <= limit:
                 high = middle
             else:
-                low = middle + 1
+                low = middle + 2
         return self.candidate(asked, **changes, recompute_layers=high) if high < int(self.sizes["num_hidden_layers"]) else fitting
 
 

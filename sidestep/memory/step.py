@@ -91,7 +91,8 @@ class StepModel:
         if config.gradient_checkpointing:
             recomputed = self.layers if config.recompute_layers is None else min(config.recompute_layers, self.layers)
         kept = self.layers - recomputed
-        few = (min(recomputed, FEW_BLOCKS + recomputed % 2), min(kept, FEW_BLOCKS + kept % 2))
+        enough = FEW_BLOCKS if not kept else FEW_BLOCKS // 2  # where all are recomputed, the peak of very few stands at another place
+        few = (min(recomputed, enough + recomputed % 2), min(kept, enough + kept % 2))
         total = base = self._measure(*few)
         if recomputed > few[0]:
             total = total + (self._measure(few[0] + 2, few[1]) - base) * ((recomputed - few[0]) // 2)

@@ -4,9 +4,11 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_DEVICE_OF = torch.ops.prim.device.default
 ALLOCATION_BYTES = 512  # what CUDA's caching allocator rounds every tensor up to
 
 
@@ -24,6 +26,8 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls on fake tensors; the mode would ask its cache first
         result = function(*args, **(kwargs or {}))
         self.count(result)
         return result
