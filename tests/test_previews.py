@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Qwen3Model
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
+from sidestep.acestep.pipeline import denoiser, noise_for, sampling_for
+from sidestep.acestep.prompts import Prompt
 from sidestep.config import SampleConfig, TrainConfig
 from sidestep.data.samples import Record, save_record
 from sidestep.errors import UserError
@@ -92,6 +95,31 @@ def test_previews_are_what_sample_makes_of_the_base_and_of_the_finished_adapter(
     base, adapted = sample(asked, silent)
     assert base.read_bytes() == (heard[0] / "previews" / "base" / "01-tag-song-a.flac").read_bytes()
     assert adapted.read_bytes() == (heard[0] / "previews" / "epoch_0002" / "01-tag-song-a.flac").read_bytes()
+
+
+def test_diffusers_own_pipeline_plays_the_final_adapter_as_the_trainers_preview_did(heard):
+    checkpoint = open_checkpoint(CHECKPOINTS, "turbo")
+    text_encoder, tokenizer = checkpoint.load_text_encoder()
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    pipeline = AceStepPipeline(checkpoint.load_vae(), text_encoder, tokenizer, checkpoint.load_decoder(), checkpoint.load_condition_encoder(), scheduler)
+    pipeline.is_turbo = True
+    said = json.loads((heard[0] / "previews" / "epoch_0002" / "01-tag-song-a.json").read_text(encoding="utf-8"))["prompt"]
+    prompt = Prompt(**said)
+    ours = denoiser(checkpoint, pipeline.transformer, checkpoint.silence_latent(), checkpoint.load_null_condition())
+    settings = {"prompt": prompt.caption, "lyrics": prompt.lyrics, "vocal_language": prompt.language, "bpm": prompt.bpm, "audio_duration": prompt.duration}
+    sampling = sampling_for(checkpoint.variant)
+
+    def play() -> np.ndarray:
+        return pipeline(**settings, num_inference_steps=sampling.steps, shift=sampling.shift, latents=noise_for(ours, prompt)).audios[0].numpy()
+
+    def preview(folder: str) -> np.ndarray:
+        return soundfile.read(heard[0] / "previews" / folder / "01-tag-song-a.flac", dtype="float32")[0].T
+
+    without = play()
+    pipeline.load_lora_weights(str(heard[0] / "final"))
+    np.testing.assert_allclose(without, preview("base"), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(play(), preview("epoch_0002"), rtol=0, atol=2e-5)
+    assert np.abs(preview("epoch_0002") - preview("base")).max() > 1e-3
 
 
 def test_tensorboard_gets_the_previews_as_audio(heard):
