@@ -6,7 +6,9 @@ from pathlib import Path
 from shutil import copy
 
 import pytest
+from immich_memories_music import tracks_dir
 
+from benchmarks.analyze import labels
 from sidestep.build_dataset import build_dataset
 from sidestep.config import BuildDatasetConfig, PreprocessConfig
 from sidestep.data.samples import find_records, load_record
@@ -43,6 +45,23 @@ def test_one_clip_in_five_formats_becomes_an_adapter(tmp_path):
     assert len(log.of(StepDone)) == 4
     assert adapter(tmp_path / "run" / "final")
     assert "testtag" in (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+
+
+def test_twenty_eight_clips_with_tempo_and_key_become_an_adapter(tmp_path):
+    known = labels()
+    for clip in sorted(tracks_dir().rglob("*.opus")):
+        place = tmp_path / "songs" / clip.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        copy(clip, place)
+        bpm, key = known[clip.name]
+        (place / f"{clip.stem}.txt").write_text(f"caption: {clip.stem.replace('_', ' ')}\nbpm: {bpm}\nkey: {key}\n", encoding="utf-8")
+    tensors = preprocessed(tmp_path / "songs", tmp_path / "tensors", max_duration=8.0)
+    records = [load_record(path) for path in find_records(tensors)]
+    assert len(records) == 28
+    assert {(r.metadata["bpm"], r.metadata["keyscale"]) for r in records} == set(known.values())
+    log = run(settings(tensors, tmp_path / "run", val_split=0.2, epochs=2, gradient_accumulation=4))
+    assert len(log.of(StepDone)) == 12  # 22 songs in windows of 4, twice
+    assert adapter(tmp_path / "run" / "final")
 
 
 def test_one_clip_is_learnt_by_heart(tmp_path):
