@@ -50,6 +50,14 @@ def test_a_truncated_record_is_left_out_by_name(data, tmp_path, share):
     assert [event.path for event in log.of(FileFailed)] == ["song 1.pt"]
 
 
+def test_a_record_that_was_left_out_is_in_the_exit_status(data, tmp_path, capsys):
+    (data / "song 1.pt").write_bytes(b"nothing")
+    config = settings(data, tmp_path / "run", epochs=1)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.SOME_FAILED
+    assert "song 1.pt" in capsys.readouterr().out
+    assert adapter(tmp_path / "run" / "final")
+
+
 def test_when_no_record_can_be_used_the_job_fails(data, tmp_path):
     for path in data.glob("*.pt"):
         path.write_bytes(b"nothing")

@@ -25,7 +25,7 @@ from sidestep.config import (
     TrainConfig,
 )
 from sidestep.errors import ExitStatus
-from sidestep.events import Notice, Report, Saved, Table
+from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.preset_menu import preset_table
 
@@ -41,13 +41,20 @@ def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> 
 
 
 def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`fixed`."""
+    """`fixed`. Records that had to be left out have a status of their own."""
     from sidestep.memory.gate import require_fit
     from sidestep.training import train
 
+    left_out: list[Event] = []
+
+    def noting(event: Event) -> None:
+        if isinstance(event, FileFailed):
+            left_out.append(event)
+        report(event)
+
     require_fit(config, report)
-    train(config, report)
-    return ExitStatus.OK
+    train(config, noting)
+    return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal) -> ExitStatus:
