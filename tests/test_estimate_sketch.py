@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sidestep.estimate.sketch import Layout, Sketch, linear_shapes, watch
 from sidestep.estimate.spectrum import spectrum
+from tests.test_training_speed import Waits
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,24 @@ def test_a_frozen_model_shows_the_gradients_of_its_weights(recompute):
     for name, exact in gradients(model, x).items():
         left, values, right = layout.decompose(state, name)
         assert torch.allclose(((left * values) @ right.T).float(), exact, rtol=1e-4, atol=1e-4), name
+
+
+def test_watching_never_makes_the_host_wait_and_a_take_is_one_transfer(monkeypatch):
+    model, x = Net().requires_grad_(False), torch.randn(3, 5, 24)
+    sketch = Sketch(Layout(linear_shapes(model, ["first", "second"]), 4, 0), CPU)
+    with watch(model, sketch):
+        model(x).square().sum().backward()  # the test matrices are on the device from here on
+        read: list[str] = []
+        for name in ("tolist", "numpy", "cpu", "to"):
+            original = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: (read.append(_n) if "cpu" in (_n, *a) else None, _o(self, *a, **k))[1]
+            )
+        with Waits() as waits:
+            model(x).square().sum().backward()
+        assert not waits.seen and not read
+        sketch.take()
+        assert read == ["to"]
 
 
 def test_hooks_are_gone_after_watching():
