@@ -4,7 +4,7 @@
     uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes; for a first look, not for publication
     uv run benchmarks/run.py --only epochs   one part: attention, loop, epochs, growth, start, compile
 
-Writes speed.json, speed.md and charts to benchmarks/results; parts that were not run keep their stored figures. All comparisons are made in
+Writes speed.json, speed.md and charts to benchmarks/results and the ratios into the README; parts that were not run keep their stored figures. All comparisons are made in
 turns within one process. On a CPU the model has 51 M parameters, on a GPU it is the whole 2B model.
 """
 
@@ -22,6 +22,8 @@ from benchmarks import charts, speed_attention, speed_compile, speed_growth, spe
 from benchmarks.measure import ROOT, Result, Setting, machine
 from sidestep.acestep.device import choose_device, choose_precision
 
+RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+MARKS = ("<!-- speed, rebuilt by benchmarks/run.py -->", "<!-- end of speed -->")
 PARTS = {
     "attention": (speed_attention.kernel, speed_attention.block_size, speed_attention.step),
     "loop": (speed_loop.levers,),
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, with --threads 1: for a machine that does other things meanwhile")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.getLogger("sidestep").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
@@ -56,8 +58,17 @@ def main() -> None:
             print(as_markdown(result), flush=True)
             stored.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (options.output / "speed.md").write_text(report(tables), encoding="utf-8")
+    if options.output == RESULTS:
+        README.write_text(with_ratios(README.read_text(encoding="utf-8"), tables), encoding="utf-8", newline="\n")
     for path in charts.draw({name: table["rows"] for name, table in tables.items()}, options.output):
         print(f"chart: {path}")
+
+
+def with_ratios(readme: str, tables: dict) -> str:
+    """The README with the ratios of all stored tables between its marks."""
+    before, rest = readme.split(MARKS[0])
+    rows = [f"| {name} | {value:.2f} |" for table in tables.values() for name, value in table["facts"].items()]
+    return "\n".join([before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]])
 
 
 def as_markdown(result: Result) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import charts, speed_attention, speed_model
 from benchmarks.measure import ROOT, Result, Setting, Times, machine
-from benchmarks.run import PARTS, as_markdown, report
+from benchmarks.run import PARTS, README, as_markdown, report, with_ratios
 
 CPU = torch.device("cpu")
 STORED = Path(ROOT, "benchmarks", "results", "speed.json")
@@ -30,6 +30,11 @@ def test_the_report_is_made_of_the_stored_figures():
     assert (STORED.parent / "speed.md").read_text(encoding="utf-8") == report(tables)
     for table in tables.values():
         assert {"commit", "processor", "threads", "versions", "clock"} <= table["machine"].keys() and table["rows"]
+
+
+def test_the_readme_shows_the_stored_ratios():
+    readme = README.read_text(encoding="utf-8")
+    assert with_ratios(readme, json.loads(STORED.read_text(encoding="utf-8"))) == readme
 
 
 def test_every_part_has_measurements():
