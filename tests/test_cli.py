@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from sidestep import presets
 from sidestep.cli import main as cli_main
 from sidestep.cli.commands import RUN
 from sidestep.cli.main import LazyEventLog, main, output_folder
 from sidestep.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import Notice, Saved
+from sidestep.memory.device import Device
 
 ROOT = Path(__file__).parent.parent
 BUILD = ["build-dataset", "--input", "songs"]
@@ -172,6 +174,35 @@ def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, caps
     assert main("fixed --checkpoint-dir c --dataset-dir d --output-dir o --preset p.json --alpha 3".split()) == 0
     assert (seen[0].rank, seen[0].alpha) == (8, 3.0)
     assert "colour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "gib", "profile"),
+    [
+        ("--vram-profile minimal", None, "minimal"),
+        ("--vram-profile minimal --model-variant xl-base", None, "minimal_xl"),
+        ("--vram-profile auto", 23.6, "comfortable"),
+        ("--vram-profile auto", 15.7, "standard"),
+        ("--vram-profile auto", 11.9, "tight"),
+        ("--vram-profile auto --model-variant xl-turbo", 7.8, "minimal_xl"),
+    ],
+)
+def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, gib, profile):
+    seen = []
+    task(lambda config, report, terminal: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK, TrainConfig)
+    monkeypatch.setattr("sidestep.memory.device.this_device", lambda: gib and Device(round(gib * 2**30), "a card"))
+    assert main(f"--plain fixed --checkpoint-dir c --dataset-dir d --output-dir o --seed 7 {typed}".split()) == 0
+    values = presets.find(profile).values
+    assert {name: getattr(seen[0], name) for name in values} == values and seen[0].seed == 7
+    assert f"profile: {profile}" in capsys.readouterr().out
+
+
+def test_a_profile_cannot_be_chosen_without_a_gpu_or_beside_a_preset(monkeypatch, capsys):
+    monkeypatch.setattr("sidestep.memory.device.this_device", lambda: None)
+    required = "fixed --checkpoint-dir c --dataset-dir d --output-dir o".split()
+    assert main([*required, "--vram-profile", "auto"]) == ExitStatus.USAGE
+    assert "no GPU was found here" in capsys.readouterr().err
+    assert main([*required, "--vram-profile", "tight", "--preset", "tight"]) == ExitStatus.USAGE
 
 
 def test_only_runs_have_a_folder_for_events():

@@ -66,7 +66,7 @@ def test_every_command_of_the_docs_is_understood(name, line):
 
 def test_every_flag_that_the_docs_name_exists():
     known = {flag for command in COMMANDS for o in options_for(command).values() for flag in (*o.flags, "--no-" + o.flag.removeprefix("--"))}
-    known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset"}
+    known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset", "--vram-profile"}
     others = {"--no-config", "--torch-backend", "--local-dir", "--extra", "--quick", "--nproc-per-node", "--nnodes", "--no-sync", "--group", "--all-extras"}
     named = {flag for text in DOCS.values() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
     programs = {
