@@ -1,6 +1,7 @@
 """The program in a real pseudo-terminal: keys go in, and what a person would see comes out."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,11 @@ ROOT = Path(__file__).parent.parent
 KEYS = {"enter": "\r", "escape": "\x1b", "up": "\x1b[A", "down": "\x1b[B", "ctrl-c": "\x03", "clear": "\x15", "space": " "}
 
 
+def _hear_ctrl_c() -> None:
+    """What was started in the background ignores Ctrl-C, and so would everything below it; a terminal's programs hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Session:
     """`train.py` under a terminal emulator of the given size; use as a context manager."""
 
@@ -23,7 +29,13 @@ class Session:
         environment |= {"TERM": "xterm-256color", "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "SIDE_STEP_HOME": str(folder / "home"), "HOME": str(folder)} | env
         self.began = time.monotonic()
         self.process = pexpect.spawn(
-            sys.executable, [str(ROOT / "train.py"), *arguments], cwd=str(folder), env=environment, dimensions=(lines, columns), timeout=30
+            sys.executable,
+            [str(ROOT / "train.py"), *arguments],
+            cwd=str(folder),
+            env=environment,
+            dimensions=(lines, columns),
+            timeout=30,
+            preexec_fn=_hear_ctrl_c,
         )
         self.screen.write_process_input = self.process.send  # a terminal answers when it is asked where its cursor is
         self.raw = b""
