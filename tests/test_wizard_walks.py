@@ -1,5 +1,6 @@
 """Every flow walked at random: whatever is answered and stepped back over, what comes out runs."""
 
+import contextlib
 import os
 import shutil
 from typing import Any
@@ -23,7 +24,8 @@ TYPED = ("", "b", "3", "8", "0", "-1", "0.5", "1e-3", "nonsense", "1, 2", "a b c
 def world(tmp_path_factory) -> World:
     before = os.environ.get("SIDE_STEP_HOME")
     world = World(tmp_path_factory.mktemp("world"))
-    yield world
+    with contextlib.chdir(tmp_path_factory.mktemp("here")):  # exported presets land where the wizard was started
+        yield world
     if before is None:
         os.environ.pop("SIDE_STEP_HOME", None)
     else:
