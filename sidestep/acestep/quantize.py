@@ -3,6 +3,8 @@
 Layers are quantised one by one as their weights are read, so that a card never holds the whole model in bf16.
 """
 
+from functools import cache
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
     for name, linear in quantized_layers(decoder).items():
         shape = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": linear.bias is not None, "device": "meta"}
         if precision == "int8":
-            new = bitsandbytes.nn.Linear8bitLt(**shape, has_fp16_weights=False)
+            new = _int8_layer()(**shape, has_fp16_weights=False)
         else:
             new = bitsandbytes.nn.Linear4bit(**shape, quant_type="nf4", compute_dtype=compute_dtype, compress_statistics=True)
             new.support_avx512bf16_for_cpu = False  # or evaluation would repack the weight, its scales in bf16, and training go on with that
@@ -31,6 +33,42 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
         setattr(decoder.get_submodule(parent), leaf, new)
     decoder.is_loaded_in_8bit = precision == "int8"  # by these peft knows which layers to expect
     decoder.is_loaded_in_4bit = precision == "nf4"
+
+
+@cache
+def _int8_layer() -> type[nn.Linear]:
+    """bitsandbytes' 8-bit layer with another product; a function, since the import is slow."""
+    import bitsandbytes
+
+    class Int8Linear(bitsandbytes.nn.Linear8bitLt):
+        """bitsandbytes' own product rounds the inputs to 8 bits too, and holds on to them where recomputation and offloading do not reach."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.weight.CB is not None:
+                self.init_8bit_state()
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            out = _Int8Product.apply(x.to(dtype), self.state.CB, self.state.SCB)
+            return out if self.bias is None else out + self.bias.to(dtype)
+
+    return Int8Linear
+
+
+class _Int8Product(torch.autograd.Function):
+    """x [.., in] times the transpose of a frozen matrix [out, in], unpacked for the moment in both directions: the gradient is that of what was computed."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(packed, scales)
+        return nn.functional.linear(x, _unpacked(packed, scales, x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient @ _unpacked(*ctx.saved_tensors, gradient.dtype), None, None
+
+
+def _unpacked(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """packed: int8 [out, in]; scales: fp32 [out], the largest magnitude of each row."""
+    return packed.to(dtype).mul_(scales[:, None] / 127)
 
 
 def quantize_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> None:
@@ -54,7 +92,7 @@ def quantize_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer came from `make_quantizable`."""
-    return type(layer).__module__.startswith("bitsandbytes.")
+    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(layer).__mro__)
 
 
 def quantized_bytes(out_features: int, in_features: int, precision: str) -> int:

@@ -17,12 +17,17 @@ def recompute_layers(decoder: nn.Module, count: int | None = None) -> None:
 
     The first ones: the last are done with by the time the others are recomputed, so their activations do not add to the peak.
     """
-    chosen = set(decoder.layers[:count])
-    decoder.enable_gradient_checkpointing(partial(_maybe_recompute, chosen))
+    decoder.enable_gradient_checkpointing(partial(recompute_some, set(decoder.layers[:count]), recompute))
 
 
-def _maybe_recompute(chosen: set[nn.Module], layer: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
-    return checkpoint(layer, *inputs, use_reentrant=False) if layer in chosen else layer(*inputs)
+def recompute(layer: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """A layer that keeps only its inputs and is computed again in the backward pass."""
+    return checkpoint(layer, *inputs, use_reentrant=False)
+
+
+def recompute_some(chosen: set[nn.Module], again: Layer, layer: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """`again` (such as `recompute`) for the chosen layers, an ordinary call for all others."""
+    return again(layer, *inputs) if layer in chosen else layer(*inputs)
 
 
 def offload_activations(device: torch.device) -> AbstractContextManager:

@@ -1,6 +1,6 @@
 """`--compile`: the DiT's repeated layer compiled once for all layers and all lengths, with its recomputation inside the compiled code."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -9,21 +9,12 @@ from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton
-from torch.utils.checkpoint import checkpoint
 
 from sidestep.acestep.device import Choice
+from sidestep.acestep.recompute import recompute, recompute_some
 from sidestep.errors import UserError
 
 GRAPHS_PER_LAYER = 6  # short or long songs, first layer or later, training or validation, with or without pad tokens in a batch
-
-
-def recompute(layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """A layer that keeps only its inputs and is computed again in the backward pass."""
-    return checkpoint(layer, *inputs, use_reentrant=False)
-
-
-def _recompute_some(chosen: set[nn.Module], again: Callable[..., torch.Tensor], layer: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    return again(layer, *inputs) if layer in chosen else layer(*inputs)
 
 
 def compile_layers(decoder: AceStepTransformer1DModel, device: torch.device, recomputed: Iterable[nn.Module] = (), backend: str = "inductor") -> Choice:
@@ -45,7 +36,7 @@ def compile_layers(decoder: AceStepTransformer1DModel, device: torch.device, rec
         layer.compile(dynamic=True, backend=backend)
     if chosen := set(recomputed):
         again = torch.compile(recompute, dynamic=True, backend=backend)
-        decoder.enable_gradient_checkpointing(partial(_recompute_some, chosen, again))
+        decoder.enable_gradient_checkpointing(partial(recompute_some, chosen, again))
     return Choice("on", "asked for: the first steps compile, one code for all lengths")
 
 
