@@ -136,6 +136,7 @@ class TrainConfig(ModelConfig):
 
     gradient_checkpointing: bool = option(True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory")
     recompute_layers: int | None = option(None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True)
+    recompute_as_needed: bool = option(False, "recompute only as many layers as the GPU's memory needs: as fast as fits", group="Memory", advanced=True)
     base_precision: str = option("auto", "frozen base in 8 or 4 bits (bitsandbytes); auto keeps --precision", group="Memory", choices=("auto", "int8", "nf4"))
     offload_activations: bool = option(False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True)
     even_if_it_does_not_fit: bool = option(False, "train although the memory planner says that the GPU is too small", group="Memory", advanced=True)
@@ -158,6 +159,13 @@ class TrainConfig(ModelConfig):
     validate_every: int = option(1, "epochs between validations", group="Saving", minimum=1, advanced=True)
     keep_checkpoints: int = option(10, "newest checkpoints to keep; 0 keeps all", group="Saving", minimum=0, advanced=True)
     log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.recompute_as_needed:
+            other = "--no-gradient-checkpointing" if not self.gradient_checkpointing else "--recompute-layers" if self.recompute_layers is not None else ""
+            other = other or ("--swap-blocks" if self.swap_blocks else "")
+            if other:
+                raise UserError(f"--recompute-as-needed and {other} are both given.", "Leave one of them away: both decide which layers are recomputed.")
 
 
 @dataclass(frozen=True, kw_only=True)

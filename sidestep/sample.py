@@ -30,7 +30,6 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Chosen, Finished, Notice, Progress, Report, Saved
 from sidestep.options import options_of
 
-TILE_FRAMES = 250  # of the decoder: 10 s of audio, which keeps its memory far below the DiT's
 LONGEST_SECONDS = 600
 
 
@@ -49,7 +48,7 @@ class Studio:
     def audio(self, latents: Tensor) -> np.ndarray:
         """float32 [2, S] with its peak at -1 dBFS. Raises JobError when the model made values that are no numbers."""
         with self.vae.in_use() as vae:
-            audio = at_full_level(decode(vae, latents, TILE_FRAMES)[0])
+            audio = at_full_level(decode(vae, latents)[0])
         if not bool(torch.isfinite(audio).all()):
             raise JobError("The model made values that are no numbers instead of audio.", "Try --precision fp32; if that does not help, the adapter is broken.")
         return audio.numpy()

@@ -8,6 +8,7 @@ import torch
 ENCODER_HALO_FRAMES = 7
 DECODER_HALO_FRAMES = 16
 TILE_FRAMES = 500
+DECODER_TILE_FRAMES = 250  # 10 s of audio, which keeps its memory far below the DiT's
 
 
 def samples_per_frame(vae_config) -> int:
@@ -46,7 +47,7 @@ def _mean(vae, audio: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decode(vae, latents: torch.Tensor, tile_frames: int = TILE_FRAMES) -> torch.Tensor:
+def decode(vae, latents: torch.Tensor, tile_frames: int = DECODER_TILE_FRAMES) -> torch.Tensor:
     """Audio [1, 2, T·1920] on the CPU, fp32, of latents [1, T, D]."""
     hop = samples_per_frame(vae.config)
     parameter = next(vae.parameters())

@@ -42,7 +42,7 @@ def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> 
 
 def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed`. Records that had to be left out have a status of their own."""
-    from sidestep.memory.gate import require_fit
+    from sidestep.memory.gate import fitted
     from sidestep.training import train
 
     left_out: list[Event] = []
@@ -52,8 +52,7 @@ def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus
             left_out.append(event)
         report(event)
 
-    require_fit(config, report)
-    train(config, noting)
+    train(fitted(config, report), noting)
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
 
 

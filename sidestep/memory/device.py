@@ -13,10 +13,16 @@ SLACK = 0.06
 
 @dataclass(frozen=True)
 class Device:
-    """The memory to plan for. `source`: where the number comes from."""
+    """The memory to plan for. source: where the number comes from. taken: what other programs hold of it."""
 
     bytes: int
     source: str
+    taken: int = 0
+
+    @property
+    def free(self) -> int:
+        """Bytes that a run can have while the other programs go on."""
+        return self.bytes - self.taken
 
 
 def on_device(tensor_bytes: int) -> int:
@@ -25,8 +31,8 @@ def on_device(tensor_bytes: int) -> int:
 
 
 def this_device() -> Device | None:
-    """The memory of the first CUDA GPU, or None on a machine without one."""
+    """The memory of the first CUDA GPU, or None on a machine without one. Asking makes this process's context. Not run here."""
     if not torch.cuda.is_available():
         return None
-    _, total = torch.cuda.mem_get_info()
-    return Device(total, torch.cuda.get_device_name())
+    free, total = torch.cuda.mem_get_info()
+    return Device(total, torch.cuda.get_device_name(), max(0, total - free - CONTEXT_BYTES))

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from sidestep.acestep.quantize import quantized_bytes
-
 
 def fake_mode() -> FakeTensorMode:
     """The mode in which fake tensors compute; numbers such as seeds may stay real."""
@@ -26,38 +24,34 @@ def make_fake(module: nn.Module) -> nn.Module:
     return module
 
 
-class StoredSmall(nn.Module):
-    """A frozen linear layer whose weight takes as many bytes as its quantised form, and is unpacked while it computes.
+class Unpacked(nn.Module):
+    """A frozen linear layer whose weight is unpacked while it computes, as that of a quantised base is, in both directions."""
 
-    That is bitsandbytes' way in the backward pass for int8, and in both for nf4; in int8's forward pass the inputs are quantised instead.
-    """
-
-    def __init__(self, out_features: int, in_features: int, precision: str, dtype: torch.dtype):
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.packed = nn.Parameter(torch.empty(quantized_bytes(out_features, in_features, precision), dtype=torch.uint8), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Unpacked.apply(x, self.packed, self.out_features, self.dtype)
+        return _Unpack.apply(x, self.out_features, self.dtype)
 
 
-class _Unpacked(torch.autograd.Function):
+class _Unpack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, packed: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
         ctx.shape, ctx.dtype = (out_features, x.shape[-1]), dtype
         return nn.functional.linear(x.to(dtype), torch.empty(ctx.shape, dtype=dtype, device=x.device))
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        return gradient.to(ctx.dtype) @ torch.empty(ctx.shape, dtype=ctx.dtype, device=gradient.device), None, None, None
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient.to(ctx.dtype) @ torch.empty(ctx.shape, dtype=ctx.dtype, device=gradient.device), None, None
 
 
-def store_small(model: nn.Module, precision: str, dtype: torch.dtype) -> None:
-    """Put `StoredSmall` where a quantised base has its packed weights: below the adapters, or bare."""
+def unpack_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put `Unpacked` where a quantised base has its packed weights: below the adapters, or bare. The packed weights themselves are not there to be counted."""
     names = [
         name for name, m in model.named_modules() if ".layers." in f".{name}" and isinstance(m, nn.Linear) and not any(p.requires_grad for p in m.parameters())
     ]
     for name in names:
         parent, _, leaf = name.rpartition(".")
         linear = model.get_submodule(name)
-        setattr(model.get_submodule(parent), leaf, StoredSmall(linear.out_features, linear.in_features, precision, dtype))
+        setattr(model.get_submodule(parent), leaf, Unpacked(linear.out_features, linear.in_features, dtype))

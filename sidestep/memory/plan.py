@@ -1,6 +1,7 @@
 """`plan`: whether a run fits, what each lever would save, and the mildest settings that fit."""
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from sidestep.config import PlanConfig, TrainConfig
 from sidestep.errors import UserError
 from sidestep.events import Report, Table
 from sidestep.memory.device import GIB, Device, on_device, this_device
-from sidestep.memory.passes import first_pass_peak, second_pass_peak
+from sidestep.memory.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.memory.step import Peak, Shape, StepModel
 from sidestep.options import changed_from_defaults, options_of
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
 
 FRAMES_PER_SECOND = 25
 SHORTEST_WINDOW_SECONDS = 15.0
-COUNTED = ("gradient_checkpointing", "recompute_layers", "optimizer_type", "swap_blocks", "gradient_accumulation")  # change no measurement
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
+# What `StepModel` answers without another run of the step.
+COUNTED = ("gradient_checkpointing", "recompute_layers", "optimizer_type", "swap_blocks", "ema_decay")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Plan:
     best: Candidate | None
     first_pass: int
     second_pass: int
+    preview: int
 
     @property
     def fits(self) -> bool | None:
@@ -63,12 +67,21 @@ class Planner:
 
     def peak(self, config: TrainConfig) -> Peak:
         """Peak of a step; a window longer than the song is the song."""
-        same = dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in COUNTED})
+        same = dataclasses.replace(
+            config,
+            **{name: getattr(TrainConfig, name) for name in COUNTED},
+            gradient_accumulation=min(config.gradient_accumulation, 2),
+            base_precision="auto" if config.base_precision == "auto" else "int8",
+        )
         if same not in self._known:
             seconds = min(config.chunk_duration or self.seconds, self.seconds)
             shape = Shape(config.batch_size, round(seconds * FRAMES_PER_SECOND), self.tokens)
             self._known[same] = StepModel(self.sizes, same, shape, self.dtype)
         return self._known[same].peak(config)
+
+    def preview(self, config: TrainConfig) -> int:
+        """Bytes on the device while a preview is made in a run, context and slack included."""
+        return on_device(self.peak(config).between_steps + preview_peak(self.sizes, config, self.dtype, FRAMES_PER_SECOND, self.tokens))
 
     def candidate(self, asked: TrainConfig, **changes: object) -> Candidate:
         """The settings asked about with some of them changed."""
@@ -109,25 +122,27 @@ class Planner:
                 return None
             changes |= {name: getattr(lever.config, name) for name in _differences(candidate.config, lever.config)}
             candidate = self.candidate(asked, **changes)
-        return self._least_recomputation(asked, candidate, changes, limit)
+        least = self.least_recomputation(candidate.config, limit)
+        return candidate if least == candidate.config.recompute_layers else self.candidate(asked, **changes, recompute_layers=least)
+
+    def least_recomputation(self, config: TrainConfig, limit: int) -> int | None:
+        """Fewest recomputed layers that fit into `limit` bytes, None for all; as `config` has it where it says a number, recomputes none or swaps blocks,
+        which must be recomputed."""
+        if not config.gradient_checkpointing or config.recompute_layers is not None or config.swap_blocks:
+            return config.recompute_layers
+        low, high = 0, int(self.sizes["num_hidden_layers"])
+        whole = high
+        while low < high:
+            middle = (low + high) // 2
+            if on_device(self.peak(dataclasses.replace(config, recompute_layers=middle)).total) <= limit:
+                high = middle
+            else:
+                low = middle + 1
+        return high if high < whole else None
 
     def _shorter(self, config: TrainConfig) -> Candidate | None:
         seconds = min(config.chunk_duration or self.seconds, self.seconds) / 2
         return self.candidate(config, chunk_duration=seconds) if seconds >= SHORTEST_WINDOW_SECONDS else None
-
-    def _least_recomputation(self, asked: TrainConfig, fitting: Candidate, changes: dict, limit: int) -> Candidate:
-        """Fewest recomputed layers that fit, in pairs of sliding and full attention. Swapped blocks must be recomputed, so they are left as they are."""
-        config = fitting.config
-        if not config.gradient_checkpointing or config.recompute_layers is not None or config.swap_blocks:
-            return fitting
-        low, high = 0, int(self.sizes["num_hidden_layers"])  # `high` fits
-        while low < high:
-            middle = (low + high) // 4 * 2
-            if on_device(self.peak(dataclasses.replace(config, recompute_layers=middle)).total) <= limit:
-                high = middle
-            else:
-                low = middle + 2
-        return self.candidate(asked, **changes, recompute_layers=high) if high < int(self.sizes["num_hidden_layers"]) else fitting
 
 
 def _differences(before: TrainConfig, after: TrainConfig) -> list[str]:
@@ -136,6 +151,7 @@ def _differences(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 def plan(config: PlanConfig, report: Report) -> Plan:
     """Plan a run for a model that may not even be on this disk. Raises UserError for a model whose sizes nobody knows."""
+    gc.freeze()  # a tenth of the time would go to searching the imported modules for garbage
     planner, asked = planner_for(config)
     device = Device(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else this_device()
     best = planner.mildest(asked, device.bytes) if device else None
@@ -146,6 +162,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         best=best,
         first_pass=on_device(first_pass_peak(planner.dtype, planner.seconds)),
         second_pass=on_device(second_pass_peak(planner.sizes, planner.dtype)),
+        preview=planner.preview(asked),
     )
     if not config.json:
         for table in tables(result):
@@ -178,7 +195,7 @@ def tables(result: Plan) -> Iterator[Table]:
         return f"{count / GIB:.2f} GiB"
 
     peak, limit = result.asked.peak, result.device.bytes if result.device else None
-    parts = [(name, gib(getattr(peak, name))) for name in ("weights", "adapter", "gradients", "optimizer", "activations")]
+    parts = [(name, gib(getattr(peak, name))) for name in PARTS]
     rows = [*parts, ("tensors at the peak", gib(peak.total)), ("needed with context and slack", gib(result.asked.needed))]
     if result.device:
         left = limit - result.asked.needed
@@ -187,6 +204,7 @@ def tables(result: Plan) -> Iterator[Table]:
     else:
         rows += [("there", "no GPU found here; add --vram GIB to plan for one")]
     rows += [("preprocessing, pass 1 and 2", f"{gib(result.first_pass)} and {gib(result.second_pass)}")]
+    rows += [(f"a preview of {result.asked.config.preview_duration:g} s while training", gib(result.preview))]
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
     saved = [(" ".join(lever.flags), gib(lever.needed), gib(result.asked.needed - lever.needed)) for lever in result.levers]
     yield Table(title="What each setting would save", columns=("setting", "needed then", "saved"), rows=tuple(saved))
@@ -202,7 +220,7 @@ def as_json(result: Plan) -> dict:
     """The plan as plain values, bytes as whole numbers."""
 
     def candidate(c: Candidate) -> dict:
-        parts = {name: getattr(c.peak, name) for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total")}
+        parts = {name: getattr(c.peak, name) for name in (*PARTS, "total")}
         return {"flags": list(c.flags), "needed_bytes": c.needed, "peak_bytes": parts}
 
     return {
@@ -214,4 +232,5 @@ def as_json(result: Plan) -> dict:
         "best": candidate(result.best) if result.best else None,
         "first_pass_bytes": result.first_pass,
         "second_pass_bytes": result.second_pass,
+        "preview_bytes": result.preview,
     }

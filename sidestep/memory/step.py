@@ -1,26 +1,28 @@
 """The peak of a training step, from the step itself run on fake tensors."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import AceStepTransformer1DModel
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import accepted
-from sidestep.acestep.recompute import recompute_layers
+from sidestep.acestep.quantize import quantized_bytes
+from sidestep.acestep.recompute import recompute
 from sidestep.adapters.attach import attach
-from sidestep.config import OPTIMIZER_TYPES, TrainConfig
+from sidestep.config import TrainConfig
 from sidestep.data.dataset import Batch
-from sidestep.memory.fake_model import fake_mode, make_fake, store_small
-from sidestep.memory.tracker import LiveBytes, bytes_of
+from sidestep.memory.fake_model import fake_mode, make_fake, unpack_weights
+from sidestep.memory.stretch import Cuts, Stretch, joined
+from sidestep.memory.tracker import LiveBytes, allocated, bytes_of
 from sidestep.training.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import detect
 
 CPU = torch.device("cpu")
-SILENCE_FRAMES = 15000
-FEW_BLOCKS = 4
+SILENCE_FRAMES = 15000  # that a checkpoint has; a run keeps as many as its longest window
 SMALL_TENSOR = 4096  # bitsandbytes keeps fp32 states for tensors of fewer values
 BLOCK = 256  # values that share a scale in an 8-bit state
 
@@ -38,72 +40,104 @@ class Shape:
 class Peak:
     """Bytes at the moment of a step when most are in use, and what they are. `activations` is all that is not one of the others."""
 
-    total: int
     weights: int
     adapter: int
     gradients: int
     optimizer: int
-    block_weights: int = 0  # the share of `weights` that stands in the blocks
-    adamw: int = 0  # what the state of each optimizer takes
-    adamw8bit: int = 0
-    adafactor: int = 0
-    prodigy: int = 0
+    average: int
+    activations: int
 
     @property
-    def activations(self) -> int:
-        return self.total - self.weights - self.adapter - self.gradients - self.optimizer
+    def between_steps(self) -> int:
+        """What stays on the device when no step is computed."""
+        return self.weights + self.adapter + self.optimizer + self.average
 
-    def __add__(self, other: "Peak") -> "Peak":
-        return Peak(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    @property
+    def total(self) -> int:
+        return self.between_steps + self.gradients + self.activations
 
-    def __sub__(self, other: "Peak") -> "Peak":
-        return self + other * -1
 
-    def __mul__(self, times: int) -> "Peak":
-        return Peak(*(times * a for a in astuple(self)))
+@dataclass(frozen=True)
+class BlockKind:
+    """What tells one block of the DiT from another, as far as memory goes."""
 
-    def with_optimizer(self, optimizer_type: str) -> "Peak":
-        """With the state of an optimizer, which stands there in every step but the first."""
-        state = getattr(self, optimizer_type)
-        return replace(self, total=self.total + state, optimizer=state)
+    attention: str  # sliding_attention or full_attention
+    recomputed: bool
 
-    def without_swapped(self, layers: int, swapped: int) -> "Peak":
-        """With `swapped` of the `layers` blocks on the CPU, but for the one that computes and the one that is fetched ahead."""
-        away = self.block_weights // layers * max(swapped - 2, 0)
-        return replace(self, total=self.total - away, weights=self.weights - away, block_weights=self.block_weights - away)
+
+@dataclass(frozen=True)
+class Block:
+    """A block in the forward pass, its part of what autocast keeps until the model's end, and the block in the backward pass."""
+
+    forward: Stretch
+    casts: Stretch
+    backward: Stretch
+
+
+@dataclass(frozen=True)
+class Around:
+    """The step outside of the blocks: before them, after them to the model's end, the loss to its gradient at the last block, and after the backward pass."""
+
+    before: Stretch
+    after: Stretch
+    loss: Stretch
+    end: Stretch
 
 
 class StepModel:
-    """Peaks of an optimizer step of one model on one shape, for any number of recomputed and swapped layers and any optimizer.
+    """Peaks of an optimizer step of one model on one shape, for any number of recomputed and swapped layers, either quantisation and any optimizer.
 
-    All blocks are alike, so a few of them are run and the rest is counted: each recomputed block adds the same, each other block too.
-    sizes: the model's config.json. dtype: of the frozen base; `config.base_precision` may pack it tighter.
+    Blocks of one kind are alike, so one of each kind is run and the step is put together from them: as exact as running all of them, in a fraction of
+    the time. sizes: the model's config.json. dtype: of the frozen base; `config.base_precision` may pack it tighter.
     """
 
     def __init__(self, sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype):
         self.sizes, self.config, self.shape, self.dtype = sizes, config, shape, dtype
-        self.layers = int(sizes["num_hidden_layers"])
-        self._measured: dict[tuple[int, int], Peak] = {}
+        layers = int(sizes["num_hidden_layers"])
+        self.attention = list(sizes.get("layer_types") or (["sliding_attention", "full_attention"] * layers)[:layers])
+        self._blocks: dict[BlockKind, Block] = {}
+        self._around: Around | None = None
+        self._one_block, self._outside = _parameters(sizes, config, shape.frames, dtype)
 
     def peak(self, config: TrainConfig) -> Peak:
-        """Peak with the recomputation, swapping and optimizer of `config`; all else is as at the beginning."""
+        """Peak with the recomputation, swapping, quantisation and optimizer of `config`; all else is as at the beginning."""
+        layers = len(self.attention)
         recomputed = 0
         if config.gradient_checkpointing:
-            recomputed = self.layers if config.recompute_layers is None else min(config.recompute_layers, self.layers)
-        kept = self.layers - recomputed
-        enough = FEW_BLOCKS if not kept else FEW_BLOCKS // 2  # where all are recomputed, the peak of very few stands at another place
-        few = (min(recomputed, enough + recomputed % 2), min(kept, enough + kept % 2))
-        total = base = self._measure(*few)
-        if recomputed > few[0]:
-            total = total + (self._measure(few[0] + 2, few[1]) - base) * ((recomputed - few[0]) // 2)
-        if kept > few[1]:
-            total = total + (self._measure(few[0], few[1] + 2) - base) * ((kept - few[1]) // 2)
-        return total.with_optimizer(config.optimizer_type).without_swapped(self.layers, config.swap_blocks)
+            recomputed = layers if config.recompute_layers is None else min(config.recompute_layers, layers)
+        kinds = [BlockKind(attention, index < recomputed) for index, attention in enumerate(self.attention)]
+        activations = self._whole(kinds).peak
 
-    def _measure(self, recomputed: int, kept: int) -> Peak:
-        if (recomputed, kept) not in self._measured:
-            self._measured[recomputed, kept] = _peak_of(self.sizes, self.config, self.shape, self.dtype, recomputed, kept)
-        return self._measured[recomputed, kept]
+        frozen = [p for p in self._one_block if not p.requires_grad]
+        block = sum(stored_bytes(p, config.base_precision) for p in frozen)
+        away = max(config.swap_blocks - 2, 0)  # but for the block that computes and the one that is fetched ahead
+        trained = [p for p in self._one_block if p.requires_grad]
+        adapter = layers * bytes_of(trained)
+        if config.gradient_accumulation == 1:
+            activations -= adapter  # the gradients that come to be during the step were counted there
+        return Peak(
+            weights=bytes_of(self._outside) + (layers - away) * block,
+            adapter=adapter,
+            gradients=adapter,
+            optimizer=layers * optimizer_bytes(config.optimizer_type, trained),
+            average=adapter if config.ema_decay else 0,
+            activations=activations,
+        )
+
+    def _whole(self, kinds: list[BlockKind]) -> Stretch:
+        """The step with these blocks, from its inputs to the clipped gradient."""
+        for recomputed in (True, False):
+            unknown = {kind: None for kind in kinds if kind.recomputed == recomputed and kind not in self._blocks}
+            if unknown:
+                blocks, self._around = run_step(self.sizes, self.config, self.shape, self.dtype, list(unknown))
+                self._blocks |= zip(unknown, blocks, strict=True)
+        return put_together(self._around, [self._blocks[kind] for kind in kinds])
+
+
+def put_together(around: Around, blocks: list[Block]) -> Stretch:
+    """A whole step as one stretch."""
+    forward, casts, backward = ([getattr(block, part) for block in blocks] for part in ("forward", "casts", "backward"))
+    return joined([around.before, *forward, around.after, *casts, around.loss, *backward[::-1], around.end])
 
 
 def step_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> Peak:
@@ -111,51 +145,119 @@ def step_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype
     return StepModel(sizes, config, shape, dtype).peak(config)
 
 
-def _peak_of(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype, recomputed: int, kept: int) -> Peak:
-    """Peak with so many blocks of each kind; sliding and full attention alternate, so blocks come in pairs."""
-    layers = recomputed + kept
-    types = sizes.get("layer_types") or ["sliding_attention", "full_attention"] * layers
-    sizes = sizes | {"num_hidden_layers": layers, "layer_types": types[:layers]}
+def _parameters(sizes: dict, config: TrainConfig, frames: int, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """(parameters of one block, all tensors outside the blocks) on `meta`; the linear layers' weights have two dimensions."""
+    model = _on_meta(sizes, config, dtype, [BlockKind("full_attention", False)])
+    inside = [p for name, p in model.named_parameters() if ".layers." in name]
+    outside = [p for name, p in model.named_parameters() if ".layers." not in name]
+    return inside, [*outside, *model.buffers(), *_constants(sizes, frames, dtype, "meta")]
+
+
+def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[BlockKind]) -> nn.Module:
+    """The decoder with so many blocks and its adapter, on `meta`."""
+    sizes = sizes | {"num_hidden_layers": len(kinds), "layer_types": [kind.attention for kind in kinds]}
     with torch.device("meta"):
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, sizes))
         for parameter in decoder.parameters():
             parameter.data = parameter.data.to(dtype)
-        mask = ConditionMask()
-        mask.install(decoder)
-        use_attention(decoder, config.attention, CPU, dtype)
-        if recomputed:
-            recompute_layers(decoder, recomputed)
-        model = attach(decoder, config).train()
-        if config.base_precision != "auto":
-            store_small(model, config.base_precision, dtype)
-    mode = fake_mode()
-    with mode:
-        make_fake(model)
-        return _run(model, mask, sizes, config, shape, dtype)
+        return attach(decoder, config).train()
 
 
-def _run(model: torch.nn.Module, mask: ConditionMask, sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> Peak:
-    variant = detect(sizes)
+def _constants(sizes: dict, frames: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The silence latent and the null condition, which a run holds on the device."""
     width, channels = sizes.get("encoder_hidden_size") or sizes["hidden_size"], sizes["audio_acoustic_hidden_dim"]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
-    silence, null = torch.empty(1, SILENCE_FRAMES, channels), torch.empty(1, 1, width, dtype=dtype)
-    latents, conditions = torch.empty(shape.batch, shape.frames, channels), torch.empty(shape.batch, shape.tokens, width, dtype=dtype)
-    batch = Batch(latents, conditions, None, None, ("",) * shape.batch, tuple(range(shape.batch)))
-    objective = Objective(replace(config, offload_activations=False), TrainingLaw(variant.name, _half, 0.0, ""), silence, null, mask)
-    memory = LiveBytes()
-    memory.count([*parameters, *frozen, silence, null, latents, conditions])
-    with memory:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _activations_elsewhere() if config.offload_activations else nullcontext():
-            weighted, _, _ = objective(model, batch, 0, shape.batch)
-        weighted.sum().backward()
-        del weighted
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
-    # The state is made by the first update and stands there in every later step; the update itself works in place.
-    states = tuple(optimizer_bytes(kind, parameters) for kind in OPTIMIZER_TYPES)
-    gradients = bytes_of(p.grad for p in parameters)
-    in_blocks = bytes_of(t for t in _block_tensors(model) if not t.requires_grad)
-    return Peak(memory.peak, bytes_of(frozen), bytes_of(parameters), gradients, 0, in_blocks, *states)
+    return torch.empty(1, min(frames, SILENCE_FRAMES), channels, device=device), torch.empty(1, 1, width, dtype=dtype, device=device)
+
+
+def run_step(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype, kinds: list[BlockKind]) -> tuple[list[Block], Around]:
+    """Run a step of a model with these blocks and cut it: (each block, the rest). The blocks are all recomputed or all not."""
+    model, mask = _on_meta(sizes, config, dtype, kinds), ConditionMask()
+    decoder = model.get_base_model()
+    mask.install(decoder)
+    use_attention(decoder, config.attention, CPU, dtype)
+    if config.base_precision != "auto":
+        unpack_weights(model, dtype)
+    with fake_mode():
+        make_fake(model)
+        silence, null = _constants(sizes, shape.frames, dtype, "cpu")
+        latents = torch.empty(shape.batch, shape.frames, silence.shape[-1])
+        batch = Batch(latents, torch.empty(shape.batch, shape.tokens, null.shape[-1], dtype=dtype), None, None, ("",) * shape.batch, tuple(range(shape.batch)))
+        law = TrainingLaw(detect(sizes).name, _half, 0.0, "")
+        objective = Objective(replace(config, offload_activations=False), law, silence, null, mask)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if config.gradient_accumulation > 1:  # a later micro-step finds the gradients of those before
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        memory = LiveBytes()
+        memory.count([*model.parameters(), *model.buffers(), *(p.grad for p in trained), silence, null])
+        with memory:
+            watch = _Watch(memory, decoder, [recompute if kind.recomputed else _call for kind in kinds])
+            memory.count([batch.latents, batch.conditions])
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), _activations_elsewhere() if config.offload_activations else nullcontext():
+                weighted, _, _ = objective(model, batch, 0, shape.batch)
+            weighted.sum().backward()
+            del weighted
+            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
+            return watch.result()
+
+
+def _call(layer: nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    return layer(*inputs)
+
+
+class _Watch:
+    """Cuts a step at the edges of the decoder's blocks. calls: how each block is called, in their order."""
+
+    def __init__(self, memory: LiveBytes, decoder: nn.Module, calls: list):
+        self._cuts, self._calls = Cuts(memory), dict(zip(decoder.layers, calls, strict=True))
+        self._forward: list[Stretch] = []  # before the blocks, then each block, then what follows to the model's end
+        self._backward: list[Stretch] = []  # the loss, then each block from the last to the first
+        self._casts = Stretch()
+        self._shared: tuple = ()  # what all blocks read; it is freed with the last of them, which is no part of that block
+        decoder.enable_gradient_checkpointing(self._through)
+        decoder.norm_out.register_forward_pre_hook(self._after_blocks)
+        decoder.register_forward_hook(self._after_model)
+
+    def _through(self, layer: nn.Module, hidden: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+        if not self._forward:  # there is nothing to train before the first block; a gradient for its input makes it like all others
+            hidden = _AfterTraining.apply(hidden, torch.zeros((), requires_grad=True))
+            self._shared = rest
+        hidden.register_hook(self._at_gradient)
+        self._forward.append(self._cuts.cut())
+        return self._calls[layer](layer, hidden, *rest)
+
+    def _after_blocks(self, _module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._forward.append(self._cuts.cut())
+        inputs[0].register_hook(self._at_gradient)
+
+    def _after_model(self, *_: object) -> None:
+        self._forward.append(self._cuts.cut())
+        torch.clear_autocast_cache()  # a run leaves autocast here too; what that frees grows with the number of blocks
+        self._casts = self._cuts.cut()
+
+    def _at_gradient(self, _gradient: torch.Tensor) -> None:
+        self._backward.append(self._cuts.cut())
+
+    def result(self) -> tuple[list[Block], Around]:
+        """The blocks and the rest of a step that ends here."""
+        before, *forward, after = self._forward
+        loss, *backward = self._backward
+        each = Stretch(self._casts.rise // len(forward), 0)
+        self._shared = ()
+        blocks = [Block(there, each, back) for there, back in zip(forward, backward[::-1], strict=True)]
+        return blocks, Around(before, after, loss, self._cuts.cut())
+
+
+class _AfterTraining(torch.autograd.Function):
+    """A tensor as if something before it were trained."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _activations_elsewhere() -> AbstractContextManager:
@@ -174,8 +276,11 @@ def _half(u: torch.Tensor) -> torch.Tensor:
     return torch.full_like(u, 0.5)
 
 
-def _block_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [p for name, p in model.named_parameters() if ".layers." in name]
+def stored_bytes(weight: torch.Tensor, base_precision: str) -> int:
+    """Bytes of a block's frozen parameter; the matrices are those that `--base-precision` packs."""
+    if base_precision != "auto" and weight.ndim == 2:
+        return allocated(quantized_bytes(*weight.shape, base_precision))
+    return bytes_of([weight])
 
 
 def optimizer_bytes(optimizer_type: str, parameters: list[torch.nn.Parameter]) -> int:

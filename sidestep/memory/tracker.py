@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _DEVICE_OF = torch.ops.prim.device.default
+_UNSAFE_VIEW, _VIEW = torch.ops.aten._unsafe_view.default, torch.ops.aten.view.default
 ALLOCATION_BYTES = 512  # what CUDA's caching allocator rounds every tensor up to
 
 
@@ -28,6 +29,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of all calls on fake tensors; the mode would ask its cache first
+        if function is _UNSAFE_VIEW and isinstance(args[0], FakeTensor):
+            function = _VIEW  # shares the storage all the same, and the cache of fake tensors knows it
         result = function(*args, **(kwargs or {}))
         self.count(result)
         return result
@@ -45,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         known = self._alive.get(key)
         if known is not None and known[0]() is storage:
             return 0
-        size = -(-storage.nbytes() // ALLOCATION_BYTES) * ALLOCATION_BYTES
+        size = allocated(storage.nbytes())
         self._alive[key] = (weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size)), size)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -58,6 +61,11 @@ class LiveBytes(TorchDispatchMode):
     def restart_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = self.now
+
+
+def allocated(nbytes: int) -> int:
+    """What the device's allocator gives to a tensor of so many bytes."""
+    return -(-nbytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

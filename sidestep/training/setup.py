@@ -108,6 +108,7 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
     scheduler = make_scheduler(config, optimizer, total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(model, optimizer, device_placement=[not config.swap_blocks, True])
     is_main = processes.index == 0
+    longest = max(song.windows.frames if song.windows else song.frames for song in every)
     run = Run(
         config=config,
         report=report,
@@ -120,7 +121,7 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
         parameters=[p for p in wrapped.parameters() if p.requires_grad],
         optimizer=prepared_optimizer,
         scheduler=scheduler,
-        objective=Objective(config, law, checkpoint.silence_latent().to(device), checkpoint.load_null_condition(device, precision), mask),
+        objective=Objective(config, law, checkpoint.silence_latent()[:, :longest].to(device), checkpoint.load_null_condition(device, precision), mask),
         songs=songs,
         held_out=held_out,
         fingerprints=fingerprints,
