@@ -15,6 +15,7 @@ import torch
 from benchmarks.measure import ROOT, Result, Setting, in_turns
 from benchmarks.speed_model import inputs, make_model, parameters, sizes
 from sidestep.acestep.attention import use_attention
+from sidestep.acestep.recompute import recompute_layers
 from sidestep.acestep.regional_compile import compile_layers
 
 LAYERS = 4  # layers share their code, so few show what many gain
@@ -25,49 +26,60 @@ def _step(model, feed: dict) -> None:
     model(**feed)[0].float().square().mean().backward()
 
 
-def measure(setting: Setting, only_compile: bool) -> dict:
-    """Seconds to compile and medians in ms, eager and compiled, with and without recomputation."""
-    width, found = sizes(setting)["hidden_size"], {}
-    for recompute in (False, True):
-        models = {}
-        for way in ("eager", "compiled"):
-            model = models[way] = make_model(setting, LAYERS)
-            use_attention(model, "auto")
-            decoder = model.get_base_model()
-            if recompute and way == "eager":
-                decoder.enable_gradient_checkpointing()
-            if way == "compiled":
-                compile_layers(decoder, setting.device, decoder.layers if recompute else ())
-        feeds = {seconds: inputs(setting, width, seconds) for seconds in (30, 60, 120)}
-        started = time.perf_counter()
-        for feed in feeds.values():
-            _step(models["compiled"], feed)
-        name = "recomputed" if recompute else "kept"
-        found[f"{name} compile"] = time.perf_counter() - started
-        if only_compile:
-            continue
-        for seconds, feed in feeds.items():
+WAYS = ("eager", "compiled", "compiled with the recomputation inside")
+
+
+def make(setting: Setting, way: str, recompute: bool) -> torch.nn.Module:
+    """The model as a run has it: eager or compiled, its layers kept or recomputed, around the compiled code or inside it."""
+    model = make_model(setting, LAYERS)
+    decoder = model.get_base_model()
+    use_attention(model, "auto")
+    inside = way == WAYS[2]
+    if recompute and not inside:
+        recompute_layers(decoder)
+    if way != "eager":
+        compile_layers(decoder, setting.device, decoder.layers if inside else ())
+    return model
+
+
+def measure(setting: Setting, only_compile: bool) -> list[dict]:
+    """A row for each way and length: medians in ms and their ratio to eager; and the seconds that the first steps take."""
+    rows = []
+    feeds = {seconds: inputs(setting, sizes(setting)["hidden_size"], seconds) for seconds in (30, 60, 120)}
+    for recompute, words in ((False, "kept"), (True, "recomputed")):
+        models = {way: make(setting, way, recompute) for way in (WAYS if recompute else WAYS[:2])}
+        for way, model in models.items():
+            started = time.perf_counter()
+            for feed in feeds.values():
+                _step(model, feed)
+            if way != "eager":
+                rows.append({"layers": words, "way": way, "first steps, s": time.perf_counter() - started, "model": parameters(model)})
+        for seconds, feed in {} if only_compile else feeds.items():
             times = in_turns({way: partial(_step, model, feed) for way, model in models.items()}, setting)
-            found[f"{name} {seconds}"] = [1000 * times["eager"].median, 1000 * times["compiled"].median, times["eager"].over(times["compiled"])]
-        found["model"] = parameters(models["eager"])
-    return found
+            rows += [
+                {"layers": words, "way": way, "seconds": seconds, "ms": 1000 * t.median, "eager over it": times["eager"].over(t)} for way, t in times.items()
+            ]
+    return rows
 
 
 def compiled(setting: Setting) -> Result:
     """Compile in a fresh process with an empty cache, then again in another with the cache filled."""
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = (_in_process(setting, cache, only_compile) for only_compile in (False, True))
-    rows = []
-    for name, words in (("kept", "activations kept"), ("recomputed", "layers recomputed")):
-        for seconds in (30, 60, 120):
-            eager, quick, ratio = cold[f"{name} {seconds}"]
-            rows.append({"layers": words, "seconds": seconds, "eager, ms": eager, "compiled, ms": quick, "eager over compiled": ratio})
-        rows.append({"layers": words, "first steps cold, s": cold[f"{name} compile"], "first steps with cache, s": warm[f"{name} compile"]})
-    note = f"{cold['model']}, {LAYERS} layers, one graph for all lengths; first steps: of 30, 60 and 120 s, compilation included"
-    return Result("compile", "What --compile gives and costs", note, rows, {"60 s step, eager over compiled": cold["kept 60"][2]})
+    again = {(row["layers"], row["way"]): row["first steps, s"] for row in warm}
+    rows = [row | {"with a cache, s": again[row["layers"], row["way"]]} if "first steps, s" in row else row for row in cold]
+    model = next(row["model"] for row in cold if "model" in row)
+    rows = [{name: value for name, value in row.items() if name != "model"} for row in rows]
+    note = f"{model}, {LAYERS} layers, one graph for all lengths; first steps: of 30, 60 and 120 s, compilation included"
+    gain = {(row["layers"], row["way"]): row["eager over it"] for row in rows if row.get("seconds") == 60}
+    facts = {
+        "60 s step, eager over compiled": gain["kept", WAYS[1]],
+        "60 s step with recomputed layers, eager over compiled": gain["recomputed", WAYS[2]],
+    }
+    return Result("compile", "What --compile gives and costs", note, rows, facts)
 
 
-def _in_process(setting: Setting, cache: str, only_compile: bool) -> dict:
+def _in_process(setting: Setting, cache: str, only_compile: bool) -> list[dict]:
     arguments = ["--device", str(setting.device), "--rounds", str(setting.rounds), "--threads", str(torch.get_num_threads())]
     arguments += ["--cpu-time"] if setting.cpu_time else []
     target = Path(cache) / "result.json"

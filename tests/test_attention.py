@@ -307,3 +307,25 @@ def test_compiled_layers_are_not_compiled_again_after_an_epoch_of_mixed_lengths(
     torch.testing.assert_close(velocity, exact[0], atol=1e-5, rtol=0)
     for name, gradient in exact[1].items():
         torch.testing.assert_close(found[name], gradient, atol=1e-4 * gradient.abs().max().item() + 1e-9, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_recomputation_inside_the_compiled_code_keeps_no_more_than_around_it():
+    def kept_bytes(recompute):
+        torch._dynamo.reset()
+        decoder, kept = tiny_decoder(layers=2), {}
+        use_attention(decoder, "local")
+        if recompute == "around":
+            decoder.enable_gradient_checkpointing()
+        compile_layers(decoder, CPU, decoder.layers if recompute == "inside" else (), backend="aot_eager_decomp_partition")
+
+        def note(tensor):
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            decoder(**step_inputs(batch=1, frames=2000))
+        return sum(kept.values())
+
+    assert kept_bytes("inside") < 1.1 * kept_bytes("around") < 0.3 * kept_bytes("none")

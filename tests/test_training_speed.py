@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sidestep.events import StepDone
+from sidestep.training import train
 from sidestep.training.loop import optimizer_step
 from sidestep.training.setup import open_accelerator, set_up
 from sidestep.training.tally import Tally
@@ -64,3 +66,14 @@ def test_no_optimizer_step_waits_for_the_device(data, tmp_path, monkeypatch, cha
     assert not read
     assert len(tally.read()) == 2
     assert read == ["tolist"]  # all of it in one transfer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": False}, {"swap_blocks": 2}], ids=["recomputed inside", "kept", "swapped"])
+def test_a_compiled_run_has_the_losses_of_an_eager_one(data, tmp_path, changes):
+    losses = {}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        log = Log()
+        train(settings(data, tmp_path / name, **{"compile": compiled, "dropout": 0.0, "gradient_checkpointing": True} | changes), log)
+        losses[name] = [event.loss for event in log.events if isinstance(event, StepDone)]
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)

@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, report: Report, accelerator: Accelerator, precis
     report(Chosen(what="timesteps", value=law.name, reason=law.reason))
     report(Chosen(what="CFG dropout", value=f"{law.cfg_ratio:g}" if law.cfg_ratio else "off", reason=law.reason))
     previews = previews_for(config, checkpoint, every, device, precision, report)
-    model, mask, ranks = _model(config, report, checkpoint, dataset, device, precision, saved)
+    model, mask, ranks = _model(config, report, checkpoint, dataset, device, precision, saved, is_sharded=accelerator.is_fsdp2)
     parameters = [p for p in model.parameters() if p.requires_grad]
     report(Notice(message=f"{config.adapter_type} adapter: {sum(p.numel() for p in parameters):,} parameters in {len(parameters)} tensors"))
     optimizer = make_optimizer(config, parameters, device)
@@ -166,7 +166,14 @@ def tensorboard(config: TrainConfig, from_step: int | None) -> SummaryWriter:
 
 
 def _model(
-    config: TrainConfig, report: Report, checkpoint: Checkpoint, dataset: str, device: torch.device, precision: torch.dtype, saved: SavedRun | None
+    config: TrainConfig,
+    report: Report,
+    checkpoint: Checkpoint,
+    dataset: str,
+    device: torch.device,
+    precision: torch.dtype,
+    saved: SavedRun | None,
+    is_sharded: bool,
 ) -> tuple[PeftModel, ConditionMask, dict | None]:
     """(frozen decoder with its adapter in training mode, the mask its cross attention reads, the ranks in use)."""
     set_seed(config.seed)
@@ -187,7 +194,9 @@ def _model(
         BlockSwap(device).install(decoder, config.swap_blocks)
     model.train()
     if config.compile:
-        compiled = compile_layers(decoder, device)
+        # Weights that come and go with each call, by swapping or sharding, do so around the compiled code; so must the recomputation.
+        inside = config.gradient_checkpointing and not config.swap_blocks and not is_sharded
+        compiled = compile_layers(decoder, device, decoder.layers[: config.recompute_layers] if inside else ())
         report(Chosen(what="compile", value=str(compiled.value), reason=compiled.reason))
     return model, mask, ranks
 
