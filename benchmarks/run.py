@@ -2,7 +2,7 @@
 
     uv run benchmarks/run.py                 all parts, about half an hour on two CPU cores
     uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes; for a first look, not for publication
-    uv run benchmarks/run.py --only epochs   one part: attention, loop, epochs, growth, start, compile
+    uv run benchmarks/run.py --only epochs   one part: attention, step, loop, epochs, growth, start, compile
 
 Writes speed.json, speed.md and charts to benchmarks/results and the ratios into the README; parts that were not run keep their stored figures. All comparisons are made in
 turns within one process. On a CPU the model has 51 M parameters, on a GPU it is the whole 2B model.
@@ -25,7 +25,8 @@ from sidestep.acestep.device import choose_device, choose_precision
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
 MARKS = ("<!-- speed, rebuilt by benchmarks/run.py -->", "<!-- end of speed -->")
 PARTS = {
-    "attention": (speed_attention.kernel, speed_attention.block_size, speed_attention.step),
+    "attention": (speed_attention.kernel, speed_attention.block_size),
+    "step": (speed_attention.step,),
     "loop": (speed_loop.levers,),
     "epochs": (speed_loop.clips, speed_loop.joined),
     "growth": (speed_growth.growth,),

@@ -158,7 +158,7 @@ def epochs(setting: Setting, which: str) -> Result:
     ]
     edge = sorted(edges[1:])[len(edges[1:]) // 2] / sorted(inside)[len(inside) // 2] if len(edges) > 1 else float("nan")
     note = (
-        f"{model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs. "
+        f"{model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs; {rounds} epochs of each, after one that does not count. "
         f"Usual: conditions padded to {PADDED_CONDITION}, dense masks, batches of 2 padded with zeros, worker processes, `.item()` and NaN scans in every micro-step."
     )
     facts = {f"epoch over {what}, usual over ours": theirs.over(mine)}
