@@ -96,9 +96,27 @@ def test_a_quantised_base_trains_and_stays_near_the_exact_one(checkpoints, tmp_p
     assert stored == {torch.int8 if precision == "int8" else torch.uint8}
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.04), ("nf4", 0.1)])
+def test_the_8bit_product_is_that_of_the_unpacked_weight_in_both_directions():
+    """bitsandbytes' own rounds the inputs to 8 bits as well; its gradient is not that of what it computed."""
+    layers = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(64, 48, bias=False)])})
+    weight = layers["layers"][0].weight.detach()
+    make_quantizable(layers, "int8", torch.float32)
+    layer = layers["layers"][0]
+    quantize_weight(layer, weight, CPU)
+    x, out_gradient = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 48)
+    out = layer(x)
+    [gradient] = torch.autograd.grad(out, x, out_gradient)
+    unpacked = layer.state.CB.float() * layer.state.SCB[:, None] / 127
+    assert (unpacked - weight).abs().max() <= weight.abs().max() / 127
+    torch.testing.assert_close(out, x @ unpacked.T)
+    torch.testing.assert_close(gradient, out_gradient @ unpacked)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("nf4", 0.08)])
 def test_an_adapter_trained_on_a_quantised_base_does_the_same_on_the_bf16_one(tmp_path, precision, tolerance):
-    """The exported adapter on the bf16 base gives the trained velocity within 4 % (int8) or 10 % (nf4), and keeps what was learnt."""
+    """The exported adapter on the bf16 base gives the trained velocity within 2 % (int8) or 8 % (nf4), and keeps what was learnt."""
     exact, base = wider_decoder(), wider_decoder()
     weights = {name: layer.weight.detach() for name, layer in quantized_layers(exact).items()}
     make_quantizable(exact, precision, torch.float32)

@@ -52,7 +52,7 @@ def fitted_to(device: Device, config: TrainConfig, report: Report) -> TrainConfi
     wants_previews = config.preview_every or config.preview_prompt or config.preview_prompts
     if wants_previews and (preview := planner.preview(config)) > device.free:
         shorter = "make them shorter (--preview-duration)" + ("" if config.offload_encoder else " or add --offload-encoder")
-        message = f"A preview needs {preview / GIB:.1f} GiB, more than the run: there may be none. To have them, {shorter}."
+        message = f"A preview needs {preview / GIB:.1f} of the {device.free / GIB:.1f} GiB that are free: there may be none. To have them, {shorter}."
         report(Notice(message=message, level="warning"))
     return config
 
