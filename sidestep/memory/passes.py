@@ -3,9 +3,6 @@
 Without gradients a layer leaves nothing behind, so few layers show the peak of many; the weights of the others are added.
 """
 
-import copy
-from functools import cache
-
 import torch
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
@@ -100,14 +97,8 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
 
 def _vae(dtype: torch.dtype) -> AutoencoderOobleck:
     """The VAE on `meta`."""
-    return _frozen(copy.deepcopy(_vae_as_built()), dtype)
-
-
-@cache  # its normalised convolutions take a quarter of a second to build
-@torch.no_grad()  # or the convolutions' weights would have a history, which cannot be copied
-def _vae_as_built() -> AutoencoderOobleck:
     with torch.device("meta"):
-        return AutoencoderOobleck(**VAE)
+        return _frozen(AutoencoderOobleck(**VAE), dtype)
 
 
 def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
