@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from benchmarks.small_model import CHANNELS, MU, SIGMA, WIDTH, WINDOW, Clip, conditions, music, train_base
 from sidestep.acestep.layout import original_key
-from sidestep.config import TrainConfig
-from sidestep.data.samples import Record, save_record
+from sidestep.data.records import Record, save_record
 from sidestep.events import Event, Validated
-from sidestep.training import train
-from sidestep.training.setup import open_accelerator, set_up
-from sidestep.training.state import complete_checkpoints, read_checkpoint
-from sidestep.training.validation import grid_loss
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.train import train
+from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.tasks.train.evaluation import grid_loss
+from sidestep.tasks.train.setup import open_accelerator, set_up
 
 RESULTS = Path(__file__).parent / "results"
 BASE_STEPS, EPOCHS, LR = 1500, 4, 1e-3
@@ -34,8 +34,20 @@ RUNS = {
 
 def write_checkpoint(folder: Path, decoder: torch.nn.Module) -> Path:
     """The base model in the original layout, as `--checkpoint-dir` takes it."""
-    sizes = {name: decoder.config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
-    sizes |= {name: decoder.config[name] for name in ("head_dim", "in_channels", "audio_acoustic_hidden_dim", "sliding_window")}
+    sizes = {
+        name: decoder.config[name]
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+    }
+    sizes |= {
+        name: decoder.config[name]
+        for name in ("head_dim", "in_channels", "audio_acoustic_hidden_dim", "sliding_window")
+    }
     laws = {"is_turbo": False, "model_version": "base", "timestep_mu": MU, "timestep_sigma": SIGMA}
     model = folder / "acestep-v15-base"
     model.mkdir(parents=True)
@@ -44,7 +56,9 @@ def write_checkpoint(folder: Path, decoder: torch.nn.Module) -> Path:
     save_file(tensors | {"null_condition_emb": torch.zeros(1, 1, WIDTH)}, model / "model.safetensors")
     torch.save(torch.zeros(1, CHANNELS, 1000), model / "silence_latent.pt")
     (folder / "vae").mkdir()
-    (folder / "vae" / "config.json").write_text(json.dumps({"sampling_rate": 48000, "downsampling_ratios": [2, 4, 4, 6, 10]}), encoding="utf-8")
+    (folder / "vae" / "config.json").write_text(
+        json.dumps({"sampling_rate": 48000, "downsampling_ratios": [2, 4, 4, 6, 10]}), encoding="utf-8"
+    )
     return folder
 
 
@@ -53,7 +67,10 @@ def write_records(folder: Path, clips: list[Clip]) -> Path:
     for clip in clips:
         for number, latents in enumerate(part for part in clip.latents.split(WINDOW) if len(part) == WINDOW):
             told = conditions(latents[None], torch.tensor([clip.style]))[0]
-            save_record(folder / f"{clip.name} {number:02d}.pt", Record(latents.clone(), told, {"fingerprint": {"audio": {"content": clip.name}}}))
+            save_record(
+                folder / f"{clip.name} {number:02d}.pt",
+                Record(latents.clone(), told, {"fingerprint": {"audio": {"content": clip.name}}}),
+            )
     return folder
 
 
@@ -100,10 +117,15 @@ def adapt(checkpoints: Path, data: Path, output: Path, changes: dict) -> dict:
 
 def table(results: dict) -> str:
     """The runs as Markdown."""
-    lines = ["| adapter | parameters | held-out loss before | after | running average | change |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| adapter | parameters | held-out loss before | after | running average | change |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, r in results["runs"].items():
         change = (r["after"] / r["before"] - 1) * 100
-        lines.append(f"| {name} | {r['parameters']:,} | {r['before']:.4f} | {r['after']:.4f} | {r['average_after']:.4f} | {change:+.1f} % |")
+        lines.append(
+            f"| {name} | {r['parameters']:,} | {r['before']:.4f} | {r['after']:.4f} | {r['average_after']:.4f} | {change:+.1f} % |"
+        )
     first = next(iter(results["runs"].values()))
     note = (
         f"Base: 1.5 M parameters, {results['base_steps']} steps on acoustic clips. Adapters: {EPOCHS} epochs on {first['songs'][0]} windows of electronic clips; "
@@ -121,8 +143,16 @@ def main() -> None:
         home = Path(temporary)
         checkpoints = write_checkpoint(home / "checkpoints", base)
         data = write_records(home / "data", clips["electronic"])
-        runs = {name: adapt(checkpoints, data, home / f"run {i}", changes) for i, (name, changes) in enumerate(RUNS.items())}
-    results = {"base_steps": BASE_STEPS, "machine": platform.machine(), "torch": torch.__version__, "seconds": time.perf_counter() - started, "runs": runs}
+        runs = {
+            name: adapt(checkpoints, data, home / f"run {i}", changes) for i, (name, changes) in enumerate(RUNS.items())
+        }
+    results = {
+        "base_steps": BASE_STEPS,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - started,
+        "runs": runs,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "adaptation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "adaptation.md").write_text(table(results), encoding="utf-8")

@@ -15,10 +15,28 @@ import numpy as np
 import soxr
 from immich_memories_music import tracks_dir
 
-from sidestep.audio.estimation import estimate
 from sidestep.audio.io import SAMPLE_RATE, decode
+from sidestep.audio.signals import estimate
 
-NOTES = {"C": 0, "C#": 1, "Db": 1, "D": 2, "D#": 3, "Eb": 3, "E": 4, "F": 5, "F#": 6, "Gb": 6, "G": 7, "G#": 8, "Ab": 8, "A": 9, "A#": 10, "Bb": 10, "B": 11}
+NOTES = {
+    "C": 0,
+    "C#": 1,
+    "Db": 1,
+    "D": 2,
+    "D#": 3,
+    "Eb": 3,
+    "E": 4,
+    "F": 5,
+    "F#": 6,
+    "Gb": 6,
+    "G": 7,
+    "G#": 8,
+    "Ab": 8,
+    "A": 9,
+    "A#": 10,
+    "Bb": 10,
+    "B": 11,
+}
 KRUMHANSL = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
     "minor": (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
@@ -28,7 +46,10 @@ KRUMHANSL = {
 def labels() -> dict[str, tuple[int, str]]:
     """(bpm, key) by file name, from the licence file of the clips."""
     text = next(f for f in files("immich-memories-music") if f.name == "LICENSE-MUSIC").read_text()
-    return {m[1]: (int(m[2]), m[3]) for m in re.finditer(r"^\s+(\S+\.opus)\s+(\d+) bpm\s+(\S+ (?:major|minor))", text, re.MULTILINE)}
+    return {
+        m[1]: (int(m[2]), m[3])
+        for m in re.finditer(r"^\s+(\S+\.opus)\s+(\d+) bpm\s+(\S+ (?:major|minor))", text, re.MULTILINE)
+    }
 
 
 def same_key(found: str | None, label: str, relative: bool = False) -> bool:
@@ -43,13 +64,19 @@ def same_key(found: str | None, label: str, relative: bool = False) -> bool:
 
 def same_tempo(found: float | None, label: int, octaves: bool = False) -> bool:
     """Whether two tempos are within 4 %, or so when halved or doubled."""
-    return found is not None and any(abs(found * factor / label - 1) <= 0.04 for factor in ((1, 2, 0.5) if octaves else (1,)))
+    return found is not None and any(
+        abs(found * factor / label - 1) <= 0.04 for factor in ((1, 2, 0.5) if octaves else (1,))
+    )
 
 
 def plain_key(mono: np.ndarray) -> str:
     """The key by the textbook: mean chroma and Krumhansl's profiles."""
     chroma = librosa.feature.chroma_cqt(y=mono, sr=22_050).mean(axis=1)
-    scores = {(root, mode): np.corrcoef(np.roll(profile, root), chroma)[0, 1] for mode, profile in KRUMHANSL.items() for root in range(12)}
+    scores = {
+        (root, mode): np.corrcoef(np.roll(profile, root), chroma)[0, 1]
+        for mode, profile in KRUMHANSL.items()
+        for root in range(12)
+    }
     root, mode = max(scores, key=scores.get)
     return f"{next(n for n, i in NOTES.items() if i == root)} {mode}"
 
@@ -65,17 +92,30 @@ def main() -> None:
         plain = float(librosa.feature.tempo(y=mono, sr=22_050)[0]), plain_key(mono)
         rows.append((path.name, known[path.name], found, plain))
         bpm, key = known[path.name]
-        print(f"{path.name:32} {bpm:4} {key:9}  found {found.bpm or '-':>4} {found.keyscale or '-':9} {found.timesignature or '-'}/4", flush=True)
+        print(
+            f"{path.name:32} {bpm:4} {key:9}  found {found.bpm or '-':>4} {found.keyscale or '-':9} {found.timesignature or '-'}/4",
+            flush=True,
+        )
     count = len(rows)
     print(f"\n{'':28}{'Side-Step':>12}{'textbook':>12}")
     for name, ours, plain in [
         ("bpm within 4 %", lambda k, f, p: same_tempo(f.bpm, k[0]), lambda k, f, p: same_tempo(p[0], k[0])),
-        ("bpm within an octave", lambda k, f, p: same_tempo(f.bpm, k[0], True), lambda k, f, p: same_tempo(p[0], k[0], True)),
+        (
+            "bpm within an octave",
+            lambda k, f, p: same_tempo(f.bpm, k[0], True),
+            lambda k, f, p: same_tempo(p[0], k[0], True),
+        ),
         ("key", lambda k, f, p: same_key(f.keyscale, k[1]), lambda k, f, p: same_key(p[1], k[1])),
-        ("key or relative", lambda k, f, p: same_key(f.keyscale, k[1], True), lambda k, f, p: same_key(p[1], k[1], True)),
+        (
+            "key or relative",
+            lambda k, f, p: same_key(f.keyscale, k[1], True),
+            lambda k, f, p: same_key(p[1], k[1], True),
+        ),
     ]:
         print(f"{name:28}{sum(ours(*r[1:]) for r in rows):9}/{count}{sum(plain(*r[1:]) for r in rows):9}/{count}")
-    print(f"\ntime signature said to be 4/4 (no labels): {sum(r[2].timesignature == '4' for r in rows)}/{count}; {seconds / count:.1f} s a clip")
+    print(
+        f"\ntime signature said to be 4/4 (no labels): {sum(r[2].timesignature == '4' for r in rows)}/{count}; {seconds / count:.1f} s a clip"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, OTHER, GREY = "#2f7ed8", "#e07b39", "#808080"
-STYLE = {"svg.hashsalt": "side-step", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100}
+STYLE = {
+    "svg.hashsalt": "side-step",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 100,
+}
 STYLE |= {name: GREY for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
 
 
@@ -30,7 +37,9 @@ def _save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, transparent=True, metadata={"Date": None})
     plt.close(figure)
-    path.write_text("\n".join(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()) + "\n", encoding="utf-8"
+    )
     return path
 
 
@@ -39,7 +48,9 @@ def _attention(rows: list[dict[str, Any]]) -> plt.Figure:
     seconds = [row["seconds"] for row in rows]
     for column, name, color in (("dense mask, ms", "dense mask", OTHER), ("local, ms", "block-local", OURS)):
         axes.plot(seconds, [1000 * row[column] / row["tokens"] for row in rows], "o-", color=color, label=name)
-    axes.set(xlabel="seconds of music", ylabel="µs per token", title="A sliding-window layer's attention", ylim=(0, None))
+    axes.set(
+        xlabel="seconds of music", ylabel="µs per token", title="A sliding-window layer's attention", ylim=(0, None)
+    )
     axes.legend(frameon=False)
     return figure
 

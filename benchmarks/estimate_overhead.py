@@ -19,15 +19,23 @@ from diffusers import AceStepTransformer1DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.acestep.attention import use_attention
-from sidestep.estimate.sketch import Layout, Sketch, linear_shapes, watch
-from sidestep.memory.tracker import LiveBytes
+from sidestep.tasks.estimate.sketch import Layout, Sketch, linear_shapes, watch
+from sidestep.tasks.plan.step import LiveBytes
 from sidestep.variants import CONFIG_2B
 
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj")
 
 
 def decoder_of(sizes: dict, dtype: torch.dtype) -> AceStepTransformer1DModel:
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "in_channels")
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "in_channels",
+    )
     keys += ("audio_acoustic_hidden_dim", "patch_size", "sliding_window")
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # fake parameters cannot be cast later
@@ -39,7 +47,11 @@ def decoder_of(sizes: dict, dtype: torch.dtype) -> AceStepTransformer1DModel:
 
 def names(model: torch.nn.Module, mlp: bool) -> list[str]:
     ends = ENDS if mlp else ENDS[:4]
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("layers.") and n.endswith(ends)]
+    return [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.startswith("layers.") and n.endswith(ends)
+    ]
 
 
 def one_pass(model: torch.nn.Module, frames: int, tokens: int, dtype: torch.dtype) -> None:
@@ -54,7 +66,9 @@ def one_pass(model: torch.nn.Module, frames: int, tokens: int, dtype: torch.dtyp
 
 @contextmanager
 def watched(model: torch.nn.Module, targets: list[str], width: int):
-    sketch = Sketch(Layout(linear_shapes(model, targets), width, 0), torch.device("cpu"), next(model.parameters()).dtype)
+    sketch = Sketch(
+        Layout(linear_shapes(model, targets), width, 0), torch.device("cpu"), next(model.parameters()).dtype
+    )
     with watch(model, sketch):
         yield sketch
 
@@ -75,7 +89,13 @@ def peak_memory(recompute: bool, mlp: bool, watching: bool, seconds: int = 240) 
 
 def pass_seconds(recompute: bool, mlp: bool, repeats: int = 5) -> tuple[float, float]:
     """Median CPU seconds of a pass on one thread, plain and watched, taken in turns on a model 1024 wide."""
-    sizes = CONFIG_2B | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = CONFIG_2B | {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     model = decoder_of(sizes, torch.float32)
     use_attention(model, "local", torch.device("cpu"), torch.float32)
     if recompute:
@@ -111,7 +131,9 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     output = Path("benchmarks/results/estimate_overhead.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {

@@ -27,7 +27,9 @@ class Setting:
     dtype: torch.dtype
     rounds: int
     quick: bool
-    cpu_time: bool = False  # count the process's CPU seconds: steady on a machine that does other things, with one thread
+    cpu_time: bool = (
+        False  # count the process's CPU seconds: steady on a machine that does other things, with one thread
+    )
 
     def now(self) -> float:
         return time.process_time() if self.cpu_time else time.perf_counter()
@@ -82,8 +84,12 @@ def in_turns(variants: Mapping[str, Callable[[], Any]], setting: Setting, rounds
 
 def machine(setting: Setting) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "--", "sidestep"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "sidestep"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "commit": commit + (" with local changes" if changed else ""),
         "processor": _processor(),
@@ -102,7 +108,11 @@ def machine(setting: Setting) -> dict[str, Any]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor() or platform.machine()

@@ -26,10 +26,10 @@ from diffusers import AutoencoderOobleck
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.vae import TILE_FRAMES, encode_mean
 from sidestep.audio.io import decode
-from sidestep.config import PreprocessConfig
 from sidestep.events import silent
-from sidestep.preprocess import preprocess
-from sidestep.preprocess import run as running
+from sidestep.settings.config import PreprocessConfig
+from sidestep.tasks.preprocess import preprocess
+from sidestep.tasks.preprocess import run as running
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
@@ -44,7 +44,9 @@ def make_checkpoints(folder: Path, encoder_channels: int) -> Path:
     config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     known = {name: value for name, value in config.items() if not name.startswith("_")}
-    AutoencoderOobleck(**known | {"encoder_hidden_size": encoder_channels, "decoder_channels": 4}).save_pretrained(folder / "vae")
+    AutoencoderOobleck(**known | {"encoder_hidden_size": encoder_channels, "decoder_channels": 4}).save_pretrained(
+        folder / "vae"
+    )
     return folder
 
 
@@ -54,13 +56,17 @@ def make_songs(folder: Path, count: int, seconds: float, suffix: str = ".mp3") -
     n = np.arange(round(seconds * 44100)) / 44100
     random = np.random.default_rng(0)
     for i in range(count):
-        audio = sum(0.1 * np.sin(2 * np.pi * (110 + 13 * i) * k * n) for k in (2, 3, 5)) + 0.02 * random.standard_normal(len(n))
+        audio = sum(
+            0.1 * np.sin(2 * np.pi * (110 + 13 * i) * k * n) for k in (2, 3, 5)
+        ) + 0.02 * random.standard_normal(len(n))
         soundfile.write(folder / f"{i}{suffix}", np.stack([audio, audio[::-1]], 1).astype(np.float32), 44100)
     return folder
 
 
 def config_of(checkpoints: Path, songs: Path, output: Path) -> PreprocessConfig:
-    return PreprocessConfig(checkpoint_dir=checkpoints, audio_dir=songs, tensor_output=output, device="cpu", normalize="lufs")
+    return PreprocessConfig(
+        checkpoint_dir=checkpoints, audio_dir=songs, tensor_output=output, device="cpu", normalize="lufs"
+    )
 
 
 def timed(work) -> float:
@@ -104,7 +110,9 @@ def measure_throughput(folder: Path, channels: int, songs: int, seconds: float, 
         preprocess(config_of(checkpoints, library, folder / f"out{turn}"), silent)
         after = timed(bare)
         rows.append({"bare_seconds": (before + after) / 2, "pass_seconds": spent[0] - loading[0]})
-        print(f"  bare vae.encode {before:.2f} s and {after:.2f} s, pass 1 {rows[-1]['pass_seconds']:.2f} s", flush=True)
+        print(
+            f"  bare vae.encode {before:.2f} s and {after:.2f} s, pass 1 {rows[-1]['pass_seconds']:.2f} s", flush=True
+        )
     running.encode_songs, Checkpoint.load_vae = real_encode, real_load
     ratio = statistics.median(row["bare_seconds"] / row["pass_seconds"] for row in rows)
     return {"audio_seconds": songs * seconds, "throughput_of_bare": round(ratio, 3), "rounds": rows}
@@ -116,11 +124,19 @@ def measure_tiles(folder: Path, channels: int, seconds: float, rounds: int) -> d
     vae = running.open_job(config_of(checkpoints, folder, folder / "none"), silent).checkpoint.load_vae()
     audio = torch.randn(1, 2, round(seconds * 48000)) * 0.1
     encode_mean(vae, audio), encode_mean(vae, audio, 0)
-    tiles, whole = zip(*((timed(lambda: encode_mean(vae, audio)), timed(lambda: encode_mean(vae, audio, 0))) for _ in range(rounds)), strict=True)
+    tiles, whole = zip(
+        *((timed(lambda: encode_mean(vae, audio)), timed(lambda: encode_mean(vae, audio, 0))) for _ in range(rounds)),
+        strict=True,
+    )
     difference = (encode_mean(vae, audio) - encode_mean(vae, audio, 0)).abs().max().item()
     ratio = statistics.median(t / w for t, w in zip(tiles, whole, strict=True))
     print(f"  in tiles {statistics.median(tiles):.2f} s, in one piece {statistics.median(whole):.2f} s", flush=True)
-    return {"audio_seconds": seconds, "tile_frames": TILE_FRAMES, "tiles_over_whole": round(ratio, 3), "largest_difference": difference}
+    return {
+        "audio_seconds": seconds,
+        "tile_frames": TILE_FRAMES,
+        "tiles_over_whole": round(ratio, 3),
+        "largest_difference": difference,
+    }
 
 
 PEAK = """
@@ -129,7 +145,7 @@ from pathlib import Path
 import torch
 from benchmarks.preprocess import config_of, resident_mib
 from sidestep.events import silent
-from sidestep.preprocess import preprocess
+from sidestep.tasks.preprocess import preprocess
 checkpoints, warm, songs, output = map(Path, sys.argv[1:])
 preprocess(config_of(checkpoints, warm, output / "warm"), silent)  # libraries and kernels are in memory now
 before = resident_mib("VmRSS")
@@ -141,7 +157,9 @@ print(resident_mib("VmHWM") - before)
 
 def resident_mib(field: str) -> float:
     """A field of /proc/self/status in MiB."""
-    line = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -152,11 +170,25 @@ def measure_peak(folder: Path, cases: dict[str, tuple[int, float]]) -> dict:
     rows = {}
     for name, (count, seconds) in cases.items():
         songs = make_songs(folder / name.replace(" ", "_"), count, seconds)
-        command = [sys.executable, "-c", PEAK, str(checkpoints), str(warm), str(songs), str(folder / "out" / name.replace(" ", "_"))]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | GIVES_BACK)
+        command = [
+            sys.executable,
+            "-c",
+            PEAK,
+            str(checkpoints),
+            str(warm),
+            str(songs),
+            str(folder / "out" / name.replace(" ", "_")),
+        ]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | GIVES_BACK
+        )
         added = float(done.stdout.splitlines()[-1])
         samples = seconds * 48000 * 2 * 4 / 2**20
-        rows[name] = {"added_mib": round(added, 1), "samples_mib": round(samples, 1), "beyond_samples_mib": round(added - samples, 1)}
+        rows[name] = {
+            "added_mib": round(added, 1),
+            "samples_mib": round(samples, 1),
+            "beyond_samples_mib": round(added - samples, 1),
+        }
         print(f"  {name}: {added:.0f} MiB, its samples {samples:.0f} MiB", flush=True)
     return rows
 
@@ -167,20 +199,32 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=16, help="channels of the VAE's first layer")
     parser.add_argument("--only", choices=("throughput", "tiles", "memory"))
     asked = parser.parse_args()
-    results = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", "vae_channels": asked.channels}
+    results = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "vae_channels": asked.channels,
+    }
     with tempfile.TemporaryDirectory() as folder:
         if asked.only in (None, "throughput"):
             print("Pass 1 against bare vae.encode:", flush=True)
-            results["throughput"] = measure_throughput(Path(folder, "throughput"), asked.channels, songs=8, seconds=18, rounds=asked.rounds)
+            results["throughput"] = measure_throughput(
+                Path(folder, "throughput"), asked.channels, songs=8, seconds=18, rounds=asked.rounds
+            )
         if asked.only in (None, "tiles"):
             print("Tiles against one piece:", flush=True)
             results["tiles"] = measure_tiles(Path(folder, "tiles"), asked.channels, seconds=40, rounds=asked.rounds)
         if asked.only in (None, "memory"):
             print("Memory added at the peak:", flush=True)
-            cases = {"one song of 1 min": (1, 60), "one song of 10 min": (1, 600), "4 songs of 20 s": (4, 20), "16 songs of 20 s": (16, 20)}
+            cases = {
+                "one song of 1 min": (1, 60),
+                "one song of 10 min": (1, 600),
+                "4 songs of 20 s": (4, 20),
+                "16 songs of 20 s": (16, 20),
+            }
             results["memory"] = measure_peak(Path(folder, "memory"), cases)
     RESULT.parent.mkdir(exist_ok=True)
-    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}  # parts that were not run keep their figures
+    stored = (
+        json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    )  # parts that were not run keep their figures
     RESULT.write_text(json.dumps(stored | results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=2))
 

@@ -23,9 +23,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from benchmarks import small_model as small
-from sidestep.estimate.allocate import allocate
-from sidestep.estimate.sketch import Layout, Sketch, linear_shapes, watch
-from sidestep.estimate.spectrum import Spectrum, spectrum
+from sidestep.tasks.estimate.allocate import allocate
+from sidestep.tasks.estimate.sketch import Layout, Sketch, Spectrum, linear_shapes, spectrum, watch
 
 RANK, SCALE, STEPS, BATCH, LOOK_EVERY = 4, 2.0, 120, 8, 30
 LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
@@ -46,14 +45,20 @@ class Measured:
 
 def names(model: torch.nn.Module, mlp: bool) -> list[str]:
     ends = ATTENTION + (MLP if mlp else ())
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("layers.") and name.endswith(ends)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("layers.") and name.endswith(ends)
+    ]
 
 
 def prices(model: torch.nn.Module, mlp: bool) -> dict[str, int]:
     return {name: sum(shape) for name, shape in linear_shapes(model, names(model, mlp)).items()}
 
 
-def batch_of(clips: list[small.Clip], count: int, vocabulary: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+def batch_of(
+    clips: list[small.Clip], count: int, vocabulary: int, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
     latents, styles = small.windows(clips, count, generator)
     condition = small.conditions(latents, styles, vocabulary)
     condition[torch.rand(count, generator=generator) < 0.15] = 0
@@ -86,7 +91,9 @@ def measure(model: torch.nn.Module, clips: list[small.Clip], vocabulary: int, se
     model.requires_grad_(False)
     together = (halves[0] + halves[1]) / 2
     return Measured(
-        {name: spectrum(layout, name, *halves) for name in targets}, squared, {name: layout.decompose(together, name)[2].float() for name in targets}
+        {name: spectrum(layout, name, *halves) for name in targets},
+        squared,
+        {name: layout.decompose(together, name)[2].float() for name in targets},
     )
 
 
@@ -143,25 +150,43 @@ def methods(budget: int) -> dict[str, Callable]:
     }
 
 
-def adapt(base: Callable, ranks: dict[str, int], directions, songs: tuple[list, list, list], vocabulary: int, lr: float, seed: int) -> dict:
+def adapt(
+    base: Callable,
+    ranks: dict[str, int],
+    directions,
+    songs: tuple[list, list, list],
+    vocabulary: int,
+    lr: float,
+    seed: int,
+) -> dict:
     """Train one adapter. songs: train, test, selection. Held-out loss along the way and at the end, and the loss on the selection songs."""
     train, test, selection = songs
     torch.manual_seed(seed)
     kept = {name: rank for name, rank in ranks.items() if rank}
-    config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=list(kept), rank_pattern=kept, alpha_pattern={n: SCALE * r for n, r in kept.items()})
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=SCALE * RANK,
+        target_modules=list(kept),
+        rank_pattern=kept,
+        alpha_pattern={n: SCALE * r for n, r in kept.items()},
+    )
     model = inject_adapter_in_model(config, base())
     if directions:
         for name, rank in kept.items():
             weight = model.get_submodule(name).lora_A["default"].weight
             known = min(rank, directions[name].shape[1])
-            weight.data[:known] = directions[name][:, :known].T / math.sqrt(3)  # the length that peft's random rows have
+            weight.data[:known] = directions[name][:, :known].T / math.sqrt(
+                3
+            )  # the length that peft's random rows have
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]
     for p in model.parameters():
         p.requires_grad_(False)
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * 0.5 * (1 + math.cos(math.pi * s / STEPS)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 20) * 0.5 * (1 + math.cos(math.pi * s / STEPS))
+    )
     generator = torch.Generator().manual_seed(seed)
     curve, recent = [], []
     for step in range(STEPS):
@@ -194,7 +219,9 @@ def split(clips: list[small.Clip], seed: int) -> tuple[list[small.Clip], list[sm
     order = [others[i] for i in torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()]
 
     def of(names: list[str], every_speed: bool) -> list[small.Clip]:
-        return [clip for clip in clips if clip.name.split("@")[0] in names and (every_speed or clip.name.endswith("@1.0"))]
+        return [
+            clip for clip in clips if clip.name.split("@")[0] in names and (every_speed or clip.name.endswith("@1.0"))
+        ]
 
     return of(order[:6], True), of(order[6:], False), of(selection, False)
 
@@ -231,7 +258,9 @@ def key(shift: str, method: str, seed: int, lr: float) -> str:
     return f"{shift}/{method}/{seed}/lr {lr:g}"
 
 
-def run_shift(shift: str, music: dict, base: Callable, found: dict[str, Callable], ledger: Ledger, seeds: int) -> dict[str, float]:
+def run_shift(
+    shift: str, music: dict, base: Callable, found: dict[str, Callable], ledger: Ledger, seeds: int
+) -> dict[str, float]:
     """Train what the ledger does not hold yet; the learning rate of each method."""
     kind, vocabulary = SHIFTS[shift]
     model, chosen, measured = base(), {}, {}
@@ -247,7 +276,9 @@ def run_shift(shift: str, music: dict, base: Callable, found: dict[str, Callable
 
     for name in found:
         trial_seeds = range(min(TRIAL_SEEDS, seeds))
-        chosen[name] = best_learning_rate(lambda lr, name=name, s=trial_seeds: statistics.mean(train(name, seed, lr)["selection_loss"] for seed in s))
+        chosen[name] = best_learning_rate(
+            lambda lr, name=name, s=trial_seeds: statistics.mean(train(name, seed, lr)["selection_loss"] for seed in s)
+        )
     for seed in range(seeds):
         for name in found:
             train(name, seed, chosen[name])
@@ -262,7 +293,9 @@ def mean_spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def compare(ledger: Ledger, shift: str, seeds: int, chosen: dict[str, float], method_names: list[str]) -> dict[str, dict]:
+def compare(
+    ledger: Ledger, shift: str, seeds: int, chosen: dict[str, float], method_names: list[str]
+) -> dict[str, dict]:
     """Paired differences from uniform, in held-out loss, and steps to uniform's final loss."""
     rows = {}
     for method in method_names:
@@ -295,10 +328,16 @@ def table(results: dict[str, dict[str, dict]], seeds: int) -> str:
         ]
         for method, row in rows.items():
             reached = sorted(s for s in row["steps_to_uniform"] if s is not None)
-            steps = f"{statistics.median_low(reached)}" if len(reached) > seeds // 2 else f"reached in {len(reached)} of {seeds}"
+            steps = (
+                f"{statistics.median_low(reached)}"
+                if len(reached) > seeds // 2
+                else f"reached in {len(reached)} of {seeds}"
+            )
             against = "" if method == "uniform" else f"{row['difference']:+.4f} ± {row['difference_std']:.4f}"
             wins = "" if method == "uniform" else f"{row['better_in']} of {seeds}"
-            lines.append(f"| {method} | {row['learning_rate']:g} | {row['parameters']} | {row['held_out_loss']:.4f} | {against} | {wins} | {steps} |")
+            lines.append(
+                f"| {method} | {row['learning_rate']:g} | {row['parameters']} | {row['held_out_loss']:.4f} | {against} | {wins} | {steps} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -308,7 +347,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shifts", nargs="+", choices=SHIFTS, default=list(SHIFTS))
     parser.add_argument("--base-steps", type=int, default=2600)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/.work"), help="base model and finished runs; a second call goes on from there")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("benchmarks/.work"),
+        help="base model and finished runs; a second call goes on from there",
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,7 +360,13 @@ def main() -> None:
     music = small.music()
     weights = arguments.work / "base.safetensors"
     if not weights.is_file():
-        save_file({k: v.contiguous() for k, v in small.train_base(music["acoustic"], arguments.base_steps, 0).state_dict().items()}, weights)
+        save_file(
+            {
+                k: v.contiguous()
+                for k, v in small.train_base(music["acoustic"], arguments.base_steps, 0).state_dict().items()
+            },
+            weights,
+        )
     state = load_file(weights)
 
     def base() -> torch.nn.Module:
@@ -330,7 +380,9 @@ def main() -> None:
     for shift in arguments.shifts:
         chosen = run_shift(shift, music, base, found, ledger, arguments.seeds)
         results[shift] = compare(ledger, shift, arguments.seeds, chosen, list(found))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     facts = {
         "command": "python -m benchmarks.rank_allocation",
         "commit": commit,
@@ -342,11 +394,14 @@ def main() -> None:
         "steps": STEPS,
         "cpu_minutes": round(sum(run["cpu_seconds"] for run in ledger.runs.values()) / 60, 1),
         "base_loss": {
-            shift: small.held_out_loss(base(), [c for c in music[kind] if c.name.endswith("@1.0")], words) for shift, (kind, words) in SHIFTS.items()
+            shift: small.held_out_loss(base(), [c for c in music[kind] if c.name.endswith("@1.0")], words)
+            for shift, (kind, words) in SHIFTS.items()
         },
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "rank_allocation.json").write_text(json.dumps({**facts, "results": results}, indent=1), encoding="utf-8")
+    (arguments.output / "rank_allocation.json").write_text(
+        json.dumps({**facts, "results": results}, indent=1), encoding="utf-8"
+    )
     text = table(results, arguments.seeds)
     (arguments.output / "rank_allocation.md").write_text(text + "\n", encoding="utf-8")
     print(text)

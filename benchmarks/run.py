@@ -42,13 +42,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="turns of each comparison; default 9, with --quick 3")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, with --threads 1: for a machine that does other things meanwhile")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU seconds, with --threads 1: for a machine that does other things meanwhile",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.getLogger("sidestep").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     device = choose_device(options.device).value
-    setting = Setting(device, choose_precision("auto", device).value, options.rounds or (3 if options.quick else 9), options.quick, options.cpu_time)
+    setting = Setting(
+        device,
+        choose_precision("auto", device).value,
+        options.rounds or (3 if options.quick else 9),
+        options.quick,
+        options.cpu_time,
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     stored = options.output / "speed.json"
     tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
@@ -69,7 +79,9 @@ def with_ratios(readme: str, tables: dict) -> str:
     """The README with the ratios of all stored tables between its marks."""
     before, rest = readme.split(MARKS[0])
     rows = [f"| {name} | {value:.2f} |" for table in tables.values() for name, value in table["facts"].items()]
-    return "\n".join([before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]])
+    return "\n".join(
+        [before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]]
+    )
 
 
 def as_markdown(result: Result) -> str:
@@ -77,7 +89,14 @@ def as_markdown(result: Result) -> str:
     columns = list(dict.fromkeys(column for row in result.rows for column in row))
     lines = [f"### {result.title}", "", result.note, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |" for row in result.rows]
-    return "\n".join([*lines, *([""] if result.facts else []), *(f"- {name}: **{value:.2f}**" for name, value in result.facts.items()), ""])
+    return "\n".join(
+        [
+            *lines,
+            *([""] if result.facts else []),
+            *(f"- {name}: **{value:.2f}**" for name, value in result.facts.items()),
+            "",
+        ]
+    )
 
 
 def _cell(value: object) -> str:
@@ -88,7 +107,12 @@ def _cell(value: object) -> str:
 
 def report(tables: dict) -> str:
     """All stored tables, with where and when in the history they were measured."""
-    lines = ["# Speed", "", "Rebuilt by `uv run benchmarks/run.py`. Times depend on the machine; the ratios are what to look at.", ""]
+    lines = [
+        "# Speed",
+        "",
+        "Rebuilt by `uv run benchmarks/run.py`. Times depend on the machine; the ratios are what to look at.",
+        "",
+    ]
     for table in tables.values():
         facts = table["machine"]
         versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())

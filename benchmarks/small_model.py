@@ -15,7 +15,12 @@ import soundfile
 import torch
 from diffusers import AceStepTransformer1DModel
 
-CHANNELS, WINDOW, WIDTH, WORDS = 16, 64, 128, 6  # latent channels, frames in a training window, model width, condition tokens
+CHANNELS, WINDOW, WIDTH, WORDS = (
+    16,
+    64,
+    128,
+    6,
+)  # latent channels, frames in a training window, model width, condition tokens
 MU, SIGMA = -0.4, 1.0
 MOODS = ("calm", "energetic", "happy", "nostalgic", "tender")
 
@@ -66,12 +71,17 @@ def music(speeds: tuple[float, ...] = (1.0, 0.8, 0.9, 1.12, 1.25)) -> dict[str, 
             spectra["acoustic"] += [(f"{path.stem}@{s}", mood, _log_mel(_played_at(audio, s))) for s in speeds]
         else:
             spectra["electronic"] += [(f"{path.stem}@{s}", mood, _log_mel(_played_at(audio, s))) for s in speeds]
-            spectra["reversed"] += [(f"{path.stem}@{s}", mood, _log_mel(_played_at(audio[::-1], 0.75 * s))) for s in speeds]
+            spectra["reversed"] += [
+                (f"{path.stem}@{s}", mood, _log_mel(_played_at(audio[::-1], 0.75 * s))) for s in speeds
+            ]
     base = np.concatenate([s for _, _, s in spectra["acoustic"]])
     mean = base.mean(0)
     values, vectors = np.linalg.eigh(np.cov((base - mean).T))
     whiten = vectors[:, ::-1][:, :CHANNELS] / np.sqrt(values[::-1][:CHANNELS])
-    return {kind: [Clip(name, torch.from_numpy(((s - mean) @ whiten).astype(np.float32)), mood) for name, mood, s in found] for kind, found in spectra.items()}
+    return {
+        kind: [Clip(name, torch.from_numpy(((s - mean) @ whiten).astype(np.float32)), mood) for name, mood, s in found]
+        for kind, found in spectra.items()
+    }
 
 
 def conditions(latents: torch.Tensor, styles: torch.Tensor, vocabulary: int = 0) -> torch.Tensor:
@@ -92,7 +102,9 @@ def windows(clips: list[Clip], count: int, generator: torch.Generator) -> tuple[
     """Random windows: latents [count, WINDOW, 16] and moods [count]."""
     picks = torch.randint(len(clips), (count,), generator=generator).tolist()
     starts = [int(torch.randint(len(clips[i].latents) - WINDOW, (1,), generator=generator)) for i in picks]
-    return torch.stack([clips[i].latents[s : s + WINDOW] for i, s in zip(picks, starts, strict=True)]), torch.tensor([clips[i].style for i in picks])
+    return torch.stack([clips[i].latents[s : s + WINDOW] for i, s in zip(picks, starts, strict=True)]), torch.tensor(
+        [clips[i].style for i in picks]
+    )
 
 
 def all_windows(clips: list[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +135,9 @@ def new_model(seed: int) -> AceStepTransformer1DModel:
     )
 
 
-def losses(model: torch.nn.Module, latents: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def losses(
+    model: torch.nn.Module, latents: torch.Tensor, condition: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
     """Flow matching loss of each sample, [B]."""
     mix = (1 - t)[:, None, None] * latents + t[:, None, None] * noise
     context = torch.cat([torch.zeros_like(latents), torch.ones_like(latents)], dim=-1)
@@ -160,7 +174,9 @@ def train_base(clips: list[Clip], steps: int, seed: int, say=print) -> AceStepTr
         latents, styles = windows(clips, 16, generator)
         condition = conditions(latents, styles)
         condition[torch.rand(16, generator=generator) < 0.15] = 0
-        loss = losses(model, latents, condition, torch.randn(latents.shape, generator=generator), stratified(16, generator)).mean()
+        loss = losses(
+            model, latents, condition, torch.randn(latents.shape, generator=generator), stratified(16, generator)
+        ).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Result, Setting, in_turns
 from benchmarks.speed_model import inputs, make_model, parameters
-from sidestep.acestep.attention import use_attention
-from sidestep.acestep.window_attention import MaskCache, local_attention
+from sidestep.acestep.attention import MaskCache, local_attention, use_attention
 
 WINDOW, HEADS, GROUPS, DIM = 128, 8, 4, 64
 BLOCKS = (128, 192, 256, 384, 512)
@@ -16,16 +15,23 @@ BLOCKS = (128, 192, 256, 384, 512)
 
 def _kernel_inputs(setting: Setting, seconds: float) -> list[torch.Tensor]:
     tokens = round(seconds * 12.5)
-    return [torch.randn(1, tokens, n, DIM, device=setting.device, dtype=setting.dtype, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)]
+    return [
+        torch.randn(1, tokens, n, DIM, device=setting.device, dtype=setting.dtype, requires_grad=True)
+        for n in (HEADS, GROUPS, GROUPS)
+    ]
 
 
 def _dense_mask(tokens: int, setting: Setting) -> torch.Tensor:
     i = torch.arange(tokens, device=setting.device)
-    return torch.zeros(tokens, tokens, device=setting.device, dtype=setting.dtype).masked_fill((i[:, None] - i).abs() > WINDOW, torch.finfo(setting.dtype).min)
+    return torch.zeros(tokens, tokens, device=setting.device, dtype=setting.dtype).masked_fill(
+        (i[:, None] - i).abs() > WINDOW, torch.finfo(setting.dtype).min
+    )
 
 
 def _dense(query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
 
 
 def _there_and_back(attend, tensors: list[torch.Tensor]) -> None:
@@ -74,7 +80,10 @@ def block_size(setting: Setting) -> Result:
     for seconds in (60, 240) if setting.quick else (60, 120, 240):
         tensors = _kernel_inputs(setting, seconds)
         masks = MaskCache()
-        attend = {b: partial(local_attention, window=WINDOW, scale=DIM**-0.5, dropout=0.0, masks=masks, block=b) for b in BLOCKS}
+        attend = {
+            b: partial(local_attention, window=WINDOW, scale=DIM**-0.5, dropout=0.0, masks=masks, block=b)
+            for b in BLOCKS
+        }
         times = in_turns({b: partial(_there_and_back, attend[b], tensors) for b in BLOCKS}, setting, 3 * setting.rounds)
         rows.append({"seconds": seconds} | {f"{b}, ms": 1000 * times[b].median for b in BLOCKS})
     return Result("block_size", "Block size of local attention, forward and backward", f"window {WINDOW}", rows)
@@ -104,5 +113,9 @@ def step(setting: Setting) -> Result:
     chosen = use_attention(model, "auto").value
     note = f"{parameters(model)}, 8 layers, LoRA rank 16, batch 1, `--attention auto` took {chosen}"
     return Result(
-        "attention_step", "A training step with the dense mask and without", note, rows, {"240 s step, dense mask over local": rows[-1]["dense over local"]}
+        "attention_step",
+        "A training step with the dense mask and without",
+        note,
+        rows,
+        {"240 s step, dense mask over local": rows[-1]["dense over local"]},
     )

@@ -15,8 +15,7 @@ import torch
 from benchmarks.measure import ROOT, Result, Setting, in_turns
 from benchmarks.speed_model import inputs, make_model, parameters, sizes
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.recompute import recompute_layers
-from sidestep.acestep.regional_compile import compile_layers
+from sidestep.acestep.blocks import compile_layers, recompute_layers
 
 LAYERS = 4  # layers share their code, so few show what many gain
 
@@ -53,11 +52,25 @@ def measure(setting: Setting, only_compile: bool) -> list[dict]:
             for feed in feeds.values():
                 _step(model, feed)
             if way != "eager":
-                rows.append({"layers": words, "way": way, "first steps, s": time.perf_counter() - started, "model": parameters(model)})
+                rows.append(
+                    {
+                        "layers": words,
+                        "way": way,
+                        "first steps, s": time.perf_counter() - started,
+                        "model": parameters(model),
+                    }
+                )
         for seconds, feed in {} if only_compile else feeds.items():
             times = in_turns({way: partial(_step, model, feed) for way, model in models.items()}, setting)
             rows += [
-                {"layers": words, "way": way, "seconds": seconds, "ms": 1000 * t.median, "eager over it": times["eager"].over(t)} for way, t in times.items()
+                {
+                    "layers": words,
+                    "way": way,
+                    "seconds": seconds,
+                    "ms": 1000 * t.median,
+                    "eager over it": times["eager"].over(t),
+                }
+                for way, t in times.items()
             ]
     return rows
 
@@ -67,10 +80,14 @@ def compiled(setting: Setting) -> Result:
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = (_in_process(setting, cache, only_compile) for only_compile in (False, True))
     again = {(row["layers"], row["way"]): row["first steps, s"] for row in warm}
-    rows = [row | {"with a cache, s": again[row["layers"], row["way"]]} if "first steps, s" in row else row for row in cold]
+    rows = [
+        row | {"with a cache, s": again[row["layers"], row["way"]]} if "first steps, s" in row else row for row in cold
+    ]
     model = next(row["model"] for row in cold if "model" in row)
     rows = [{name: value for name, value in row.items() if name != "model"} for row in rows]
-    note = f"{model}, {LAYERS} layers, one graph for all lengths; first steps: of 30, 60 and 120 s, compilation included"
+    note = (
+        f"{model}, {LAYERS} layers, one graph for all lengths; first steps: of 30, 60 and 120 s, compilation included"
+    )
     gain = {(row["layers"], row["way"]): row["eager over it"] for row in rows if row.get("seconds") == 60}
     facts = {
         "60 s step, eager over compiled": gain["kept", WAYS[1]],
@@ -80,11 +97,32 @@ def compiled(setting: Setting) -> Result:
 
 
 def _in_process(setting: Setting, cache: str, only_compile: bool) -> list[dict]:
-    arguments = ["--device", str(setting.device), "--rounds", str(setting.rounds), "--threads", str(torch.get_num_threads())]
+    arguments = [
+        "--device",
+        str(setting.device),
+        "--rounds",
+        str(setting.rounds),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     arguments += ["--cpu-time"] if setting.cpu_time else []
     target = Path(cache) / "result.json"
-    command = [sys.executable, "-m", "benchmarks.speed_compile", *arguments, "--output", str(target), *(["--only-compile"] if only_compile else [])]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor")}, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed_compile",
+        *arguments,
+        "--output",
+        str(target),
+        *(["--only-compile"] if only_compile else []),
+    ]
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor")},
+        stdout=subprocess.DEVNULL,
+    )
     return json.loads(target.read_text(encoding="utf-8"))
 
 
@@ -99,5 +137,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     here = torch.device(given.device)
-    setting_ = Setting(here, torch.bfloat16 if here.type == "cuda" else torch.float32, given.rounds, False, given.cpu_time)
+    setting_ = Setting(
+        here, torch.bfloat16 if here.type == "cuda" else torch.float32, given.rounds, False, given.cpu_time
+    )
     given.output.write_text(json.dumps(measure(setting_, given.only_compile)), encoding="utf-8")

@@ -15,7 +15,10 @@ def _step(model, feed: dict) -> None:
 def growth(setting: Setting) -> Result:
     """Forward and backward of our model along four axes, one at a time from 60 s, batch 1, rank 16, 100 condition tokens."""
     width = sizes(setting)["hidden_size"]
-    models = {rank: make_model(setting, rank=rank, alpha=2.0 * rank) for rank in ((16, 128) if setting.quick else (4, 16, 64, 128))}
+    models = {
+        rank: make_model(setting, rank=rank, alpha=2.0 * rank)
+        for rank in ((16, 128) if setting.quick else (4, 16, 64, 128))
+    }
     for model in models.values():
         use_attention(model, "auto")
     axes = {
@@ -33,7 +36,14 @@ def growth(setting: Setting) -> Result:
             variants[value] = partial(_step, models[at["rank"]], feed)
             tokens[value] = at["seconds"] * 12.5 * at["batch"]
         for value, times in in_turns(variants, setting, max(2, setting.rounds // 2)).items():
-            rows.append({"axis": axis, "value": value, "ms": 1000 * times.median, "µs per token": 1e6 * times.median / tokens[value]})
+            rows.append(
+                {
+                    "axis": axis,
+                    "value": value,
+                    "ms": 1000 * times.median,
+                    "µs per token": 1e6 * times.median / tokens[value],
+                }
+            )
     note = (
         f"{parameters(models[16])}, forward and backward. Tokens are half of the latent frames. Per token, cost rises with length because every second layer "
         "attends to the whole song; everything else is linear."

@@ -24,9 +24,9 @@ from benchmarks.speed_model import (
 from benchmarks.usual_way import UsualTrainer
 from sidestep.acestep.attention import use_attention
 from sidestep.events import EpochDone, Event, StepDone
-from sidestep.training.loop import run_loop
-from sidestep.training.run import Run
-from sidestep.training.setup import open_accelerator, set_up
+from sidestep.tasks.train.loop import run_loop
+from sidestep.tasks.train.run import Run
+from sidestep.tasks.train.setup import open_accelerator, set_up
 
 CONDITION = 100
 
@@ -89,9 +89,15 @@ def levers(setting: Setting) -> Result:
 
         change: dict[str, tuple[Callable, Callable]] = {
             "our loop": (lambda: None, lambda: None),
-            "with the dense mask": (partial(use_attention, run.model, "sdpa"), partial(use_attention, run.model, "auto")),
+            "with the dense mask": (
+                partial(use_attention, run.model, "sdpa"),
+                partial(use_attention, run.model, "auto"),
+            ),
             f"with conditions padded to {PADDED_CONDITION}": (pad, trim),
-            "with every layer recomputed": (decoder.enable_gradient_checkpointing, decoder.disable_gradient_checkpointing),
+            "with every layer recomputed": (
+                decoder.enable_gradient_checkpointing,
+                decoder.disable_gradient_checkpointing,
+            ),
         }
         order = list(change)
         seconds: dict[str, list[float]] = {"bare": []} | {name: [] for name in order}
@@ -112,12 +118,22 @@ def levers(setting: Setting) -> Result:
         clock.on_step = on_step
         run_loop(run)
     times = {name: Times(tuple(values[1:turns])) for name, values in seconds.items()}
-    rows = [{"step": name, "ms": 1000 * t.median, "over bare": t.over(times["bare"]), "over our loop": t.over(times["our loop"])} for name, t in times.items()]
-    note = (
-        f"{parameters(run.model)}, LoRA rank 16, four windows of 60 s, {CONDITION} condition tokens; the loop includes optimizer, clipping, logging every step"
-    )
+    rows = [
+        {
+            "step": name,
+            "ms": 1000 * t.median,
+            "over bare": t.over(times["bare"]),
+            "over our loop": t.over(times["our loop"]),
+        }
+        for name, t in times.items()
+    ]
+    note = f"{parameters(run.model)}, LoRA rank 16, four windows of 60 s, {CONDITION} condition tokens; the loop includes optimizer, clipping, logging every step"
     return Result(
-        "levers", "What each lever gives: one optimizer step at 60 s windows", note, rows, {"our loop over bare": times["our loop"].over(times["bare"])}
+        "levers",
+        "What each lever gives: one optimizer step at 60 s windows",
+        note,
+        rows,
+        {"our loop over bare": times["our loop"].over(times["bare"])},
     )
 
 

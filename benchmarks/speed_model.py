@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from benchmarks.measure import Setting
 from sidestep.acestep.layout import original_key
 from sidestep.adapters.attach import attach
-from sidestep.config import TrainConfig
-from sidestep.data.samples import Record, save_record
-from sidestep.demo.tiny_checkpoint import write_tiny_checkpoint
+from sidestep.data.records import Record, save_record
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.demo.tiny_checkpoint import write_tiny_checkpoint
 from sidestep.variants import CONFIG_2B, OFFICIAL_FOLDERS
 
 FRAMES_PER_SECOND = 25
@@ -80,8 +80,14 @@ def parameters(model: torch.nn.Module) -> str:
 def inputs(setting: Setting, width: int, seconds: float, condition: int = 100, batch: int = 1) -> dict:
     """What one forward pass takes."""
     frames = round(seconds * FRAMES_PER_SECOND)
-    shapes = {"hidden_states": (frames, CHANNELS), "context_latents": (frames, 2 * CHANNELS), "encoder_hidden_states": (condition, width)}
-    tensors = {name: torch.randn(batch, *shape, device=setting.device).to(setting.dtype) for name, shape in shapes.items()}
+    shapes = {
+        "hidden_states": (frames, CHANNELS),
+        "context_latents": (frames, 2 * CHANNELS),
+        "encoder_hidden_states": (condition, width),
+    }
+    tensors = {
+        name: torch.randn(batch, *shape, device=setting.device).to(setting.dtype) for name, shape in shapes.items()
+    }
     t = torch.rand(batch, device=setting.device)
     return tensors | {"timestep": t, "timestep_r": t, "return_dict": False}
 
@@ -120,7 +126,10 @@ def write_checkpoint(folder: Path, setting: Setting) -> Path:
     """A checkpoint in the original layout with the benchmark's decoder; the other parts are tiny and not used."""
     write_tiny_checkpoint(folder)
     config, model = sizes(setting), folder / OFFICIAL_FOLDERS["turbo"]
-    tensors = {"decoder." + original_key(name): tensor.to("cpu").contiguous() for name, tensor in make_decoder(setting).state_dict().items()}
+    tensors = {
+        "decoder." + original_key(name): tensor.to("cpu").contiguous()
+        for name, tensor in make_decoder(setting).state_dict().items()
+    }
     tensors["null_condition_emb"] = torch.zeros(1, 1, config["hidden_size"], dtype=setting.dtype)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -18,11 +18,11 @@ import torch
 from diffusers import AceStepTransformer1DModel
 
 from sidestep.adapters.attach import attach
-from sidestep.config import TrainConfig
-from sidestep.data.dataset import Song, collate, plan_epoch
+from sidestep.data.batches import Song, collate, plan_epoch
 from sidestep.flow_matching.timesteps import discrete
-from sidestep.training.loop import Tally
-from sidestep.training.objective import ConditionMask, Objective, TrainingLaw
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.train.loop import Tally
+from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 
 CHANNELS, CONDITION_TOKENS = 64, 200
 
@@ -36,9 +36,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     frames = round(options.seconds * 25)
-    config = TrainConfig(checkpoint_dir=Path(), dataset_dir=Path(), output_dir=Path(tempfile.gettempdir()), rank=16, alpha=32, gradient_checkpointing=False)
+    config = TrainConfig(
+        checkpoint_dir=Path(),
+        dataset_dir=Path(),
+        output_dir=Path(tempfile.gettempdir()),
+        rank=16,
+        alpha=32,
+        gradient_checkpointing=False,
+    )
     decoder = AceStepTransformer1DModel(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4, head_dim=64, is_turbo=True
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        is_turbo=True,
     )
     mask = ConditionMask()
     mask.install(decoder)
@@ -58,16 +71,29 @@ def main() -> None:
         (weighted.sum() / plan.samples).backward()
         tally.add(loss, t, batch.songs)
 
-    noisy, target, context = torch.randn(1, frames, CHANNELS), torch.randn(1, frames, CHANNELS), torch.randn(1, frames, 2 * CHANNELS)
+    noisy, target, context = (
+        torch.randn(1, frames, CHANNELS),
+        torch.randn(1, frames, CHANNELS),
+        torch.randn(1, frames, 2 * CHANNELS),
+    )
     conditions, t = songs[0].conditions[None], torch.tensor([0.5])
 
     def bare() -> None:
-        velocity = model(hidden_states=noisy, timestep=t, timestep_r=t, encoder_hidden_states=conditions, context_latents=context, return_dict=False)[0]
+        velocity = model(
+            hidden_states=noisy,
+            timestep=t,
+            timestep_r=t,
+            encoder_hidden_states=conditions,
+            context_latents=context,
+            return_dict=False,
+        )[0]
         torch.nn.functional.mse_loss(velocity, target).backward()
 
     times: dict[str, list[float]] = {"bare": [], "micro-step": []}
     for number in range(options.rounds + 2):
-        for name, work in (("bare", bare), ("micro-step", micro_step)) if number % 2 else (("micro-step", micro_step), ("bare", bare)):
+        for name, work in (
+            (("bare", bare), ("micro-step", micro_step)) if number % 2 else (("micro-step", micro_step), ("bare", bare))
+        ):
             started = time.perf_counter()
             work()
             if number >= 2:
@@ -75,7 +101,9 @@ def main() -> None:
             model.zero_grad(set_to_none=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     pairs = sorted(ours / limit for ours, limit in zip(times["micro-step"], times["bare"], strict=True))
-    print(f"bare forward and backward {medians['bare'] * 1000:.0f} ms, micro-step {medians['micro-step'] * 1000:.0f} ms")
+    print(
+        f"bare forward and backward {medians['bare'] * 1000:.0f} ms, micro-step {medians['micro-step'] * 1000:.0f} ms"
+    )
     print(
         f"ratio of medians {medians['micro-step'] / medians['bare']:.3f} (paired: median {statistics.median(pairs):.3f}, quartiles {pairs[len(pairs) // 4]:.3f} to {pairs[-len(pairs) // 4]:.3f})"
     )

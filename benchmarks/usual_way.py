@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.measure import Setting
 from benchmarks.speed_model import CHANNELS, PADDED_CONDITION, make_model
 from sidestep.acestep.attention import use_attention
-from sidestep.data.samples import load_record
+from sidestep.data.records import load_record
 from sidestep.flow_matching.timesteps import turbo_timesteps
 
 WORKERS = 2
@@ -74,7 +74,13 @@ class UsualTrainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.dtype = setting.dtype
-        self.loader = DataLoader(PaddedRecords(store_padded(records, folder)), batch_size=BATCH, shuffle=True, num_workers=WORKERS, collate_fn=zero_padded)
+        self.loader = DataLoader(
+            PaddedRecords(store_padded(records, folder)),
+            batch_size=BATCH,
+            shuffle=True,
+            num_workers=WORKERS,
+            collate_fn=zero_padded,
+        )
 
     def micro_step(self, batch: dict[str, torch.Tensor]) -> None:
         batch = {name: x.to(self.device) for name, x in batch.items()}

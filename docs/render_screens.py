@@ -73,7 +73,12 @@ def wizard(folder: Path) -> None:
         session.asks("What would you like to do?", seconds=120)
         draw(session, "first-run", "uv run train.py", last=44)
         session.choose("Preprocess audio")
-        for question, typed in (("Songs", "songs"), ("Folder of the checkpoints", ""), ("Model", ""), ("Folder for the training tensors", "")):
+        for question, typed in (
+            ("Songs", "songs"),
+            ("Folder of the checkpoints", ""),
+            ("Model", ""),
+            ("Folder for the training tensors", ""),
+        ):
             session.asks(question)
             session.keys(typed, "enter")
         session.asks("What now?")
@@ -102,7 +107,11 @@ def _watch(session: Session, seen: Callable[[], bool], seconds: float) -> None:
 
 def commands(folder: Path) -> None:
     """Commands that answer at once."""
-    for name, arguments in (("doctor", ("doctor",)), ("presets", ("presets", "list")), ("plan", ("plan", "--model-variant", "xl-turbo", "--vram", "12"))):
+    for name, arguments in (
+        ("doctor", ("doctor",)),
+        ("presets", ("presets", "list")),
+        ("plan", ("plan", "--model-variant", "xl-turbo", "--vram", "12")),
+    ):
         with Session(folder, *arguments, columns=COLUMNS, lines=60) as session:
             session.end(seconds=300)
             draw(session, name, f"uv run train.py {' '.join(arguments)}", last=60)

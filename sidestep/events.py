@@ -127,7 +127,9 @@ class Finished(Event):
 
 def as_json(event: Event) -> str:
     """One line of `events.jsonl`: the event's name, the time (seconds since the epoch) and its fields."""
-    return json.dumps({"event": type(event).__name__, "time": round(time.time(), 3), **dataclasses.asdict(event)}, ensure_ascii=False)
+    return json.dumps(
+        {"event": type(event).__name__, "time": round(time.time(), 3), **dataclasses.asdict(event)}, ensure_ascii=False
+    )
 
 
 class EventLog:
@@ -135,7 +137,9 @@ class EventLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)  # a Linux file name may be no UTF-8
+        self._file = path.open(
+            "a", encoding="utf-8", errors="backslashreplace", buffering=1
+        )  # a Linux file name may be no UTF-8
 
     def __call__(self, event: Event) -> None:
         self._file.write(as_json(event) + "\n")

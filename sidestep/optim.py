@@ -9,13 +9,16 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from sidestep.config import TrainConfig
 from sidestep.errors import UserError
+from sidestep.settings.config import TrainConfig
 
 SCHEDULER_NAMES = {"cosine_restarts": "cosine_with_restarts"}
 RESTARTS = 4
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
-PRODIGY_LR = (0.1, 10.0)  # its lr multiplies a step size that it finds by itself; far from 1 it is most likely meant for another optimizer
+PRODIGY_LR = (
+    0.1,
+    10.0,
+)  # its lr multiplies a step size that it finds by itself; far from 1 it is most likely meant for another optimizer
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Optimizer:
@@ -29,7 +32,13 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
         from prodigyopt import Prodigy  # its import prints nothing and costs nothing, but few runs need it
 
         with redirect_stdout(StringIO()):  # it prints how it decays weights
-            return Prodigy(parameters, lr=config.lr, weight_decay=config.weight_decay, use_bias_correction=True, safeguard_warmup=True)
+            return Prodigy(
+                parameters,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                use_bias_correction=True,
+                safeguard_warmup=True,
+            )
     return _adamw8bit(config, parameters, device)
 
 
@@ -37,9 +46,7 @@ def learning_rate_note(config: TrainConfig) -> str:
     """What is worth saying of `--lr` under this optimizer; empty when nothing is."""
     if config.optimizer_type != "prodigy" or PRODIGY_LR[0] <= config.lr <= PRODIGY_LR[1]:
         return ""
-    return (
-        f"--lr {config.lr:g}: prodigy finds its step size by itself and multiplies it with --lr, so values around 1.0 are meant (--lr 1). It is used as typed."
-    )
+    return f"--lr {config.lr:g}: prodigy finds its step size by itself and multiplies it with --lr, so values around 1.0 are meant (--lr 1). It is used as typed."
 
 
 def _adamw8bit(config: TrainConfig, parameters: list[torch.nn.Parameter], device: torch.device) -> Optimizer:

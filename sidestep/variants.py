@@ -89,7 +89,9 @@ def detect(config: dict) -> Variant:
     name = version or ("turbo" if is_turbo else "base")
     if is_xl and not name.startswith("xl"):
         name = f"xl-{name}"
-    return Variant(name, is_turbo, is_xl, float(config.get("timestep_mu", -0.4)), float(config.get("timestep_sigma", 1.0)))
+    return Variant(
+        name, is_turbo, is_xl, float(config.get("timestep_mu", -0.4)), float(config.get("timestep_sigma", 1.0))
+    )
 
 
 def official_config(variant: str) -> dict | None:

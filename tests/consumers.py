@@ -24,12 +24,18 @@ Weights = dict[str, Tensor]
 
 def base_weights(decoder: nn.Module) -> Weights:
     """Every adaptable weight by original name, copied."""
-    return {name: decoder.get_submodule(to_diffusers(name)).weight.detach().clone() for name in adaptable_names(decoder)}
+    return {
+        name: decoder.get_submodule(to_diffusers(name)).weight.detach().clone() for name in adaptable_names(decoder)
+    }
 
 
 def trained_weights(model: PeftModel, base: Weights) -> Weights:
     """The weights under the adapter as the trainer computes them: each module's output on the unit vectors."""
-    adapted = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    adapted = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
     return base | {to_original(name): response(layer) for name, layer in adapted.items()}
 
 
@@ -82,10 +88,26 @@ def app_lokr_weights(decoder: nn.Module, file: Path, config: dict) -> Weights:
     model = OriginalNames(decoder)
     LycorisNetwork.apply_preset({"unet_target_name": config["target_modules"], "target_name": config["target_modules"]})
     options = {
-        k: config[k] for k in ("factor", "decompose_both", "use_tucker", "use_scalar", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization")
+        k: config[k]
+        for k in (
+            "factor",
+            "decompose_both",
+            "use_tucker",
+            "use_scalar",
+            "full_matrix",
+            "bypass_mode",
+            "rs_lora",
+            "unbalanced_factorization",
+        )
     }
     network = create_lycoris(
-        model, 1.0, linear_dim=config["linear_dim"], linear_alpha=config["linear_alpha"], algo="lokr", dora_wd=config["weight_decompose"], **options
+        model,
+        1.0,
+        linear_dim=config["linear_dim"],
+        linear_alpha=config["linear_alpha"],
+        algo="lokr",
+        dora_wd=config["weight_decompose"],
+        **options,
     )
     network.apply_to()
     state = network.load_weights(str(file))

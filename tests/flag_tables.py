@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from sidestep.cli.parser import options_for
-from sidestep.config import COMMANDS
-from sidestep.options import Option
-from sidestep.terminal.render import as_typed
+from sidestep.settings.config import COMMANDS
+from sidestep.settings.option import Option
+from sidestep.terminal.lines import as_typed
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -37,7 +37,9 @@ def with_tables(text: str) -> str:
     for command in COMMANDS:
         pattern = re.compile(re.escape(begin(command)) + r".*?" + re.escape(END), re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no place for the flags of {command}: add the lines\n{begin(command)}\n{END}")
+            raise ValueError(
+                f"README.md has no place for the flags of {command}: add the lines\n{begin(command)}\n{END}"
+            )
         text = pattern.sub(lambda _, command=command: f"{begin(command)}\n{flag_table(command)}\n{END}", text)
     return text
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from sidestep.config import ExportConfig, InspectConfig
 from sidestep.errors import UserError
 from sidestep.events import silent
-from sidestep.export import export
-from sidestep.inspect_adapter import inspect_adapter
+from sidestep.settings.config import ExportConfig, InspectConfig
+from sidestep.tasks.export import export
+from sidestep.tasks.inspect import inspect_adapter
 from tests import hostile
 
 FORMATS = ("peft", "comfyui", "diffusers", "lycoris")
@@ -50,7 +50,13 @@ def fuzz(seconds: float) -> tuple[int, int]:
         while time.monotonic() < end:
 
             @seed(round_)
-            @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))
+            @settings(
+                max_examples=500,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                phases=(Phase.generate, Phase.shrink),
+            )
             @given(hostile.folders())
             def one_round(files: dict[str, bytes]) -> None:
                 nonlocal tried, adapters

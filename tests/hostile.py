@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 NUMBERS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
 FACTORS = ["lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "lora_magnitude_vector", "lokr_w1", "lokr_w2",
            "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "oft_R.weight", "lokr_t2", "diff", "lora_B.bias"]  # fmt: skip
-PREFIXES = ["base_model.model.", "transformer.", "diffusion_model.decoder.", "lycoris_", "lora_unet_", "", "../../", "model.decoder."]
+PREFIXES = [
+    "base_model.model.",
+    "transformer.",
+    "diffusion_model.decoder.",
+    "lycoris_",
+    "lora_unet_",
+    "",
+    "../../",
+    "model.decoder.",
+]
 MODULES = ["layers.0.self_attn.q_proj", "layers.1.cross_attn.to_out.0", "layers_0_self_attn_q_proj", "layers.2.mlp.up_proj", "layers.9999.self_attn.k_proj", "layers.-1.mlp.up_proj",
            "proj_in", "text_model.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj" * 40, "a" * 500, "/etc/passwd"]  # fmt: skip
 
@@ -17,7 +26,9 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.builds("".join, st.tuples(st.sampled_from(PREFIXES), st.sampled_from(MODULES), st.just("."), st.sampled_from(FACTORS))) | st.text(max_size=40)
+keys = st.builds(
+    "".join, st.tuples(st.sampled_from(PREFIXES), st.sampled_from(MODULES), st.just("."), st.sampled_from(FACTORS))
+) | st.text(max_size=40)
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 8]), max_size=4)
 configs = st.fixed_dictionaries(
     {"peft_type": st.sampled_from(["LORA", "LOKR", "LOHA", "OFT", "IA3", None]) | anything},
@@ -26,9 +37,14 @@ configs = st.fixed_dictionaries(
         "lora_alpha": st.integers(-2, 9) | st.floats() | anything,
         "alpha": anything,
         "use_rslora": anything,
-        "rank_pattern": st.dictionaries(st.sampled_from(["q_proj", "(a+)+$", "^layers.0.self_attn.q_proj", "layers.*", ""]), st.integers(-1, 5) | anything)
+        "rank_pattern": st.dictionaries(
+            st.sampled_from(["q_proj", "(a+)+$", "^layers.0.self_attn.q_proj", "layers.*", ""]),
+            st.integers(-1, 5) | anything,
+        )
         | anything,
-        "alpha_pattern": st.dictionaries(st.sampled_from(["q_proj", "(a+)+$", ".*", "[", "layers.0.self_attn.q_proj"]), st.integers(-1, 5) | anything)
+        "alpha_pattern": st.dictionaries(
+            st.sampled_from(["q_proj", "(a+)+$", ".*", "[", "layers.0.self_attn.q_proj"]), st.integers(-1, 5) | anything
+        )
         | anything,
         "target_modules": anything,
     },
@@ -64,14 +80,21 @@ def tensors(draw) -> list[tuple[str, list[int]]]:
         return [(key, draw(shapes)) for key in draw(st.lists(keys, max_size=6, unique=True))]
     prefix, factors = draw(st.sampled_from(PREFIXES[:4])), draw(st.sampled_from(list(SETS.values())))
     names = draw(
-        st.lists(st.sampled_from(["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1.cross_attn.v_proj"]), min_size=1, max_size=3, unique=True)
+        st.lists(
+            st.sampled_from(["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "layers.1.cross_attn.v_proj"]),
+            min_size=1,
+            max_size=3,
+            unique=True,
+        )
     )
     if "_" in prefix[-1]:
         names = [name.replace(".", "_") for name in names]
     found = [(f"{prefix}{name}.{factor}", list(shape)) for name in names for factor, shape in factors.items()]
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         place = draw(st.integers(0, len(found) - 1))
-        found[place] = draw(st.sampled_from([(found[place][0], draw(shapes)), (draw(keys), found[place][1]), found[place - 1]]))
+        found[place] = draw(
+            st.sampled_from([(found[place][0], draw(shapes)), (draw(keys), found[place][1]), found[place - 1]])
+        )
     return list(dict(found).items())
 
 
@@ -96,7 +119,9 @@ def safetensors(draw) -> bytes:
         header = b"{}"
     if not rare:
         return len(header).to_bytes(8, "little") + header + (draw(st.binary(max_size=64)) + bytes(position))[:position]
-    header = draw(st.sampled_from([header] * 10 + [header[:-1], header + b" " * 7, b"{" * 5000, b"[]", b"\xff" + header]))
+    header = draw(
+        st.sampled_from([header] * 10 + [header[:-1], header + b" " * 7, b"{" * 5000, b"[]", b"\xff" + header])
+    )
     length = draw(st.sampled_from([len(header)] * 15 + [0, 2**63, 2**64 - 1, len(header) + 100, 100_000_001]))
     data = draw(st.binary(max_size=64)) * 3 + bytes(position)
     whole = length.to_bytes(8, "little") + header + data[: position + draw(st.sampled_from([0] * 8 + [5, -5]))]
@@ -108,14 +133,17 @@ def folders(draw) -> dict[str, bytes]:
     """Files of an adapter folder by name."""
     name = draw(
         st.sampled_from(
-            ["adapter_model.safetensors"] * 3 + ["lokr_weights.safetensors", "x.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin"]
+            ["adapter_model.safetensors"] * 3
+            + ["lokr_weights.safetensors", "x.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin"]
         )
     )
     files = {name: draw(safetensors())}
     if draw(st.booleans()):
         try:
             files["adapter_config.json"] = draw(
-                configs.map(lambda c: json.dumps(c).encode("utf-8", "surrogatepass")) | st.binary(max_size=40) | st.just(b"[" * 100_000)
+                configs.map(lambda c: json.dumps(c).encode("utf-8", "surrogatepass"))
+                | st.binary(max_size=40)
+                | st.just(b"[" * 100_000)
             )
         except ValueError:
             files["adapter_config.json"] = b"{}"

@@ -7,9 +7,9 @@ import numpy as np
 import soundfile
 import torch
 
-from sidestep.config import PreprocessConfig
-from sidestep.data.samples import find_records, load_record
+from sidestep.data.records import find_records, load_record
 from sidestep.events import Event
+from sidestep.settings.config import PreprocessConfig
 from tests.conftest import FIXTURES
 
 # Tiny models on a busy machine: threads of one operation that wait for each other cost ten times the work.
@@ -28,8 +28,18 @@ def make_library(folder: Path, names: list[str], seconds: float = 0.3) -> Path:
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / name, tone(seconds, 200 + 10 * i), 48000)
-        samples.append({"audio_path": name, "caption": f"song {i}", "lyrics": f"[Verse]\nline {i}", "bpm": 90 + i, "language": "en"})
-    (folder / "dataset.json").write_text(json.dumps({"metadata": {"name": "test"}, "samples": samples}), encoding="utf-8")
+        samples.append(
+            {
+                "audio_path": name,
+                "caption": f"song {i}",
+                "lyrics": f"[Verse]\nline {i}",
+                "bpm": 90 + i,
+                "language": "en",
+            }
+        )
+    (folder / "dataset.json").write_text(
+        json.dumps({"metadata": {"name": "test"}, "samples": samples}), encoding="utf-8"
+    )
     return folder
 
 
@@ -42,7 +52,13 @@ def edit_library(folder: Path, index: int, **changes) -> None:
 
 
 def job(library: Path, output: Path, **settings) -> PreprocessConfig:
-    settings = {"checkpoint_dir": FIXTURES / "checkpoints", "model_variant": "turbo", "device": "cpu", "audio_dir": library, "tensor_output": output} | settings
+    settings = {
+        "checkpoint_dir": FIXTURES / "checkpoints",
+        "model_variant": "turbo",
+        "device": "cpu",
+        "audio_dir": library,
+        "tensor_output": output,
+    } | settings
     return PreprocessConfig(**settings)
 
 
@@ -50,13 +66,23 @@ def contents(output: Path) -> dict[str, tuple]:
     """Everything in a folder of records, for comparison: tensors as bytes, metadata but for the times of the audio file."""
 
     def plain(tensor: torch.Tensor | None) -> tuple | None:
-        return None if tensor is None else (tuple(tensor.shape), str(tensor.dtype), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return (
+            None
+            if tensor is None
+            else (tuple(tensor.shape), str(tensor.dtype), tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        )
 
     found = {}
     for path in find_records(output):
         record = load_record(path)
         metadata = {k: v for k, v in record.metadata.items() if k != "audio_stat"}
-        tensors = (record.target_latents, record.encoder_hidden_states, record.audio_codes, record.cover_hints, record.hints_encoder_hidden_states)
+        tensors = (
+            record.target_latents,
+            record.encoder_hidden_states,
+            record.audio_codes,
+            record.cover_hints,
+            record.hints_encoder_hidden_states,
+        )
         found[path.relative_to(output).as_posix()] = (*map(plain, tensors), json.dumps(metadata, sort_keys=True))
     return found
 

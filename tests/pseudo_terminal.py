@@ -11,7 +11,15 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).parent.parent
-KEYS = {"enter": "\r", "escape": "\x1b", "up": "\x1b[A", "down": "\x1b[B", "ctrl-c": "\x03", "clear": "\x15", "space": " "}
+KEYS = {
+    "enter": "\r",
+    "escape": "\x1b",
+    "up": "\x1b[A",
+    "down": "\x1b[B",
+    "ctrl-c": "\x03",
+    "clear": "\x15",
+    "space": " ",
+}
 
 
 def _hear_ctrl_c() -> None:
@@ -25,8 +33,16 @@ class Session:
     def __init__(self, folder: Path, *arguments: str, columns: int = 80, lines: int = 40, **env: str):
         self.screen = pyte.HistoryScreen(columns, lines, history=5000, ratio=0.5)
         self._stream = pyte.ByteStream(self.screen)
-        environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "CI")}
-        environment |= {"TERM": "xterm-256color", "LANG": "C.UTF-8", "HF_HUB_OFFLINE": "1", "SIDE_STEP_HOME": str(folder / "home"), "HOME": str(folder)} | env
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "CI")
+        }
+        environment |= {
+            "TERM": "xterm-256color",
+            "LANG": "C.UTF-8",
+            "HF_HUB_OFFLINE": "1",
+            "SIDE_STEP_HOME": str(folder / "home"),
+            "HOME": str(folder),
+        } | env
         self.began = time.monotonic()
         self.process = pexpect.spawn(
             sys.executable,
@@ -43,7 +59,9 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             print("\n".join(self.lines()))
         self.process.close(force=True)
@@ -71,7 +89,9 @@ class Session:
         deadline = time.monotonic() + seconds
         while not all(text in "\n".join(self.lines()[-60:]) for text in texts):
             alive = self.read()
-            assert time.monotonic() < deadline and alive, f"{texts} did not appear in:\n" + "\n".join(self.lines()[-60:])
+            assert time.monotonic() < deadline and alive, f"{texts} did not appear in:\n" + "\n".join(
+                self.lines()[-60:]
+            )
 
     def asks(self, text: str, seconds: float = 60) -> None:
         """Wait until the last question is this one and the program waits for keys."""

@@ -66,7 +66,9 @@ def make_library(root: Path) -> dict[str, Entry]:
         write_sndfile(root / name, audio, rate, **how)
         entries[name] = Entry(True, channels=audio.shape[1], rate=rate)
 
-    def through_ffmpeg(name: str, codec: str, container: str, rate: int = 48_000, channels: int = 2, layout: str = "stereo") -> None:
+    def through_ffmpeg(
+        name: str, codec: str, container: str, rate: int = 48_000, channels: int = 2, layout: str = "stereo"
+    ) -> None:
         write_ffmpeg(root / name, tone(channels=channels, rate=rate), rate, codec, container, layout)
         entries[name] = Entry(True, channels=channels, rate=rate)
 

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from sidestep import presets
 from sidestep.cli.parser import options_for, parse
-from sidestep.config import COMMANDS
 from sidestep.errors import UserError
+from sidestep.settings import presets
+from sidestep.settings.config import COMMANDS
 from tests.flag_tables import END, begin, flag_table, with_tables
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = {"README.md": README} | {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+DOCS = {"README.md": README} | {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,7 +55,15 @@ def commands_in(text: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "line"), [(name, line) for name, text in DOCS.items() for line in commands_in(text) if "…" not in line and "..." not in line])
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (name, line)
+        for name, text in DOCS.items()
+        for line in commands_in(text)
+        if "…" not in line and "..." not in line
+    ],
+)
 def test_every_command_of_the_docs_is_understood(name, line):
     words = shlex.split(line)
     if "--help" in words or "--version" in words:
@@ -65,9 +75,25 @@ def test_every_command_of_the_docs_is_understood(name, line):
 
 
 def test_every_flag_that_the_docs_name_exists():
-    known = {flag for command in COMMANDS for o in options_for(command).values() for flag in (*o.flags, "--no-" + o.flag.removeprefix("--"))}
+    known = {
+        flag
+        for command in COMMANDS
+        for o in options_for(command).values()
+        for flag in (*o.flags, "--no-" + o.flag.removeprefix("--"))
+    }
     known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset", "--vram-profile"}
-    others = {"--no-config", "--torch-backend", "--local-dir", "--extra", "--quick", "--nproc-per-node", "--nnodes", "--no-sync", "--group", "--all-extras"}
+    others = {
+        "--no-config",
+        "--torch-backend",
+        "--local-dir",
+        "--extra",
+        "--quick",
+        "--nproc-per-node",
+        "--nnodes",
+        "--no-sync",
+        "--group",
+        "--all-extras",
+    }
     named = {flag for text in DOCS.values() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
     programs = {
         flag
@@ -85,5 +111,7 @@ def test_every_built_in_preset_is_in_the_readme():
 @pytest.mark.parametrize("name", DOCS)
 def test_every_link_and_picture_within_the_docs_is_there(name):
     folder = ROOT if name == "README.md" else ROOT / "docs"
-    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", DOCS[name]) + re.findall(r'src="(?!https?:)([^"]+)"', DOCS[name])
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", DOCS[name]) + re.findall(
+        r'src="(?!https?:)([^"]+)"', DOCS[name]
+    )
     assert [target for target in targets if not (folder / target).exists()] == []

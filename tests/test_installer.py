@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-BYTES = (Path(__file__).parent.parent / "install_windows.bat").read_bytes()
+BYTES = (Path(__file__).parents[1] / "install_windows.bat").read_bytes()
 LINES = BYTES.decode("ascii").split("\r\n")
 CODE = [line.strip() for line in LINES if line.strip() and not line.strip().startswith("rem ")]
 
@@ -68,5 +68,5 @@ def test_each_step_that_can_fail_is_checked_and_the_window_stays_open():
 
 
 def test_the_versions_of_torch_are_those_of_the_project():
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'"torch([^";]+)"', project)[1] in "\n".join(CODE)

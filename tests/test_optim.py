@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidestep.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
 from sidestep.errors import UserError
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler, warmup_steps
+from sidestep.settings.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
 from tests.training_world import settings
 
 CPU = torch.device("cpu")

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sidestep.config import TrainConfig
-from sidestep.data.samples import Record, save_record
+from sidestep.data.records import Record, save_record
 from sidestep.events import Event
-from sidestep.training import train
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.train import train
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 CHANNELS, WIDTH = 8, 32
@@ -23,7 +23,15 @@ def record(seed: int, frames: int, *, hints: bool = False, **metadata) -> Record
     generator = torch.Generator().manual_seed(seed)
     latents = 0.3 * torch.randn(frames, CHANNELS, generator=generator) + torch.linspace(-1, 1, CHANNELS)
     conditions = torch.randn(12 + seed % 3, WIDTH, generator=generator)
-    facts = {"caption": f"song {seed}", "lyrics": "[Instrumental]", "bpm": 100, "keyscale": "A minor", "timesignature": "4", "language": "en", "repeat": 1}
+    facts = {
+        "caption": f"song {seed}",
+        "lyrics": "[Instrumental]",
+        "bpm": 100,
+        "keyscale": "A minor",
+        "timesignature": "4",
+        "language": "en",
+        "repeat": 1,
+    }
     extra = {"cover_hints": latents.roll(1, 0), "hints_encoder_hidden_states": conditions.flip(0)} if hints else {}
     return Record(latents, conditions, facts | metadata, **extra)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import TrainConfig
 from sidestep.errors import UserError
 from sidestep.events import Event
-from sidestep.options import as_json_values
-from sidestep.terminal.render import as_lines
-from sidestep.wizard.questions import Prompt
+from sidestep.settings.config import TrainConfig
+from sidestep.settings.option import as_json_values
+from sidestep.terminal.lines import as_lines
+from sidestep.wizard.questionnaire import Prompt
 from sidestep.wizard.session import Outside
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
@@ -22,14 +22,23 @@ class World:
 
     def __init__(self, root: Path):
         self.root = root
-        self.songs, self.tensors, self.run, self.adapter = root / "my songs", root / "tensors" / "a", root / "runs" / "old", root / "runs" / "old" / "final"
+        self.songs, self.tensors, self.run, self.adapter = (
+            root / "my songs",
+            root / "tensors" / "a",
+            root / "runs" / "old",
+            root / "runs" / "old" / "final",
+        )
         for folder in (self.songs, self.tensors, self.run / "checkpoints" / "epoch_0010", self.adapter):
             folder.mkdir(parents=True)
         (self.songs / "one.wav").write_bytes(b"")
-        (self.songs / "dataset.json").write_text(json.dumps({"metadata": {}, "samples": [{"audio_path": "one.wav"}]}), encoding="utf-8")
+        (self.songs / "dataset.json").write_text(
+            json.dumps({"metadata": {}, "samples": [{"audio_path": "one.wav"}]}), encoding="utf-8"
+        )
         (self.tensors / "one.pt").write_bytes(b"")
         (self.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
-        (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text('{"position": {"step": 10}}', encoding="utf-8")
+        (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text(
+            '{"position": {"step": 10}}', encoding="utf-8"
+        )
         config = TrainConfig(checkpoint_dir=CHECKPOINTS, dataset_dir=self.tensors, output_dir=self.run, rank=8)
         (self.run / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
 
@@ -73,7 +82,9 @@ class Script:
 
     def __call__(self, prompt: Prompt) -> Any:
         self.asked.append(prompt)
-        assert len(self.asked) < self.limit, f"asked without end: {[p.name for p in self.asked[-10:]]}, last error: {prompt.error}"
+        assert len(self.asked) < self.limit, (
+            f"asked without end: {[p.name for p in self.asked[-10:]]}, last error: {prompt.error}"
+        )
         replies = self.replies.get(prompt.name)
         if not replies:
             return prompt.default
@@ -89,7 +100,9 @@ def welcomed(home: Path, **values: Any) -> None:
     """Make `home` the settings folder of someone who has been here before."""
     os.environ["SIDE_STEP_HOME"] = str(home)
     home.mkdir(parents=True, exist_ok=True)
-    (home / "settings.json").write_text(json.dumps({"version": 1, "values": {"welcomed": True, **values}}), encoding="utf-8")
+    (home / "settings.json").write_text(
+        json.dumps({"version": 1, "values": {"welcomed": True, **values}}), encoding="utf-8"
+    )
 
 
 class Screen(list):

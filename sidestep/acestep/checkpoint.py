@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
-from diffusers.pipelines.ace_step.modeling_ace_step import AceStepAudioTokenDetokenizer, AceStepAudioTokenizer, AceStepConditionEncoder
+from diffusers.pipelines.ace_step.modeling_ace_step import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+)
 from transformers import AutoTokenizer, Qwen3Model
 
 from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
@@ -51,9 +55,19 @@ class Checkpoint:
         folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part) or self.layout.part(part)
         return self._open(folder).identity()
 
-    def load_decoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = "") -> AceStepTransformer1DModel:
+    def load_decoder(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = ""
+    ) -> AceStepTransformer1DModel:
         """The frozen DiT. quantize: int8 or nf4 keeps the blocks' linear layers in so many bits; the rest stays in `dtype`."""
-        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", decoder_sizes(self.config), device, dtype, quantize=quantize)
+        return self._load(
+            AceStepTransformer1DModel,
+            "transformer",
+            "decoder.",
+            decoder_sizes(self.config),
+            device,
+            dtype,
+            quantize=quantize,
+        )
 
     def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
@@ -63,7 +77,9 @@ class Checkpoint:
         self.loaded_keys.add("null_condition_emb")
         return next(iter(weights.read(["null_condition_emb"], dtype, device)))[1]
 
-    def load_condition_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepConditionEncoder:
+    def load_condition_encoder(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> AceStepConditionEncoder:
         """Lyric encoder, timbre encoder and text projection; on XL with the timbre token that diffusers leaves out."""
         sizes = encoder_sizes(self.config)
         extra = {"silence_latent": self.silence_latent}  # of any length
@@ -78,13 +94,26 @@ class Checkpoint:
             prepend_timbre_token(encoder)
         return encoder
 
-    def load_audio_tokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenizer:
+    def load_audio_tokenizer(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> AceStepAudioTokenizer:
         """25 Hz latents to 5 Hz codes."""
-        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", encoder_sizes(self.config), device, dtype)
+        return self._load(
+            AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", encoder_sizes(self.config), device, dtype
+        )
 
-    def load_audio_detokenizer(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AceStepAudioTokenDetokenizer:
+    def load_audio_detokenizer(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> AceStepAudioTokenDetokenizer:
         """5 Hz codes to 25 Hz hints."""
-        return self._load(AceStepAudioTokenDetokenizer, "audio_token_detokenizer", "detokenizer.", encoder_sizes(self.config), device, dtype)
+        return self._load(
+            AceStepAudioTokenDetokenizer,
+            "audio_token_detokenizer",
+            "detokenizer.",
+            encoder_sizes(self.config),
+            device,
+            dtype,
+        )
 
     def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo."""
@@ -119,7 +148,10 @@ class Checkpoint:
             return next(iter(weights.read(["silence_latent"], torch.float32, CPU)))[1]
         path = self.layout.silence_latent
         if not path.is_file():
-            raise UserError(f"{path} is missing.", f"Copy {path.name} from any ACE-Step 1.5 checkpoint of this release into that folder.")
+            raise UserError(
+                f"{path} is missing.",
+                f"Copy {path.name} from any ACE-Step 1.5 checkpoint of this release into that folder.",
+            )
         try:
             latent = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -131,10 +163,22 @@ class Checkpoint:
 
     def _open(self, place: Path) -> Weights:
         if place not in self._weights:
-            self._weights[place] = Weights(place if place.is_file() else require_folder(place, "A part of the checkpoint was", DOWNLOAD_AGAIN))
+            self._weights[place] = Weights(
+                place if place.is_file() else require_folder(place, "A part of the checkpoint was", DOWNLOAD_AGAIN)
+            )
         return self._weights[place]
 
-    def _load(self, model_class, part: str, prefix: str, sizes: dict, device: torch.device, dtype: torch.dtype, extra: dict | None = None, quantize: str = ""):
+    def _load(
+        self,
+        model_class,
+        part: str,
+        prefix: str,
+        sizes: dict,
+        device: torch.device,
+        dtype: torch.dtype,
+        extra: dict | None = None,
+        quantize: str = "",
+    ):
         weights = self._open(self.layout.part(part))
         if self.layout.kind == "diffusers":
             sizes = read_config(weights.place / "config.json")
@@ -145,7 +189,16 @@ class Checkpoint:
             model = model_class(**accepted(model_class, sizes))
             if quantize:
                 make_quantizable(model, quantize, dtype)
-        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra, partial(_place_quantized, device) if quantize else None)
+        fill(
+            model,
+            weights,
+            keys,
+            dtype,
+            device,
+            part.replace("_", " "),
+            extra,
+            partial(_place_quantized, device) if quantize else None,
+        )
         self.loaded_keys.update(keys.values())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
 

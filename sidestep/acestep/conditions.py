@@ -1,6 +1,16 @@
-"""From what is known of a song to what the DiT is conditioned on, exactly as at inference (spec, section 3)."""
+"""From what is known of a song to what the DiT is conditioned on, exactly as at inference (spec, section 3).
+
+A request for music, and the conditions that the DiT gets for it: the same ones, made by the same code, as in preprocessing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from sidestep.acestep.blocks import Part
+from sidestep.acestep.checkpoint import Checkpoint
 
 TEXT2MUSIC = "Fill the audio semantic mask based on the given conditions:"
 COVER = "Generate audio semantic tokens based on the given conditions:"
@@ -9,7 +19,9 @@ LYRIC_TOKENS = 2048
 INSTRUMENTAL = "[Instrumental]"
 
 
-def text_prompt(caption: str, *, bpm: int | None, timesignature: str, keyscale: str, duration: float, instruction: str = TEXT2MUSIC) -> str:
+def text_prompt(
+    caption: str, *, bpm: int | None, timesignature: str, keyscale: str, duration: float, instruction: str = TEXT2MUSIC
+) -> str:
     """The text prompt. duration: seconds of the audio that is trained on or made; the prompt states whole ones."""
     return (
         f"# Instruction\n{instruction}\n\n# Caption\n{caption}\n\n# Metas\n"
@@ -43,13 +55,17 @@ def embed_lyrics(text_encoder, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_conditions(condition_encoder, text_states: torch.Tensor, lyric_states: torch.Tensor, timbre_latents: torch.Tensor) -> torch.Tensor:
+def encode_conditions(
+    condition_encoder, text_states: torch.Tensor, lyric_states: torch.Tensor, timbre_latents: torch.Tensor
+) -> torch.Tensor:
     """Packed conditions [1, L, D]: lyrics | timbre | text, without one pad token.
 
     text_states, lyric_states: [1, N, D]. timbre_latents: [1, T, C], the first `timbre_fix_frame` frames of silence when there is no reference.
     """
     device, dtype = condition_encoder.device, condition_encoder.dtype
-    text_states, lyric_states, timbre_latents = (x.to(device, dtype) for x in (text_states, lyric_states, timbre_latents))
+    text_states, lyric_states, timbre_latents = (
+        x.to(device, dtype) for x in (text_states, lyric_states, timbre_latents)
+    )
 
     def every_token(states: torch.Tensor) -> torch.Tensor:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=device)
@@ -77,8 +93,63 @@ def context_latents(source: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def cover_hints(audio_tokenizer, audio_detokenizer, latents: torch.Tensor, silence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cover_hints(
+    audio_tokenizer, audio_detokenizer, latents: torch.Tensor, silence: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(5 Hz codes [1, ceil(T/5), 1], hints [1, T, D]) of latents [1, T, D]; the last window is filled up with silence."""
     device, dtype = audio_tokenizer.device, audio_tokenizer.dtype
     quantized, codes = audio_tokenizer.tokenize(latents.to(device, dtype), silence.to(device, dtype))
     return codes, audio_detokenizer(quantized)[:, : latents.shape[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is asked for. duration: seconds. seed: of the noise."""
+
+    caption: str
+    lyrics: str = INSTRUMENTAL
+    language: str = "unknown"
+    bpm: int | None = None
+    keyscale: str = ""
+    timesignature: str = ""
+    duration: float = 30.0
+    seed: int = 42
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Packed conditions [1, L, C] of a prompt, on the CPU, and how many tokens of its text and lyrics the model does not see."""
+
+    states: Tensor
+    text_tokens_lost: int
+    lyric_tokens_lost: int
+
+
+def encode_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], device: torch.device, dtype: torch.dtype, offload: bool = False
+) -> tuple[Conditions, ...]:
+    """Conditions of each prompt. Text encoder and condition encoder are loaded one after the other and freed: never both are on the device."""
+    tokenizer = checkpoint.load_tokenizer()
+    texts, lyrics, lost = [], [], []
+    encoder = Part(lambda place: checkpoint.load_text_encoder(place, dtype)[0], device, offload)
+    with encoder.in_use() as model:
+        for prompt in prompts:
+            text = text_prompt(
+                prompt.caption,
+                bpm=prompt.bpm,
+                timesignature=prompt.timesignature,
+                keyscale=prompt.keyscale,
+                duration=prompt.duration,
+            )
+            text_ids, text_lost = token_ids(tokenizer, text, TEXT_TOKENS)
+            lyric_ids, lyrics_lost = token_ids(tokenizer, lyric_prompt(prompt.lyrics, prompt.language), LYRIC_TOKENS)
+            texts.append(encode_text(model, text_ids))
+            lyrics.append(embed_lyrics(model, lyric_ids))
+            lost.append((text_lost, lyrics_lost))
+    del model
+    encoder.free()
+    timbre = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
+    encoder = Part(lambda place: checkpoint.load_condition_encoder(place, dtype), device, offload)
+    with encoder.in_use() as model:
+        states = [encode_conditions(model, *pair, timbre).cpu() for pair in zip(texts, lyrics, strict=True)]
+    return tuple(Conditions(state, *counts) for state, counts in zip(states, lost, strict=True))

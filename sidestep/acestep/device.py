@@ -24,9 +24,16 @@ def choose_device(request: str = "auto") -> Choice:
     ROCm builds of torch call their device `cuda` too. cuda, mps and xpu were not run here.
     """
     kind, _, index = request.partition(":")
-    if kind not in ("auto", "cuda", "mps", "xpu", "cpu") or (index and not (kind in ("cuda", "xpu") and index.isdigit())):
+    if kind not in ("auto", "cuda", "mps", "xpu", "cpu") or (
+        index and not (kind in ("cuda", "xpu") and index.isdigit())
+    ):
         raise UserError(f"--device {request}: no such device.", "Use auto, cuda, cuda:N, mps, xpu or cpu.")
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "cpu": True,
+    }
     if request == "auto":
         kind = next(k for k, there in available.items() if there)
         missing = ", ".join(k for k, there in available.items() if not there)
@@ -34,10 +41,19 @@ def choose_device(request: str = "auto") -> Choice:
         return Choice(torch.device(kind), f"{_name(torch.device(kind))}: {why}")
     if not available[kind]:
         there = ", ".join(k for k, ok in available.items() if ok)
-        fix = "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto" if kind == "cuda" else ""
-        raise UserError(f"--device {request}: torch {torch.__version__} sees no {kind} device (available: {there}).", fix)
+        fix = (
+            "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto"
+            if kind == "cuda"
+            else ""
+        )
+        raise UserError(
+            f"--device {request}: torch {torch.__version__} sees no {kind} device (available: {there}).", fix
+        )
     if index and int(index) >= getattr(torch, kind).device_count():
-        raise UserError(f"--device {request}: only {getattr(torch, kind).device_count()} {kind} device(s) are there.", "They are counted from 0.")
+        raise UserError(
+            f"--device {request}: only {getattr(torch, kind).device_count()} {kind} device(s) are there.",
+            "They are counted from 0.",
+        )
     return Choice(torch.device(request), f"{_name(torch.device(request))}: asked for")
 
 

@@ -70,23 +70,37 @@ def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
     if checkpoint_dir.is_file():
         return _single_file(checkpoint_dir, model_variant)
     if not checkpoint_dir.is_dir():
-        raise UserError(f"--checkpoint-dir {checkpoint_dir}: no such folder.", f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.")
+        raise UserError(
+            f"--checkpoint-dir {checkpoint_dir}: no such folder.",
+            f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.",
+        )
     folder = _model_folder(checkpoint_dir, model_variant)
     if (folder / "model_index.json").is_file():
         config = read_config(folder / "transformer" / "config.json")
-        return Layout("diffusers", folder, folder / "vae", folder / "text_encoder", folder / "tokenizer", config, folder / SILENCE_LATENT)
+        return Layout(
+            "diffusers",
+            folder,
+            folder / "vae",
+            folder / "text_encoder",
+            folder / "tokenizer",
+            config,
+            folder / SILENCE_LATENT,
+        )
     config = read_config(folder / "config.json")
     root = folder.parent if folder != checkpoint_dir else checkpoint_dir
     roots = (root, checkpoint_dir, checkpoint_dir.parent)
     text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
-    return Layout("original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config, folder / SILENCE_LATENT)
+    return Layout(
+        "original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config, folder / SILENCE_LATENT
+    )
 
 
 def _single_file(file: Path, model_variant: str) -> Layout:
     """A model in one file, without a config.json of its own: that of the official variant, unless one stands beside it. The rest stands beside it."""
     if file.suffix.lower() != ".safetensors":
         raise UserError(
-            f"--checkpoint-dir {file}: neither a folder nor a .safetensors file.", "Point it at the folder of the checkpoints, or at ComfyUI's file."
+            f"--checkpoint-dir {file}: neither a folder nor a .safetensors file.",
+            "Point it at the folder of the checkpoints, or at ComfyUI's file.",
         )
     own = file.with_suffix(".json")
     config = read_config(own) if own.is_file() else official_config(model_variant)
@@ -98,14 +112,18 @@ def _single_file(file: Path, model_variant: str) -> Layout:
     roots = (file.parent, file.parent.parent)
     text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
     homes = [root / sub for root in roots for sub in ("", *OFFICIAL_FOLDERS.values())]
-    silence = next((home / SILENCE_LATENT for home in homes if (home / SILENCE_LATENT).is_file()), file.parent / SILENCE_LATENT)
+    silence = next(
+        (home / SILENCE_LATENT for home in homes if (home / SILENCE_LATENT).is_file()), file.parent / SILENCE_LATENT
+    )
     return Layout("original", file, _beside(roots, "vae"), text_encoder, text_encoder, config, silence)
 
 
 def require_folder(folder: Path, what: str, fix: str) -> Path:
     """The folder, or a UserError when it is not there."""
     if not folder.is_dir():
-        raise UserError(f"{what} not found: {folder} does not exist (in {folder.parent}: {_list_folders(folder.parent)}).", fix)
+        raise UserError(
+            f"{what} not found: {folder} does not exist (in {folder.parent}: {_list_folders(folder.parent)}).", fix
+        )
     return folder
 
 
@@ -118,7 +136,9 @@ def read_config(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}).", "Download this file again.") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: not a model's config (it holds a {type(config).__name__}).", "Download this file again.")
+        raise UserError(
+            f"{path}: not a model's config (it holds a {type(config).__name__}).", "Download this file again."
+        )
     return config
 
 
@@ -130,7 +150,11 @@ def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
     is_model = (checkpoint_dir / "model_index.json").is_file() or "is_turbo" in _peek(checkpoint_dir / "config.json")
     if is_model and (variant in OFFICIAL_FOLDERS or variant in (checkpoint_dir.name, ".")):
         return checkpoint_dir
-    models = [p.name for p in sorted(checkpoint_dir.iterdir()) if (p / "model_index.json").is_file() or "is_turbo" in _peek(p / "config.json")]
+    models = [
+        p.name
+        for p in sorted(checkpoint_dir.iterdir())
+        if (p / "model_index.json").is_file() or "is_turbo" in _peek(p / "config.json")
+    ]
     found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
     fix = (
         f"Use one of them: --model-variant {models[0]}"

@@ -11,7 +11,7 @@ from diffusers import AceStepPipeline, AceStepTransformer1DModel, FlowMatchEuler
 from torch import Tensor, nn
 
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.acestep.prompts import Prompt
+from sidestep.acestep.conditions import Prompt
 from sidestep.acestep.vae import frames_per_second
 from sidestep.variants import Variant
 
@@ -30,10 +30,14 @@ class Sampling:
     shift: float = SHIFT
 
 
-def sampling_for(variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = SHIFT) -> Sampling:
+def sampling_for(
+    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = SHIFT
+) -> Sampling:
     """What a variant was made for, but for what is given. Turbo has its guidance distilled into the weights and takes none."""
     default_steps, default_guidance = (TURBO_STEPS, 1.0) if variant.is_turbo else (STEPS, GUIDANCE)
-    return Sampling(steps or default_steps, default_guidance if guidance is None or variant.is_turbo else guidance, shift)
+    return Sampling(
+        steps or default_steps, default_guidance if guidance is None or variant.is_turbo else guidance, shift
+    )
 
 
 class ReadyConditions(nn.Module):
@@ -60,11 +64,22 @@ class Denoiser(AceStepPipeline):
         return None, None, None, None
 
 
-def denoiser(checkpoint: Checkpoint, decoder: AceStepTransformer1DModel, silence: Tensor, null_condition: Tensor) -> Denoiser:
+def denoiser(
+    checkpoint: Checkpoint, decoder: AceStepTransformer1DModel, silence: Tensor, null_condition: Tensor
+) -> Denoiser:
     """A pipeline around the decoder (with or without an adapter inside); silence and null condition on the decoder's device."""
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)  # the pipeline hands it shifted sigmas in 0 … 1
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1, shift=1.0
+    )  # the pipeline hands it shifted sigmas in 0 … 1
     conditions = ReadyConditions(silence, null_condition)
-    pipeline = Denoiser(vae=None, text_encoder=None, tokenizer=None, transformer=decoder, condition_encoder=conditions, scheduler=scheduler)
+    pipeline = Denoiser(
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=decoder,
+        condition_encoder=conditions,
+        scheduler=scheduler,
+    )
     pipeline.is_turbo = checkpoint.variant.is_turbo  # the decoder's own config does not say
     vae_config = checkpoint.vae_config()
     pipeline.sample_rate, pipeline.latents_per_second = int(vae_config["sampling_rate"]), frames_per_second(vae_config)
@@ -74,7 +89,11 @@ def denoiser(checkpoint: Checkpoint, decoder: AceStepTransformer1DModel, silence
 
 def noise_for(pipeline: Denoiser, prompt: Prompt) -> Tensor:
     """The noise [1, T, D] of a prompt: fp32, drawn on the CPU, so that a seed means the same on every device and in all numbers."""
-    shape = (1, math.ceil(prompt.duration * pipeline.latents_per_second), pipeline.transformer.config.audio_acoustic_hidden_dim)
+    shape = (
+        1,
+        math.ceil(prompt.duration * pipeline.latents_per_second),
+        pipeline.transformer.config.audio_acoustic_hidden_dim,
+    )
     return torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed))
 
 

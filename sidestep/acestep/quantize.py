@@ -15,7 +15,11 @@ PRECISIONS = ("int8", "nf4")
 
 def quantized_layers(decoder: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are quantised: all inside the transformer blocks."""
-    return {name: module for name, module in decoder.named_modules() if name.startswith("layers.") and isinstance(module, nn.Linear)}
+    return {
+        name: module
+        for name, module in decoder.named_modules()
+        if name.startswith("layers.") and isinstance(module, nn.Linear)
+    }
 
 
 def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dtype) -> None:
@@ -23,12 +27,21 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
     import bitsandbytes  # seconds to import, and only quantised runs need it
 
     for name, linear in quantized_layers(decoder).items():
-        shape = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": linear.bias is not None, "device": "meta"}
+        shape = {
+            "input_features": linear.in_features,
+            "output_features": linear.out_features,
+            "bias": linear.bias is not None,
+            "device": "meta",
+        }
         if precision == "int8":
             new = _int8_layer()(**shape, has_fp16_weights=False)
         else:
-            new = bitsandbytes.nn.Linear4bit(**shape, quant_type="nf4", compute_dtype=compute_dtype, compress_statistics=True)
-            new.support_avx512bf16_for_cpu = False  # or evaluation would repack the weight, its scales in bf16, and training go on with that
+            new = bitsandbytes.nn.Linear4bit(
+                **shape, quant_type="nf4", compute_dtype=compute_dtype, compress_statistics=True
+            )
+            new.support_avx512bf16_for_cpu = (
+                False  # or evaluation would repack the weight, its scales in bf16, and training go on with that
+            )
         parent, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(parent), leaf, new)
     decoder.is_loaded_in_8bit = precision == "int8"  # by these peft knows which layers to expect
@@ -80,9 +93,13 @@ def quantize_weight(layer: nn.Module, weight: torch.Tensor, device: torch.device
 
     try:
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
-            layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+            layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
+                device
+            )
         else:
-            layer.weight = bitsandbytes.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer).to(device)
+            layer.weight = bitsandbytes.nn.Params4bit(
+                weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+            ).to(device)
     except (NotImplementedError, RuntimeError) as error:
         raise UserError(
             f"--base-precision: bitsandbytes {bitsandbytes.__version__} cannot quantise on the {device.type} device ({error}).",

@@ -36,10 +36,15 @@ class Weights:
                         self.shapes[key] = tuple(header.get_slice(key).get_shape())
         missing = sorted(set(self._file_of) - set(self.shapes))
         if missing:
-            raise UserError(f"{place}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.", "Download the checkpoint again.")
+            raise UserError(
+                f"{place}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.",
+                "Download the checkpoint again.",
+            )
         if any(key.startswith(ALL_IN_ONE) for key in self.shapes):
             self._prefix = ALL_IN_ONE
-            self.shapes = {key.removeprefix(ALL_IN_ONE): shape for key, shape in self.shapes.items() if key.startswith(ALL_IN_ONE)}
+            self.shapes = {
+                key.removeprefix(ALL_IN_ONE): shape for key, shape in self.shapes.items() if key.startswith(ALL_IN_ONE)
+            }
 
     def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
         """Each of the tensors, cast and moved one by one; floating point only is cast."""
@@ -79,12 +84,19 @@ def _index(folder: Path) -> tuple[list[Path], dict[str, Path]]:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 names = {key: str(shard) for key, shard in weight_map.items()}
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: not a safetensors index ({error}).", "Download the checkpoint again.") from None
+                raise UserError(
+                    f"{index}: not a safetensors index ({error}).", "Download the checkpoint again."
+                ) from None
             for shard in sorted(set(names.values())):
                 if Path(shard).name != shard:
-                    raise UserError(f"{index}: names a file outside its folder ({shard}).", "Get the checkpoint from its original source.")
+                    raise UserError(
+                        f"{index}: names a file outside its folder ({shard}).",
+                        "Get the checkpoint from its original source.",
+                    )
                 if not (folder / shard).is_file():
-                    raise UserError(f"{folder}: {shard} is missing.", "Download the checkpoint again; it is incomplete.")
+                    raise UserError(
+                        f"{folder}: {shard} is missing.", "Download the checkpoint again; it is incomplete."
+                    )
             return [folder / shard for shard in sorted(set(names.values()))], {k: folder / s for k, s in names.items()}
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
     raise UserError(
@@ -97,12 +109,16 @@ def _open(file: Path):
     with file.open("rb") as f:
         start = f.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: a Git LFS pointer, not the weights.", f"Fetch the file itself: git -C {file.parent} lfs pull")
+        raise UserError(
+            f"{file}: a Git LFS pointer, not the weights.", f"Fetch the file itself: git -C {file.parent} lfs pull"
+        )
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size
-        raise UserError(f"{file}: damaged or cut short at {size:,} bytes ({error}).", "Download this file again.") from None
+        raise UserError(
+            f"{file}: damaged or cut short at {size:,} bytes ({error}).", "Download this file again."
+        ) from None
 
 
 def fill(
@@ -135,7 +151,9 @@ def fill(
             f"{weights.place}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
             "Take config.json and weights from the same checkpoint.",
         )
-    wrong = [(name, weights.shapes[key], wanted[name]) for name, key in keys.items() if weights.shapes[key] != wanted[name]]
+    wrong = [
+        (name, weights.shapes[key], wanted[name]) for name, key in keys.items() if weights.shapes[key] != wanted[name]
+    ]
     if wrong:
         name, there, expected = wrong[0]
         raise UserError(

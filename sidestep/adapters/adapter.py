@@ -118,7 +118,10 @@ def scaled(factors: Factors, scale: float) -> dict[str, Tensor]:
         return dict(factors)
     carrier = next((name for name in ("lora_B", "lokr_w1", "lokr_w1_b", "hada_w1_b") if name in factors), None)
     if carrier is None:
-        raise UserError("The strength of an OFT cannot be changed: it is a rotation.", "Merge it into the base at that strength: --format merged --strength S")
+        raise UserError(
+            "The strength of an OFT cannot be changed: it is a rotation.",
+            "Merge it into the base at that strength: --format merged --strength S",
+        )
     return {**factors, carrier: factors[carrier].float() * scale}
 
 
@@ -149,7 +152,8 @@ def combined(adapters: list[Adapter]) -> Adapter:
         parts = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
         if len({shape_of(part) for part in parts}) > 1:
             raise UserError(
-                f"--add: {name} has another shape in each of the adapters.", "They were trained on models of different sizes and cannot be combined."
+                f"--add: {name} has another shape in each of the adapters.",
+                "They were trained on models of different sizes and cannot be combined.",
             )
         kept = {part["lora_A"].dtype for part in parts} | {part["lora_B"].dtype for part in parts}
         dtype = kept.pop() if len(kept) == 1 else torch.float32
@@ -157,9 +161,16 @@ def combined(adapters: list[Adapter]) -> Adapter:
             "lora_A": torch.cat([part["lora_A"].to(dtype) for part in parts]),
             "lora_B": torch.cat([part["lora_B"].to(dtype) for part in parts], dim=1),
         }
-    facts = {"combined": [a.facts.get("name", "") for a in adapters], **{k: v for k, v in adapters[0].facts.items() if k in ("base_model", "tag")}}
+    facts = {
+        "combined": [a.facts.get("name", "") for a in adapters],
+        **{k: v for k, v in adapters[0].facts.items() if k in ("base_model", "tag")},
+    }
     return Adapter(
-        "lora", modules, {name: f["lora_A"].shape[0] for name, f in modules.items()}, facts, next((a.placeholder for a in adapters if a.placeholder), None)
+        "lora",
+        modules,
+        {name: f["lora_A"].shape[0] for name, f in modules.items()},
+        facts,
+        next((a.placeholder for a in adapters if a.placeholder), None),
     )
 
 
@@ -167,9 +178,14 @@ def cast(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
     """The adapter in other numbers; None keeps them."""
     if dtype is None:
         return adapter
-    return replace(adapter, modules={name: {k: t.to(dtype) for k, t in factors.items()} for name, factors in adapter.modules.items()})
+    return replace(
+        adapter,
+        modules={name: {k: t.to(dtype) for k, t in factors.items()} for name, factors in adapter.modules.items()},
+    )
 
 
 def not_finite(adapter: Adapter) -> list[str]:
     """Names of the modules that hold a NaN or an infinity."""
-    return [name for name, factors in adapter.modules.items() if not all(torch.isfinite(t).all() for t in factors.values())]
+    return [
+        name for name, factors in adapter.modules.items() if not all(torch.isfinite(t).all() for t in factors.values())
+    ]

@@ -7,7 +7,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from sidestep.adapters import lora
 from sidestep.adapters.targets import Targets
-from sidestep.config import TrainConfig
+from sidestep.settings.config import TrainConfig
 
 
 def peft_config(config: TrainConfig, targets: Targets) -> LoraConfig:

@@ -6,8 +6,8 @@ from peft.tuners import loha
 from torch import Tensor
 
 from sidestep.adapters.targets import Targets
-from sidestep.config import TrainConfig
 from sidestep.errors import UserError
+from sidestep.settings.config import TrainConfig
 
 
 def peft_config(config: TrainConfig, targets: Targets) -> LoHaConfig:

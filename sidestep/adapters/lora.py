@@ -3,7 +3,7 @@
 from peft import LoraConfig, PeftModel
 
 from sidestep.adapters.targets import Targets
-from sidestep.config import TrainConfig
+from sidestep.settings.config import TrainConfig
 
 
 def peft_config(config: TrainConfig, targets: Targets) -> LoraConfig:

@@ -20,7 +20,12 @@ from sidestep.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 32 * 2**20
-PREFIXES = ("model.diffusion_model.decoder.", "diffusion_model.decoder.", "decoder.", "")  # ComfyUI's files, the original layout, diffusers
+PREFIXES = (
+    "model.diffusion_model.decoder.",
+    "diffusion_model.decoder.",
+    "decoder.",
+    "",
+)  # ComfyUI's files, the original layout, diffusers
 OTHER_MODEL = "The adapter was trained on another model: choose that one with --model-variant, or another --base."
 
 
@@ -46,7 +51,10 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged or cut short ({error}).", "Download this file again.") from None
     texts = table.pop("__metadata__", None) or {}
-    entries = [Entry(key, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1]) for key, t in table.items()]
+    entries = [
+        Entry(key, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1])
+        for key, t in table.items()
+    ]
     return sorted(entries, key=lambda entry: (entry.start, entry.end)), texts
 
 
@@ -85,9 +93,15 @@ class BaseWeights:
                 raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
             entry, (rows, columns) = self.where[name][1], shape_of(factors)
             if len(entry.shape) != 2 or columns != entry.shape[1] or (rows and rows != entry.shape[0]):
-                raise UserError(f"{name} has shape {list(entry.shape)} in the base and {[rows or entry.shape[0], columns]} in the adapter.", OTHER_MODEL)
+                raise UserError(
+                    f"{name} has shape {list(entry.shape)} in the base and {[rows or entry.shape[0], columns]} in the adapter.",
+                    OTHER_MODEL,
+                )
             if entry.dtype not in DTYPES:
-                raise UserError(f"{name} is stored in {entry.dtype} numbers, into which nothing can be merged.", "Use a base in bfloat16, float16 or float32.")
+                raise UserError(
+                    f"{name} is stored in {entry.dtype} numbers, into which nothing can be merged.",
+                    "Use a base in bfloat16, float16 or float32.",
+                )
 
 
 def merge_file(
@@ -120,7 +134,9 @@ def merge_file(
             done(entry.key, entry.end - entry.start)
 
 
-def _merged(reading, entry: Entry, adapters: list[tuple[Adapter, float]], dtype: torch.dtype | None) -> Iterator[memoryview]:
+def _merged(
+    reading, entry: Entry, adapters: list[tuple[Adapter, float]], dtype: torch.dtype | None
+) -> Iterator[memoryview]:
     """The bytes of one tensor as it is to be written."""
     name = weight_name(entry.key)
     changes = [(adapter.modules[name], strength) for adapter, strength in adapters if name in adapter.modules]

@@ -8,8 +8,8 @@ from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
 from sidestep.adapters.targets import Targets
-from sidestep.config import TrainConfig
 from sidestep.errors import UserError
+from sidestep.settings.config import TrainConfig
 
 
 def peft_config(config: TrainConfig, targets: Targets) -> OFTConfig:
@@ -52,4 +52,6 @@ class Rotation(OFTRotationModule):
         if not self.training or not self.block_dropout:
             return rotations
         keep = torch.rand(len(rotations), 1, 1, device=rotations.device) >= self.block_dropout
-        return torch.where(keep, rotations, torch.eye(rotations.shape[-1], device=rotations.device, dtype=rotations.dtype))
+        return torch.where(
+            keep, rotations, torch.eye(rotations.shape[-1], device=rotations.device, dtype=rotations.dtype)
+        )

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidestep.adapters.adapter import FACTORS, MAGNITUDE, Adapter, block_size, kronecker_shape, scaled, shape_of
-from sidestep.adapters.keys import module_name, parse_key, spelling
-from sidestep.adapters.names import in_model_order
+from sidestep.adapters.names import in_model_order, module_name, parse_key, spelling
 from sidestep.errors import UserError
 
 PEFT_WEIGHTS, PEFT_CONFIG, LOKR_WEIGHTS, LOHA_WEIGHTS = (
@@ -28,7 +27,9 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 HEADER = "sidestep"  # our own entry in a safetensors header
-COMFYUI_MAGNITUDES = "comfyui_magnitudes"  # fact: magnitudes were rewritten for ComfyUI's formula and are not DoRA's any more
+COMFYUI_MAGNITUDES = (
+    "comfyui_magnitudes"  # fact: magnitudes were rewritten for ComfyUI's formula and are not DoRA's any more
+)
 MAX_TENSORS = 100_000
 MAX_JSON_BYTES = 10_000_000
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,7 +51,9 @@ class Found:
     config: dict  # adapter_config.json
     header: dict[str, str]
     facts: dict
-    placeholder: dict[str, Tensor] | None = None  # a module that `export` added, all zero, to make diffusers read the file
+    placeholder: dict[str, Tensor] | None = (
+        None  # a module that `export` added, all zero, to make diffusers read the file
+    )
 
     def scale(self, name: str) -> float:
         """What this module's product is to be multiplied with: alpha/r where the file says it, otherwise 1."""
@@ -74,7 +77,11 @@ def find_adapter(path: Path) -> Found:
     file = adapter_file(path)
     tensors, header = read_tensors(file)
     needs_config = file.name == PEFT_WEIGHTS and not {HEADER, DIFFUSERS_HEADER} & set(header)
-    config = _read_config(file.parent / PEFT_CONFIG) if needs_config or (file.name == PEFT_WEIGHTS and (file.parent / PEFT_CONFIG).is_file()) else {}
+    config = (
+        _read_config(file.parent / PEFT_CONFIG)
+        if needs_config or (file.name == PEFT_WEIGHTS and (file.parent / PEFT_CONFIG).is_file())
+        else {}
+    )
     facts = _json(header.get(HEADER, "{}"), file)
     tensors, placeholder = _take_placeholder(tensors, facts)
     return replace(from_tensors(tensors, header, config, facts, file), placeholder=placeholder)
@@ -86,7 +93,9 @@ def _take_placeholder(tensors: dict[str, Tensor], facts: dict) -> tuple[dict[str
     keys = {parsed[1]: key for key in tensors if (parsed := parse_key(key)) and parsed[0] == name}
     if "lora_B" not in keys or tensors[keys["lora_B"]].any():
         return tensors, None
-    return {key: t for key, t in tensors.items() if key not in keys.values()}, {factor: tensors[key] for factor, key in keys.items()}
+    return {key: t for key, t in tensors.items() if key not in keys.values()}, {
+        factor: tensors[key] for factor, key in keys.items()
+    }
 
 
 def adapter_file(path: Path) -> Path:
@@ -100,15 +109,24 @@ def adapter_file(path: Path) -> Path:
         if len(others) == 1:
             return others[0]
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
-        found = f"{len(others)} .safetensors files" if others else f"only {pickles[0]}, a pickle, which could run code" if pickles else "no .safetensors file"
-        raise UserError(f"{path}: no adapter found in this folder ({found}).", "Name the file itself." if others else NOT_AN_ADAPTER)
+        found = (
+            f"{len(others)} .safetensors files"
+            if others
+            else f"only {pickles[0]}, a pickle, which could run code"
+            if pickles
+            else "no .safetensors file"
+        )
+        raise UserError(
+            f"{path}: no adapter found in this folder ({found}).", "Name the file itself." if others else NOT_AN_ADAPTER
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder.", NOT_AN_ADAPTER)
     if path.name == PEFT_CONFIG:
         return adapter_file(path.parent)
     if path.suffix.lower() in PICKLES:
         raise UserError(
-            f"{path}: a pickle, which could run code, is never loaded.", "Save it as .safetensors with the program it came from, and give that file."
+            f"{path}: a pickle, which could run code, is never loaded.",
+            "Save it as .safetensors with the program it came from, and give that file.",
         )
     return path
 
@@ -124,11 +142,17 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for name in names:
                 dtype = opened.get_slice(name).get_dtype()
                 if dtype not in FLOATS and not name.endswith(".alpha"):
-                    raise UserError(f"{file}: {_short(name)} holds {dtype} numbers; an adapter holds float32, float16 or bfloat16.", NOT_AN_ADAPTER)
+                    raise UserError(
+                        f"{file}: {_short(name)} holds {dtype} numbers; an adapter holds float32, float16 or bfloat16.",
+                        NOT_AN_ADAPTER,
+                    )
                 tensors[name] = opened.get_tensor(name)
             return tensors, dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({_short(str(error))}).", "Download or export it again; it may be cut short.") from None
+        raise UserError(
+            f"{file}: not a whole safetensors file ({_short(str(error))}).",
+            "Download or export it again; it may be cut short.",
+        ) from None
 
 
 def from_tensors(tensors: Mapping[str, Tensor], header: dict[str, str], config: dict, facts: dict, file: Path) -> Found:
@@ -145,29 +169,42 @@ def from_tensors(tensors: Mapping[str, Tensor], header: dict[str, str], config: 
         if factor == "alpha":
             alphas[name] = _alpha(tensor, key, file)
         elif factor in modules.setdefault(name, {}):
-            raise UserError(f"{file}: two tensors for {factor} of {name}.", "The file was put together wrongly; export it again.")
+            raise UserError(
+                f"{file}: two tensors for {factor} of {name}.", "The file was put together wrongly; export it again."
+            )
         else:
-            modules[name][factor] = tensor.reshape(-1) if factor == MAGNITUDE and 1 in tensor.shape[1:] and tensor.ndim == 2 else tensor
+            modules[name][factor] = (
+                tensor.reshape(-1) if factor == MAGNITUDE and 1 in tensor.shape[1:] and tensor.ndim == 2 else tensor
+            )
     if unknown:
         what = (
             f"{len(unknown)} of {len(tensors)} tensors are"
             if len(unknown) < len(tensors)
             else "it was made for another model, or is no adapter: its tensors are"
         )
-        raise UserError(f"{file}: {what} not part of ACE-Step 1.5's decoder, such as {_short(unknown[0])}.", NOT_AN_ADAPTER)
+        raise UserError(
+            f"{file}: {what} not part of ACE-Step 1.5's decoder, such as {_short(unknown[0])}.", NOT_AN_ADAPTER
+        )
     if not modules:
         raise UserError(f"{file}: holds no adapter tensors.", NOT_AN_ADAPTER)
     stray = sorted(set(alphas) - set(modules))
     if stray:
-        raise UserError(f"{file}: an alpha for {stray[0]}, but none of its factors.", "The file is incomplete; export it again.")
+        raise UserError(
+            f"{file}: an alpha for {stray[0]}, but none of its factors.", "The file is incomplete; export it again."
+        )
     modules = {name: modules[name] for name in in_model_order(modules)}
     kinds = {name: _check(name, factors, file) for name, factors in modules.items()}
     if len(set(kinds.values())) > 1:
         raise UserError(f"{file}: mixes {' and '.join(sorted(set(kinds.values())))}.", "Give an adapter of one kind.")
     if len({MAGNITUDE in factors for factors in modules.values()}) > 1:
-        raise UserError(f"{file}: some modules have DoRA magnitudes and others have none.", "Give an adapter of one kind.")
+        raise UserError(
+            f"{file}: some modules have DoRA magnitudes and others have none.", "Give an adapter of one kind."
+        )
     if facts.get(COMFYUI_MAGNITUDES):
-        raise UserError(f"{file}: its magnitudes were rewritten for ComfyUI and serve no other program.", "Use the adapter it was exported from.")
+        raise UserError(
+            f"{file}: its magnitudes were rewritten for ComfyUI and serve no other program.",
+            "Use the adapter it was exported from.",
+        )
     kind = next(iter(kinds.values()))
     ranks = _ranks(modules, config, header, facts, file)
     stated, by = _stated_scales(modules, ranks, config, header, file)
@@ -188,33 +225,46 @@ def _check(name: str, factors: dict[str, Tensor], file: Path) -> str:
     kind = next((kind for kind, names in FACTORS.items() if have <= set(names)), None)
 
     def wrong(why: str) -> UserError:
-        return UserError(f"{file}: {name} {why}.", "The file is incomplete or was put together wrongly; export it again.")
+        return UserError(
+            f"{file}: {name} {why}.", "The file is incomplete or was put together wrongly; export it again."
+        )
 
     if kind is None:
         raise wrong(f"mixes factors of several kinds ({', '.join(sorted(have))})")
     if kind == "lokr":
         for part in ("lokr_w1", "lokr_w2"):
-            if (part in have) == ({f"{part}_a", f"{part}_b"} <= have) or (part in have and {f"{part}_a", f"{part}_b"} & have):
+            if (part in have) == ({f"{part}_a", f"{part}_b"} <= have) or (
+                part in have and {f"{part}_a", f"{part}_b"} & have
+            ):
                 raise wrong(f"needs either {part} or {part}_a and {part}_b")
     elif have != set(FACTORS[kind]):
         raise wrong(f"has no {sorted(set(FACTORS[kind]) - have)[0]}")
     for factor in have:
         if factors[factor].ndim != 2 or 0 in factors[factor].shape and kind != "oft":
             raise wrong(f"{factor} has shape {list(factors[factor].shape)}, not that of a matrix")
-    pairs = {"lora": [("lora_B", "lora_A")], "loha": [("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")], "oft": []}.get(
-        kind, [(f"{part}_a", f"{part}_b") for part in ("lokr_w1", "lokr_w2") if f"{part}_a" in have]
-    )
+    pairs = {
+        "lora": [("lora_B", "lora_A")],
+        "loha": [("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")],
+        "oft": [],
+    }.get(kind, [(f"{part}_a", f"{part}_b") for part in ("lokr_w1", "lokr_w2") if f"{part}_a" in have])
     for left, right in pairs:
         if factors[left].shape[1] != factors[right].shape[0]:
-            raise wrong(f"{left} {list(factors[left].shape)} and {right} {list(factors[right].shape)} have no rank in common")
-    if kind == "loha" and (factors["hada_w1_a"].shape[0], factors["hada_w1_b"].shape[1]) != (factors["hada_w2_a"].shape[0], factors["hada_w2_b"].shape[1]):
+            raise wrong(
+                f"{left} {list(factors[left].shape)} and {right} {list(factors[right].shape)} have no rank in common"
+            )
+    if kind == "loha" and (factors["hada_w1_a"].shape[0], factors["hada_w1_b"].shape[1]) != (
+        factors["hada_w2_a"].shape[0],
+        factors["hada_w2_b"].shape[1],
+    ):
         raise wrong("has two halves of different shapes")
     if kind == "oft":
         blocks, entries = factors["oft_R"].shape
         if not blocks or block_size(entries) * (block_size(entries) - 1) != 2 * entries:
             raise wrong(f"oft_R has shape {list(factors['oft_R'].shape)}, which is no set of rotations")
     if MAGNITUDE in factors and factors[MAGNITUDE].shape != (shape_of(factors)[0],):
-        raise wrong(f"has magnitudes of shape {list(factors[MAGNITUDE].shape)}; one per output row is expected ({shape_of(factors)[0]})")
+        raise wrong(
+            f"has magnitudes of shape {list(factors[MAGNITUDE].shape)}; one per output row is expected ({shape_of(factors)[0]})"
+        )
     return kind
 
 
@@ -233,7 +283,10 @@ def _format(tensors: Mapping[str, Tensor], config: dict) -> str:
 
 def _alpha(tensor: Tensor, key: str, file: Path) -> float:
     if tensor.numel() != 1 or tensor.is_complex():
-        raise UserError(f"{file}: {_short(key)} has shape {list(tensor.shape)}; alpha is one number.", "The file was put together wrongly; export it again.")
+        raise UserError(
+            f"{file}: {_short(key)} has shape {list(tensor.shape)}; alpha is one number.",
+            "The file was put together wrongly; export it again.",
+        )
     return _number(tensor.item(), _short(key), file)
 
 
@@ -243,18 +296,25 @@ def _number(value: Any, what: str, file: Path) -> float:
     except OverflowError:  # an integer of hundreds of digits
         number = math.inf
     if not math.isfinite(number):
-        raise UserError(f"{file}: {what} is {_short(str(value)[:1000])}, not a finite number.", "The file was put together wrongly; export it again.")
+        raise UserError(
+            f"{file}: {what} is {_short(str(value)[:1000])}, not a finite number.",
+            "The file was put together wrongly; export it again.",
+        )
     return number
 
 
 def _rank(value: Any, what: str, file: Path) -> int:
     number = _number(value, what, file)  # finite, so it is an int or a float
     if number < 1 or number != int(number) or number > 1_000_000:
-        raise UserError(f"{file}: {what} is {value}, not a rank.", "The file was put together wrongly; export it again.")
+        raise UserError(
+            f"{file}: {what} is {value}, not a rank.", "The file was put together wrongly; export it again."
+        )
     return int(number)
 
 
-def _ranks(modules: dict[str, dict[str, Tensor]], config: dict, header: dict[str, str], facts: dict, file: Path) -> dict[str, int]:
+def _ranks(
+    modules: dict[str, dict[str, Tensor]], config: dict, header: dict[str, str], facts: dict, file: Path
+) -> dict[str, int]:
     """Rank of each module: from the shapes; of full LoKr factors what the file says; at worst the least rank that makes them full."""
     lokr = _json(header.get("lokr_config", "{}"), file)
     default = config.get("r", lokr.get("linear_dim") if not lokr.get("full_matrix") else None)
@@ -281,7 +341,9 @@ def _stated_scales(
         return _peft_scales(modules, ranks, config, file), PEFT_CONFIG
     if DIFFUSERS_HEADER in header:
         said = _json(header[DIFFUSERS_HEADER], file)
-        transformer = {key.removeprefix("transformer."): value for key, value in said.items() if key.startswith("transformer.")}
+        transformer = {
+            key.removeprefix("transformer."): value for key, value in said.items() if key.startswith("transformer.")
+        }
         if transformer:
             return _peft_scales(modules, ranks, transformer, file), DIFFUSERS_HEADER
     if "lokr_config" in header:
@@ -292,13 +354,18 @@ def _stated_scales(
     return {}, ""
 
 
-def _peft_scales(modules: dict[str, dict[str, Tensor]], ranks: dict[str, int], config: dict, file: Path) -> dict[str, float]:
+def _peft_scales(
+    modules: dict[str, dict[str, Tensor]], ranks: dict[str, int], config: dict, file: Path
+) -> dict[str, float]:
     default = config.get("lora_alpha", config.get("alpha"))
     if default is None:
         return {}
     pattern = _pattern(config.get("alpha_pattern"), modules, file)
     root = bool(config.get("use_rslora"))
-    return {name: _number(pattern.get(name, default), "alpha", file) / (ranks[name] ** 0.5 if root else ranks[name]) for name in modules}
+    return {
+        name: _number(pattern.get(name, default), "alpha", file) / (ranks[name] ** 0.5 if root else ranks[name])
+        for name in modules
+    }
 
 
 def _pattern(pattern: Any, modules: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -306,7 +373,10 @@ def _pattern(pattern: Any, modules: Mapping[str, Any], file: Path) -> dict[str, 
     if pattern is None:
         return {}
     if not isinstance(pattern, dict):
-        raise UserError(f"{file.parent / PEFT_CONFIG}: a rank or alpha pattern is not a table of names.", "Export the adapter again.")
+        raise UserError(
+            f"{file.parent / PEFT_CONFIG}: a rank or alpha pattern is not a table of names.",
+            "Export the adapter again.",
+        )
     found: dict[str, Any] = {}
     for key, value in pattern.items():
         plain = str(key).replace("\\.", ".").removeprefix("^").removesuffix("$")
@@ -325,7 +395,8 @@ def _pattern(pattern: Any, modules: Mapping[str, Any], file: Path) -> dict[str, 
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: without it the strength of {PEFT_WEIGHTS} is not known.", "Put the adapter_config.json that came with it beside it."
+            f"{path} is missing: without it the strength of {PEFT_WEIGHTS} is not known.",
+            "Put the adapter_config.json that came with it beside it.",
         )
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, far more than a config has.", NOT_AN_ADAPTER)
@@ -336,11 +407,19 @@ def _read_config(path: Path) -> dict:
     config = _json(text, path)
     kind = config.get("peft_type")
     if kind not in ("LORA", "LOKR", "LOHA", "OFT"):
-        raise UserError(f"{path}: peft_type is {_short(str(kind))}; LORA, LOKR, LOHA and OFT can be read.", NOT_AN_ADAPTER)
+        raise UserError(
+            f"{path}: peft_type is {_short(str(kind))}; LORA, LOKR, LOHA and OFT can be read.", NOT_AN_ADAPTER
+        )
     if kind == "OFT" and (
-        config.get("coft") or config.get("block_share") or not config.get("use_cayley_neumann", True) or config.get("num_cayley_neumann_terms", 5) != 5
+        config.get("coft")
+        or config.get("block_share")
+        or not config.get("use_cayley_neumann", True)
+        or config.get("num_cayley_neumann_terms", 5) != 5
     ):
-        raise UserError(f"{path}: this form of OFT (coft, block_share or an exact Cayley transform) cannot be read.", "Train it with peft's defaults.")
+        raise UserError(
+            f"{path}: this form of OFT (coft, block_share or an exact Cayley transform) cannot be read.",
+            "Train it with peft's defaults.",
+        )
     return config
 
 
@@ -348,9 +427,14 @@ def _json(text: str, file: Path) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({_short(str(error))}).", "The file is damaged; export or download it again.") from None
+        raise UserError(
+            f"{file}: not readable as JSON ({_short(str(error))}).", "The file is damaged; export or download it again."
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: a JSON table was expected, not a {type(value).__name__}.", "The file is damaged; export or download it again.")
+        raise UserError(
+            f"{file}: a JSON table was expected, not a {type(value).__name__}.",
+            "The file is damaged; export or download it again.",
+        )
     return value
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from sidestep.adapters.names import ATTENTIONS, MLP_PROJECTIONS, in_model_order, is_adaptable, to_diffusers, to_original
-from sidestep.config import TrainConfig
 from sidestep.errors import UserError
+from sidestep.settings.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def targets_of(decoder: nn.Module, config: TrainConfig, rank_map: Mapping[str, A
             "It was made for another model: run estimate again for this one, or train without it: --ignore-rank-map",
         )
     if not ranks:
-        raise UserError("The rank map leaves out every module: nothing would be trained.", "Train without it: --ignore-rank-map")
+        raise UserError(
+            "The rank map leaves out every module: nothing would be trained.", "Train without it: --ignore-rank-map"
+        )
     ranks = {name: ranks[name] for name in in_model_order(ranks)}
     alphas = {name: alphas.get(name, config.alpha / config.rank * rank) for name, rank in ranks.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]

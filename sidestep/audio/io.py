@@ -9,6 +9,8 @@ webm, wv, …). What is called mp3 goes to FFmpeg at once, because libsndfile's 
 - other sample rates are resampled with soxr (HQ) while the file streams through, so memory holds the result and one block, never the source too;
 - a file that is damaged or breaks off gives what can be decoded: `probe` says what the header promises, `is_cut_short` compares;
 - a file without a single decodable sample, or with samples that are not numbers, is an AudioError.
+
+Audio out of the program: 24-bit FLAC.
 """
 
 import hashlib
@@ -25,11 +27,15 @@ import numpy as np
 import soundfile
 import soxr
 
+from sidestep.files import replacing
+
 SAMPLE_RATE = 48_000
 AUDIO_SUFFIXES = frozenset(
     ".wav .wave .w64 .rf64 .flac .mp3 .mp2 .ogg .oga .opus .spx .m4a .m4b .mp4 .aac .aif .aiff .aifc .caf .au .snd .wma .asf .wv .ape .tta .mka .webm .ac3 .eac3 .dts .amr".split()
 )
-NOT_THE_USERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"})  # folders that systems make
+NOT_THE_USERS = frozenset(
+    {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"}
+)  # folders that systems make
 
 _MPEG = frozenset({".mp3", ".mp2"})
 _BLOCK_SAMPLES = 8192  # small, so that one block is nothing beside a song
@@ -140,7 +146,12 @@ def probe(path: Path) -> AudioInfo:
         frames = source.frames if source.frames is not None else sum(len(block) for block in source.blocks())
         if not frames:
             raise AudioError(path, "holds no audio")
-        return AudioInfo(seconds=frames / source.sample_rate, sample_rate=source.sample_rate, channels=len(source.positions), format=source.format)
+        return AudioInfo(
+            seconds=frames / source.sample_rate,
+            sample_rate=source.sample_rate,
+            channels=len(source.positions),
+            format=source.format,
+        )
 
 
 def decode(path: Path, max_seconds: float = 0.0) -> np.ndarray:
@@ -148,7 +159,11 @@ def decode(path: Path, max_seconds: float = 0.0) -> np.ndarray:
     limit = round(max_seconds * SAMPLE_RATE) if max_seconds > 0 else sys.maxsize
     with _opened(path) as source:
         stereo = _to_stereo(source.positions)
-        resampler = soxr.ResampleStream(source.sample_rate, SAMPLE_RATE, 2, dtype="float32") if source.sample_rate != SAMPLE_RATE else None
+        resampler = (
+            soxr.ResampleStream(source.sample_rate, SAMPLE_RATE, 2, dtype="float32")
+            if source.sample_rate != SAMPLE_RATE
+            else None
+        )
         promised = round((source.frames or 0) * SAMPLE_RATE / source.sample_rate) + 1
         result = _Growing(min(promised, limit, 20 * 60 * SAMPLE_RATE))  # a broken header may promise terabytes
         for block in source.blocks():
@@ -164,7 +179,9 @@ def decode(path: Path, max_seconds: float = 0.0) -> np.ndarray:
         raise AudioError(path, "holds no audio")
     for start in range(0, audio.shape[1], SAMPLE_RATE * 10):
         if not np.isfinite(audio[:, start : start + SAMPLE_RATE * 10]).all():
-            raise AudioError(path, f"has samples that are not numbers (NaN or infinite) after {start / SAMPLE_RATE:.0f} s")
+            raise AudioError(
+                path, f"has samples that are not numbers (NaN or infinite) after {start / SAMPLE_RATE:.0f} s"
+            )
     return audio
 
 
@@ -298,7 +315,9 @@ def _ffmpeg(path: Path) -> Iterator[_Source]:
     try:
         container = av.open(str(path), metadata_errors="ignore")
     except (av.FFmpegError, UnicodeError) as error:
-        raise AudioError(path, f"is no audio file that can be read ({getattr(error, 'strerror', None) or error})") from error
+        raise AudioError(
+            path, f"is no audio file that can be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     with container:
         if not container.streams.audio:
             raise AudioError(path, "holds no audio stream")
@@ -333,7 +352,9 @@ def _ffmpeg(path: Path) -> Iterator[_Source]:
             if parts:
                 yield np.concatenate(parts)
 
-        yield _Source(rate, positions, frames, f"{container.format.name.split(',')[0]}/{stream.codec_context.name}", blocks)
+        yield _Source(
+            rate, positions, frames, f"{container.format.name.split(',')[0]}/{stream.codec_context.name}", blocks
+        )
 
 
 def _chain(first: av.AudioFrame, rest: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
@@ -356,3 +377,12 @@ def _av_frames(path: Path, container: av.container.InputContainer, stream: av.Au
         except av.FFmpegError:
             continue
         yield from (frame for frame in frames if frame.samples)
+
+
+def write_flac(path: Path, audio: np.ndarray, sample_rate: int) -> None:
+    """Write float32 [2, S] as a whole file or not at all. Raises OSError."""
+    with replacing(path) as temporary:
+        try:
+            soundfile.write(temporary, audio.T, sample_rate, format="FLAC", subtype="PCM_24")
+        except soundfile.LibsndfileError as error:
+            raise OSError(f"{path}: cannot be written ({error.error_string})") from error

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sidestep import presets as preset_files
-from sidestep.config import (
+from sidestep.errors import ExitStatus
+from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
+from sidestep.settings import presets as preset_files
+from sidestep.settings.config import (
     BuildDatasetConfig,
     DemoConfig,
     DoctorConfig,
@@ -24,15 +26,13 @@ from sidestep.config import (
     SampleConfig,
     TrainConfig,
 )
-from sidestep.errors import ExitStatus
-from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.terminal.terminal import Terminal
-from sidestep.wizard.preset_menu import preset_table
+from sidestep.wizard.review import preset_table
 
 
 def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed --preprocess`. Nothing preprocessed is a failure; some songs left out have a status of their own."""
-    from sidestep.preprocess import preprocess
+    from sidestep.tasks.preprocess import preprocess
 
     summary = preprocess(config, report)
     if not summary.failed:
@@ -42,8 +42,8 @@ def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> 
 
 def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`fixed`. Records that had to be left out have a status of their own."""
-    from sidestep.memory.gate import fitted
-    from sidestep.training import train
+    from sidestep.tasks.plan.plan import fitted
+    from sidestep.tasks.train import train
 
     left_out: list[Event] = []
 
@@ -58,15 +58,15 @@ def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus
 
 def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`build-dataset`, and what it was asked to find out about the songs."""
-    from sidestep.build_dataset import build_dataset
+    from sidestep.tasks.build_dataset import build_dataset
 
     summary = build_dataset(config, report)
     if config.analyze:
-        from sidestep.analyze import analyze
+        from sidestep.tasks.build_dataset import analyze
 
         analyze(summary.path, report)
     if config.audit:
-        from sidestep.audit import audit
+        from sidestep.tasks.audit import audit
 
         audit(summary.path, report, config.checkpoint_dir)
     return ExitStatus.SOME_FAILED if summary.failed else ExitStatus.OK
@@ -74,7 +74,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal
 
 def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`sample`."""
-    from sidestep.sample import sample
+    from sidestep.tasks.sample import sample
 
     sample(config, report)
     return ExitStatus.OK
@@ -82,7 +82,7 @@ def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStat
 
 def estimate(config: EstimateConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`estimate`."""
-    from sidestep.estimate import estimate
+    from sidestep.tasks.estimate import estimate
 
     estimate(config, report)
     return ExitStatus.OK
@@ -90,7 +90,7 @@ def estimate(config: EstimateConfig, report: Report, terminal: Terminal) -> Exit
 
 def export(config: ExportConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`export`."""
-    from sidestep.export import export
+    from sidestep.tasks.export import export
 
     export(config, report)
     return ExitStatus.OK
@@ -98,7 +98,7 @@ def export(config: ExportConfig, report: Report, terminal: Terminal) -> ExitStat
 
 def inspect(config: InspectConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`inspect`."""
-    from sidestep.inspect_adapter import inspect_adapter
+    from sidestep.tasks.inspect import inspect_adapter
 
     result = inspect_adapter(config, report)
     return _as_json(config, result, terminal)
@@ -106,7 +106,7 @@ def inspect(config: InspectConfig, report: Report, terminal: Terminal) -> ExitSt
 
 def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`history`."""
-    from sidestep.history import history
+    from sidestep.tasks.history import history
 
     result = history(config, report)
     return _as_json(config, result, terminal)
@@ -114,7 +114,7 @@ def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitSt
 
 def plan(config: PlanConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`plan`. An answer is a success, also when it is that the run does not fit."""
-    from sidestep.memory.plan import as_json, plan
+    from sidestep.tasks.plan.plan import as_json, plan
 
     result = plan(config, report)
     return _as_json(config, as_json(result), terminal)
@@ -122,7 +122,7 @@ def plan(config: PlanConfig, report: Report, terminal: Terminal) -> ExitStatus:
 
 def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`demo`."""
-    from sidestep.demo import demo
+    from sidestep.tasks.demo import demo
 
     demo(config, report)
     return ExitStatus.OK
@@ -130,7 +130,7 @@ def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
 
 def doctor(config: DoctorConfig, report: Report, terminal: Terminal) -> ExitStatus:
     """`doctor`."""
-    from sidestep.doctor import doctor
+    from sidestep.tasks.doctor import doctor
 
     return _as_json(config, doctor(config, report), terminal)
 
@@ -139,7 +139,9 @@ def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitSt
     """`presets list|show|import|export`."""
     match config.action:
         case "list":
-            rows = tuple((p.name, "built in" if p.built_in else "yours", p.description) for p in preset_files.list_presets())
+            rows = tuple(
+                (p.name, "built in" if p.built_in else "yours", p.description) for p in preset_files.list_presets()
+            )
             report(Table(title="Presets", columns=("name", "from", "what for"), rows=rows))
         case "show":
             report(preset_table(preset_files.find(config.what)))
@@ -147,9 +149,16 @@ def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitSt
             preset = preset_files.import_file(Path(config.what), replace=config.overwrite)
             report(Saved(what=f"preset {preset.name}", path=str(preset.path)))
             if ignored := preset_files.read(Path(config.what).expanduser()).unknown:
-                report(Notice(message=f"Ignored, because no command has such a setting: {', '.join(ignored)}.", level="warning"))
+                report(
+                    Notice(
+                        message=f"Ignored, because no command has such a setting: {', '.join(ignored)}.",
+                        level="warning",
+                    )
+                )
         case "export":
-            path = preset_files.export_file(config.what, config.file or Path(f"{config.what}.json"), replace=config.overwrite)
+            path = preset_files.export_file(
+                config.what, config.file or Path(f"{config.what}.json"), replace=config.overwrite
+            )
             report(Saved(what=f"preset {config.what}", path=str(path)))
     return ExitStatus.OK
 

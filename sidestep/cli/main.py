@@ -1,30 +1,112 @@
-"""From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept."""
+"""The only error boundary: what a job raises becomes a message, a log and an exit status.
 
+From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept.
+"""
+
+import errno
 import logging
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sidestep import presets
-from sidestep.cli.boundary import guarded
+from sidestep import __version__
 from sidestep.cli.commands import RUN
 from sidestep.cli.outside import outside
-from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse
-from sidestep.cli.profile import profile_of
-from sidestep.config import DemoConfig, PreprocessConfig, TrainConfig
-from sidestep.errors import ExitStatus, UserError
+from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse, profile_of
+from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import Chosen, Event, EventLog, Notice, Report, Table, both, silent
-from sidestep.terminal.render import PlainView
+from sidestep.files import state_folder
+from sidestep.settings import presets
+from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
+from sidestep.terminal.lines import PlainView
 from sidestep.terminal.terminal import Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
-from sidestep.wizard.questions import Ask
+from sidestep.wizard.questionnaire import Ask
 from sidestep.wizard.session import Wizard
+
+INSTALL_TORCH = "uv --no-config pip install torch --torch-backend=auto"
+RETYPE = {
+    errno.ENOSPC: "Free some space, then run the same command again: what is complete is kept.",
+    errno.EACCES: "Check who may write there.",
+}
+
+
+def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Callable[[], int]) -> int:
+    """Run a job and return its exit status; whatever it raises is told in the user's words.
+
+    `log_folder`: the run's output folder, where a traceback goes (None: the platform's folder for logs).
+    """
+    try:
+        return int(job())
+    except Interrupted as stopped:
+        terminal.complain(
+            "Stopped; what was done is saved.", f"Go on with:\n  {stopped.resume}" if stopped.resume else ""
+        )
+        return ExitStatus.INTERRUPTED
+    except KeyboardInterrupt:
+        terminal.complain("Stopped.")
+        return ExitStatus.INTERRUPTED
+    except UserError as error:
+        if error.status == ExitStatus.FAILED and (folder := log_folder()) is not None and folder.is_dir():
+            write_log(folder)
+        terminal.complain(error.problem, error.fix)
+        return error.status
+    except BrokenPipeError:
+        # The reader (head, less) has gone: point the stream elsewhere so that Python's own flush at exit stays quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+    except Exception as error:  # noqa: BLE001  this is the boundary
+        return _unexpected(error, terminal, log_folder())
+
+
+def _unexpected(error: Exception, terminal: Terminal, folder: Path | None) -> ExitStatus:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "torch":
+        terminal.complain(
+            "PyTorch is not installed.",
+            f"Install the build for this machine, then run the command again:\n  {INSTALL_TORCH}",
+        )
+        return ExitStatus.FAILED
+    log = write_log(folder)
+    where = f"The details are in {log}." if log else "The log could not be written."
+    if isinstance(error, OSError) and error.strerror:
+        terminal.complain(
+            f"{error.strerror}: {error.filename or 'no file named'}.", f"{RETYPE.get(error.errno, '')} {where}".strip()
+        )
+    else:
+        first = str(error).strip().split("\n")[0][:200]
+        terminal.complain(
+            f"Something went wrong that Side-Step did not expect ({type(error).__name__}{': ' + first if first else ''}).",
+            where,
+        )
+    return ExitStatus.FAILED
+
+
+def write_log(folder: Path | None) -> Path | None:
+    """Append the current exception's traceback to `sidestep.log`; the file, or None where no folder takes it."""
+    text = (
+        f"{time.strftime('%Y-%m-%d %H:%M:%S')} Side-Step {__version__} Python {sys.version.split()[0]} {sys.platform}\n"
+    )
+    text += f"{' '.join(sys.argv)}\n{traceback.format_exc()}\n"
+    for place in [folder, state_folder(), Path.cwd()]:
+        if place is None:
+            continue
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with (place / "sidestep.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+        except OSError:
+            continue
+        return place / "sidestep.log"
+    return None
 
 
 def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
@@ -48,14 +130,16 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     if call.command is None:
         return start_wizard(terminal)
     configs: list[Any] = []
-    return guarded(terminal, lambda: output_folder(configs[-1]) if configs else None, lambda: run_call(call, configs, terminal))
+    return guarded(
+        terminal, lambda: output_folder(configs[-1]) if configs else None, lambda: run_call(call, configs, terminal)
+    )
 
 
 def open_terminal(plain: bool) -> Terminal:
     """The terminal that fits: Rich where there is someone to see it and plain was not asked for."""
     if plain or wants_plain(sys.stdout):
         return Terminal()
-    from sidestep.terminal.rich_terminal import RichTerminal  # apart: plain mode never waits for Rich
+    from sidestep.terminal.rich_terminal import RichTerminal
 
     return RichTerminal()
 
@@ -73,7 +157,12 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     preset = presets.find(name) if name else None
     configs = configs_of(call, preset.values if preset else {})
     if preset and preset.unknown:
-        notes.append(Notice(message=f"Preset {preset.name}: ignored, because no command has such a setting: {', '.join(preset.unknown)}.", level="warning"))
+        notes.append(
+            Notice(
+                message=f"Preset {preset.name}: ignored, because no command has such a setting: {', '.join(preset.unknown)}.",
+                level="warning",
+            )
+        )
     worst = ExitStatus.OK
     for config in configs:
         running.append(config)
@@ -130,7 +219,10 @@ def start_wizard(terminal: Terminal) -> int:
     if terminal.interactive:
         return guarded(terminal, lambda: None, lambda: run_wizard(terminal))
     terminal.say(command_list())
-    terminal.complain("No command, and no terminal to ask in.", "The wizard needs a terminal; in a notebook or a script use a command from the list above.")
+    terminal.complain(
+        "No command, and no terminal to ask in.",
+        "The wizard needs a terminal; in a notebook or a script use a command from the list above.",
+    )
     return ExitStatus.USAGE
 
 
@@ -149,10 +241,12 @@ def asking(terminal: Terminal) -> tuple[Ask, Report]:
     """How questions are asked and lines shown on this terminal: with cursor keys where it can, numbered otherwise."""
     if terminal.plain or not can_draw():
         return NumberedAsk(terminal), PlainView(terminal.say)
-    from sidestep.terminal.live import shown  # apart: plain mode never waits for Rich and questionary
+    from sidestep.terminal.live import shown
     from sidestep.wizard.prompts import QuestionaryAsk
 
-    return QuestionaryAsk(terminal), lambda event: terminal.console.print(shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table))
+    return QuestionaryAsk(terminal), lambda event: terminal.console.print(
+        shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table)
+    )
 
 
 def can_draw() -> bool:

@@ -8,13 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sidestep.config import DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.errors import UserError
 from sidestep.events import Table
-from sidestep.options import changed_from_defaults, options_of, resolve
-from sidestep.terminal.render import clock
+from sidestep.settings.config import DoctorConfig, PlanConfig, TrainConfig, command_words
+from sidestep.settings.option import changed_from_defaults, options_of, resolve
+from sidestep.settings.path_checks import count_tensors
+from sidestep.terminal.lines import clock
 from sidestep.wizard.session import Outside
-from sidestep.workspace import count_tensors
 
 LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
@@ -32,7 +32,7 @@ def _songs(folder: Path) -> str:
 
 @lru_cache(maxsize=32)
 def _counted(folder: Path) -> str:
-    from sidestep.audio.io import AudioError, find_audio, probe  # apart: the first question never waits for the audio libraries
+    from sidestep.audio.io import AudioError, find_audio, probe
 
     if not folder.is_dir():
         raise UserError("There is no such folder.")
@@ -79,7 +79,9 @@ def _memory(config: TrainConfig) -> list[str]:
     needed, there, fits = plan["asked"]["needed_bytes"] / 2**30, plan["device_bytes"], plan["fits"]
     if fits is None:
         return [f"Memory: {needed:.1f} GiB at most for songs of four minutes (no GPU found to compare with)"]
-    lines = [f"Memory: {needed:.1f} GiB at most of {there / 2**30:.1f} GiB for songs of four minutes: {'fits' if fits else 'DOES NOT FIT'}"]
+    lines = [
+        f"Memory: {needed:.1f} GiB at most of {there / 2**30:.1f} GiB for songs of four minutes: {'fits' if fits else 'DOES NOT FIT'}"
+    ]
     if not fits and plan["best"]:
         lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")
     return lines
@@ -90,7 +92,15 @@ def _json_of(arguments: tuple[str, ...]) -> Any:
     """What a command of ours prints as JSON, or None: the wizard goes on without it. Ctrl-C skips the wait."""
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=WAIT_SECONDS, check=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=WAIT_SECONDS,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError, KeyboardInterrupt):
         return None

@@ -14,20 +14,34 @@ Rules:
   `genre_ratio` percent of the songs, chosen by a hash of their id and so the same in every run; whichever is empty gives way to the other. Then the tag:
   the song's own, else the data set's, before, after or instead of it.
 - `estimated` lists the fields of a song that --analyze guessed.
+
+Building dataset.json again without losing what was edited by hand in it.
+
+Beside the samples the file keeps, under "sidestep", a fingerprint of every value as it was built. A value that no longer has its fingerprint was edited and
+stays; all others follow the sidecars and tags as they are now. In a file without fingerprints (ACE-Step's own, an older one) every value that says
+something counts as edited. Further rules:
+
+- Guesses of --analyze stay until a sidecar or a tag knows better; a guess that was edited is a guess no more.
+- Lyrics written by hand make a song sung, unless is_instrumental was edited too.
+- A sample that was taken out of the list by hand stays out ("removed").
+- A sample whose file is not found moves to "absent" with all it has, and comes back with the file. One whose file stands elsewhere than in the folder
+  that is built from stays in the list.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.atomic import write_text
 from sidestep.data.fields import FIELDS, INSTRUMENTAL, NotUnderstood, field_named, understand
-from sidestep.data.text import decode_text
+from sidestep.data.sidecars import decode_text
 from sidestep.errors import UserError
+from sidestep.files import write_text
 
 TAG_POSITIONS = ("prepend", "append", "replace")
 _MISTAKES_SHOWN = 20
@@ -80,7 +94,9 @@ class Dataset:
 
 def prompt_caption(sample: Sample, metadata: Metadata) -> str:
     """The caption as it reaches the prompt, by the rules at the top of this file."""
-    by_genre = sample.prompt_override == "genre" or (sample.prompt_override is None and _share(sample.id) < metadata.genre_ratio)
+    by_genre = sample.prompt_override == "genre" or (
+        sample.prompt_override is None and _share(sample.id) < metadata.genre_ratio
+    )
     text = (sample.genre or sample.caption) if by_genre else (sample.caption or sample.genre)
     tag = sample.custom_tag or metadata.custom_tag
     if not tag or not text:
@@ -113,7 +129,11 @@ def relative_path(audio: Path, folder: Path) -> str:
 
 def _share(identity: str) -> float:
     """A number in [0, 100) that depends on the id alone."""
-    return int.from_bytes(hashlib.blake2b(b"genre:" + identity.encode("utf-8", "replace"), digest_size=4).digest()) % 10_000 / 100
+    return (
+        int.from_bytes(hashlib.blake2b(b"genre:" + identity.encode("utf-8", "replace"), digest_size=4).digest())
+        % 10_000
+        / 100
+    )
 
 
 def write(path: Path, dataset: Dataset) -> None:
@@ -131,11 +151,17 @@ def write(path: Path, dataset: Dataset) -> None:
         **dataset.metadata.extra,
     }
     text = json.dumps({"metadata": metadata, "samples": samples, **dataset.extra}, ensure_ascii=False, indent=2)
-    write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")  # a file name that is no UTF-8 becomes \udcXX, which JSON reads back
+    write_text(
+        path, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+    )  # a file name that is no UTF-8 becomes \udcXX, which JSON reads back
 
 
 def _sample_as_json(sample: Sample, folder: Path) -> dict[str, Any]:
-    known = {f.name: getattr(sample, f.name) for f in fields(sample) if f.name not in ("extra", "id", "estimated", "audio_path")}
+    known = {
+        f.name: getattr(sample, f.name)
+        for f in fields(sample)
+        if f.name not in ("extra", "id", "estimated", "audio_path")
+    }
     known["duration"] = int(sample.duration) if sample.duration >= 1 else round(sample.duration, 3)
     if sample.estimated:
         known["estimated"] = list(sample.estimated)
@@ -148,11 +174,18 @@ def read(path: Path) -> Dataset:
         text, _ = decode_text(path.read_bytes())
         data = json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"There is no {path}.", "Build it: uv run train.py build-dataset --input FOLDER_OF_SONGS") from None
+        raise UserError(
+            f"There is no {path}.", "Build it: uv run train.py build-dataset --input FOLDER_OF_SONGS"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}.", "Put it right at that place, or build it anew: uv run train.py build-dataset --overwrite …") from error
+        raise UserError(
+            f"{path} is no JSON: {error}.",
+            "Put it right at that place, or build it anew: uv run train.py build-dataset --overwrite …",
+        ) from error
     return _Reading(path).dataset(data)
 
 
@@ -178,10 +211,14 @@ class _Reading:
         if self.mistakes:
             more = len(self.mistakes) - _MISTAKES_SHOWN
             shown = self.mistakes[:_MISTAKES_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
-            problem = "\n".join([f"{self.path} has {len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}:", *shown])
+            problem = "\n".join(
+                [f"{self.path} has {len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}:", *shown]
+            )
             raise UserError(problem, 'Put these right, or set them to null or "" where they are not known.')
         extra = {key: value for key, value in data.items() if key not in ("metadata", "samples")}
-        return Dataset(metadata=metadata, samples=tuple(self._with_tag(s, metadata, extra) for s in samples if s), extra=extra)
+        return Dataset(
+            metadata=metadata, samples=tuple(self._with_tag(s, metadata, extra) for s in samples if s), extra=extra
+        )
 
     @staticmethod
     def _with_tag(sample: Sample, metadata: Metadata, extra: Mapping[str, Any]) -> Sample:
@@ -197,10 +234,15 @@ class _Reading:
             self.mistakes.append("$.metadata: an object is needed")
             return Metadata()
         data = dict(data)
-        text = {name: self._text(data.pop(name, None), f"$.metadata.{name}") for name in ("name", "custom_tag", "created_at")}
+        text = {
+            name: self._text(data.pop(name, None), f"$.metadata.{name}")
+            for name in ("name", "custom_tag", "created_at")
+        }
         position = data.pop("tag_position", None) or "prepend"
         if position not in TAG_POSITIONS:
-            self.mistakes.append(f"$.metadata.tag_position: {json.dumps(position)} is none of {', '.join(TAG_POSITIONS)}")
+            self.mistakes.append(
+                f"$.metadata.tag_position: {json.dumps(position)} is none of {', '.join(TAG_POSITIONS)}"
+            )
             position = "prepend"
         ratio = data.pop("genre_ratio", None) or 0
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 100:
@@ -249,7 +291,9 @@ class _Reading:
                 continue
             if understood is not None:
                 known[name] = understood
-        known.setdefault("is_instrumental", known.get("lyrics", INSTRUMENTAL).strip().casefold() == INSTRUMENTAL.casefold())
+        known.setdefault(
+            "is_instrumental", known.get("lyrics", INSTRUMENTAL).strip().casefold() == INSTRUMENTAL.casefold()
+        )
         return Sample(
             audio_path=audio,
             id=identity,
@@ -274,3 +318,181 @@ class _Reading:
                 if sample and (earlier := first.setdefault(getattr(sample, what), i)) != i:
                     hint = "" if what == "id" else '; to train on it more often, say "repeat"'
                     self.mistakes.append(f"$.samples[{i}].{what}: the same as $.samples[{earlier}].{what}{hint}")
+
+
+SECTION = "sidestep"
+EDITABLE = (
+    "caption",
+    "genre",
+    "lyrics",
+    "bpm",
+    "keyscale",
+    "timesignature",
+    "language",
+    "is_instrumental",
+    "custom_tag",
+    "prompt_override",
+    "repeat",
+    "labeled",
+)
+_PRINT = re.compile(r"(\w+):([0-9a-f]*)")
+_EDITED = ""  # the fingerprint of no value
+_SAYS_NOTHING = {None, "", "unknown", INSTRUMENTAL}
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """The songs of the new file, and what became of the old ones.
+
+    `kept_out`: paths of songs taken out by hand; `absent`: songs without their file; `edits`: how many values edited by hand stayed; `notes`: the section
+    for the new file, but for its tag.
+    """
+
+    samples: tuple[Sample, ...]
+    kept_out: tuple[str, ...]
+    absent: tuple[Sample, ...]
+    edits: int
+    notes: Mapping[str, Any]
+
+
+def merge(old: Dataset, fresh: Iterable[Sample], folder: Path) -> Rebuilt:
+    """`fresh`, as just built, with all that was edited in `old` (an empty Dataset where there was none); `folder` is the one of dataset.json."""
+    notes = _notes(old)
+    built: dict[str, Mapping[str, str]] = {}
+    earlier = {s.audio_path: s for s in [*absent_samples(old, folder), *old.samples]}
+    samples, kept_out, edits = [], [], 0
+    for sample in fresh:
+        path = relative_path(sample.audio_path, folder)
+        before = earlier.pop(sample.audio_path, None)
+        if before:
+            song, edited = _merge_one(before, sample, notes["built"].get(path), old.metadata.custom_tag)
+            edits += sum(getattr(song, name) != getattr(sample, name) for name in edited)
+            sample = song
+        elif path in notes["built"] or path in notes["removed"]:
+            kept_out.append(path)
+            continue
+        else:
+            edited = set()
+        samples.append(sample)
+        built[path] = {name: _EDITED if name in edited else _print(getattr(sample, name)) for name in EDITABLE}
+    absent = []
+    for before in earlier.values():
+        (samples if before.audio_path.is_file() else absent).append(before)
+        path = relative_path(before.audio_path, folder)
+        built[path] = notes["built"].get(path, {})
+    removed = sorted({p for p in notes["removed"] if isinstance(p, str) and p not in built} | set(kept_out))
+    listed = {"built": _packed(built), "removed": removed, "absent": [_as_json(s, folder) for s in absent]}
+    return Rebuilt(tuple(samples), tuple(kept_out), tuple(absent), edits, listed)
+
+
+def filled_in(dataset: Dataset, samples: Iterable[Sample], names: Iterable[str], folder: Path) -> Dataset:
+    """`dataset` with other samples, whose fields `names` a program may have filled in: what differs there is no edit by hand."""
+    samples, names = tuple(samples), tuple(names)
+    notes = _notes(dataset)
+    before = {s.audio_path: s for s in dataset.samples}
+    built = {path: dict(prints) for path, prints in notes["built"].items()}
+    for sample in samples:
+        prints = built.setdefault(relative_path(sample.audio_path, folder), {})
+        prints.update(
+            {
+                n: _print(getattr(sample, n))
+                for n in names
+                if getattr(sample, n) != getattr(before[sample.audio_path], n)
+            }
+        )
+    return replace(dataset, samples=samples, extra={**dataset.extra, SECTION: {**notes, "built": _packed(built)}})
+
+
+def emptied_by_hand(dataset: Dataset, sample: Sample, folder: Path) -> set[str]:
+    """The fields of a sample that had a value as built and have none now: somebody wants it so."""
+    prints = _notes(dataset)["built"].get(relative_path(sample.audio_path, folder), {})
+    nothing = {name: getattr(sample, name) for name in EDITABLE if getattr(sample, name) in _SAYS_NOTHING}
+    return {name for name, value in nothing.items() if name in prints and prints[name] != _print(value)}
+
+
+def absent_samples(dataset: Dataset, folder: Path) -> list[Sample]:
+    """The samples that wait for their file to come back; what cannot be read of them is passed over."""
+    samples = []
+    names = {f.name for f in dataclasses.fields(Sample)}
+    for entry in _notes(dataset)["absent"]:
+        if (
+            isinstance(entry, dict)
+            and isinstance(entry.get("audio_path"), str)
+            and isinstance(entry.get("id"), str)
+            and set(entry) <= names
+        ):
+            samples.append(
+                Sample(
+                    **{
+                        **entry,
+                        "audio_path": folder / entry["audio_path"],
+                        "estimated": tuple(entry.get("estimated", ())),
+                    }
+                )
+            )
+    return samples
+
+
+def _merge_one(before: Sample, fresh: Sample, built: Mapping[str, str] | None, tag: str) -> tuple[Sample, set[str]]:
+    """The merged sample and the names of its values that stay because they were edited."""
+    values: dict[str, Any] = {}
+    estimated, edited = [], set()
+    for name in EDITABLE:
+        old, new = getattr(before, name), getattr(fresh, name)
+        values[name] = new
+        if name == "custom_tag" and old == tag:  # inherited, not typed
+            continue
+        if _is_edited(before, name, built):
+            values[name] = old
+            edited.add(name)
+        elif name in before.estimated and new in _SAYS_NOTHING:
+            values[name] = old
+            estimated.append(name)
+    if "lyrics" in edited and "is_instrumental" not in edited:
+        values["is_instrumental"] = values["lyrics"] in _SAYS_NOTHING
+    if {"caption", "genre"} & edited and "labeled" not in edited:
+        values["labeled"] = bool(values["caption"] or values["genre"])
+    return replace(
+        fresh, id=before.id, estimated=tuple(estimated), extra={**fresh.extra, **before.extra}, **values
+    ), edited
+
+
+def _is_edited(before: Sample, name: str, built: Mapping[str, str] | None) -> bool:
+    value = getattr(before, name)
+    if built is not None and name in built:
+        return built[name] != _print(value)
+    if name in before.estimated or (name == "labeled" and not value) or (name == "repeat" and value == 1):
+        return False
+    return value not in _SAYS_NOTHING
+
+
+def _print(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
+
+
+def _packed(built: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """One line a song: "caption:1a2b3c4d genre:…"; a value that was edited has nothing after its colon."""
+    return {path: " ".join(f"{name}:{value}" for name, value in prints.items()) for path, prints in built.items()}
+
+
+def _as_json(sample: Sample, folder: Path) -> dict[str, Any]:
+    return {**dataclasses.asdict(sample), "audio_path": relative_path(sample.audio_path, folder)}
+
+
+def _notes(dataset: Dataset) -> dict[str, Any]:
+    """The "sidestep" section; whatever in it is not of its form counts as not there."""
+    notes = dataset.extra.get(SECTION)
+    notes = notes if isinstance(notes, dict) else {}
+    packed = notes.get("built")
+    built = (
+        {path: dict(_PRINT.findall(prints)) for path, prints in packed.items() if isinstance(prints, str)}
+        if isinstance(packed, dict)
+        else {}
+    )
+    removed, absent = notes.get("removed"), notes.get("absent")
+    return {
+        **notes,
+        "built": built,
+        "removed": removed if isinstance(removed, list) else [],
+        "absent": absent if isinstance(absent, list) else [],
+    }

@@ -1,4 +1,6 @@
-"""What stands in the text files beside a song, and which song each of them speaks for.
+"""Text files as people's editors leave them.
+
+What stands in the text files beside a song, and which song each of them speaks for.
 
 Beside `song.ext`, the best source first; they are merged field by field, the first that knows a field has it:
 
@@ -22,19 +24,71 @@ A section mark is a line that begins with [Verse], [Chorus 2], [Intro: piano] an
 any language.
 
 Encodings: see `text`. A sidecar above 1 MiB is reported and not read.
+Lists of songs in `*.csv`: one row each, with a File column and any of the fields (BPM, Key, Caption, Genre, Language, …).
+
+A list speaks for the songs of its own folder and of the folders below. File names a song by its path relative to the list, or by its bare name; the suffix
+may be left out, the row then speaks for every song of that stem. A bare name that stands in several folders is meant for the list's own folder, else it is
+ambiguous: reported, and no song gets the row. Lists nearer to a song come first, then by name; of two rows for one song the first counts. Columns may be
+separated by comma, semicolon or tab.
 """
 
+import codecs
+import csv
+import io
 import json
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sidestep.data.fields import NotUnderstood, field_named, understand
-from sidestep.data.text import decode_text
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it starts with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(data: bytes) -> tuple[str, str | None]:
+    """(text, problem). UTF-8 with or without byte order mark, UTF-16 and UTF-32 with one, UTF-16 without one where every other byte is zero.
+
+    Anything else is read as Windows' and ISO's Latin-1, which cannot fail but may be wrong: the problem says so.
+    """
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            try:
+                return data[len(mark) :].decode(encoding), None
+            except UnicodeDecodeError:
+                return data[len(mark) :].decode(
+                    encoding, errors="replace"
+                ), f"is damaged {encoding.upper()}; what could not be read was replaced"
+    try:
+        text = data.decode("utf-8")
+        if "\0" not in text:
+            return text, None
+    except UnicodeDecodeError:
+        text = None
+    for encoding, zeros in (("utf-16-le", data[1::2]), ("utf-16-be", data[0::2])):
+        if len(data) > 1 and len(data) % 2 == 0 and zeros.count(0) > 0.6 * len(zeros):
+            try:
+                return data.decode(encoding), None
+            except UnicodeDecodeError:
+                continue
+    if text is not None:
+        return text, None
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    return text, "is no UTF-8 and was read as Latin-1; if letters look wrong, save it as UTF-8"
+
 
 MAX_BYTES = 1 << 20
 
@@ -98,7 +152,11 @@ def parse_txt(text: str, source: str = "text") -> Known:
             elif match[2].strip():
                 known.problems.append(f"line {i + 1}: {match[1].strip()} stands here twice; the first counts")
             goes_on = name if name in ("caption", "genre") else ""
-        elif not fields or _SECTION_MARK.match(line) or (_BRACKETED_LINE.match(line) and has_section_mark("\n".join(lines[i:]))):
+        elif (
+            not fields
+            or _SECTION_MARK.match(line)
+            or (_BRACKETED_LINE.match(line) and has_section_mark("\n".join(lines[i:])))
+        ):
             body = lines[i:]
             break
         elif _WORD_LINE.match(line):
@@ -123,11 +181,16 @@ def _place_body(known: Known, body: str) -> None:
         known.add("lyrics", body)
     elif "caption" not in known.values:
         known.add("caption", body)
-        stray = next((m[1].strip() for line in body.split("\n")[1:] if (m := _FIELD_LINE.match(line)) and field_named(m[1])), None)
+        stray = next(
+            (m[1].strip() for line in body.split("\n")[1:] if (m := _FIELD_LINE.match(line)) and field_named(m[1])),
+            None,
+        )
         if stray:
             known.problems.append(f'"{stray}:" below free text was taken as text: fields stand at the top of the file')
     else:
-        known.problems.append(f'"{body.strip()[:60]}" is neither a field nor lyrics under a section mark such as [Verse], and was left out')
+        known.problems.append(
+            f'"{body.strip()[:60]}" is neither a field nor lyrics under a section mark such as [Verse], and was left out'
+        )
 
 
 def parse_json(text: str, source: str = "json") -> Known:
@@ -166,7 +229,9 @@ class Sidecars:
         listing = self._listing(song.parent)
         names, stems = self._names.get(song.parent, set()), self._stems.get(song.parent, set())
         whole, stem = composed(song.name), composed(song.stem)
-        bases = [whole] if stem in names else [whole, stem]  # a song that is called like our stem has that sidecar for itself
+        bases = (
+            [whole] if stem in names else [whole, stem]
+        )  # a song that is called like our stem has that sidecar for itself
         found = []
         for suffix in (".json", ".txt", ".caption.txt", ".lyrics.txt", ".lrc"):
             for base in bases:
@@ -219,3 +284,115 @@ def _read(path: Path, suffix: str) -> Known:
 def composed(name: str) -> str:
     """A file name in Unicode's composed form, so that names written by different systems compare equal."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+_FILE_COLUMNS = ("file", "filename", "file name", "path", "audio_path", "audio", "song")
+_MAX_BYTES = 32 * MAX_BYTES
+
+
+class Tables:
+    """Every list at or below `root` that stands in a song's folder or above one; `problems` are (path, what is wrong) of whole lists."""
+
+    def __init__(self, root: Path, songs: Iterable[Path]):
+        self.problems: list[tuple[Path, str]] = []
+        self._rows: dict[Path, list[Known]] = defaultdict(list)
+        self._songs = list(songs)
+        folders = {root}
+        for song in self._songs:
+            folder = song.parent
+            while folder not in folders and root in folder.parents:
+                folders.add(folder)
+                folder = folder.parent
+        for folder in sorted(folders, key=lambda f: (-len(f.parts), f.as_posix())):
+            try:
+                lists = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".csv" and p.is_file())
+            except OSError:
+                continue
+            if lists:
+                index = _Index(folder, self._songs)
+                for path in lists:
+                    self._read(path, index)
+
+    def of(self, song: Path) -> list[Known]:
+        """The rows that speak for `song`, the best first."""
+        return self._rows.get(song, [])
+
+    def _read(self, path: Path, index: "_Index") -> None:
+        try:
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            self.problems.append((path, f"cannot be read: {error.strerror or error}"))
+            return
+        if len(data) > _MAX_BYTES:
+            self.problems.append((path, "is larger than 32 MiB and was not read"))
+            return
+        text, problem = decode_text(data)
+        if problem:
+            self.problems.append((path, problem))
+        first_line = text.split("\n", 1)[0]
+        delimiter = max(",;\t", key=first_line.count)
+        try:
+            rows = list(csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter))
+        except csv.Error as error:
+            self.problems.append((path, f"is no list that can be read: {error}"))
+            return
+        header = [cell.strip() for cell in rows[0]] if rows else []
+        file_column = next(
+            (i for name in _FILE_COLUMNS for i, cell in enumerate(header) if cell.casefold() == name), None
+        )
+        if file_column is None:
+            self.problems.append((path, "has no File column, so it speaks for no song"))
+            return
+        columns = {i: name for i, cell in enumerate(header) if i != file_column and (name := field_named(cell))}
+        seen: set[Path] = set()
+        strangers: list[str] = []
+        for number, row in enumerate(rows[1:], 2):
+            written = row[file_column].strip() if file_column < len(row) else ""
+            if not written:
+                continue
+            songs, several = index.find(written)
+            if several:
+                self.problems.append((path, f'row {number}: "{written}" stands in several folders; write its path'))
+            elif not songs:
+                strangers.append(written)
+            for song in songs:
+                if song in seen:
+                    self.problems.append((path, f'row {number}: "{written}" has a row already; the first counts'))
+                    continue
+                known = Known(f"{path.name} row {number}")
+                for i, name in columns.items():
+                    if i < len(row):
+                        known.add(name, row[i], header[i])
+                self._rows[song].append(known)
+            seen.update(songs)
+        if strangers:
+            self.problems.append(
+                (
+                    path,
+                    f'{len(strangers)} row{"s" if len(strangers) > 1 else ""} name no song here, such as "{strangers[0]}"',
+                )
+            )
+
+
+class _Index:
+    """The songs at and below one folder by relative path, by bare name, and both without suffix."""
+
+    def __init__(self, folder: Path, songs: Iterable[Path]):
+        self._by: tuple[dict[str, list[Path]], ...] = tuple(defaultdict(list) for _ in range(4))
+        for song in songs:
+            if folder not in song.parents:
+                continue
+            path = song.relative_to(folder)
+            for table, name in zip(
+                self._by, (path.as_posix(), path.with_suffix("").as_posix(), path.name, path.stem), strict=True
+            ):
+                table[composed(name)].append(song)
+
+    def find(self, written: str) -> tuple[list[Path], bool]:
+        """(songs, whether the name stands in several folders)."""
+        name = composed(written.replace("\\", "/").removeprefix("./"))
+        for table in self._by:
+            if songs := table.get(name):
+                return ([], True) if len({s.parent for s in songs}) > 1 else (songs, False)
+        return [], False

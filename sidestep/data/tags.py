@@ -20,7 +20,17 @@ _KEYS = {  # field → its names in the various kinds of tags, compared without 
     "lyrics": ("USLT", "lyrics", "unsyncedlyrics", "unsynced lyrics", "©lyr", "wm/lyrics"),
 }
 # What mutagen lets through on damaged files, besides its own error.
-_DAMAGE = (mutagen.MutagenError, OSError, EOFError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error)
+_DAMAGE = (
+    mutagen.MutagenError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
 
 
 @dataclass

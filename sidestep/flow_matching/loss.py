@@ -7,7 +7,9 @@ import torch
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def flow_matching_loss(velocity: Velocity, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def flow_matching_loss(
+    velocity: Velocity, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Per-sample loss [B] of the predicted velocity against `noise - latents`.
 
     velocity: (x_t [B, T, D], t [B]) → [B, T, D]. latents, noise: [B, T, D]; t: [B], 1 is pure noise; mask: [B, T], 1 on real frames, None if all are.

@@ -10,8 +10,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sidestep.events import Chosen, EpochDone, Event, FileFailed, Finished, Notice, Progress, Saved, StepDone, StepSkipped, Table, Validated
-from sidestep.terminal.render import as_lines, clock, gib
+from sidestep.events import (
+    Chosen,
+    EpochDone,
+    Event,
+    FileFailed,
+    Finished,
+    Notice,
+    Progress,
+    Saved,
+    StepDone,
+    StepSkipped,
+    Table,
+    Validated,
+)
+from sidestep.terminal.lines import as_lines, clock, gib
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
@@ -41,7 +54,9 @@ class LiveView:
         self.validated: Validated | None = None
         self.best: Validated | None = None
         self.began = time.monotonic()
-        self.live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self.board, vertical_overflow="crop")
+        self.live = Live(
+            console=console, refresh_per_second=4, transient=True, get_renderable=self.board, vertical_overflow="crop"
+        )
 
     def __enter__(self):
         self.live.__enter__()
@@ -84,7 +99,11 @@ class LiveView:
         if progress.eta_seconds is not None:
             facts += f"  {clock(progress.eta_seconds)} left"
         room = max(8, self.console.width - len(progress.task) - len(facts) - 6)
-        grid.add_row(Text(progress.task, style="bold"), ProgressBar(max(progress.total, 1), progress.done, width=min(30, room)), Text(facts))
+        grid.add_row(
+            Text(progress.task, style="bold"),
+            ProgressBar(max(progress.total, 1), progress.done, width=min(30, room)),
+            Text(facts),
+        )
         if not progress.current:
             return grid
         return Group(grid, Text("  " + progress.current, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -95,12 +114,22 @@ class LiveView:
         count = f"{step.step}/{step.total_steps}"
         epochs = f"epoch {step.epoch}" + (f" of {self.epoch.total_epochs}" if self.epoch else "")
         bar.add_row(
-            ProgressBar(max(step.total_steps, 1), step.step, width=max(8, inner - len(count) - len(epochs) - 3)), Text(count, style="bold"), Text(epochs)
+            ProgressBar(max(step.total_steps, 1), step.step, width=max(8, inner - len(count) - len(epochs) - 3)),
+            Text(count, style="bold"),
+            Text(epochs),
         )
         facts = RichTable.grid(padding=(0, 2))
         rate = f"{step.steps_per_second:.3g} steps/s"
-        left = f"{clock(step.eta_seconds)} left" if step.step < step.total_steps else f"{clock(time.monotonic() - self.began)} in all"
-        facts.add_row(Text.assemble("loss ", (f"{step.loss:.4f}", "bold")), Text(f"lr {step.lr:.1e}"), Text(f"grad {step.grad_norm:.3g}"))
+        left = (
+            f"{clock(step.eta_seconds)} left"
+            if step.step < step.total_steps
+            else f"{clock(time.monotonic() - self.began)} in all"
+        )
+        facts.add_row(
+            Text.assemble("loss ", (f"{step.loss:.4f}", "bold")),
+            Text(f"lr {step.lr:.1e}"),
+            Text(f"grad {step.grad_norm:.3g}"),
+        )
         facts.add_row(Text(rate), Text(left), Text(gib(step.memory_bytes)))
         if self.validated is not None:
             best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
@@ -128,8 +157,12 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
                 table.add_column(Text(column), overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
-            return Group(Text(title, style="bold"), table) if title else table  # a Rich title would wrap at a narrow table's width
+            return (
+                Group(Text(title, style="bold"), table) if title else table
+            )  # a Rich title would wrap at a narrow table's width
         case Finished(message=message, next_commands=commands):
             text = Text(message, style="bold green")
-            return Text("\n").join([text, *([Text("Next:", style="dim")] if commands else []), *(Text("  " + c) for c in commands)])
+            return Text("\n").join(
+                [text, *([Text("Next:", style="dim")] if commands else []), *(Text("  " + c) for c in commands)]
+            )
     return Text("\n".join(as_lines(event)))

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TextIO
 
 from sidestep.events import Report
-from sidestep.terminal.render import PlainView
+from sidestep.terminal.lines import PlainView
 
 
 class Terminal:

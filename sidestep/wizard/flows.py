@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sidestep import presets
-from sidestep.config import COMMANDS, BuildDatasetConfig, DemoConfig, PreprocessConfig, TrainConfig
 from sidestep.errors import UserError
-from sidestep.options import Option, as_json_values, options_of, resolve
-from sidestep.wizard import places
-from sidestep.wizard.questions import Answers, Choice, Question, from_option
-from sidestep.workspace import find_models, find_runs, likely_checkpoint_dirs, read_run, short_name
+from sidestep.settings import path_checks as places
+from sidestep.settings import presets
+from sidestep.settings.config import COMMANDS, BuildDatasetConfig, DemoConfig, PreprocessConfig, TrainConfig
+from sidestep.settings.option import Option, as_json_values, options_of, resolve
+from sidestep.settings.path_checks import find_models, find_runs, likely_checkpoint_dirs, read_run, short_name
+from sidestep.wizard.questionnaire import Answers, Choice, Question, from_option
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,14 @@ CARRIED_PATHS = ("checkpoint_dir", "audio_dir", "dataset_json", "input", "datase
 SONGS = {"audio_dir", "dataset_json"}  # what the question for songs answers
 TRAIN_BASICS = ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "preset", "rank", "epochs")
 EXTRA_FLOWS = {  # key: (title, basic questions), for the commands that are there
-    "estimate": ("Preprocessing++: find the ranks this music needs", ("checkpoint_dir", "model_variant", "dataset_dir", "preset")),
-    "sample": ("Listen: make music with an adapter", ("checkpoint_dir", "model_variant", "adapter", "prompt", "lyrics", "duration", "strength")),
+    "estimate": (
+        "Preprocessing++: find the ranks this music needs",
+        ("checkpoint_dir", "model_variant", "dataset_dir", "preset"),
+    ),
+    "sample": (
+        "Listen: make music with an adapter",
+        ("checkpoint_dir", "model_variant", "adapter", "prompt", "lyrics", "duration", "strength"),
+    ),
     "export": ("Export an adapter for another program", ("adapter", "format")),
     "plan": ("Plan memory: will it fit?", ("model_variant", "preset", "rank", "chunk_duration")),
 }
@@ -42,9 +48,30 @@ EXTRA_FLOWS = {  # key: (title, basic questions), for the commands that are ther
 def _flows() -> dict[str, Flow]:
     lora, lokr = ("lora", "dora"), ("lokr", "loha", "oft")
     flows = [
-        Flow("train-lora", "Train a LoRA", TrainConfig, TRAIN_BASICS, {"adapter_type": "lora"}, True, {"adapter_type": lora}),
-        Flow("train-lokr", "Train a LoKr", TrainConfig, TRAIN_BASICS, {"adapter_type": "lokr"}, True, {"adapter_type": lokr}),
-        Flow("preprocess", "Preprocess audio", PreprocessConfig, ("songs", "checkpoint_dir", "model_variant", "tensor_output")),
+        Flow(
+            "train-lora",
+            "Train a LoRA",
+            TrainConfig,
+            TRAIN_BASICS,
+            {"adapter_type": "lora"},
+            True,
+            {"adapter_type": lora},
+        ),
+        Flow(
+            "train-lokr",
+            "Train a LoKr",
+            TrainConfig,
+            TRAIN_BASICS,
+            {"adapter_type": "lokr"},
+            True,
+            {"adapter_type": lokr},
+        ),
+        Flow(
+            "preprocess",
+            "Preprocess audio",
+            PreprocessConfig,
+            ("songs", "checkpoint_dir", "model_variant", "tensor_output"),
+        ),
         Flow("build-dataset", "Build dataset", BuildDatasetConfig, ("input", "tag")),
         Flow("resume", "Resume a run", TrainConfig, ("run", "resume_from", "epochs")),
         Flow("demo", "Try the demo", DemoConfig, ("output_dir",)),
@@ -52,12 +79,24 @@ def _flows() -> dict[str, Flow]:
     for command, (title, basic) in EXTRA_FLOWS.items():
         if command in COMMANDS:
             config_class = COMMANDS[command][0]
-            flows.append(Flow(command, title, config_class, basic, with_preset=command in presets.COMMANDS_WITH_PRESETS))
+            flows.append(
+                Flow(command, title, config_class, basic, with_preset=command in presets.COMMANDS_WITH_PRESETS)
+            )
     return {flow.key: flow for flow in flows}
 
 
 FLOWS = _flows()
-FLOW_ORDER = ("train-lora", "train-lokr", "preprocess", "estimate", "build-dataset", "resume", "sample", "export", "plan")  # as in the menu
+FLOW_ORDER = (
+    "train-lora",
+    "train-lokr",
+    "preprocess",
+    "estimate",
+    "build-dataset",
+    "resume",
+    "sample",
+    "export",
+    "plan",
+)  # as in the menu
 
 
 @dataclass(frozen=True)
@@ -81,7 +120,9 @@ def questions_of(flow: Flow, around: Surroundings, advanced: bool = False) -> li
             gate = f"change {section}"
             if rest:
                 help = ", ".join(name.replace("_", " ") for name in rest)
-                questions.append(Question(gate, f"Change {section}?", help, "yes-no", section, default=lambda answers: False))
+                questions.append(
+                    Question(gate, f"Change {section}?", help, "yes-no", section, default=lambda answers: False)
+                )
             questions += [_behind(gate, _question(name, flow, options[name], around, {})) for name in rest]
     return questions
 
@@ -95,14 +136,18 @@ def questions_for(flow: Flow, around: Surroundings, names: list[str], current: M
 def config_of(flow: Flow, answers: Answers, around: Surroundings) -> Any:
     """The config that the answers make: the user's settings, then the preset's, what the flow is about, what was answered. Raises UserError."""
     options = options_of(flow.config_class)
-    base: dict[str, Any] = {name: around.carried[name] for name in ("device", "precision") if name in around.carried and name in options}
+    base: dict[str, Any] = {
+        name: around.carried[name] for name in ("device", "precision") if name in around.carried and name in options
+    }
     if flow.key == "resume":
         run = read_run(answers["run"])
         if run is None:
             raise UserError(f"{answers['run']}: no run there any more.")
         base = {name: value for name, value in run.settings.items() if name in options} | {"output_dir": answers["run"]}
     preset = {name: value for name, value in _preset_values(answers).items() if name in options}
-    given = {name: value for name, value in flow.given.items() if preset.get(name) not in flow.narrowed.get(name, ())}  # a DoRA preset under "Train a LoRA"
+    given = {
+        name: value for name, value in flow.given.items() if preset.get(name) not in flow.narrowed.get(name, ())
+    }  # a DoRA preset under "Train a LoRA"
     answered = {name: value for name, value in answers.items() if name in options}
     if "songs" in answers and "audio_dir" not in answered and "dataset_json" not in answered:
         songs = answers["songs"]
@@ -119,7 +164,11 @@ def sections_of(config_class: type) -> dict[str, list[str]]:
 
 
 def _behind(gate: str, question: Question) -> Question:
-    return replace(question, when=lambda answers: bool(answers.get(gate)) and question.when(answers), depends_on=(*question.depends_on, gate))
+    return replace(
+        question,
+        when=lambda answers: bool(answers.get(gate)) and question.when(answers),
+        depends_on=(*question.depends_on, gate),
+    )
 
 
 def _unless_covered(flow: Flow, required: list[str]) -> list[str]:
@@ -217,10 +266,18 @@ def _path_question(flow: Flow, o: Option, default: Callable[[Answers], Any], aro
         "audio_dir": around.songs,
         "input": around.songs,
         "dataset_json": places.dataset_list,
-        "output_dir": places.new_run if flow.key.startswith("train") else None if flow.key == "resume" else places.new_folder,
+        "output_dir": places.new_run
+        if flow.key.startswith("train")
+        else None
+        if flow.key == "resume"
+        else places.new_folder,
         "tensor_output": places.new_folder,
         "adapter": places.adapter,
-        "resume_from": lambda path: "" if str(path) == "latest" else places.run(path.parent.parent if path.parent.name == "checkpoints" else path),
+        "resume_from": lambda path: (
+            ""
+            if str(path) == "latest"
+            else places.run(path.parent.parent if path.parent.name == "checkpoints" else path)
+        ),
     }.get(o.name)
 
     def suggestion(answers: Answers) -> Any:
@@ -271,7 +328,14 @@ def _model_question(o: Option, default: Callable[[Answers], Any]) -> Question:
     def models(answers: Answers) -> tuple[Choice, ...]:
         folder = answers.get("checkpoint_dir")
         found = [m for m in find_models(folder) if not m.problem] if folder else []
-        return tuple(Choice(short_name(m.name), short_name(m.name), ", ".join(part for part in (m.variant, m.size, m.layout) if part)) for m in found)
+        return tuple(
+            Choice(
+                short_name(m.name),
+                short_name(m.name),
+                ", ".join(part for part in (m.variant, m.size, m.layout) if part),
+            )
+            for m in found
+        )
 
     def first(answers: Answers) -> Any:
         values = [choice.value for choice in models(answers)]
@@ -296,7 +360,9 @@ def _songs_question(around: Surroundings) -> Question:
         "a folder of audio files, or a dataset.json made from one",
         "path",
         "Preprocessing",
-        default=lambda answers: around.carried.get("dataset_json") or around.carried.get("audio_dir") or around.carried.get("input") or "",
+        default=lambda answers: (
+            around.carried.get("dataset_json") or around.carried.get("audio_dir") or around.carried.get("input") or ""
+        ),
         read=read,
         tell=lambda value, answers: places.songs_or_list(value, around.songs),
     )
@@ -304,7 +370,10 @@ def _songs_question(around: Surroundings) -> Question:
 
 def _preset_question(around: Surroundings) -> Question:
     def choices(_answers: Answers) -> tuple[Choice, ...]:
-        return (*(Choice(p.name, p.name, p.description) for p in presets.list_presets()), Choice("", "none", "the defaults of each setting"))
+        return (
+            *(Choice(p.name, p.name, p.description) for p in presets.list_presets()),
+            Choice("", "none", "the defaults of each setting"),
+        )
 
     def first(answers: Answers) -> str:
         names = [choice.value for choice in choices(answers)]
@@ -319,7 +388,10 @@ def _run_question(around: Surroundings) -> Question:
         last = around.carried.get("output_dir")
         folders = dict.fromkeys([around.here / "runs", *([Path(last).parent] if last else [])])
         runs = {run.folder: run for folder in folders for run in find_runs(folder) if run.checkpoints}
-        return tuple(Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else "")) for r in runs.values())
+        return tuple(
+            Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
+            for r in runs.values()
+        )
 
     def read(reply: Any, _answers: Answers) -> Path:
         path = Path(str(reply).strip().strip("\"'")).expanduser()
@@ -331,7 +403,17 @@ def _run_question(around: Surroundings) -> Question:
         return found[0].value if found else str(around.carried.get("output_dir") or "")
 
     help = "the output folder of the run to go on with"
-    return Question("run", "Run", help, "path", "Run", default=first, choices=choices, read=read, tell=lambda value, answers: places.run(value))
+    return Question(
+        "run",
+        "Run",
+        help,
+        "path",
+        "Run",
+        default=first,
+        choices=choices,
+        read=read,
+        tell=lambda value, answers: places.run(value),
+    )
 
 
 def _resume_point_question() -> Question:
@@ -342,12 +424,24 @@ def _resume_point_question() -> Question:
         return (Choice(Path("latest"), "latest", "the newest one that is complete"), *older)
 
     help = "which saved state to go on from"
-    return Question("resume_from", "From", help, "choice", "Run", default=lambda a: Path("latest"), choices=choices, depends_on=_DEPENDS_ON["resume_from"])
+    return Question(
+        "resume_from",
+        "From",
+        help,
+        "choice",
+        "Run",
+        default=lambda a: Path("latest"),
+        choices=choices,
+        depends_on=_DEPENDS_ON["resume_from"],
+    )
 
 
 def for_later(values: Mapping[str, Any]) -> dict[str, Any]:
     """Carried values as they are kept for another session, which may start in another folder: paths in full."""
-    return {name: Path(value).absolute().as_posix() if name in CARRIED_PATHS and value else value for name, value in values.items()}
+    return {
+        name: Path(value).absolute().as_posix() if name in CARRIED_PATHS and value else value
+        for name, value in values.items()
+    }
 
 
 def carried_from(config: Any) -> dict[str, Any]:

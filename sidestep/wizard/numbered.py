@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sidestep.terminal.render import as_typed
+from sidestep.terminal.lines import as_typed
 from sidestep.terminal.terminal import Terminal
-from sidestep.wizard.questions import BACK, Choice, Prompt
+from sidestep.wizard.questionnaire import BACK, Choice, Prompt
 
 YES, NO = ("y", "yes", "on", "true", "1"), ("n", "no", "off", "false", "0")
 
@@ -17,7 +17,11 @@ class NumberedAsk:
 
     def __call__(self, prompt: Prompt) -> Any:
         say = self.terminal.say
-        place = " | ".join(part for part in (prompt.title, prompt.section, f"{prompt.step} of {prompt.steps}" if prompt.steps > 1 else "") if part)
+        place = " | ".join(
+            part
+            for part in (prompt.title, prompt.section, f"{prompt.step} of {prompt.steps}" if prompt.steps > 1 else "")
+            if part
+        )
         say()
         if place:
             say(place)
@@ -42,7 +46,9 @@ class NumberedAsk:
         return "" if prompt.default in ("", None) else as_typed(prompt.default)
 
     def _line(self, suggestion: str) -> str:
-        print(f"[{suggestion}] (b: back) > " if suggestion else "(b: back) > ", end="", file=self.terminal.out, flush=True)
+        print(
+            f"[{suggestion}] (b: back) > " if suggestion else "(b: back) > ", end="", file=self.terminal.out, flush=True
+        )
         line = self.terminal.source.readline()
         if not line:
             raise KeyboardInterrupt  # nobody is there any more
@@ -54,7 +60,9 @@ class NumberedAsk:
         if prompt.kind == "yes-no":
             return typed.lower() in YES if typed.lower() in YES + NO else self._again(prompt, typed)
         if prompt.kind == "several":
-            return tuple(_chosen(prompt.choices, word) for word in ([] if typed == "none" else typed.replace(",", " ").split()))
+            return tuple(
+                _chosen(prompt.choices, word) for word in ([] if typed == "none" else typed.replace(",", " ").split())
+            )
         return _chosen(prompt.choices, typed) if prompt.choices else typed
 
     def _again(self, prompt: Prompt, typed: str) -> Any:
@@ -66,4 +74,7 @@ def _chosen(choices: tuple[Choice, ...], typed: str) -> Any:
     """The value of a number, or of a title typed out; what fits neither is left for `read` to judge."""
     if typed.isdigit() and 1 <= int(typed) <= len(choices):
         return choices[int(typed) - 1].value
-    return next((choice.value for choice in choices if typed.lower() in (choice.title.lower(), str(choice.value).lower())), typed)
+    return next(
+        (choice.value for choice in choices if typed.lower() in (choice.title.lower(), str(choice.value).lower())),
+        typed,
+    )

@@ -10,9 +10,9 @@ from questionary.prompts.common import Choice as Line
 from rich.text import Text
 
 from sidestep.errors import UserError
-from sidestep.terminal.render import as_typed
+from sidestep.terminal.lines import as_typed
 from sidestep.terminal.rich_terminal import RichTerminal
-from sidestep.wizard.questions import BACK, Prompt
+from sidestep.wizard.questionnaire import BACK, Prompt
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
@@ -23,7 +23,10 @@ STYLE = Style(
         ("answer", "fg:ansicyan"),
         ("pointer", "fg:ansicyan bold"),
         ("highlighted", "fg:ansicyan bold"),
-        ("selected", "noreverse"),  # the pointer marks the line; reversed, the suggestion would look chosen wherever the pointer is
+        (
+            "selected",
+            "noreverse",
+        ),  # the pointer marks the line; reversed, the suggestion would look chosen wherever the pointer is
     ]
 )
 MARK = "?"
@@ -70,18 +73,36 @@ class QuestionaryAsk:
                 lines = [Line(self._title(choice.title, choice.note), choice.value) for choice in prompt.choices]
                 default = next((line for line in lines if line.value == prompt.default), None)
                 return questionary.select(
-                    prompt.text, lines, default=default, use_jk_keys=not search, use_search_filter=search, instruction=f"({keys})", pointer=">", **look
+                    prompt.text,
+                    lines,
+                    default=default,
+                    use_jk_keys=not search,
+                    use_search_filter=search,
+                    instruction=f"({keys})",
+                    pointer=">",
+                    **look,
                 )
             case "several":
-                lines = [Line(choice.title, choice.value, checked=choice.value in (prompt.default or ())) for choice in prompt.choices]
-                return questionary.checkbox(prompt.text, lines, instruction="(Space: on/off, Enter, Esc: back)", pointer=">", **look)
+                lines = [
+                    Line(choice.title, choice.value, checked=choice.value in (prompt.default or ()))
+                    for choice in prompt.choices
+                ]
+                return questionary.checkbox(
+                    prompt.text, lines, instruction="(Space: on/off, Enter, Esc: back)", pointer=">", **look
+                )
             case "yes-no":
                 return questionary.confirm(prompt.text, default=bool(prompt.default), **look)
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
         arguments = {"default": typed, "validate": lambda text: _judged(prompt, text)} | look
         if prompt.kind == "path" and prompt.choices:
-            return questionary.autocomplete(prompt.text, [str(choice.value) for choice in prompt.choices], match_middle=True, **arguments)
-        return questionary.path(prompt.text, **arguments) if prompt.kind == "path" else questionary.text(prompt.text, **arguments)
+            return questionary.autocomplete(
+                prompt.text, [str(choice.value) for choice in prompt.choices], match_middle=True, **arguments
+            )
+        return (
+            questionary.path(prompt.text, **arguments)
+            if prompt.kind == "path"
+            else questionary.text(prompt.text, **arguments)
+        )
 
     def _title(self, title: str, note: str) -> str:
         room = self.terminal.width - len(title) - 8

@@ -5,18 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep import carry_over
-from sidestep.config import COMMANDS, ModelConfig
 from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
-from sidestep.options import options_of
-from sidestep.wizard import places
+from sidestep.settings import last_used as carry_over
+from sidestep.settings import path_checks as places
+from sidestep.settings.config import COMMANDS, ModelConfig
+from sidestep.settings.option import options_of
+from sidestep.settings.path_checks import likely_checkpoint_dirs
 from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Flow, Surroundings, carried_from, for_later, questions_of
-from sidestep.wizard.preset_menu import manage_presets
-from sidestep.wizard.questions import BACK, Ask, Choice, Question, from_option
-from sidestep.wizard.review import START, Facts, ask_one, review
-from sidestep.wizard.walk import Walk
-from sidestep.workspace import likely_checkpoint_dirs
+from sidestep.wizard.questionnaire import BACK, Ask, Choice, Question, Walk, from_option
+from sidestep.wizard.review import START, Facts, ask_one, manage_presets, review
 
 NEXT = {  # what makes sense after a flow that went well
     "build-dataset": ("preprocess",),
@@ -95,18 +93,36 @@ class Wizard:
 
     def _menu(self) -> str:
         choices = [Choice(key, FLOWS[key].title) for key in FLOW_ORDER if key in FLOWS]
-        choices += [Choice("presets", "Manage presets"), Choice("settings", "Settings"), Choice("demo", FLOWS["demo"].title), Choice("exit", "Exit")]
+        choices += [
+            Choice("presets", "Manage presets"),
+            Choice("settings", "Settings"),
+            Choice("demo", FLOWS["demo"].title),
+            Choice("exit", "Exit"),
+        ]
         first = self.carried.get("last_action")
         default = first if first in [choice.value for choice in choices] else "preprocess"
-        question = Question("menu", "What would you like to do?", "", "choice", "", lambda answers: default, lambda answers: tuple(choices))
+        question = Question(
+            "menu",
+            "What would you like to do?",
+            "",
+            "choice",
+            "",
+            lambda answers: default,
+            lambda answers: tuple(choices),
+        )
         reply = ask_one(self.ask, question, "Side-Step")
         return "" if reply is BACK else reply
 
     def _what_next(self) -> str:
         keys = [key for key in NEXT[self._after] if key in FLOWS]
-        choices = [Choice(key, FLOWS[key].title, "everything filled in") for key in keys] + [Choice("", "Back to the menu"), Choice("exit", "Exit")]
+        choices = [Choice(key, FLOWS[key].title, "everything filled in") for key in keys] + [
+            Choice("", "Back to the menu"),
+            Choice("exit", "Exit"),
+        ]
         first = SUGGESTED.get(self._after, choices[0].value)
-        question = Question("next", "What next?", "", "choice", "", lambda answers: first, lambda answers: tuple(choices))
+        question = Question(
+            "next", "What next?", "", "choice", "", lambda answers: first, lambda answers: tuple(choices)
+        )
         reply = ask_one(self.ask, question, f"Done: {FLOWS[self._after].title}")
         return "" if reply is BACK else reply
 
@@ -123,10 +139,14 @@ class Wizard:
             answers |= changes
             before = dict(answers)
             action, config = review(flow, answers, self.ask, self.show, around, self.outside.facts)
-            changes = {name: value for name, value in answers.items() if name not in before or before[name] != value} | changes
+            changes = {
+                name: value for name, value in answers.items() if name not in before or before[name] != value
+            } | changes
             if action == START:
                 self._keep({"last_action": flow.key} | ({"preset": answers["preset"]} if "preset" in answers else {}))
-                command = next((name for name, (config_class, _) in COMMANDS.items() if config_class is flow.config_class), "fixed")
+                command = next(
+                    (name for name, (config_class, _) in COMMANDS.items() if config_class is flow.config_class), "fixed"
+                )
                 return Chosen(flow.key, command, config)
             if action is not BACK or not walk.back():
                 return None
@@ -136,7 +156,9 @@ class Wizard:
         self._say("Welcome to Side-Step. Two questions first; Enter takes what is suggested.")
         found = likely_checkpoint_dirs(self.outside.here)
         if not found:
-            self._say(f"No ACE-Step 1.5 checkpoints were found nearby. They can be downloaded with:\n  {places.DOWNLOAD}\nThe demo needs none.")
+            self._say(
+                f"No ACE-Step 1.5 checkpoints were found nearby. They can be downloaded with:\n  {places.DOWNLOAD}\nThe demo needs none."
+            )
         option = options_of(ModelConfig)["checkpoint_dir"]
 
         def read(reply: Any, _answers: Any) -> Path | None:
@@ -178,11 +200,24 @@ class Wizard:
 
     def _settings(self) -> None:
         device, precision = (options_of(ModelConfig)[name] for name in ("device", "precision"))
-        depths = (Choice("basic", "basic", "few questions; the rest has good defaults"), Choice("advanced", "advanced", "every section is offered"))
+        depths = (
+            Choice("basic", "basic", "few questions; the rest has good defaults"),
+            Choice("advanced", "advanced", "every section is offered"),
+        )
         questions = [
-            Question("depth", "How much to ask?", "", "choice", "Settings", lambda answers: self.carried.get("depth", "basic"), lambda answers: depths),
+            Question(
+                "depth",
+                "How much to ask?",
+                "",
+                "choice",
+                "Settings",
+                lambda answers: self.carried.get("depth", "basic"),
+                lambda answers: depths,
+            ),
             from_option(device, lambda answers: self.carried.get("device", device.default), section="Settings"),
-            from_option(precision, lambda answers: self.carried.get("precision", precision.default), section="Settings"),
+            from_option(
+                precision, lambda answers: self.carried.get("precision", precision.default), section="Settings"
+            ),
         ]
         answers = Walk(questions, title="Settings", say=self._say).forward(self.ask)
         if answers is not None:

@@ -1,0 +1,211 @@
+"""`rank_map.json`: which rank each module of the decoder gets, why, and for which model and music that was measured."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sidestep.errors import UserError
+from sidestep.files import write_text
+
+FORMAT, VERSION = "side-step rank map", 1
+FILE_NAME = "rank_map.json"
+DIRECTIONS_NAME = "rank_map.safetensors"  # right singular vectors for --init gradient, beside the map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One measured module. `spectrum`: energy σ² of its mean gradient; `confirmed`: energy that holds on the other half of the songs."""
+
+    shape: tuple[int, int]  # out, in features
+    rank: int  # 0: no adapter
+    score: float
+    confidence: float  # cosine between the gradients of two halves of the data, 1: all signal
+    spectrum: tuple[float, ...]
+    confirmed: tuple[float, ...]
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one rank of LoRA."""
+        return sum(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMap:
+    """What `estimate` found. Module names are full, in diffusers' spelling; excluded modules get no adapter at all."""
+
+    model: dict[str, Any]  # variant, identity (fingerprint of the decoder's weights)
+    data: dict[str, Any]  # fingerprint, songs, names
+    settings: dict[str, Any]  # rank, alpha, rank_min, rank_max, focus, seed, …
+    budget: int  # parameters that could be spent
+    spent: int
+    batches: int
+    converged: bool
+    agreement: float  # Spearman correlation between the rank maps of two halves of the data
+    modules: dict[str, Module]
+    curve: tuple[tuple[int, float], ...] = ()  # parameters → share of the confirmed energy they capture
+    created: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        return {name: module.rank for name, module in self.modules.items() if module.rank}
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """alpha of each module, such that alpha/r is the same everywhere."""
+        return {name: rank * self.scale for name, rank in self.rank_pattern.items()}
+
+    @property
+    def excluded(self) -> list[str]:
+        return [name for name, module in self.modules.items() if not module.rank]
+
+    @property
+    def scale(self) -> float:
+        return self.settings["alpha"] / self.settings["rank"]
+
+    def patterns(self, scale: float | None = None) -> dict[str, dict[str, Any]]:
+        """`rank_pattern` and `alpha_pattern`; with `scale` (alpha/r of the run) in place of the map's own."""
+        ranks = self.rank_pattern
+        return {
+            "rank_pattern": ranks,
+            "alpha_pattern": {name: rank * (scale or self.scale) for name, rank in ranks.items()},
+        }
+
+    def summary(self) -> str:
+        """One sentence: what the map does and where it came from."""
+        ranks = self.rank_pattern.values()
+        left_out = f", {len(self.excluded)} left out" if self.excluded else ""
+        return (
+            f"{len(self.rank_pattern)} modules get ranks {min(ranks)} to {max(ranks)}{left_out}: {self.spent:,} parameters, measured on {self.data['songs']} songs "
+            f"with {self.model['variant']}, focus {self.settings['focus']}, {self.created[:10]}"
+        )
+
+
+def write(path: Path, rank_map: RankMap) -> None:
+    """Write the map whole or not at all."""
+    content = {"format": FORMAT, "version": VERSION, **asdict(rank_map)}
+    content["rank_pattern"], content["alpha_pattern"], content["excluded"] = (
+        rank_map.rank_pattern,
+        rank_map.alpha_pattern,
+        rank_map.excluded,
+    )
+    for name, module in rank_map.modules.items():
+        content["modules"][name] |= {
+            key: [float(f"{v:.6g}") for v in getattr(module, key)] for key in ("spectrum", "confirmed")
+        }
+    patterns = {key: content.pop(key) for key in ("rank_pattern", "alpha_pattern", "excluded", "modules")}
+    write_text(path, json.dumps({**content, **patterns}, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> RankMap:
+    """A map from disk. Raises UserError that names what is wrong with it; nothing is repaired."""
+    again = "Make it again: uv run train.py estimate … --overwrite, or train without it: --ignore-rank-map"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such rank map.", again) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable as a rank map ({error}).", again) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a rank map of Side-Step.", again)
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path}: a rank map of version {content.get('version')}; this program reads version {VERSION}.", again
+        )
+    try:
+        rank_map = _parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path}: a damaged rank map ({what}).", again) from None
+    problem = _contradiction(rank_map, content)
+    if problem:
+        raise UserError(f"{path}: {problem}.", again)
+    return rank_map
+
+
+def _parse(content: Mapping[str, Any]) -> RankMap:
+    modules = {}
+    for name, m in content["modules"].items():
+        out_features, in_features = m["shape"]
+        modules[str(name)] = Module(
+            shape=(_whole(out_features), _whole(in_features)),
+            rank=_whole(m["rank"]),
+            score=float(m["score"]),
+            confidence=float(m["confidence"]),
+            spectrum=tuple(map(float, m["spectrum"])),
+            confirmed=tuple(map(float, m["confirmed"])),
+        )
+    model, data, settings = (dict(content[key]) for key in ("model", "data", "settings"))
+    for block, keys in (
+        (model, ("variant", "identity")),
+        (data, ("fingerprint", "songs")),
+        (settings, ("rank", "alpha", "focus", "seed")),
+    ):
+        for key in keys:
+            block[key]
+    if not (settings["rank"] > 0 and settings["alpha"] > 0):
+        raise ValueError("rank and alpha must be above 0")
+    return RankMap(
+        model=model,
+        data=data,
+        settings=settings,
+        budget=_whole(content["budget"]),
+        spent=_whole(content["spent"]),
+        batches=_whole(content["batches"]),
+        converged=bool(content["converged"]),
+        agreement=float(content["agreement"]),
+        modules=modules,
+        curve=tuple((_whole(p), float(share)) for p, share in content["curve"]),
+        created=str(content["created"]),
+    )
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} where a whole number was expected")
+    return value
+
+
+def _contradiction(rank_map: RankMap, content: Mapping[str, Any]) -> str:
+    """What an edit by hand broke; empty when the file agrees with itself."""
+    if not rank_map.rank_pattern:
+        return "it leaves out every module"
+    too_high = [name for name, m in rank_map.modules.items() if m.rank > min(m.shape)]
+    if too_high:
+        return f"{too_high[0]} has rank {rank_map.modules[too_high[0]].rank}, more than its {min(rank_map.modules[too_high[0]].shape)} dimensions"
+    if content.get("rank_pattern") != rank_map.rank_pattern:
+        return "rank_pattern and the ranks of its modules differ"
+    spent = sum(m.rank * m.cost for m in rank_map.modules.values())
+    if spent != rank_map.spent:
+        return f"its ranks take {spent} parameters, it says {rank_map.spent}"
+    return ""
+
+
+def check_fit(rank_map: RankMap, path: Path, variant: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises UserError unless the map was made for such a model. shapes: (out, in) of the decoder's Linears by diffusers' names."""
+    fix = "Run uv run train.py estimate for this model, or train without the map: --ignore-rank-map"
+    if rank_map.model["variant"] != variant:
+        raise UserError(f"{path} was made for the variant {rank_map.model['variant']}, this run uses {variant}.", fix)
+    for name, module in rank_map.modules.items():
+        if name not in shapes:
+            raise UserError(f"{path} names {name}, which this model does not have.", fix)
+        if tuple(shapes[name]) != tuple(module.shape):
+            raise UserError(
+                f"{path} gives {name} the shape {list(module.shape)}, this model's is {list(shapes[name])}.", fix
+            )
+
+
+def doubts(rank_map: RankMap, path: Path, identity: str, fingerprint: str) -> list[str]:
+    """Warnings where the map fits, but what it was measured on has changed. identity: of the decoder's weights; fingerprint: of the training data."""
+    found = []
+    if rank_map.model["identity"] != identity:
+        found.append(f"{path} was measured on other weights of the variant {rank_map.model['variant']}.")
+    if rank_map.data["fingerprint"] != fingerprint:
+        found.append(f"{path} was measured on other data than --dataset-dir holds now.")
+    if not rank_map.converged:
+        found.append(f"{path} had not converged (agreement of two halves of the data: {rank_map.agreement:.2f}).")
+    return [
+        f"{problem} It is used as it is; to measure again: uv run train.py estimate … --overwrite" for problem in found
+    ]

@@ -1,0 +1,197 @@
+"""Bring songs to one level. Gains only: no limiter, no compressor, nothing that changes the sound.
+
+Tempo, key and time signature of a song by ear of the machine: on the CPU, with librosa (the optional extra `analyze`).
+
+Tempo. The autocorrelation of the onset strength is read at half a beat, one, two, four and eight beats of every tempo from 40 to 220, and the sum weighed
+with how likely people tap it (log-normal around 105 bpm; Parncutt 1994, McKinney & Moelants 2006). The long lags tell a beat from a dotted rhythm, which
+repeats as strongly from note to note but not from bar to bar.
+
+Key. Constant-Q chroma of five octaves of the harmonic part, correlated with the 24 rotations of the key profiles of Albrecht & Shanahan ("The use of large
+corpora to train a new type of key-finding algorithm", Music Perception 2013).
+
+Time signature. Whether onsets repeat more after three beats or after four. Two and six are not told from them.
+
+What has no pulse or no tonality gives None. Accuracy: `benchmarks/analyze.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyloudnorm
+import soxr
+from scipy.ndimage import gaussian_filter1d
+
+from sidestep.audio.io import SAMPLE_RATE, decode
+
+PEAK_DBFS = -1.0
+LOUDNESS_LUFS = -14.0
+
+_BLOCKS_AT_ONCE = 100  # ten seconds
+_WARM_UP_BLOCKS = 10  # the K-weighting filter has forgotten its start well before
+
+
+def normalize(audio: np.ndarray, mode: str, sample_rate: int) -> np.ndarray:
+    """`audio` float32 [2, S] times one gain, changed in place and returned: a long song is not held twice.
+
+    none: as it is. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS integrated (ITU-R BS.1770-4), but never above a peak of -1 dBFS, so a
+    dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs also what is too short (0.4 s) or too quiet (-70 LUFS) to measure.
+    """
+    if mode == "none":
+        return audio
+    if mode not in ("peak", "lufs"):
+        raise ValueError(f"normalization {mode!r}: must be none, peak or lufs")
+    peak = float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
+    if peak <= 0:
+        return audio
+    to_peak_db = PEAK_DBFS - 20 * np.log10(peak)
+    gain_db = to_peak_db
+    if mode == "lufs":
+        loudness = integrated_loudness(audio, sample_rate)
+        if not np.isfinite(loudness):
+            return audio
+        gain_db = min(LOUDNESS_LUFS - loudness, to_peak_db)
+    audio *= np.float32(10 ** (gain_db / 20))
+    return audio
+
+
+def integrated_loudness(audio: np.ndarray, sample_rate: int) -> float:
+    """LUFS of float32 [2, S]; -inf where every block of 0.4 s is below the gate or there is none.
+
+    pyloudnorm filters and measures the blocks, ten seconds at a time (it would otherwise hold the song several times over); the two gates of
+    BS.1770-4 are then applied to the blocks of the whole song.
+    """
+    meter = pyloudnorm.Meter(sample_rate)
+    step = sample_rate // 10  # blocks of 0.4 s start every 0.1 s
+    whole_blocks = max((audio.shape[1] - 4 * step) // step + 1, 0)
+    blocks: list[float] = []
+    for first in range(0, whole_blocks, _BLOCKS_AT_ONCE):
+        last = min(first + _BLOCKS_AT_ONCE, whole_blocks) - 1
+        warm_up = min(first, _WARM_UP_BLOCKS)
+        meter.integrated_loudness(audio[:, (first - warm_up) * step : (last + 4) * step].T)
+        blocks += meter.blockwise_loudness[warm_up : warm_up + last - first + 1]
+    powers = 10 ** ((np.array(blocks, np.float64) + 0.691) / 10)
+    audible = powers[powers >= 10 ** ((-70 + 0.691) / 10)]
+    if not len(audible):
+        return -np.inf
+    gated = audible[audible > audible.mean() / 10]
+    return float(-0.691 + 10 * np.log10(gated.mean()))
+
+
+try:
+    import librosa
+except ModuleNotFoundError:  # the extra is not installed; `is_available` says so before anything is asked of it
+    librosa = None
+
+VERSION = 1  # of the results: raised whenever they change
+SECONDS = 60  # from the middle of the song: enough to hear it, and the cost stays bounded
+
+_RATE = 22_050
+_HOP = 256
+_TEMPOS = np.exp(np.arange(np.log(40), np.log(220), 0.005))
+_BEATS = {0.5: 0.5, 1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}  # lag in beats → weight
+_USUAL_TEMPO, _SPREAD_OCTAVES = 105.0, 0.7
+_LEAST_PULSE = 0.1  # a mean autocorrelation: white noise stays below 0.06, music with a beat above 0.3
+_LEAST_TONALITY = 0.45  # a correlation: noise reaches 0.4, music is above 0.6
+_NOTES = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
+_MAJOR = (0.238, 0.006, 0.111, 0.006, 0.137, 0.094, 0.016, 0.214, 0.009, 0.080, 0.008, 0.081)
+_MINOR = (0.220, 0.006, 0.104, 0.123, 0.019, 0.103, 0.012, 0.214, 0.062, 0.022, 0.061, 0.052)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was heard; None where nothing could be told."""
+
+    bpm: int | None = None
+    keyscale: str | None = None
+    timesignature: str | None = None
+
+
+def is_available() -> bool:
+    """Whether librosa is installed."""
+    return librosa is not None
+
+
+def estimate_file(path: Path) -> Estimate:
+    """Tempo, key and time signature of an audio file. Raises AudioError."""
+    audio = decode(path)
+    middle, half = audio.shape[1] // 2, SECONDS * SAMPLE_RATE // 2
+    mono = audio[:, max(middle - half, 0) : middle + half].mean(axis=0)
+    return estimate(soxr.resample(mono, SAMPLE_RATE, _RATE))
+
+
+def estimate(mono: np.ndarray) -> Estimate:
+    """The same of float32 [S] at 22,050 Hz."""
+    if len(mono) < 5 * _RATE or np.abs(mono).max() < 1e-4:
+        return Estimate()
+    repeats = _autocorrelation(_onset_strength(mono))
+    bpm = _tempo(repeats)
+    return Estimate(
+        bpm=round(bpm) if bpm else None,
+        keyscale=_key(mono),
+        timesignature=_time_signature(repeats, bpm) if bpm else None,
+    )
+
+
+def _onset_strength(mono: np.ndarray) -> np.ndarray:
+    """Onset strength per hop, less what is usual around it, smoothed over 35 ms: players are not exact."""
+    onsets = librosa.onset.onset_strength(y=mono, sr=_RATE, hop_length=_HOP, n_mels=128, fmax=10_000)
+    usual = gaussian_filter1d(onsets, 0.5 * _RATE / _HOP)
+    return gaussian_filter1d(np.maximum(onsets - usual, 0), 3)
+
+
+def _autocorrelation(signal: np.ndarray) -> np.ndarray:
+    """Unbiased autocorrelation over lags of up to 16 s or half of the signal, 1 at lag 0."""
+    signal = signal - signal.mean()
+    n = len(signal)
+    power = np.abs(np.fft.rfft(signal, 2 * n)) ** 2
+    lags = min(16 * _RATE // _HOP, n // 2)
+    repeats = np.fft.irfft(power)[:lags] / (n - np.arange(lags))
+    return repeats / max(repeats[0], 1e-12)
+
+
+def _at(repeats: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """The autocorrelation at lags in seconds; 0 beyond its end."""
+    return np.interp(seconds * _RATE / _HOP, np.arange(len(repeats)), repeats, right=0.0)
+
+
+def _tempo(repeats: np.ndarray) -> float | None:
+    beat = 60 / _TEMPOS
+    strength = sum(weight * _at(repeats, beat * beats) for beats, weight in _BEATS.items()) / sum(_BEATS.values())
+    liking = np.exp(-0.5 * (np.log2(_TEMPOS / _USUAL_TEMPO) / _SPREAD_OCTAVES) ** 2)
+    best = int(np.argmax(strength * liking))
+    return float(_TEMPOS[best]) if strength[best] >= _LEAST_PULSE else None
+
+
+def _time_signature(repeats: np.ndarray, bpm: float) -> str:
+    def after(*beats: int) -> float:
+        return float(np.mean(_at(repeats, np.array(beats) * 60 / bpm)))
+
+    return "3" if after(3, 6) > after(4, 8) and after(3, 6) > after(2, 4) else "4"
+
+
+def _key(mono: np.ndarray) -> str | None:
+    harmonic = librosa.effects.harmonic(mono)
+    tuning = librosa.estimate_tuning(y=harmonic, sr=_RATE, bins_per_octave=36)
+    notes = np.abs(
+        librosa.cqt(
+            harmonic,
+            sr=_RATE,
+            hop_length=1024,
+            fmin=librosa.note_to_hz("C1"),
+            n_bins=180,
+            bins_per_octave=36,
+            tuning=tuning,
+        )
+    )
+    thirds = np.roll(notes, 1, axis=0).reshape(5, 12, 3, -1)  # three bins a semitone, the middle one in tune
+    chroma = thirds.sum(axis=(0, 2))
+    chroma /= chroma.max(axis=0, keepdims=True) + 1e-4 * chroma.max() + 1e-9
+    mean = chroma.mean(axis=1)
+    best, key = -1.0, None
+    for profile, mode in ((_MAJOR, "major"), (_MINOR, "minor")):
+        for root in range(12):
+            likeness = np.corrcoef(np.roll(profile, root), mean)[0, 1]
+            if likeness > best:
+                best, key = likeness, f"{_NOTES[root]} {mode}"
+    return key if best >= _LEAST_TONALITY else None

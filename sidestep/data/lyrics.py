@@ -1,0 +1,77 @@
+"""Lyrics with time marks, as in .lrc files: `[01:23.45] words`."""
+
+import re
+from dataclasses import dataclass
+
+TIME_MARK = re.compile(r"[\[<](\d{1,3}):([0-5]?\d)(?:[.:](\d{1,3}))?[\]>][ \t]?")
+SECTION = re.compile(r"^\s*\[[^\]]*\]\s*$")  # [Verse], [Chorus - whispered]
+LAST_LINE_SECONDS = 10.0  # how long the last line is sung at most
+HEARD = 0.5  # share of a line's time that must lie in a window for the line to belong to it
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is sung from one time mark to the next, in seconds. section: the heading above it, or empty."""
+
+    start: float
+    end: float
+    text: str
+    section: str
+
+
+def without_time_marks(lyrics: str) -> str:
+    """The words alone: marks are for cutting lyrics to a window and never occur in what a user types at inference."""
+    return TIME_MARK.sub("", lyrics)
+
+
+def has_time_marks(lyrics: str) -> bool:
+    """Whether any line begins with a time mark."""
+    return any(TIME_MARK.match(line.lstrip()) for line in lyrics.splitlines())
+
+
+def timed_lines(lyrics: str) -> list[Line]:
+    """The lines in the order they are sung. Lines without a mark belong to the one above; one with several marks is sung as often."""
+    found: list[tuple[float, str, str]] = []
+    section, open_lines = "", 0
+    for raw in lyrics.splitlines():
+        line = raw.strip()
+        marks = []
+        while (match := TIME_MARK.match(line)) and (
+            line[0] == "[" or not marks
+        ):  # a <mark> after a [mark] times a word
+            marks.append(_seconds(match))
+            line = line[match.end() :].lstrip()
+        words = without_time_marks(line).strip()  # marks within a line, one per word
+        if SECTION.match(words):
+            section, open_lines = words, 0
+        elif marks:
+            found += [(start, words, section) for start in marks]
+            open_lines = len(marks)
+        elif words and open_lines:
+            found[-open_lines:] = [(start, f"{text}\n{words}", s) for start, text, s in found[-open_lines:]]
+    found.sort(key=lambda line: line[0])
+    ends = [start for start, _, _ in found[1:]] + [found[-1][0] + LAST_LINE_SECONDS] if found else []
+    return [Line(start, end, text, s) for (start, text, s), end in zip(found, ends, strict=True)]
+
+
+def lyrics_between(lyrics: str, start: float, end: float) -> str:
+    """The lyrics of the seconds from `start` to `end`, without marks, under their section headings; empty when nothing is sung there.
+
+    A line belongs to the window when half of it is heard, or when it fills half of the window.
+    """
+    kept: list[str] = []
+    section = ""
+    for line in timed_lines(lyrics):
+        heard = min(line.end, end) - max(line.start, start)
+        if not line.text or heard <= 0 or heard < HEARD * min(line.end - line.start, end - start):
+            continue
+        if line.section and line.section != section:
+            kept.append(line.section)
+        section = line.section
+        kept.append(line.text)
+    return "\n".join(kept)
+
+
+def _seconds(match: re.Match[str]) -> float:
+    minutes, seconds, fraction = match.groups()
+    return int(minutes) * 60 + int(seconds) + (float(f"0.{fraction}") if fraction else 0.0)

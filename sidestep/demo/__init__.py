@@ -1,5 +1,0 @@
-"""`demo`: the whole pipeline on a tiny model and on music made here, through the functions that a user's own songs take."""
-
-from sidestep.demo.task import demo
-
-__all__ = ["demo"]

@@ -1,5 +1,0 @@
-"""`estimate`, Preprocessing++: which modules respond to this music, and what rank each deserves."""
-
-from sidestep.estimate.run import estimate
-
-__all__ = ["estimate"]

@@ -1,0 +1,579 @@
+"""Every setting of every command, declared once. Flags, questions, preset keys and README rows derive from here."""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from sidestep.errors import UserError
+from sidestep.settings.option import as_arguments, option, same_as
+
+ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
+OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
+SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup")
+NORMALIZATIONS = ("none", "peak", "lufs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which base model, where, and in which numbers: shared by every command that touches a model."""
+
+    checkpoint_dir: Path = option(
+        MISSING,
+        "folder of the ACE-Step checkpoints (holds acestep-v15-turbo/, vae/, …), or ComfyUI's single .safetensors file",
+        group="Model",
+    )
+    model_variant: str = option(
+        "turbo", "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir", group="Model"
+    )
+    device: str = option("auto", "auto, cuda, cuda:N, mps, xpu or cpu", group="Model")
+    precision: str = option(
+        "auto", "numbers the frozen base computes in", group="Model", choices=("auto", "bf16", "fp16", "fp32")
+    )
+    attention: str = option(
+        "auto",
+        "how the sliding-window layers attend; all kinds give the same result",
+        group="Speed",
+        choices=("auto", "sdpa", "local", "flash", "flex"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(ModelConfig):
+    """`fixed --preprocess`: audio into training tensors."""
+
+    audio_dir: Path | None = option(None, "folder of songs to preprocess", group="Preprocessing")
+    dataset_json: Path | None = option(
+        None, "dataset.json that lists the songs and what is known of them", group="Preprocessing"
+    )
+    tensor_output: Path = option(MISSING, "folder that receives the training tensors", group="Preprocessing")
+    normalize: str = option(
+        "none",
+        "bring songs to one level: peak (-1 dBFS) or lufs (-14 LUFS, never clipping)",
+        group="Preprocessing",
+        choices=NORMALIZATIONS,
+    )
+    max_duration: float = option(
+        0.0, "use only the first N seconds of a song; 0 uses all of it", group="Preprocessing", minimum=0
+    )
+    regimes: tuple[str, ...] = option(
+        ("text2music",),
+        "conditions to store: text2music, and hints for the app's thinking mode",
+        group="Preprocessing",
+        choices=("text2music", "hints"),
+        advanced=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.audio_dir and not self.dataset_json:
+            raise UserError(
+                "--preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
+                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: uv run train.py build-dataset --input FOLDER_OF_SONGS",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """`fixed`: train an adapter."""
+
+    dataset_dir: Path = option(MISSING, "folder of preprocessed .pt tensors", group="Data")
+    output_dir: Path = option(MISSING, "folder for adapters, training state and logs", group="Data")
+    run_name: str = option(
+        "",
+        "name of the run in TensorBoard and the report; default: the output folder's name",
+        group="Data",
+        advanced=True,
+    )
+    chunk_duration: float = option(
+        0.0, "train on random windows of N seconds; 0 trains on whole songs", group="Data", minimum=0
+    )
+    hints_ratio: float = option(
+        0.0,
+        "share of micro-steps trained as in the app's thinking mode (needs --regimes hints)",
+        group="Data",
+        minimum=0,
+        maximum=1,
+        advanced=True,
+    )
+    val_split: float = option(
+        0.0, "share of the songs that is kept apart for validation", group="Data", minimum=0, maximum=0.5
+    )
+
+    adapter_type: str = option("lora", "kind of adapter", group="Adapter", choices=ADAPTER_TYPES)
+    rank: int = option(64, "LoRA rank, LoKr linear dimension", "--rank", "-r", group="Adapter", minimum=1)
+    alpha: float = option(128.0, "adapter scale is alpha / rank", group="Adapter", above=0)
+    dropout: float = option(0.1, "dropout inside the adapter", group="Adapter", minimum=0, maximum=0.95)
+    init_from: Path | None = option(
+        None,
+        "adapter (file or folder, of any program) to start from instead of from nothing",
+        group="Adapter",
+        advanced=True,
+    )
+    target_modules: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "attention projections that get an adapter",
+        group="Adapter",
+        choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+    )
+    attention_type: str = option(
+        "both", "adapt self attention, cross attention or both", group="Adapter", choices=("both", "self", "cross")
+    )
+    self_target_modules: tuple[str, ...] | None = option(
+        None,
+        "projections of self attention, where they differ from --target-modules",
+        group="Adapter",
+        choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        advanced=True,
+    )
+    cross_target_modules: tuple[str, ...] | None = option(
+        None,
+        "projections of cross attention, where they differ from --target-modules",
+        group="Adapter",
+        choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        advanced=True,
+    )
+    target_mlp: bool = option(False, "adapt the MLP too", group="Adapter")
+    ignore_rank_map: bool = option(
+        False, "do not use the rank map that estimate left in --dataset-dir", group="Adapter"
+    )
+    init: str = option(
+        "default",
+        "start of lora_A: default (random), or gradient (the directions that estimate measured)",
+        group="Adapter",
+        choices=("default", "gradient"),
+    )
+    lokr_factor: int = option(
+        -1,
+        "LoKr: factor of the Kronecker split; -1 takes the most square one",
+        group="Adapter",
+        minimum=-1,
+        advanced=True,
+    )
+    lokr_decompose_both: bool = option(False, "LoKr: low rank on both factors", group="Adapter", advanced=True)
+    lokr_weight_decompose: bool = option(
+        False, "LoKr: learn magnitude and direction apart (DoRA)", group="Adapter", advanced=True
+    )
+
+    epochs: int = option(100, "passes over the data", group="Training", minimum=1)
+    max_steps: int = option(0, "stop after N optimizer steps; 0 trains all epochs", group="Training", minimum=0)
+    batch_size: int = option(1, "songs or windows in a micro-step", group="Training", minimum=1)
+    gradient_accumulation: int = option(4, "micro-steps in an optimizer step", group="Training", minimum=1)
+    seed: int = option(42, "seed of everything random", group="Training", minimum=0)
+    lr: float = option(1e-4, "learning rate", group="Training", above=0)
+    optimizer_type: str = option("adamw", "optimizer", group="Training", choices=OPTIMIZER_TYPES)
+    scheduler_type: str = option("cosine", "learning rate over time", group="Training", choices=SCHEDULER_TYPES)
+    warmup_steps: int = option(
+        100, "optimizer steps of warm-up, at most a tenth of the run", group="Training", minimum=0
+    )
+    weight_decay: float = option(0.01, "weight decay", group="Training", minimum=0)
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 does not clip", group="Training", minimum=0)
+    ema_decay: float = option(
+        0.0,
+        "keep a running average of the adapter beside it, written to ema/; 0 keeps none, 0.99 is usual",
+        group="Training",
+        minimum=0,
+        maximum=0.99999,
+    )
+    early_stop_patience: int = option(
+        0, "stop after N epochs (or validations) without a new best; 0 never does", group="Training", minimum=0
+    )
+
+    loss_weighting: str = option(
+        "none", "weight of a timestep in the loss", group="Flow matching", choices=("none", "min_snr")
+    )
+    snr_gamma: float = option(5.0, "gamma of min_snr", group="Flow matching", above=0, advanced=True)
+    timestep_mode: str = option(
+        "auto",
+        "discrete (turbo's 8 steps) or logit-normal; auto asks the checkpoint",
+        group="Flow matching",
+        choices=("auto", "discrete", "logit-normal"),
+        advanced=True,
+    )
+    timestep_mu: float | None = option(
+        None, "mean of the logit-normal law; default: the checkpoint's", group="Flow matching", advanced=True
+    )
+    timestep_sigma: float | None = option(
+        None, "spread of the logit-normal law; default: the checkpoint's", group="Flow matching", above=0, advanced=True
+    )
+    cfg_ratio: float | None = option(
+        None,
+        "share of samples without condition; default: 0.15, off for turbo",
+        group="Flow matching",
+        minimum=0,
+        maximum=1,
+    )
+
+    compile: bool = option(
+        False, "compile the model's layers: the first steps take minutes, the others less time", group="Speed"
+    )
+
+    gradient_checkpointing: bool = option(
+        True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory"
+    )
+    recompute_layers: int | None = option(
+        None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True
+    )
+    recompute_as_needed: bool = option(
+        False, "recompute only as many layers as the GPU's memory needs: as fast as fits", group="Memory", advanced=True
+    )
+    base_precision: str = option(
+        "auto",
+        "frozen base in 8 or 4 bits (bitsandbytes); auto keeps --precision",
+        group="Memory",
+        choices=("auto", "int8", "nf4"),
+    )
+    offload_activations: bool = option(
+        False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True
+    )
+    even_if_it_does_not_fit: bool = option(
+        False, "train although the memory planner says that the GPU is too small", group="Memory", advanced=True
+    )
+    swap_blocks: int = option(
+        0,
+        "keep the weights of the first N layers on the CPU and stream them in",
+        group="Memory",
+        minimum=0,
+        advanced=True,
+    )
+    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")
+
+    preview_every: int = option(
+        0,
+        "epochs between previews, audio with and without the adapter; 0 makes them only at the end, if there is a prompt",
+        group="Previews",
+        minimum=0,
+    )
+    preview_prompt: str = option(
+        "", "caption to listen to; default with --preview-every: those of the first two songs", group="Previews"
+    )
+    preview_lyrics: str = option(
+        "[Instrumental]", "lyrics of --preview-prompt; \\n begins a new line", group="Previews"
+    )
+    preview_prompts: Path | None = option(
+        None, "JSON file with a list of prompts to listen to, instead of --preview-prompt", group="Previews"
+    )
+    preview_duration: float = option(30.0, "seconds of each preview", group="Previews", minimum=1, maximum=600)
+    preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0)
+
+    save_every: int = option(10, "epochs between checkpoints", group="Saving", minimum=1)
+    resume_from: Path | None = option(None, "checkpoint folder to go on from, or 'latest'", group="Saving")
+    save_best: bool = option(
+        True,
+        "keep the adapter with the lowest validation loss (without --val-split: smoothed training loss) in best/",
+        group="Saving",
+    )
+    save_best_after: int = option(0, "look for the best only after N epochs", group="Saving", minimum=0)
+    validate_every: int = option(1, "epochs between validations", group="Saving", minimum=1, advanced=True)
+    keep_checkpoints: int = option(
+        10, "newest checkpoints to keep; 0 keeps all", group="Saving", minimum=0, advanced=True
+    )
+    log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.recompute_as_needed:
+            other = (
+                "--no-gradient-checkpointing"
+                if not self.gradient_checkpointing
+                else "--recompute-layers"
+                if self.recompute_layers is not None
+                else ""
+            )
+            other = other or ("--swap-blocks" if self.swap_blocks else "")
+            if other:
+                raise UserError(
+                    f"--recompute-as-needed and {other} are both given.",
+                    "Leave one of them away: both decide which layers are recomputed.",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildDatasetConfig:
+    """`build-dataset`: index a folder of audio and text."""
+
+    input: Path = option(MISSING, "folder of songs, searched with its subfolders", group="Dataset")
+    output: Path | None = option(None, "where to write; default: dataset.json in --input", group="Dataset")
+    name: str | None = option(None, "name of the dataset; default: the folder's name", group="Dataset")
+    tag: str | None = option(None, "trigger word that every prompt gets", group="Dataset")
+    tag_position: str | None = option(
+        None, "where the tag goes; default: prepend", group="Dataset", choices=("prepend", "append", "replace")
+    )
+    genre_ratio: int | None = option(
+        None,
+        "percentage of songs prompted by genre instead of caption; default: 0",
+        group="Dataset",
+        minimum=0,
+        maximum=100,
+    )
+    analyze: bool = option(False, "estimate missing tempo, key and time signature from the audio", group="Dataset")
+    audit: bool = option(
+        False,
+        "listen to every song: report length, level, clipping, duplicates, text that is missing or too long",
+        group="Dataset",
+    )
+    checkpoint_dir: Path | None = option(
+        None,
+        "ACE-Step checkpoints, whose tokenizer --audit then counts with instead of estimating",
+        group="Dataset",
+        advanced=True,
+    )
+    overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
+
+
+FOCUS_RANGES = {"balanced": (0.0, 1.0), "texture": (0.0, 0.4), "structure": (0.6, 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(ModelConfig):
+    """`estimate`: Preprocessing++, which modules respond to this music and what rank each deserves."""
+
+    dataset_dir: Path = option(MISSING, "folder of preprocessed .pt tensors", group="Data")
+    chunk_duration: float = option(
+        0.0, "measure on windows of N seconds; 0 measures on whole songs", group="Data", minimum=0
+    )
+    output: Path | None = option(
+        None, "where to write; default: rank_map.json in --dataset-dir, where `fixed` finds it", group="Data"
+    )
+    overwrite: bool = option(False, "replace a rank map that is already there", group="Data")
+
+    rank: int = option(
+        64, "the budget is what this rank costs on all attention projections", "--rank", "-r", group="Ranks", minimum=1
+    )
+    alpha: float = option(128.0, "adapter scale is alpha / rank, the same in all modules", group="Ranks", above=0)
+    rank_min: int = option(
+        8, "a module gets at least this rank; 0 lets the budget leave modules out", group="Ranks", minimum=0
+    )
+    rank_max: int = option(128, "a module gets at most this rank", group="Ranks", minimum=1)
+    budget: int | None = option(
+        None, "parameters to spend; default: those of --rank everywhere", group="Ranks", minimum=1
+    )
+    include_mlp: bool = option(True, "let the MLP compete for the budget too", group="Ranks")
+    focus: str = option(
+        "balanced", "balanced, texture (t below 0.4), structure (t above 0.6), or the timesteps LOW,HIGH", group="Ranks"
+    )
+
+    batches: str = option(
+        "auto", "measure at least N batches; auto stops when two halves of the songs agree", group="Measuring"
+    )
+    batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1)
+    seed: int = option(42, "seed of everything random", group="Measuring", minimum=0)
+    sketch_width: int = option(
+        32,
+        "directions of each gradient that are measured; memory grows with it",
+        group="Measuring",
+        minimum=2,
+        advanced=True,
+    )
+    gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing")
+    recompute_layers: int | None = same_as(TrainConfig, "recompute_layers")
+    base_precision: str = same_as(TrainConfig, "base_precision")
+    offload_activations: bool = same_as(TrainConfig, "offload_activations")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+
+    def __post_init__(self) -> None:
+        if self.batches != "auto" and not (self.batches.isdigit() and int(self.batches) >= 4):
+            raise UserError(
+                f"--batches {self.batches}: must be auto or a whole number of at least 4.",
+                "Leave it away: auto stops by itself.",
+            )
+        if self.rank_min > self.rank_max:
+            raise UserError(
+                f"--rank-min {self.rank_min} is above --rank-max {self.rank_max}.", "Lower the one or raise the other."
+            )
+        if self.budget is None and not self.rank_min <= self.rank <= self.rank_max:
+            raise UserError(
+                f"--rank {self.rank} is not between --rank-min {self.rank_min} and --rank-max {self.rank_max}.",
+                "Set --rank-min and --rank-max around --rank.",
+            )
+        low, high = self.timestep_range
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"--focus {self.focus}: not a range of timesteps.",
+                "Use balanced, texture, structure, or two numbers such as --focus 0.2,0.7",
+            )
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Lowest and highest timestep that is measured; not in order when --focus is none."""
+        if self.focus in FOCUS_RANGES:
+            return FOCUS_RANGES[self.focus]
+        try:
+            low, high = (float(part) for part in self.focus.split(","))
+        except ValueError:
+            return (1.0, 0.0)
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelConfig):
+    """`sample`: make audio with the base model plus an adapter."""
+
+    adapter: Path | None = option(
+        None,
+        "adapter: a run's final/ or a checkpoint of it, or a file of any program; none samples the base model",
+        group="Sample",
+    )
+    prompt: str = option(MISSING, "caption of the music", group="Sample")
+    lyrics: str = option("[Instrumental]", "lyrics; \\n begins a new line", group="Sample")
+    lyrics_file: Path | None = option(None, "text file with the lyrics, instead of --lyrics", group="Sample")
+    language: str = option("unknown", "language code of the lyrics, such as en", group="Sample")
+    bpm: int | None = option(None, "beats per minute", group="Sample", minimum=30, maximum=300)
+    keyscale: str = option("", 'key, such as "A minor"', group="Sample")
+    timesignature: str = option("", "2, 3, 4 or 6", group="Sample")
+    duration: float = option(30.0, "seconds of audio", group="Sample", minimum=1, maximum=600)
+    strength: tuple[float, ...] = option(
+        (0.0, 1.0), "adapter strengths, one file each; 0 is the base model", group="Sample", minimum=-4, maximum=4
+    )
+    steps: int | None = option(
+        None, "denoising steps; default: 8 for turbo, 32 otherwise", group="Sample", minimum=1, maximum=1000
+    )
+    guidance: float | None = option(
+        None, "guidance scale; default: 7, and none for turbo, which has it built in", group="Sample", minimum=1
+    )
+    shift: float = option(3.0, "shift of the timesteps towards noise", group="Sample", above=0, advanced=True)
+    seed: int = option(42, "seed of the noise", group="Sample", minimum=0)
+    output: Path = option(Path("samples"), "folder for the audio", group="Sample")
+    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`demo`: the whole pipeline on a tiny built-in model and built-in music."""
+
+    output_dir: Path = option(Path("side-step-demo"), "folder for the demo's files", group="Demo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsConfig:
+    """`presets`: look at presets, bring them in, hand them out."""
+
+    action: str = option(
+        "list",
+        "list, show NAME, import FILE, or export NAME [FILE]",
+        "action",
+        group="Presets",
+        choices=("list", "show", "import", "export"),
+    )
+    what: str = option("", "name of a preset, or the file to import", "what", group="Presets")
+    file: Path | None = option(
+        None, "export: the file to write; default: NAME.json in this folder", "file", group="Presets"
+    )
+    overwrite: bool = option(False, "replace a preset or file of the same name", group="Presets")
+
+    def __post_init__(self) -> None:
+        if self.action != "list" and not self.what:
+            wanted = "the file of a preset" if self.action == "import" else "the name of a preset"
+            raise UserError(f"presets {self.action} needs {wanted}.", "See what there is: uv run train.py presets list")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryConfig:
+    """`history`: past runs and how well they went."""
+
+    folder: Path = option(Path("."), "a run's folder, or a folder that holds runs", "folder", group="History")
+    json: bool = option(False, "print one JSON object and nothing else", group="History")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """`doctor`: what this machine offers, for the first run and for bug reports."""
+
+    checkpoint_dir: Path | None = option(None, "also look at the checkpoints in this folder", group="Doctor")
+    paths: bool = option(False, "name folders in full; leave it out of a public bug report", group="Doctor")
+    json: bool = option(False, "print one JSON object and nothing else", group="Doctor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`export`: an adapter for another program."""
+
+    adapter: Path = option(
+        MISSING, "adapter to export: a folder or a .safetensors file of any program", "adapter", group="Export"
+    )
+    format: str = option(
+        "peft",
+        "peft folder, single file for comfyui, diffusers or lycoris, or merged into the base",
+        group="Export",
+        choices=("peft", "comfyui", "diffusers", "lycoris", "merged"),
+    )
+    output: Path = option(MISSING, "folder or .safetensors file to write", group="Export")
+    strength: float = option(1.0, "strength at which the adapter is stored", group="Export")
+    add: tuple[str, ...] = option(
+        (), "further adapters to combine with it, each as PATH or PATH:STRENGTH", group="Export"
+    )
+    dtype: str = option("keep", "numbers to store", group="Export", choices=("keep", "fp32", "fp16", "bf16"))
+    base: Path | None = option(
+        None, "folder of the ACE-Step checkpoints, where weights of the base are needed", group="Export"
+    )
+    model_variant: str = option("turbo", "variant or folder name below --base", group="Export")
+    overwrite: bool = option(False, "replace what --output already holds", group="Export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`inspect`: what an adapter file is and what each program makes of it."""
+
+    path: Path = option(MISSING, "adapter folder or .safetensors file", "path", group="Inspect")
+    json: bool = option(False, "print one JSON object and nothing else", group="Inspect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`plan`: say, before anything is loaded, how much memory a run takes and whether it fits."""
+
+    model_variant: str = same_as(ModelConfig, "model_variant")
+    checkpoint_dir: Path | None = option(
+        None, "folder of the checkpoints; official variants are known without", group="Plan"
+    )
+    vram: float | None = option(
+        None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0
+    )
+    song_seconds: float = option(240.0, "length of the songs", group="Plan", above=0)
+    condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1)
+    json: bool = option(False, "print one JSON object and nothing else", group="Plan")
+
+    precision: str = same_as(ModelConfig, "precision")
+    attention: str = same_as(ModelConfig, "attention")
+    chunk_duration: float = same_as(TrainConfig, "chunk_duration")
+    adapter_type: str = same_as(TrainConfig, "adapter_type")
+    rank: int = same_as(TrainConfig, "rank")
+    target_modules: tuple[str, ...] = same_as(TrainConfig, "target_modules")
+    attention_type: str = same_as(TrainConfig, "attention_type")
+    target_mlp: bool = same_as(TrainConfig, "target_mlp")
+    batch_size: int = same_as(TrainConfig, "batch_size")
+    optimizer_type: str = same_as(TrainConfig, "optimizer_type")
+    gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing")
+    recompute_layers: int | None = same_as(TrainConfig, "recompute_layers")
+    base_precision: str = same_as(TrainConfig, "base_precision")
+    offload_activations: bool = same_as(TrainConfig, "offload_activations")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "fixed": (TrainConfig, "train an adapter; with --preprocess, turn audio into training tensors"),
+    "build-dataset": (BuildDatasetConfig, "index a folder of audio and text into dataset.json"),
+    "estimate": (EstimateConfig, "Preprocessing++: measure which modules respond to this music and give each its rank"),
+    "plan": (PlanConfig, "say, before anything is loaded, how much memory a run takes and whether it fits"),
+    "sample": (SampleConfig, "make audio with the base model plus an adapter"),
+    "export": (ExportConfig, "convert or merge an adapter for another program"),
+    "inspect": (InspectConfig, "show what an adapter is, and how strongly each program applies it"),
+    "history": (HistoryConfig, "list past runs with their best loss"),
+    "demo": (DemoConfig, "the whole pipeline on a tiny built-in model and built-in music"),
+    "presets": (PresetsConfig, "list, show, import or export presets"),
+    "doctor": (DoctorConfig, "show device, memory, precision and versions, for a bug report"),
+}
+
+
+def command_words(config: Any) -> list[str]:
+    """The words after `train.py` that give this config: its command, mode and flags."""
+    for command, (config_class, _) in COMMANDS.items():
+        if type(config) is config_class:
+            return [command, *as_arguments(config)]
+    return ["fixed", "--preprocess", *as_arguments(config)]
+
+
+def command_line(config: Any) -> str:
+    """The same as one line for the shell of this platform, to show, store and paste."""
+    words = ["uv", "run", "train.py", *command_words(config)]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)

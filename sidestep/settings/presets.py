@@ -1,0 +1,191 @@
+"""Presets: partial configs as JSON files. Built-in ones are read-only; a user's own stand in the platform's config folder."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sidestep.errors import UserError
+from sidestep.files import config_folder, write_text
+from sidestep.settings.config import COMMANDS, PreprocessConfig, TrainConfig
+from sidestep.settings.option import Option, options_of
+
+BUILT_IN = Path(__file__).resolve().parents[2] / "presets"
+COMMANDS_WITH_PRESETS = ("fixed", "estimate", "plan")  # the others have no settings worth keeping under a name
+PROFILES = {
+    "comfortable": 24,
+    "standard": 16,
+    "tight": 12,
+    "minimal": 8,
+}  # GiB of the smallest card that each is made for
+USABLE = 0.93  # what a card of so many GB reports of them
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.\-]{0,60}[A-Za-z0-9]|[A-Za-z0-9]")
+RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # names that Windows keeps for devices
+LARGEST_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings under a name. `unknown`: keys of the file that no command has; they are ignored and named."""
+
+    name: str
+    description: str
+    values: dict[str, Any]
+    unknown: tuple[str, ...]
+    path: Path
+
+    @property
+    def built_in(self) -> bool:
+        return self.path.parent == BUILT_IN
+
+
+@cache
+def preset_options() -> dict[str, Option]:
+    """Every setting that a preset may hold, by name. Folders and files are a machine's own and stay out."""
+    classes = [
+        TrainConfig,
+        PreprocessConfig,
+        *(COMMANDS[name][0] for name in COMMANDS_WITH_PRESETS if name in COMMANDS),
+    ]
+    found: dict[str, Option] = {}
+    for config_class in classes:
+        found = {
+            name: o for name, o in options_of(config_class).items() if o.type is not Path and o.flag.startswith("-")
+        } | found
+    return found
+
+
+def user_folder() -> Path:
+    """Where the user's presets stand; may not exist yet."""
+    return config_folder() / "presets"
+
+
+def list_presets() -> list[Preset]:
+    """All presets that can be read, built-in ones first, each set by name. A broken file is left out; `find` says what is wrong with it."""
+    presets = []
+    for folder in (BUILT_IN, user_folder()):
+        for path in sorted(folder.glob("*.json"), key=lambda p: (p.stem != "recommended", p.stem.lower())):
+            try:
+                presets.append(read(path))
+            except UserError:
+                continue
+    return presets
+
+
+def find(name: str) -> Preset:
+    """The preset of that name (a user's own before a built-in one), or the one in a `.json` file of that path.
+
+    Raises UserError with the names there are.
+    """
+    if name.endswith(".json") and Path(name).is_file():
+        return read(Path(name))
+    for folder in (user_folder(), BUILT_IN):
+        path = folder / f"{name}.json"
+        if NAME.fullmatch(name) and path.is_file():
+            return read(path)
+    known = ", ".join(preset.name for preset in list_presets())
+    raise UserError(f"--preset {name}: there is no preset of that name.", f"Presets: {known}.")
+
+
+def profile_for(gib: float, is_xl: bool) -> str:
+    """The preset for a card of so many GiB: the most comfortable profile that is made for it. On the smallest cards XL has one of its own."""
+    name = next((name for name, least in PROFILES.items() if gib >= USABLE * least), "minimal")
+    return f"{name}_xl" if is_xl and name == "minimal" else name
+
+
+def read(path: Path) -> Preset:
+    """A preset from its file, its values checked. Raises UserError; nothing in the file is ever executed."""
+    try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise UserError(f"{path} is too large for a preset.", "A preset is a small JSON object of settings.")
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.", "Give a preset file (.json).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.", "A preset is a JSON object of settings.") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a preset.", 'A preset is a JSON object of settings, such as {"rank": 32}.')
+    options = preset_options()
+    description = data.pop("description", "")
+    try:
+        values = {name: options[name].check(value) for name, value in data.items() if name in options}
+    except UserError as error:
+        raise UserError(f"Preset {path}: {error.problem}", error.fix) from None
+    return Preset(
+        path.stem,
+        description if isinstance(description, str) else "",
+        values,
+        tuple(sorted(set(data) - set(options))),
+        path,
+    )
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What a preset made of this config holds: the settings that differ from the defaults, without folders and files."""
+    options = preset_options()
+    return {
+        name: getattr(config, name)
+        for name, o in options_of(type(config)).items()
+        if name in options and getattr(config, name) != o.default
+    }
+
+
+def save(name: str, values: dict[str, Any], description: str = "", replace: bool = False) -> Preset:
+    """Write a preset of the user's own. Raises UserError for a bad name, a built-in one, or one that exists and is not to be replaced."""
+    path = _own_path(name)
+    if path.exists() and not replace:
+        raise UserError(f"There is a preset {name} already.", "Choose another name, or delete the old one first.")
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    write_text(path, json.dumps({"description": description} | plain, indent=2, ensure_ascii=False) + "\n")
+    return read(path)
+
+
+def rename(old: str, new: str) -> Preset:
+    """Give a preset of the user's own another name. Raises UserError."""
+    preset = _own(old)
+    path = _own_path(new)
+    if path.exists():
+        raise UserError(f"There is a preset {new} already.", "Choose another name.")
+    preset.path.rename(path)
+    return read(path)
+
+
+def delete(name: str) -> None:
+    """Delete a preset of the user's own. Raises UserError."""
+    _own(name).path.unlink()
+
+
+def import_file(path: Path, name: str = "", replace: bool = False) -> Preset:
+    """Copy a preset file into the user's presets, its values checked. Raises UserError."""
+    preset = read(path.expanduser())
+    return save(name or preset.name, preset.values, preset.description, replace)
+
+
+def export_file(name: str, path: Path, replace: bool = False) -> Path:
+    """Write a preset to a file of the user's choice (a folder: under its own name); the file. Raises UserError."""
+    preset = find(name)
+    path = path.expanduser()
+    target = path / f"{preset.name}.json" if path.is_dir() else path
+    if not target.parent.is_dir():
+        raise UserError(f"There is no folder {target.parent}.", "Make it first, or choose another one.")
+    if target.exists() and not replace:
+        raise UserError(f"{target} exists already.", "Choose another file, or delete that one first.")
+    write_text(target, preset.path.read_text(encoding="utf-8-sig"))
+    return target
+
+
+def _own(name: str) -> Preset:
+    preset = find(name)
+    if preset.built_in or preset.path.parent != user_folder():
+        raise UserError(f"{name} is a built-in preset and cannot be changed.", "Save your settings under another name.")
+    return preset
+
+
+def _own_path(name: str) -> Path:
+    if not NAME.fullmatch(name) or RESERVED.fullmatch(name):
+        raise UserError(f"{name!r} cannot be a preset's name.", "Use up to 60 letters, digits, spaces, dots, - and _.")
+    if (BUILT_IN / f"{name}.json").exists():
+        raise UserError(f"{name} is a built-in preset and cannot be changed.", "Choose another name.")
+    return user_folder() / f"{name}.json"

@@ -1,0 +1,446 @@
+"""`build-dataset`: a folder of songs, and the text beside and inside them, into dataset.json.
+
+Each field of a song comes from the best source that knows it: sidecars, lists, tags (see `data.sidecars`, `data.tables`, `data.tags`). Beyond that:
+
+- A song without a caption is called by what its tags say ("rock, Title by Artist"), else by its file name without track number; `labeled` is then false.
+- A song is instrumental when a source says so, or when none has lyrics. Lyrics of a song that a source calls instrumental are left out and reported.
+- The duration is the file's. One in a sidecar that differs by a second or more is reported, and not used.
+- A file that cannot be read as audio is reported, and the others go on.
+
+`build-dataset --analyze`: tempo, key and time signature of the songs for which nobody has told them.
+
+Only what is missing is filled in, and listed under `estimated` of its sample; what a sidecar, a tag or a hand has written stands, and so does a value that
+was emptied by hand. Songs are heard in parallel processes. Results are kept by content in `.side-step/analysis.json` beside dataset.json, so that a song is
+heard once whatever it is called and however often the command runs; stopped half-way, the command goes on where it was.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from sidestep.audio.io import AUDIO_SUFFIXES, AudioError, AudioInfo, content_hash, find_audio, probe
+from sidestep.audio.signals import VERSION, Estimate, estimate_file, is_available
+from sidestep.data.fields import INSTRUMENTAL
+from sidestep.data.manifest import (
+    SECTION,
+    Dataset,
+    Metadata,
+    Sample,
+    duration_differs,
+    emptied_by_hand,
+    filled_in,
+    merge,
+    read,
+    relative_path,
+    sample_id,
+    write,
+)
+from sidestep.data.sidecars import Known, Sidecars, Tables
+from sidestep.data.tags import Tags, read_tags
+from sidestep.errors import JobError, UserError
+from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
+from sidestep.files import write_text
+from sidestep.settings.config import BuildDatasetConfig
+
+MODEL_SECONDS = 600  # the longest song the model knows
+_THREADS = 8  # headers and tags wait for the disk
+_REPORT_SECONDS = 0.5
+_TRACK_NUMBER = re.compile(r"^\s*(?:\d{1,2}-)?\d{1,3}\s*[-._)]\s*|^\s*\d{2}\s+(?=\D)")
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What was built: the file, its data set, and (path, reason) of every file that could not be read."""
+
+    path: Path
+    dataset: Dataset
+    failed: tuple[tuple[Path, str], ...]
+
+
+@dataclass(frozen=True)
+class _Song:
+    """A song as found: its place, what its header says and every source of text, the best first."""
+
+    path: Path
+    info: AudioInfo
+    sources: list[Known]
+    tags: Tags
+
+
+def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
+    """Index `config.input` and write dataset.json. Raises UserError for paths that cannot be, JobError when no song could be read."""
+    output = output_path(config)
+    old = Dataset()
+    if output.exists() and not config.overwrite:
+        old = read(output)
+    songs, failed = _find_songs(config.input, report)
+    fresh, origins = [], Counter()
+    for song in songs:
+        fresh.append(_describe(song, config.input, output.parent, _tag(config, old), origins, report))
+    rebuilt = merge(old, fresh, output.parent)
+    metadata = _metadata(config, old)
+    dataset = Dataset(
+        metadata=metadata,
+        samples=rebuilt.samples,
+        extra={**old.extra, SECTION: {**rebuilt.notes, "tag": metadata.custom_tag}},
+    )
+    try:
+        write(output, dataset)
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written: {error.strerror or error}.", "Name another place: --output FILE"
+        ) from error
+    if rebuilt.edits:
+        report(
+            Notice(
+                message=f"{rebuilt.edits} values edited by hand in {output.name} were kept (--overwrite builds it anew)."
+            )
+        )
+    if rebuilt.kept_out:
+        report(
+            Notice(
+                message=f"{len(rebuilt.kept_out)} songs that were taken out of {output.name} by hand stay out, such as {rebuilt.kept_out[0]}."
+            )
+        )
+    for sample in rebuilt.absent:
+        report(
+            Notice(
+                level="warning",
+                message=f"{sample.audio_path} is not there; what {output.name} knows of it is kept aside until it is back.",
+            )
+        )
+    report(_summary(dataset, origins, failed))
+    shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
+    report(Saved(what="dataset", path=str(shown)))
+    preprocess = f"uv run train.py fixed --preprocess --dataset-json {shlex.quote(str(shown))} --tensor-output tensors --checkpoint-dir CHECKPOINTS"
+    report(Finished(message=f"{len(dataset.samples)} songs in {shown}", next_commands=(preprocess,)))
+    return BuildSummary(output, dataset, tuple(failed))
+
+
+def output_path(config: BuildDatasetConfig) -> Path:
+    """Where dataset.json stands or will stand. Raises UserError when --input is no folder."""
+    if not config.input.is_dir():
+        there = "is a file" if config.input.is_file() else "does not exist"
+        raise UserError(
+            f"--input {config.input} {there}; a folder of songs is needed.",
+            "uv run train.py build-dataset --input FOLDER_OF_SONGS",
+        )
+    output = config.output or config.input / "dataset.json"
+    return Path(os.path.abspath(output / "dataset.json" if output.is_dir() else output))
+
+
+def _tag(config: BuildDatasetConfig, old: Dataset) -> str:
+    return old.metadata.custom_tag if config.tag is None else config.tag.strip()
+
+
+def _metadata(config: BuildDatasetConfig, old: Dataset) -> Metadata:
+    """What was typed, else what the file says, else the default."""
+    before = old.metadata
+    return replace(
+        before,
+        name=config.name or before.name or config.input.resolve().name,
+        custom_tag=_tag(config, old),
+        tag_position=config.tag_position or before.tag_position,
+        genre_ratio=before.genre_ratio if config.genre_ratio is None else config.genre_ratio,
+        created_at=before.created_at or datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+
+
+def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[Path, str]]]:
+    """Every song that can be read, and (path, reason) of those that cannot."""
+    failed: list[tuple[Path, str]] = []
+
+    def fail(path: Path, reason: str, stage: str) -> None:
+        failed.append((path, reason))
+        report(FileFailed(path=str(path), reason=reason, stage=stage))
+
+    paths = find_audio(folder, lambda path, reason: fail(path, f"folder cannot be listed: {reason}", "search"))
+    if not paths:
+        raise JobError(
+            f"No audio file in {folder} or below it.",
+            f"Songs are known by their suffix: {' '.join(sorted(AUDIO_SUFFIXES))}",
+        )
+    sidecars, tables = Sidecars(paths), Tables(folder, paths)
+    for path, problem in tables.problems:
+        report(Notice(level="warning", message=f"{relative_path(path, folder)}: {problem}"))
+    songs = []
+    for path, info, tags in _read_files(paths, folder, report):
+        if isinstance(info, AudioError):
+            fail(path, info.reason, "read")
+        else:
+            songs.append(_Song(path, info, [*sidecars.of(path), *tables.of(path), tags], tags))
+    if not songs:
+        raise JobError(
+            f"None of the {len(paths)} audio files in {folder} can be read.",
+            f"The first: {failed[0][0]}: {failed[0][1]}",
+        )
+    return songs, failed
+
+
+def _read_files(paths: list[Path], folder: Path, report: Report) -> Iterator[tuple[Path, AudioInfo | AudioError, Tags]]:
+    """Header and tags of each file, in order, read ahead in threads."""
+
+    def read_one(path: Path) -> tuple[AudioInfo | AudioError, Tags]:
+        try:
+            return probe(path), read_tags(path)
+        except AudioError as error:
+            return error, Tags("tags")
+
+    started = last = time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done, (path, (info, tags)) in enumerate(zip(paths, pool.map(read_one, paths), strict=True), 1):
+            yield path, info, tags
+            now = time.monotonic()
+            if now - last >= _REPORT_SECONDS or done == len(paths):
+                rate = done / max(now - started, 1e-6)
+                current = relative_path(path, folder)
+                report(
+                    Progress(
+                        task="Reading songs",
+                        done=done,
+                        total=len(paths),
+                        current=current,
+                        rate=rate,
+                        unit="songs",
+                        eta_seconds=(len(paths) - done) / rate,
+                    )
+                )
+                last = now
+
+
+def _describe(song: _Song, folder: Path, output_folder: Path, tag: str, origins: Counter, report: Report) -> Sample:
+    """One song with every field from the best source that has it. `origins` counts where captions come from."""
+    name, audio_path = relative_path(song.path, folder), Path(os.path.abspath(song.path))
+    values = {}
+    for source in song.sources:
+        for problem in source.problems:
+            report(Notice(level="warning", message=f"{name}: {source.source}: {problem}"))
+        for field, value in source.values.items():
+            values.setdefault(field, value)
+    lyrics, instrumental = values.get("lyrics", ""), values.get("is_instrumental")
+    has_words = bool(lyrics) and lyrics.strip().casefold() not in ("[instrumental]", "[inst]", "instrumental")
+    if instrumental and has_words:
+        report(
+            Notice(
+                level="warning", message=f"{name}: is said to be instrumental and has lyrics; the lyrics were left out."
+            )
+        )
+        has_words = False
+    if instrumental is None:
+        instrumental = not has_words
+    caption, genre = values.get("caption", ""), values.get("genre", "")
+    labeled = bool(caption or genre)
+    origins["written" if caption else "from genre and title" if genre or song.tags.title else "from the file name"] += 1
+    sample = Sample(
+        audio_path=audio_path,
+        id=sample_id(relative_path(audio_path, output_folder)),
+        filename=song.path.name,
+        caption=caption or _caption_of_last_resort(song, genre),
+        genre=genre,
+        lyrics=lyrics if has_words else INSTRUMENTAL if instrumental else "",
+        bpm=values.get("bpm"),
+        keyscale=values.get("keyscale", ""),
+        timesignature=values.get("timesignature", ""),
+        duration=values.get("duration", 0.0),
+        language=values.get("language", "unknown"),
+        is_instrumental=instrumental,
+        custom_tag=values.get("custom_tag", tag),
+        labeled=labeled,
+        prompt_override=values.get("prompt_override"),
+        repeat=values.get("repeat", 1),
+    )
+    if duration_differs(sample, song.info.seconds):
+        report(
+            Notice(
+                level="warning",
+                message=f"{name}: is {song.info.seconds:.1f} s long, not {sample.duration:g} s as written; the file's length counts.",
+            )
+        )
+    return replace(sample, duration=song.info.seconds)
+
+
+def _caption_of_last_resort(song: _Song, genre: str) -> str:
+    title, artist = song.tags.title, song.tags.artist
+    called = f"{title} by {artist}" if title and artist else title
+    if genre or called:
+        return ", ".join(part for part in (genre, called) if part)
+    words = _TRACK_NUMBER.sub("", song.path.stem).replace("_", " ").encode("utf-8", "replace").decode("utf-8")
+    return " ".join(words.split()) or "music"
+
+
+def _summary(dataset: Dataset, origins: Counter, failed: list[tuple[Path, str]]) -> Table:
+    samples = dataset.samples
+    seconds = [s.duration for s in samples]
+    total = len(samples)
+
+    def share(count: int) -> str:
+        return f"{count} of {total}"
+
+    rows = [
+        ("songs", str(total)),
+        (
+            "length",
+            f"{_clock(sum(seconds))} in all, {_clock(min(seconds))} to {_clock(max(seconds))}" if seconds else "0:00",
+        ),
+        ("longer than the model's 10 minutes", str(sum(s > MODEL_SECONDS for s in seconds))),
+        ("captions", ", ".join(f"{count} {origin}" for origin, count in origins.most_common())),
+        ("genre", share(sum(bool(s.genre) for s in samples))),
+        ("lyrics", share(sum(bool(s.lyrics) and s.lyrics != INSTRUMENTAL for s in samples))),
+        ("tempo", share(sum(s.bpm is not None for s in samples))),
+        ("key", share(sum(bool(s.keyscale) for s in samples))),
+        ("time signature", share(sum(bool(s.timesignature) for s in samples))),
+        ("language", share(sum(s.language != "unknown" for s in samples))),
+        ("could not be read", str(len(failed))),
+    ]
+    return Table(title=f"Dataset {dataset.metadata.name}", columns=("", ""), rows=tuple(rows))
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+FIELDS = ("bpm", "keyscale", "timesignature")
+CACHE = Path(".side-step") / "analysis.json"
+_SAVE_SECONDS = 20.0
+
+
+def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
+    """Fill in what is missing in the dataset.json at `path` and write it again. `workers`: processes, 0 for one a core.
+
+    Raises UserError when librosa is missing or the file cannot be read, JobError when a process died.
+    """
+    if not is_available():
+        raise UserError(
+            "--analyze needs librosa, which is not installed.",
+            "uv sync --extra analyze (or: pip install librosa), then the same command again",
+        )
+    path = Path(os.path.abspath(path))
+    dataset = read(path)
+    wanted = {s.audio_path: _missing(dataset, s, path.parent) for s in dataset.samples}
+    wanted = {song: names for song, names in wanted.items() if names}
+    if not wanted:
+        report(Notice(message="Tempo, key and time signature of every song are known; there is nothing to analyze."))
+        return dataset
+    heard = _hear(list(wanted), path, report, workers or os.cpu_count() or 1)
+    samples = [
+        _filled(s, wanted[s.audio_path], heard[s.audio_path]) if s.audio_path in heard else s for s in dataset.samples
+    ]
+    dataset = filled_in(dataset, samples, FIELDS, path.parent)
+    write(path, dataset)
+    rows = [
+        (name, str(sum(name in s.estimated for s in samples)), str(sum(not getattr(s, name) for s in samples)))
+        for name in FIELDS
+    ]
+    report(Table(title="Analysis", columns=("", "estimated", "still not known"), rows=tuple(rows)))
+    return dataset
+
+
+def _missing(dataset: Dataset, sample: Sample, folder: Path) -> tuple[str, ...]:
+    emptied = emptied_by_hand(dataset, sample, folder)
+    return tuple(name for name in FIELDS if not getattr(sample, name) and name not in emptied)
+
+
+def _filled(sample: Sample, names: tuple[str, ...], estimate: Estimate) -> Sample:
+    found = {name: value for name in names if (value := getattr(estimate, name)) is not None}
+    return replace(sample, **found, estimated=tuple(dict.fromkeys([*sample.estimated, *found])))
+
+
+def _hear(songs: list[Path], dataset_path: Path, report: Report, workers: int) -> dict[Path, Estimate]:
+    """The estimate of every song that can be read; those of the cache are not heard again."""
+    cache_path = dataset_path.parent / CACHE
+    cache = _read_cache(cache_path)
+    heard: dict[Path, Estimate] = {}
+    same: dict[str, list[Path]] = {}
+    for song in songs:
+        try:
+            same.setdefault(content_hash(song), []).append(song)
+        except AudioError as error:
+            report(FileFailed(path=str(song), reason=error.reason, stage="analyze"))
+    for content in same.keys() & cache.keys():
+        heard.update(dict.fromkeys(same.pop(content), cache[content]))
+    started = saved = time.monotonic()
+    try:
+        for done, (content, result) in enumerate(_estimates(same, min(workers, len(same))), 1):
+            name = relative_path(same[content][0], dataset_path.parent)
+            if isinstance(result, AudioError):
+                report(FileFailed(path=str(same[content][0]), reason=result.reason, stage="analyze"))
+            else:
+                cache[content] = result
+                heard.update(dict.fromkeys(same[content], result))
+            rate = done / (time.monotonic() - started)
+            report(
+                Progress(
+                    task="Analyzing",
+                    done=done,
+                    total=len(same),
+                    current=name,
+                    rate=rate,
+                    unit="songs",
+                    eta_seconds=(len(same) - done) / rate,
+                )
+            )
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                _write_cache(cache_path, cache)
+                saved = time.monotonic()
+    finally:
+        if same:
+            _write_cache(cache_path, cache)
+    return heard
+
+
+def _estimates(songs: dict[str, list[Path]], workers: int) -> Iterator[tuple[str, Estimate | AudioError]]:
+    """(content, estimate) as they come; one song in this process, more in processes of their own."""
+    if workers <= 1:
+        for content, paths in songs.items():
+            try:
+                yield content, estimate_file(paths[0])
+            except AudioError as error:
+                yield content, error
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        waiting: dict[Future, str] = {pool.submit(estimate_file, paths[0]): content for content, paths in songs.items()}
+        for future in as_completed(waiting):
+            try:
+                yield waiting[future], future.result()
+            except AudioError as error:
+                yield waiting[future], error
+            except BrokenProcessPool as error:
+                raise JobError(
+                    "A process of --analyze died, most likely for want of memory.",
+                    "The same command goes on where it was.",
+                ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_cache(path: Path) -> dict[str, Estimate]:
+    """The results kept from before; none where they cannot be read or are of another version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != VERSION:
+            return {}
+        return {content: Estimate(**values) for content, values in data["songs"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _write_cache(path: Path, cache: dict[str, Estimate]) -> None:
+    write_text(
+        path,
+        json.dumps(
+            {"version": VERSION, "songs": {content: asdict(e) for content, e in sorted(cache.items())}}, indent=0
+        ),
+    )

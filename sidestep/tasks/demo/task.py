@@ -1,0 +1,85 @@
+"""Build the tiny model and the music, then do what a user does: list, preprocess, train, listen."""
+
+import torch
+
+from sidestep.errors import UserError
+from sidestep.events import Finished, Notice, Report
+from sidestep.settings.config import BuildDatasetConfig, DemoConfig, PreprocessConfig, SampleConfig, TrainConfig
+from sidestep.tasks.build_dataset import build_dataset
+from sidestep.tasks.demo.music import write_music
+from sidestep.tasks.demo.tiny_checkpoint import write_tiny_checkpoint
+from sidestep.tasks.preprocess import preprocess
+from sidestep.tasks.sample import sample
+from sidestep.tasks.train import train
+
+EPOCHS = 20
+
+
+def demo(config: DemoConfig, report: Report) -> None:
+    """The whole pipeline in `--output-dir`. Raises UserError when something stands there already."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model computes faster alone than threads take to meet
+    try:
+        _demo(config, report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(config: DemoConfig, report: Report) -> None:
+    home = config.output_dir
+    if home.exists() and any(home.iterdir()):
+        raise UserError(
+            f"--output-dir {home}: not empty, and the demo overwrites nothing.",
+            f"Delete it, or choose another folder: uv run train.py demo --output-dir {home}-2",
+        )
+    report(Notice(message=f"1/5 A tiny ACE-Step model with random weights, and four short songs, in {home}"))
+    checkpoints = write_tiny_checkpoint(home / "checkpoints")
+    songs = write_music(home / "songs")
+    report(Notice(message="2/5 build-dataset: what is known of each song"))
+    dataset = home / "songs" / "dataset.json"
+    build_dataset(BuildDatasetConfig(input=home / "songs", output=dataset, tag="sidestep demo"), report)
+    report(Notice(message="3/5 fixed --preprocess: audio into training tensors"))
+    tensors = home / "tensors"
+    preprocess(
+        PreprocessConfig(checkpoint_dir=checkpoints, device="cpu", dataset_json=dataset, tensor_output=tensors), report
+    )
+    report(Notice(message="4/5 fixed: train a LoRA"))
+    run = home / "run"
+    result = train(
+        TrainConfig(
+            checkpoint_dir=checkpoints,
+            device="cpu",
+            dataset_dir=tensors,
+            output_dir=run,
+            rank=4,
+            alpha=8,
+            epochs=EPOCHS,
+            lr=3e-3,
+            log_every=5,
+            save_every=EPOCHS,
+        ),
+        report,
+    )
+    report(Notice(message="5/5 sample: the model without and with the adapter"))
+    sample(
+        SampleConfig(
+            checkpoint_dir=checkpoints,
+            device="cpu",
+            adapter=result.final,
+            prompt="sidestep demo, bright plucked arpeggios",
+            duration=4.0,
+            output=home / "samples",
+        ),
+        report,
+    )
+    report(
+        Finished(
+            message=f"The demo ran from {len(songs)} songs to an adapter and a preview. Its weights are random, so it sounds like noise; your songs and the real model go the same way:",
+            next_commands=(
+                "uv run train.py build-dataset --input SONGS",
+                "uv run train.py fixed --preprocess --dataset-json SONGS/dataset.json --tensor-output TENSORS --checkpoint-dir CHECKPOINTS",
+                "uv run train.py fixed --dataset-dir TENSORS --output-dir RUN --checkpoint-dir CHECKPOINTS",
+                "uv run train.py sample --adapter RUN/final --checkpoint-dir CHECKPOINTS --prompt 'your tag, your words'",
+            ),
+        )
+    )

@@ -1,0 +1,155 @@
+"""Peaks of the two preprocessing passes and of a preview, on fake tensors like the training step.
+
+Without gradients a layer leaves nothing behind, so few layers show the peak of many; the weights of the others are added.
+"""
+
+import torch
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model
+
+from sidestep.acestep.attention import use_attention
+from sidestep.acestep.checkpoint import accepted, encoder_sizes
+from sidestep.acestep.conditions import LYRIC_TOKENS, TEXT_TOKENS, encode_conditions, encode_text
+from sidestep.acestep.vae import (
+    DECODER_HALO_FRAMES,
+    DECODER_TILE_FRAMES,
+    ENCODER_HALO_FRAMES,
+    TILE_FRAMES,
+    decode,
+    encode_mean,
+    samples_per_frame,
+)
+from sidestep.adapters.attach import attach
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.plan.step import LiveBytes, bytes_of, fake_mode, make_fake, unpack_weights
+from sidestep.variants import detect
+
+FEW_LAYERS = 2
+# The parts that all official variants share: diffusers' defaults for the VAE, Qwen3-Embedding-0.6B.
+VAE = {
+    "encoder_hidden_size": 128,
+    "decoder_channels": 128,
+    "decoder_input_channels": 64,
+    "downsampling_ratios": [2, 4, 4, 6, 10],
+    "sampling_rate": 48000,
+}
+TEXT_ENCODER = {
+    "vocab_size": 151669,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
+def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_FRAMES) -> int:
+    """Peak bytes of the first pass: the VAE's encoder (fp32) on one tile of a song of so many seconds, later the text encoder (`dtype`); never both."""
+    vae = _vae(torch.float32)
+    vae.decoder = nn.Identity()
+    with torch.device("meta"):
+        text_encoder = _frozen(Qwen3Model(Qwen3Config(**TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS})), dtype)
+    others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
+    samples = round(seconds * VAE["sampling_rate"])
+    tile_samples = samples_per_frame(VAE) * (tile_frames + 2 * ENCODER_HALO_FRAMES)
+    with fake_mode():
+        encoding, reading = _loaded(vae), _loaded(text_encoder)
+        with encoding:
+            encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples)), 0)
+        with reading:
+            encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
+    return max(encoding.peak, reading.peak + others)
+
+
+def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
+    """Peak bytes with the condition encoder alone and the longest prompt and lyrics there are."""
+    whole = encoder_sizes(sizes)
+    few = {
+        name: min(count, FEW_LAYERS)
+        for name, count in whole.items()
+        if name in ("num_lyric_encoder_hidden_layers", "num_timbre_encoder_hidden_layers")
+    }
+    with torch.device("meta"):
+        encoder = _frozen(AceStepConditionEncoder(**accepted(AceStepConditionEncoder, whole | few)), dtype)
+    others = sum(
+        _other_layers(getattr(encoder, part).layers, whole[f"num_{part}_hidden_layers"])
+        for part in ("lyric_encoder", "timbre_encoder")
+    )
+    with fake_mode():
+        memory = _loaded(encoder)
+        text, lyrics = (torch.empty(1, n, sizes["text_hidden_dim"], dtype=dtype) for n in (TEXT_TOKENS, LYRIC_TOKENS))
+        # the original counts references on the host, which fake tensors cannot; here there is one
+        encoder.timbre_encoder.unpack_timbre_embeddings = lambda packed, order: (
+            packed[:, None],
+            torch.ones(packed.shape[0], 1, dtype=torch.bool),
+        )
+        timbre = torch.empty(1, sizes.get("timbre_fix_frame", 750), sizes["timbre_hidden_dim"], dtype=dtype)
+        with memory:
+            encode_conditions(encoder, text, lyrics, timbre)
+    return memory.peak + others
+
+
+def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_per_second: float, tokens: int) -> int:
+    """Bytes that a preview takes beside the weights, the adapter and the optimizer: the denoising DiT with the VAE waiting, or the VAE at work."""
+    # but for turbo, guidance denoises with and without the condition at once
+    few = sizes | {"num_hidden_layers": FEW_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
+    batch, frames = 1 if detect(sizes).is_turbo else 2, round(config.preview_duration * frames_per_second)
+    vae = _vae(dtype)
+    with torch.device("meta"):
+        decoder = _frozen(AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few)), dtype)
+        model = attach(decoder, config).eval()
+    use_attention(decoder, config.attention, torch.device("cpu"), dtype)
+    if config.base_precision != "auto":
+        unpack_weights(model, dtype)
+    with fake_mode():
+        playing, waiting = _loaded(vae), 0 if config.offload_encoder else bytes_of(vae.parameters())
+        with playing:
+            decode(
+                vae,
+                torch.empty(
+                    1,
+                    min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES),
+                    VAE["decoder_input_channels"],
+                    dtype=dtype,
+                ),
+                0,
+            )
+        denoising = _loaded(model)
+        loaded = denoising.now
+        latents, t = (
+            torch.empty(batch, frames, sizes["audio_acoustic_hidden_dim"], dtype=dtype),
+            torch.empty(batch, dtype=dtype),
+        )
+        conditions = torch.empty(batch, tokens, sizes.get("encoder_hidden_size") or sizes["hidden_size"], dtype=dtype)
+        with denoising, torch.no_grad():
+            denoising.count([latents, conditions])
+            decoder(latents, t, t, conditions, torch.cat([latents, latents], dim=-1), return_dict=False)
+    return max(playing.peak, waiting + denoising.peak - loaded)
+
+
+def _vae(dtype: torch.dtype) -> AutoencoderOobleck:
+    """The VAE on `meta`."""
+    with torch.device("meta"):
+        return _frozen(AutoencoderOobleck(**VAE), dtype)
+
+
+def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _other_layers(layers: nn.ModuleList, count: int) -> int:
+    """Bytes of the weights of all but the layers that are there, if there were `count`."""
+    return (count - len(layers)) * bytes_of(layers[0].parameters())
+
+
+def _loaded(model: nn.Module) -> LiveBytes:
+    """A counter that has counted a model's weights, with fake tensors in the place of those on `meta`."""
+    memory = LiveBytes()
+    make_fake(model)
+    memory.count([*model.parameters(), *model.buffers()])
+    return memory

@@ -1,0 +1,152 @@
+"""What a micro-step computes: the loss of a batch, with noise, timesteps and dropped conditions drawn for its place in the run."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
+
+from sidestep.acestep.blocks import offload_activations
+from sidestep.acestep.conditions import context_latents, tiled_silence
+from sidestep.data.batches import Batch
+from sidestep.flow_matching.guidance import drop_conditions
+from sidestep.flow_matching.loss import flow_matching_loss, min_snr_weight, uniform_weight
+from sidestep.flow_matching.timesteps import Law, discrete, logit_normal, stratified
+from sidestep.seeding import seed_for, uniform
+from sidestep.settings.config import TrainConfig
+from sidestep.variants import Variant
+
+
+@dataclass(frozen=True)
+class TrainingLaw:
+    """How timesteps are drawn and how often conditions are dropped, with the reason that is shown."""
+
+    name: str
+    draw: Law
+    cfg_ratio: float
+    reason: str
+
+
+def training_law(config: TrainConfig, variant: Variant) -> TrainingLaw:
+    """The checkpoint's own law, but for what the user typed."""
+    mode = variant.timestep_mode if config.timestep_mode == "auto" else config.timestep_mode
+    mu = variant.timestep_mu if config.timestep_mu is None else config.timestep_mu
+    sigma = variant.timestep_sigma if config.timestep_sigma is None else config.timestep_sigma
+    cfg_ratio = variant.cfg_ratio if config.cfg_ratio is None else config.cfg_ratio
+    name = "discrete, 8 steps" if mode == "discrete" else f"logit-normal, mu {mu:g}, sigma {sigma:g}"
+    typed = [
+        f
+        for f, given in (
+            ("--timestep-mode", config.timestep_mode != "auto"),
+            ("--cfg-ratio", config.cfg_ratio is not None),
+        )
+        if given
+    ]
+    reason = variant.reason + (f"; {' and '.join(typed)} typed" if typed else "")
+    return TrainingLaw(name, discrete if mode == "discrete" else logit_normal(mu, sigma), cfg_ratio, reason)
+
+
+class ConditionMask:
+    """Hides pad tokens of a batch from cross attention. One object serves all layers; None: every token is real."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+    def install(self, decoder: torch.nn.Module) -> None:
+        """Let the decoder's cross attention read this mask; the decoder itself passes none."""
+        for block in decoder.layers:
+            block.cross_attn.set_processor(_MaskedCrossAttention(self))
+
+
+class _MaskedCrossAttention(AceStepAttnProcessor2_0):
+    def __init__(self, shared: ConditionMask):
+        super().__init__()
+        self.shared = shared
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.shared.mask, image_rotary_emb)
+
+
+class Objective:
+    """The training loss. Random numbers depend on the run's seed, the optimizer step and the sample's slot in it, and on nothing else.
+
+    silence: [1, T0, D] and null_condition: [1, 1, C], both on the training device.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        law: TrainingLaw,
+        silence: torch.Tensor,
+        null_condition: torch.Tensor,
+        condition_mask: ConditionMask,
+    ):
+        self.law, self.silence, self.null_condition, self.condition_mask = law, silence, null_condition, condition_mask
+        self.weight = min_snr_weight(config.snr_gamma) if config.loss_weighting == "min_snr" else uniform_weight
+        self.seed = config.seed
+        self._keep_activations = (
+            partial(offload_activations, silence.device) if config.offload_activations else nullcontext
+        )
+        self._generator = torch.Generator(silence.device)
+
+    def timesteps(self, step: int, samples: int) -> torch.Tensor:
+        """All timesteps of an optimizer step, fp32 [samples] on the CPU, spread evenly over the law."""
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "timesteps", step))
+        return self.law.draw(stratified(samples, generator)).float()
+
+    def noise(self, step: int, batch: Batch) -> torch.Tensor:
+        """Noise [B, T, D], drawn on the device sample by sample."""
+        draws = []
+        for slot in batch.slots:
+            self._generator.manual_seed(seed_for(self.seed, "noise", step, slot))
+            draws.append(torch.randn(batch.latents.shape[1:], generator=self._generator, device=self.silence.device))
+        return torch.stack(draws)
+
+    def dropped(self, step: int, slots: tuple[int, ...]) -> torch.Tensor | None:
+        """Which samples lose their condition, bool [B] on the CPU; None when none does."""
+        drops = [uniform(self.seed, "cfg", step, slot) < self.law.cfg_ratio for slot in slots]
+        return torch.tensor(drops) if any(drops) else None
+
+    def __call__(
+        self, model: torch.nn.Module, batch: Batch, step: int, samples: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(weighted loss [B], plain loss [B], t [B]) of a batch on the training device, which is one part of an optimizer step of `samples`."""
+        torch.manual_seed(seed_for(self.seed, "dropout", step, batch.slots[0]))
+        device = self.silence.device
+        t = self.timesteps(step, samples)[list(batch.slots)].to(device, non_blocking=True)
+        dropped = self.dropped(step, batch.slots)
+        if dropped is not None:
+            dropped = dropped.to(device, non_blocking=True)
+        loss = self.loss(model, batch, self.noise(step, batch), t, dropped)
+        return loss * self.weight(t), loss.detach(), t
+
+    def loss(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Plain per-sample loss [B] for given noise [B, T, D] and timesteps [B]."""
+        frames = batch.latents.shape[1]
+        source = tiled_silence(self.silence, frames).expand_as(batch.latents) if batch.source is None else batch.source
+        context = context_latents(source.to(self.null_condition.dtype))
+        conditions = batch.conditions.to(self.null_condition.dtype)
+        if dropped is not None:
+            conditions = drop_conditions(conditions, self.null_condition, dropped)
+        self.condition_mask.mask = None if batch.condition_mask is None else batch.condition_mask[:, None, None, :]
+
+        def velocity(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return model(
+                hidden_states=noisy.to(context.dtype),
+                timestep=t,
+                timestep_r=t,
+                encoder_hidden_states=conditions,
+                context_latents=context,
+                return_dict=False,
+            )[0]
+
+        with self._keep_activations():
+            return flow_matching_loss(velocity, batch.latents, noise, t)

@@ -1,0 +1,148 @@
+"""Events as lines of plain text: ASCII of our own, no escape sequences, a line every few seconds."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from sidestep.events import (
+    Chosen,
+    EpochDone,
+    Event,
+    FileFailed,
+    Finished,
+    Notice,
+    Progress,
+    Saved,
+    StepDone,
+    StepSkipped,
+    Table,
+    Validated,
+)
+
+SECONDS_BETWEEN_LINES = 3.0
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as a person reads it: 0:42, 12:03, 3:05:00."""
+    if seconds is None or seconds != seconds or seconds < 0:
+        return "?"
+    minutes, seconds = divmod(round(min(seconds, 1e9)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def gib(count: int | None) -> str:
+    """Bytes in GiB, or nothing where the device has no counter."""
+    return "" if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def as_typed(value: object) -> str:
+    """A setting's value as a person types it: on, off, 1e-04, a list in one line; a dash for none."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+
+
+def as_lines(event: Event) -> list[str]:
+    """An event as lines of text, in full."""
+    match event:
+        case Notice(message=message, level=level):
+            return [message if level == "info" else f"{level}: {message}"]
+        case Chosen(what=what, value=value, reason=reason):
+            return [f"{what}: {value} ({reason})"]
+        case Progress():
+            return [progress_line(event)]
+        case FileFailed(path=path, reason=reason, stage=stage):
+            return [f"failed ({stage}): {path}: {reason}"]
+        case StepDone():
+            return [step_line(event)]
+        case StepSkipped(step=step, songs=songs, reason=reason, in_a_row=in_a_row):
+            return [
+                f"warning: step {step} skipped ({in_a_row} in a row): {reason}; songs: {', '.join(songs) or 'unknown'}"
+            ]
+        case EpochDone(epoch=epoch, total_epochs=total, loss=loss, seconds=seconds):
+            return [f"epoch {epoch}/{total} done: mean loss {loss:.4f}, {clock(seconds)}"]
+        case Validated(step=step, loss=loss, best=best):
+            return [f"validation at step {step}: loss {loss:.4f}" + (" (best so far)" if best else "")]
+        case Saved(what=what, path=path):
+            return [f"saved {what}: {path}"]
+        case Table():
+            return table_lines(event)
+        case Finished(message=message, next_commands=commands):
+            return [message] + (["Next:", *(f"  {command}" for command in commands)] if commands else [])
+    fields = ", ".join(f"{f.name}={getattr(event, f.name)}" for f in dataclasses.fields(event))
+    return [f"{type(event).__name__}: {fields}"]
+
+
+def progress_line(event: Progress) -> str:
+    """`preprocess 3/12 (25%), 4.1 s/s, 0:32 left, song.wav`."""
+    parts = [
+        f"{event.task} {event.done}/{event.total}" + (f" ({100 * event.done // event.total}%)" if event.total else "")
+    ]
+    if event.rate is not None:
+        parts.append(f"{event.rate:.3g} {event.unit}/s".replace(" /", "/"))
+    if event.eta_seconds is not None and event.done < event.total:
+        parts.append(f"{clock(event.eta_seconds)} left")
+    return ", ".join(parts + ([event.current] if event.current else []))
+
+
+def step_line(event: StepDone) -> str:
+    """`step 10/500, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 2.1 steps/s, 3:55 left, 3.2 GiB`."""
+    parts = [
+        f"step {event.step}/{event.total_steps}",
+        f"epoch {event.epoch}",
+        f"loss {event.loss:.4f}",
+        f"lr {event.lr:.1e}",
+    ]
+    parts += [f"grad norm {event.grad_norm:.3g}", f"{event.steps_per_second:.3g} steps/s"]
+    if event.step < event.total_steps:
+        parts.append(f"{clock(event.eta_seconds)} left")
+    return ", ".join(parts + ([gib(event.memory_bytes)] if event.memory_bytes is not None else []))
+
+
+def table_lines(event: Table) -> list[str]:
+    """A table in columns; the widest cell sets a column's width."""
+    rows = [event.columns, *event.rows] if any(event.columns) else list(event.rows)
+    count = max((len(row) for row in rows), default=0)
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    if any(event.columns):
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return [event.title, *(f"  {line}" for line in lines)] if event.title else lines
+
+
+class PlainView:
+    """Shows events as lines. Progress, steps and epochs come at most every few seconds; the last one always does."""
+
+    def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic):
+        self._say, self._now = say, now
+        self._last: dict[str, float] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        if self._due(event):
+            for line in as_lines(event):
+                self._say(line)
+
+    def _due(self, event: Event) -> bool:
+        match event:
+            case Progress(task=task, done=done, total=total):
+                key, last = f"progress {task}", done >= total
+            case StepDone(step=step, total_steps=total):
+                key, last = "step", step >= total
+            case EpochDone(epoch=epoch, total_epochs=total):
+                key, last = "epoch", epoch >= total
+            case _:
+                return True
+        now = self._now()
+        if last or now - self._last.get(key, float("-inf")) >= SECONDS_BETWEEN_LINES:
+            self._last[key] = now
+            return True
+        return False

@@ -1,0 +1,273 @@
+"""A checkpoint gives only the parts asked for, in both layouts, and says clearly what is wrong with a broken one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.layout import diffusers_key, original_key
+from sidestep.errors import UserError
+from sidestep.variants import detect, official_config
+
+TURBO = "acestep-v15-turbo"
+
+
+@pytest.fixture
+def broken(checkpoints, tmp_path) -> Path:
+    """A copy of the checkpoints that a test may damage."""
+    return Path(shutil.copytree(checkpoints, tmp_path / "checkpoints"))
+
+
+def load_everything(folder: Path, variant: str) -> None:
+    checkpoint = open_checkpoint(folder, variant)
+    checkpoint.load_decoder()
+    checkpoint.load_condition_encoder()
+    checkpoint.load_vae()
+    checkpoint.load_text_encoder()
+
+
+def test_training_reads_only_the_decoder_and_the_null_condition(checkpoints):
+    checkpoint = open_checkpoint(checkpoints, "turbo")
+    checkpoint.load_decoder()
+    checkpoint.load_null_condition()
+    assert {key.split(".")[0] for key in checkpoint.loaded_keys} == {"decoder", "null_condition_emb"}
+
+
+def test_the_second_pass_reads_only_the_encoder(checkpoints):
+    checkpoint = open_checkpoint(checkpoints, "xl-turbo")
+    checkpoint.load_condition_encoder()
+    assert {key.split(".")[0] for key in checkpoint.loaded_keys} == {"encoder", "null_condition_emb"}
+
+
+def test_sharded_files_give_every_decoder_tensor(checkpoints):
+    checkpoint = open_checkpoint(checkpoints, "xl-turbo")
+    decoder = checkpoint.load_decoder()
+    assert len(decoder.state_dict()) == sum(key.startswith("decoder.") for key in checkpoint.loaded_keys)
+    assert not any(p.is_meta or p.requires_grad for p in decoder.parameters())
+
+
+def test_keys_go_to_diffusers_names_and_back(checkpoints):
+    for key in load_file(checkpoints / TURBO / "model.safetensors"):
+        assert original_key(diffusers_key(key)) == key
+
+
+def test_loading_casts_and_identity_follows_the_weights(broken):
+    before, identity = open_checkpoint(broken, "turbo"), open_checkpoint(broken, "turbo").identity()
+    assert next(before.load_decoder(dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+    assert before.identity() == identity
+    path = broken / TURBO / "model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.layers.2.mlp.up_proj.weight"] += 1e-3
+    save_file(tensors, path)
+    assert open_checkpoint(broken, "turbo").identity() != identity
+
+
+def test_the_diffusers_layout_gives_the_same_numbers(checkpoints, golden, tmp_path):
+    folder, expected = golden
+    original = open_checkpoint(checkpoints, folder)
+    encoder = original.load_condition_encoder()
+    home = tmp_path / "diffusers"
+    original.load_decoder().save_pretrained(home / "transformer")
+    encoder.save_pretrained(home / "condition_encoder")
+    original.load_vae().save_pretrained(home / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(checkpoints / "Qwen3-Embedding-0.6B", home / part)
+    (home / "model_index.json").write_text("{}", encoding="utf-8")
+    converted = open_checkpoint(home, "turbo")
+    assert converted.variant.is_turbo
+    assert converted.variant.is_xl == original.variant.is_xl
+    torch.testing.assert_close(converted.silence_latent(), original.silence_latent())
+    torch.testing.assert_close(converted.load_null_condition(), original.load_null_condition())
+    noisy, t, conditions, context = (
+        expected[f"0.{name}"].double() for name in ("noise", "t", "encoder_hidden_states", "context_latents")
+    )
+    with (
+        torch.inference_mode()
+    ):  # in double precision: mapped files differ in alignment, and with it in the order of sums
+        theirs, ours = (
+            c.load_decoder().double()(noisy, t, t, conditions, context, return_dict=False)[0]
+            for c in (converted, original)
+        )
+        silence, order = original.silence_latent()[:, :750], torch.zeros(1, dtype=torch.long)
+        timbre = [e.timbre_encoder(silence, order)[0] for e in (converted.load_condition_encoder(), encoder)]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    torch.testing.assert_close(*timbre, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""], ids=["all in one", "model alone"])
+def test_comfyuis_single_files_give_the_same_tensors(checkpoints, tmp_path, prefix):
+    home = tmp_path / "comfyui"
+    tensors = {prefix + key: tensor for key, tensor in load_file(checkpoints / TURBO / "model.safetensors").items()}
+    if prefix:  # what else an all-in-one file holds is left alone
+        tensors |= {
+            "vae.decoder.conv1.weight": torch.ones(2, 2),
+            "text_encoders.qwen3_06b.transformer.model.norm.weight": torch.ones(2),
+        }
+    home.mkdir()
+    save_file(tensors, home / "aio.safetensors")
+    with pytest.raises(UserError, match="do not fit its config.json|its config.json asks for"):
+        open_checkpoint(home / "aio.safetensors", "turbo").load_decoder()  # a tiny model; the official turbo is larger
+    with pytest.raises(UserError, match="put that model's config.json beside it as aio.json"):
+        open_checkpoint(home / "aio.safetensors", "my-tune")
+    shutil.copy(checkpoints / TURBO / "config.json", home / "aio.json")
+    single, folder = open_checkpoint(home / "aio.safetensors", "turbo"), open_checkpoint(checkpoints, "turbo")
+    for load in ("load_decoder", "load_null_condition"):
+        ours, expected = getattr(single, load)(), getattr(folder, load)()
+        if load == "load_decoder":
+            ours, expected = ours.state_dict(), expected.state_dict()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert {key.split(".")[0] for key in single.loaded_keys} == {"decoder", "null_condition_emb"}
+    for load, message in [
+        (single.load_vae, "The VAE was"),
+        (single.load_text_encoder, "The text encoder was"),
+        (single.silence_latent, "silence_latent.pt from any"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load()
+    for name in ("vae", "Qwen3-Embedding-0.6B"):
+        shutil.copytree(checkpoints / name, home / name)
+    shutil.copytree(checkpoints / TURBO, home / TURBO, ignore=lambda *_: ["model.safetensors", "config.json"])
+    load_everything(home / "aio.safetensors", "turbo")
+    assert torch.equal(open_checkpoint(home / "aio.safetensors", "turbo").silence_latent(), folder.silence_latent())
+
+
+def pointer(home: Path) -> None:
+    (home / TURBO / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", encoding="utf-8"
+    )
+
+
+def cut(home: Path) -> None:
+    path = home / TURBO / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def reconfigure(**changes):
+    def change(home: Path) -> None:
+        path = home / TURBO / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+def drop_key(home: Path) -> None:
+    path = home / TURBO / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.norm_out.weight"]
+    save_file(tensors, path)
+
+
+def extra_key(home: Path) -> None:
+    path = home / TURBO / "model.safetensors"
+    save_file(load_file(path) | {"decoder.surprise.weight": torch.zeros(1)}, path)
+
+
+def pickled_silence(home: Path) -> None:
+    torch.save({"run": print}, home / TURBO / "silence_latent.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (pointer, "Git LFS pointer"),
+        (cut, "cut short"),
+        (reconfigure(hidden_size=64), "has shape"),
+        (reconfigure(num_hidden_layers=4, layer_types=None), "missing"),
+        (drop_key, "1 missing (norm_out.weight)"),
+        (extra_key, "1 unknown (surprise.weight)"),
+        (pickled_silence, "not a plain tensor file"),
+        (lambda home: (home / TURBO / "silence_latent.pt").unlink(), "silence_latent.pt is missing"),
+        (lambda home: (home / TURBO / "config.json").write_text("{", encoding="utf-8"), "not readable as JSON"),
+        (lambda home: (home / TURBO / "config.json").unlink(), "config.json is missing"),
+        (lambda home: (home / TURBO / "model.safetensors").unlink(), "no weights here"),
+        (lambda home: shutil.rmtree(home / "vae"), "The VAE was not found"),
+        (lambda home: shutil.rmtree(home / "Qwen3-Embedding-0.6B"), "The text encoder was not found"),
+    ],
+)
+def test_a_broken_checkpoint_gets_a_clear_message(broken, damage, said):
+    damage(broken)
+    with pytest.raises(UserError) as caught:
+        load_everything(broken, "turbo")
+    assert said in str(caught.value)
+    assert caught.value.fix
+
+
+def test_a_missing_shard_is_named(broken):
+    (broken / "acestep-v15-xl-turbo" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
+        open_checkpoint(broken, "xl-turbo").load_decoder()
+
+
+def test_a_shard_outside_its_folder_is_refused(broken):
+    index = broken / "acestep-v15-xl-turbo" / "model.safetensors.index.json"
+    facts = json.loads(index.read_text(encoding="utf-8"))
+    facts["weight_map"] = {key: "../" + name for key, name in facts["weight_map"].items()}
+    index.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(UserError, match="outside its folder"):
+        open_checkpoint(broken, "xl-turbo").load_decoder()
+
+
+def test_a_missing_folder_lists_what_is_there(checkpoints):
+    with pytest.raises(UserError, match="acestep-v15-turbo"):
+        open_checkpoint(checkpoints, "sft")
+    with pytest.raises(UserError, match="Folders beside it: checkpoints, golden"):
+        open_checkpoint(checkpoints.parent / "nowhere", "turbo")
+
+
+def test_code_that_a_checkpoint_brings_is_never_run(broken):
+    for name in ("configuration_acestep_v15.py", "modeling_acestep_v15_turbo.py"):
+        (broken / TURBO / name).write_text("raise SystemExit('run!')", encoding="utf-8")
+    load_everything(broken, "turbo")
+
+
+def test_the_folder_itself_may_be_given(checkpoints):
+    checkpoint = open_checkpoint(checkpoints / TURBO, "turbo")
+    assert checkpoint.folder.name == TURBO
+    checkpoint.load_vae()
+
+
+@pytest.mark.parametrize(
+    ("config", "mode", "cfg_ratio"),
+    [
+        ({"is_turbo": True, "model_version": "turbo"}, "discrete", 0.0),
+        ({"is_turbo": False, "model_version": "base"}, "logit-normal", 0.15),
+        ({"is_turbo": False, "model_version": "my-finetune"}, "logit-normal", 0.15),
+        ({"model_version": "turbo"}, "discrete", 0.0),
+    ],
+)
+def test_the_variant_is_what_its_config_says(config, mode, cfg_ratio):
+    variant = detect(config)
+    assert (variant.timestep_mode, variant.cfg_ratio) == (mode, cfg_ratio)
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("turbo", 1_575_458_880), ("xl-base", 4_168_897_088)])
+def test_official_sizes_are_the_published_ones(variant, parameters):
+    from diffusers import AceStepTransformer1DModel
+
+    from sidestep.acestep.checkpoint import accepted
+
+    with torch.device("meta"):
+        decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, official_config(variant)))
+    assert sum(p.numel() for p in decoder.parameters()) == parameters
+
+
+def test_the_device_is_chosen_with_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choice = choose_device("auto")
+    assert choice.reason
+    assert choose_precision("auto", torch.device("cpu")).value == torch.float32
+    with pytest.raises(UserError, match="sees no cuda device"):
+        choose_device("cuda:1")
+    with pytest.raises(UserError, match="no such device"):
+        choose_device("gpu")
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_old_gpus_get_fp16_and_new_ones_bf16(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    assert choose_precision("auto", torch.device("cuda")).value == expected

@@ -1,0 +1,99 @@
+"""The checkpoint's parts give the original code's numbers."""
+
+import pytest
+import torch
+
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.conditions import (
+    LYRIC_TOKENS,
+    TEXT_TOKENS,
+    context_latents,
+    cover_hints,
+    embed_lyrics,
+    encode_conditions,
+    encode_text,
+    lyric_prompt,
+    text_prompt,
+    tiled_silence,
+    token_ids,
+)
+from sidestep.acestep.vae import decode, encode_mean
+from tests.conftest import assert_golden, golden_audio
+
+CASES = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def vae(checkpoints):
+    return open_checkpoint(checkpoints, "turbo").load_vae()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tile_frames", [0, 8, 13])
+def test_vae_mean_equals_the_original_in_tiles_and_in_one_piece(vae, golden, golden_cases, case, tile_frames):
+    audio = torch.from_numpy(golden_audio(case, golden_cases[case]["seconds"]))[None]
+    assert_golden(encode_mean(vae, audio, tile_frames), golden[1][f"{case}.latent_mean"])
+
+
+def test_decoding_in_tiles_equals_decoding_in_one_piece(vae):
+    latents = torch.randn(1, 90, vae.config.decoder_input_channels, generator=torch.Generator().manual_seed(0))
+    assert_golden(decode(vae, latents, 20), decode(vae, latents, 0))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_token_ids_and_conditions_equal_the_original(checkpoints, golden, golden_cases, case):
+    folder, expected = golden
+    facts = golden_cases[case]
+    checkpoint = open_checkpoint(checkpoints, folder)
+    text_encoder, tokenizer = checkpoint.load_text_encoder()
+    text = text_prompt(
+        facts["caption"],
+        bpm=facts["bpm"],
+        timesignature=facts["timesignature"],
+        keyscale=facts["keyscale"],
+        duration=facts["duration"],
+    )
+    lyric = lyric_prompt(facts["lyrics"], facts["language"])
+    assert (text, lyric) == (facts["text"], facts["lyric"])
+    text_ids, text_lost = token_ids(tokenizer, text, TEXT_TOKENS)
+    lyric_ids, lyric_lost = token_ids(tokenizer, lyric, LYRIC_TOKENS)
+    assert text_lost == lyric_lost == 0
+    assert text_ids.tolist() == expected[f"{case}.text_ids"].tolist()
+    assert lyric_ids.tolist() == expected[f"{case}.lyric_ids"].tolist()
+    states = encode_conditions(
+        checkpoint.load_condition_encoder(),
+        encode_text(text_encoder, text_ids),
+        embed_lyrics(text_encoder, lyric_ids),
+        checkpoint.silence_latent()[:, : checkpoint.timbre_frames],
+    )
+    assert_golden(states, expected[f"{case}.encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_velocity_and_null_condition_equal_the_original(checkpoints, golden, golden_time_table, case):
+    folder, expected = golden
+    checkpoint = open_checkpoint(checkpoints, folder)
+    decoder = checkpoint.load_decoder()
+    latents, noise, t = (expected[f"{case}.{name}"] for name in ("latent_mean", "noise", "t"))
+    context = context_latents(tiled_silence(checkpoint.silence_latent(), latents.shape[1]))
+    assert_golden(context, expected[f"{case}.context_latents"])
+    noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * latents
+    conditions = expected[f"{case}.encoder_hidden_states"]
+    null = checkpoint.load_null_condition().expand_as(conditions)
+    with torch.inference_mode():
+        assert_golden(decoder(noisy, t, t, conditions, context, return_dict=False)[0], expected[f"{case}.velocity"])
+        assert_golden(decoder(noisy, t, t, null, context, return_dict=False)[0], expected[f"{case}.velocity_null"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_audio_codes_and_cover_hints_equal_the_original(checkpoints, golden, case):
+    folder, expected = golden
+    checkpoint = open_checkpoint(checkpoints, folder)
+    codes, hints = cover_hints(
+        checkpoint.load_audio_tokenizer(),
+        checkpoint.load_audio_detokenizer(),
+        expected[f"{case}.latent_mean"],
+        checkpoint.silence_latent(),
+    )
+    assert codes.tolist() == expected[f"{case}.audio_codes"].tolist()
+    assert_golden(hints, expected[f"{case}.cover_hints"])

@@ -1,0 +1,67 @@
+"""The published speed tables: what stands in the report is what was measured and stored."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import charts, speed_attention, speed_model
+from benchmarks.measure import ROOT, Result, Setting, Times, machine
+from benchmarks.run import PARTS, README, as_markdown, report, with_ratios
+
+CPU = torch.device("cpu")
+STORED = Path(ROOT, "benchmarks", "results", "speed.json")
+
+
+def test_a_ratio_is_that_of_each_turn_so_that_a_slow_moment_meets_both():
+    ours, theirs = Times((1.0, 10.0, 1.0)), Times((2.0, 20.0, 2.0))
+    assert theirs.over(ours) == 2.0 and ours.median == 1.0
+
+
+def test_a_table_has_every_column_and_every_figure():
+    text = as_markdown(Result("x", "Title", "How.", [{"a": 1, "b": 0.12345}, {"a": 2, "c": 1234.5}], {"fact": 1.239}))
+    assert (
+        "| a | b | c |" in text
+        and "| 1 | 0.123 |  |" in text
+        and "| 2 |  | 1,234 |" in text
+        and "- fact: **1.24**" in text
+    )
+
+
+@pytest.mark.skipif(not STORED.is_file(), reason="no figures are stored")
+def test_the_report_is_made_of_the_stored_figures():
+    tables = json.loads(STORED.read_text(encoding="utf-8"))
+    assert (STORED.parent / "speed.md").read_text(encoding="utf-8") == report(tables)
+    for table in tables.values():
+        assert {"commit", "processor", "threads", "versions", "clock"} <= table["machine"].keys() and table["rows"]
+
+
+def test_the_readme_shows_the_stored_ratios():
+    readme = README.read_text(encoding="utf-8")
+    assert with_ratios(readme, json.loads(STORED.read_text(encoding="utf-8"))) == readme
+
+
+def test_every_part_has_measurements():
+    assert all(callable(measure) for part in PARTS.values() for measure in part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [name for name in PARTS if name != "compile"])
+def test_every_part_runs_on_a_tiny_model(part, monkeypatch, tmp_path):
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    monkeypatch.setattr(speed_model, "SMALL", speed_model.SMALL | tiny)
+    monkeypatch.setattr(speed_attention, "BLOCKS", (128, 256))
+    setting = Setting(CPU, torch.float32, rounds=1, quick=True)
+    results = [measure(setting) for measure in PARTS[part]]
+    tables = {result.name: {**vars(result), "machine": machine(setting), "rounds": 1} for result in results}
+    assert all(result.rows for result in results) and report(json.loads(json.dumps(tables)))
+    for chart in charts.draw({name: table["rows"] for name, table in tables.items()}, tmp_path):
+        assert chart.read_text(encoding="utf-8").startswith("<?xml")

@@ -1,0 +1,303 @@
+"""The real `main`, from argv to exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidestep.cli import main as cli_main
+from sidestep.cli.commands import RUN
+from sidestep.cli.main import LazyEventLog, main, output_folder
+from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
+from sidestep.events import Notice, Saved
+from sidestep.settings import presets
+from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig
+from sidestep.tasks.plan.device import Device
+
+ROOT = Path(__file__).parents[2]
+BUILD = ["build-dataset", "--input", "songs"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """Puts a function in the place of a command's task."""
+
+    def put(job, config_class=BuildDatasetConfig):
+        monkeypatch.setitem(RUN, config_class, job)
+
+    return put
+
+
+def raising(error):
+    def job(config, report, terminal):
+        raise error
+
+    return job
+
+
+def test_every_command_has_a_function_that_runs_it():
+    assert {config_class for config_class, _ in COMMANDS.values()} | {PreprocessConfig} == set(RUN)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (
+            UserError("--input songs: no such folder.", "Make it first."),
+            2,
+            ["error: --input songs: no such folder.", "Make it first."],
+        ),
+        (JobError("Zero songs were preprocessed."), 1, ["Zero songs"]),
+        (JobError("Two of nine failed.", status=ExitStatus.SOME_FAILED), 3, ["Two of nine"]),
+        (
+            Interrupted("train.py fixed --resume-from latest"),
+            130,
+            ["what was done is saved", "train.py fixed --resume-from latest"],
+        ),
+        (KeyboardInterrupt(), 130, ["Stopped."]),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            ["uv --no-config pip install torch --torch-backend=auto"],
+        ),
+        (OSError(28, "No space left on device", "x.pt"), 1, ["No space left on device: x.pt", "Free some space"]),
+        (ZeroDivisionError("division by zero"), 1, ["did not expect", "ZeroDivisionError", "sidestep.log"]),
+    ],
+)
+def test_what_a_job_raises_becomes_words_and_a_status(task, capsys, error, status, words):
+    task(raising(error))
+    assert main(BUILD) == status
+    err = capsys.readouterr().err
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+def test_the_traceback_of_the_unexpected_is_only_in_the_log(task, home, capsys):
+    task(raising(ZeroDivisionError("oops")))
+    main(BUILD)
+    assert "ZeroDivisionError: oops" in (home / "sidestep.log").read_text(encoding="utf-8")
+
+
+def test_the_log_of_a_run_stands_in_its_output_folder(task, tmp_path):
+    task(raising(ZeroDivisionError("oops")), TrainConfig)
+    main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"])
+    assert "Traceback" in (tmp_path / "out" / "sidestep.log").read_text(encoding="utf-8")
+
+
+def test_a_wrong_call_leaves_nothing_behind(tmp_path):
+    assert main(["fixed", "--rank", "8"]) == 2
+    assert main(["presets", "show", "nope"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_events_are_shown_and_kept_beside_the_run(task, tmp_path, capsys):
+    def job(config, report, terminal):
+        report(Notice(message="hello"))
+        report(Saved(what="final", path="out/final"))
+        return ExitStatus.OK
+
+    task(job, TrainConfig)
+    assert main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"]) == 0
+    assert capsys.readouterr().out == "hello\nsaved final: out/final\n"
+    lines = (tmp_path / "out" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["Notice", "Saved"]
+
+
+def test_a_log_of_events_without_events_makes_no_folder(tmp_path):
+    LazyEventLog(tmp_path / "new" / "events.jsonl").close()
+    assert not (tmp_path / "new").exists()
+
+
+def test_preprocess_then_train_runs_both_and_says_so(task, capsys):
+    ran = []
+    for config_class in (PreprocessConfig, TrainConfig):
+        task(lambda config, report, terminal: ran.append(type(config)) or ExitStatus.OK, config_class)
+    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 0
+    assert ran == [PreprocessConfig, TrainConfig]
+    assert "Preprocessing first, then training." in capsys.readouterr().out
+
+
+def test_training_does_not_start_when_nothing_was_preprocessed(task):
+    ran = []
+    task(lambda config, report, terminal: ExitStatus.FAILED, PreprocessConfig)
+    task(lambda config, report, terminal: ran.append(1) or ExitStatus.OK, TrainConfig)
+    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 1
+    assert ran == []
+
+
+def test_songs_that_failed_are_in_the_status_of_the_training_that_followed(task):
+    task(lambda config, report, terminal: ExitStatus.SOME_FAILED, PreprocessConfig)
+    task(lambda config, report, terminal: ExitStatus.OK, TrainConfig)
+    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 3
+
+
+def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):
+    def job(config, report, terminal):
+        report(Notice(message="hello"))
+        return ExitStatus.OK
+
+    task(job, TrainConfig)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"]) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_json_nothing_else_is_on_the_output(task, capsys):
+    from sidestep.settings.config import DoctorConfig
+
+    def job(config, report, terminal):
+        report(Notice(message="noise"))
+        terminal.say("[]")
+        return ExitStatus.OK
+
+    task(job, DoctorConfig)
+    assert main(["doctor", "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
+
+
+def test_without_arguments_and_without_a_terminal_the_help_is_printed_with_status_2(capsys):
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert "commands:" in shown.out and "no terminal to ask in" in shown.err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["fixed", "--help"], ["--version"]])
+def test_help_and_version_are_a_success(argv, capsys):
+    assert main(argv) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, capsys, tmp_path):
+    seen = []
+    task(lambda config, report, terminal: seen.append(config) or ExitStatus.OK, TrainConfig)
+    (tmp_path / "p.json").write_text('{"rank": 8, "colour": "red"}', encoding="utf-8")
+    assert main("fixed --checkpoint-dir c --dataset-dir d --output-dir o --preset p.json --alpha 3".split()) == 0
+    assert (seen[0].rank, seen[0].alpha) == (8, 3.0)
+    assert "colour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "gib", "profile"),
+    [
+        ("--vram-profile minimal", None, "minimal"),
+        ("--vram-profile minimal --model-variant xl-base", None, "minimal_xl"),
+        ("--vram-profile auto", 23.6, "comfortable"),
+        ("--vram-profile auto", 15.7, "standard"),
+        ("--vram-profile auto", 11.9, "tight"),
+        ("--vram-profile auto --model-variant xl-turbo", 7.8, "minimal_xl"),
+    ],
+)
+def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, gib, profile):
+    seen = []
+    task(
+        lambda config, report, terminal: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK,
+        TrainConfig,
+    )
+    monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: gib and Device(round(gib * 2**30), "a card"))
+    assert main(f"--plain fixed --checkpoint-dir c --dataset-dir d --output-dir o --seed 7 {typed}".split()) == 0
+    values = presets.find(profile).values
+    assert {name: getattr(seen[0], name) for name in values} == values and seen[0].seed == 7
+    assert f"profile: {profile}" in capsys.readouterr().out
+
+
+def test_a_profile_cannot_be_chosen_without_a_gpu_or_beside_a_preset(monkeypatch, capsys):
+    monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: None)
+    required = "fixed --checkpoint-dir c --dataset-dir d --output-dir o".split()
+    assert main([*required, "--vram-profile", "auto"]) == ExitStatus.USAGE
+    assert "no GPU was found here" in capsys.readouterr().err
+    assert main([*required, "--vram-profile", "tight", "--preset", "tight"]) == ExitStatus.USAGE
+
+
+def test_only_runs_have_a_folder_for_events():
+    assert output_folder(BuildDatasetConfig(input=Path("x"))) is None
+    assert output_folder(
+        PreprocessConfig(checkpoint_dir=Path("c"), tensor_output=Path("t"), audio_dir=Path("a"))
+    ) == Path("t")
+
+
+def test_presets_are_listed_shown_imported_and_exported(capsys, tmp_path):
+    assert main(["presets", "list"]) == 0
+    assert "recommended" in capsys.readouterr().out
+    assert main(["presets", "export", "minimal", "mine.json"]) == 0
+    assert main(["presets", "import", "mine.json"]) == 0
+    assert main(["presets", "show", "mine"]) == 0
+    assert "adamw8bit" in capsys.readouterr().out
+    assert main(["presets", "import", "mine.json"]) == 2
+    assert main(["presets", "import", "mine.json", "--overwrite"]) == 0
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["build-dataset", "--help"], ["fixed", "--help"], ["--version"], ["presets", "list"], []]
+)
+def test_what_needs_no_torch_imports_none(argv):
+    code = f"import sys; from sidestep.cli.main import main; main({argv!r}); print([m for m in ('torch', 'numpy', 'rich', 'questionary') if m in sys.modules])"
+    assert python(code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_wizard_with_its_prompts_imports_no_torch():
+    code = "import sys, sidestep.cli.main, sidestep.wizard.prompts, sidestep.terminal.live; print([m for m in ('torch', 'numpy', 'av') if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"
+
+
+def test_a_missing_torch_prints_the_command_that_installs_it():
+    code = "import sys; sys.modules['torch'] = None; from sidestep.cli.main import main; sys.exit(main(['doctor']))"
+    done = python(code)
+    assert done.returncode == 1
+    assert "uv --no-config pip install torch --torch-backend=auto" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f'"{sys.executable}" train.py presets list | head -n 1',
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_sigterm_stops_like_ctrl_c(task):
+    import signal
+
+    def job(config, report, terminal):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    task(job)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(BUILD) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_cli_main_is_what_train_py_runs():
+    assert cli_main.main is main
+    assert "from sidestep.cli.main import main" in (ROOT / "train.py").read_text(encoding="utf-8")

@@ -1,0 +1,168 @@
+"""Words typed to configs."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidestep.cli.parser import command_parser, configs_of, notes_of, options_for, parse
+from sidestep.errors import UserError
+from sidestep.settings.config import COMMANDS, PreprocessConfig, TrainConfig, command_line, command_words
+from sidestep.settings.option import options_of, resolve
+
+TRAIN = "fixed --checkpoint-dir c --dataset-dir d --output-dir o"
+PREPROCESS = "fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c"
+
+
+def configs(line: str, **preset) -> list:
+    return configs_of(parse(shlex.split(line)), preset)
+
+
+def test_the_namespace_holds_only_what_was_typed():
+    assert parse(shlex.split("fixed --rank 8 --no-gradient-checkpointing")).typed == {
+        "rank": "8",
+        "gradient_checkpointing": False,
+    }
+
+
+@pytest.mark.parametrize("line", ["--plain -y fixed --rank 8", "fixed --rank 8 --plain --yes"])
+def test_global_flags_stand_before_the_command_and_are_understood_after_it(line):
+    call = parse(shlex.split(line))
+    assert (call.plain, call.yes, call.typed) == (True, True, {"rank": "8"})
+
+
+def test_typed_flag_wins_over_preset_and_preset_over_default():
+    config = configs(f"{TRAIN} --rank 8", rank=32, alpha=32.0)[0]
+    assert (config.rank, config.alpha, config.epochs) == (8, 32.0, 100)
+
+
+def test_preprocess_asks_neither_for_a_dataset_nor_for_an_output_folder():
+    assert [type(c) for c in configs(PREPROCESS)] == [PreprocessConfig]
+
+
+def test_preprocess_with_an_output_folder_trains_afterwards_on_the_tensors_it_makes():
+    call = parse(shlex.split(f"{PREPROCESS} --output-dir o --rank 8"))
+    first, then = configs_of(call, {})
+    assert (type(first), type(then), then.dataset_dir, then.rank) == (PreprocessConfig, TrainConfig, Path("t"), 8)
+    assert "Training reads --dataset-dir t" in " ".join(notes_of(call))
+
+
+def test_a_dataset_folder_typed_beside_another_tensor_output_is_kept_and_pointed_out():
+    call = parse(shlex.split(f"{PREPROCESS} --output-dir o --dataset-dir d"))
+    assert configs_of(call, {})[1].dataset_dir == Path("d")
+    assert "but training reads --dataset-dir d" in " ".join(notes_of(call))
+
+
+def test_training_flags_typed_for_preprocessing_alone_are_named_as_unused():
+    assert "--rank: for training only" in notes_of(parse(shlex.split(f"{PREPROCESS} --rank 8")))[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem", "fix"),
+    [
+        ("fixd", "Unknown command: fixd.", "Did you mean fixed?"),
+        ("zzz", "Unknown command: zzz.", "Commands: fixed,"),
+        ("fixed --rnak 8", "no flag --rnak", "--rank"),
+        ("fixed --input x", "no flag --input", "--input is a flag of build-dataset."),
+        ("fixed --zzzzzz", "no flag --zzzzzz", "train.py fixed --help"),
+        ("fixed stray", "does not know what to do with: stray", "train.py fixed --help"),
+        ("fixed --rank", "expected one argument", "train.py fixed --help"),
+        (f"{TRAIN} --rank abc", "--rank abc: must be a whole number", ""),
+        (f"{TRAIN} --rank 0", "--rank 0: must be at least 1", ""),
+        (f"{TRAIN} --lr nan", "--lr nan: must be a finite number", ""),
+        (f"{TRAIN} --optimizer-type sgd", "--optimizer-type sgd: must be one of adamw", ""),
+        ("fixed --dataset-dir d", "Missing: --checkpoint-dir, --output-dir", "--checkpoint-dir: folder"),
+        (f"{TRAIN} --audio-dir a", "--audio-dir: only for preprocessing", "Add --preprocess"),
+        ("fixed --preprocess --audio-dir a --tensor-output t", "Missing: --checkpoint-dir.", ""),
+        (
+            "fixed --preprocess --tensor-output t --checkpoint-dir c",
+            "neither --audio-dir nor --dataset-json",
+            "Add --audio-dir",
+        ),
+    ],
+)
+def test_a_wrong_call_names_what_is_wrong_and_what_helps(line, problem, fix):
+    with pytest.raises(UserError) as raised:
+        configs(line)
+    assert problem in raised.value.problem
+    assert fix in raised.value.fix
+    assert raised.value.status == 2
+
+
+def test_flags_are_never_abbreviated():
+    with pytest.raises(UserError):
+        parse(["fixed", "--epoch", "3"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("--target-modules q_proj,v_proj", ("q_proj", "v_proj")),
+        ("--target-modules q_proj v_proj", ("q_proj", "v_proj")),
+    ],
+)
+def test_lists_of_choices_take_commas_and_spaces(typed, value):
+    assert configs(f"{TRAIN} {typed}")[0].target_modules == value
+
+
+def test_names_and_files_in_a_list_may_hold_commas():
+    assert configs("export a --output o --add 'b, c:0.5'")[0].add == ("b, c:0.5",)
+
+
+def test_a_list_of_strengths_takes_commas():
+    assert configs("sample --checkpoint-dir c --prompt p --strength 0,0.5,1")[0].strength == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_of_a_command_is_a_flag_of_it_with_its_help(command):
+    help = " ".join(command_parser(command).format_help().split())
+    for o in options_for(command).values():
+        assert o.flag in help or o.flag.upper() in help
+        assert " ".join(o.help.split())[:40] in help.replace("- ", "-") or o.help.split()[0] in help
+
+
+def _values(option):
+    if option.choices:
+        one = st.sampled_from(option.choices)
+    else:
+        low = (
+            option.minimum if option.minimum is not None else option.above + 1e-3 if option.above is not None else -100
+        )
+        high = option.maximum if option.maximum is not None else max(low, 0) + 1000
+        text = st.text(
+            st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1, max_size=12
+        ).map(lambda t: f"x{t}")
+        one = {
+            int: st.integers(int(low), int(high)),
+            float: st.floats(low, high),
+            str: text,
+            Path: text.map(Path),
+            bool: st.booleans(),
+        }[option.type]
+    return st.lists(one, max_size=4).map(tuple) if option.many else st.none() | one if option.optional else one
+
+
+@pytest.mark.parametrize(
+    "config_class",
+    [TrainConfig, PreprocessConfig, *dict.fromkeys(c for c, _ in COMMANDS.values() if c is not TrainConfig)],
+)
+def test_any_config_comes_back_from_its_command_line(config_class):
+    options = options_of(config_class)
+    some = st.fixed_dictionaries(
+        {name: _values(o) for name, o in options.items() if o.required},
+        optional={name: _values(o) for name, o in options.items() if not o.required},
+    )
+
+    @settings(max_examples=40, deadline=None)
+    @given(some)
+    def check(values):
+        try:
+            config = resolve(config_class, values)
+        except UserError:
+            return  # settings that contradict each other have no command line
+        assert configs_of(parse(command_words(config)), {}) == [config]
+        assert parse(shlex.split(command_line(config))[3:]) == parse(command_words(config))
+
+    check()

@@ -1,0 +1,130 @@
+"""Windows cover songs evenly, batches need no padding, and an epoch's plan is a function of its number."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from sidestep.data.batches import SAME_LENGTH, Item, MicroBatch, Song, Windows, collate, nearest, plan_epoch
+
+
+def song(name: str, frames: int, tokens: int = 5, repeat: int = 1, window: int = 0, hints: bool = False) -> Song:
+    generator = torch.Generator().manual_seed(frames)
+    latents = torch.randn(frames, 3, generator=generator)
+    conditions = torch.randn(tokens, 4, generator=generator)
+    windows = None
+    if window and frames > window:
+        starts = tuple(range(0, frames - window + 1, 5))
+        windows = Windows(
+            window,
+            starts,
+            tuple(i % 2 for i in range(len(starts))),
+            (conditions + 1, conditions + 2),
+            (conditions + 3, conditions + 4),
+        )
+    return Song(
+        name, latents, conditions, repeat, latents + 1 if hints else None, conditions + 5 if hints else None, windows
+    )
+
+
+PLAN = {"seed": 1, "batch_size": 1, "accumulation": 4}
+lengths = st.lists(st.integers(20, 120), min_size=1, max_size=9)
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(lengths, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 50), st.sampled_from([0, 30]))
+def test_every_song_comes_as_often_as_it_repeats_in_batches_of_one_length(
+    frames, batch_size, accumulation, processes, epoch, window
+):
+    songs = [song(f"{i}", n, repeat=1 + i % 3, window=window) for i, n in enumerate(frames)]
+    steps = plan_epoch(songs, epoch, seed=3, batch_size=batch_size, accumulation=accumulation, processes=processes)
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert Counter(item.song for batch in batches for item in batch.items) == {i: s.repeat for i, s in enumerate(songs)}
+    for batch in batches:
+        assert len({item.frames for item in batch.items}) == 1
+        for item in batch.items:
+            whole = songs[item.song].windows.frames if songs[item.song].windows else songs[item.song].frames
+            assert item.frames >= SAME_LENGTH * whole
+            assert 0 <= item.start <= songs[item.song].frames - item.frames
+    for step in steps:
+        slots = [slot for batch in step.micro_batches for slot in batch.slots]
+        assert slots == list(range(step.samples))
+    assert all(len(step.micro_batches) == accumulation * processes for step in steps[:-1])
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(lengths, st.integers(1, 4))
+def test_epochs_have_equally_many_steps(frames, batch_size):
+    songs = [song(f"{i}", n) for i, n in enumerate(frames)]
+    counts = {len(plan_epoch(songs, epoch, seed=3, batch_size=batch_size, accumulation=2)) for epoch in range(4)}
+    assert len(counts) == 1
+
+
+def test_the_plan_follows_from_seed_and_epoch_alone():
+    songs = [song(f"{i}", 40 + i, window=30) for i in range(8)]
+    assert plan_epoch(songs, 3, **PLAN) == plan_epoch(songs, 3, **PLAN)
+    assert plan_epoch(songs, 3, **PLAN) != plan_epoch(songs, 4, **PLAN)
+    assert plan_epoch(songs, 3, **PLAN) != plan_epoch(songs, 3, **(PLAN | {"seed": 2}))
+
+
+def test_two_processes_share_the_plan_of_one_with_twice_the_accumulation():
+    songs = [song(f"{i}", 40) for i in range(9)]
+    assert plan_epoch(songs, 0, seed=1, batch_size=2, accumulation=1, processes=2) == plan_epoch(
+        songs, 0, seed=1, batch_size=2, accumulation=2
+    )
+
+
+@pytest.mark.parametrize("window", [25, 100, 190])
+def test_windows_cover_a_song_evenly_over_time(window):
+    one = [song("long", 200, window=window)]
+    heard = torch.zeros(200)
+    for epoch in range(200):
+        item = plan_epoch(one, epoch, **PLAN)[0].micro_batches[0].items[0]
+        heard[item.start : item.start + item.frames] += 1
+    share = heard / heard.mean()
+    assert share.min() > 0.45  # the very ends are under fewer windows
+    assert share[window // 2 : -window // 2].std() < 0.12 if window < 100 else True
+    first_visits = torch.zeros(200)
+    for epoch in range(3 * 200 // window):  # and soon: no part waits for chance
+        item = plan_epoch(one, epoch, **PLAN)[0].micro_batches[0].items[0]
+        first_visits[item.start : item.start + item.frames] += 1
+    assert first_visits.min() >= 1
+
+
+def test_a_window_brings_the_conditions_of_its_own_place():
+    songs = [song("a", 60, window=30, hints=True)]
+    cut = songs[0].windows
+    for place, start in enumerate(cut.starts):
+        batch = MicroBatch((Item(0, start, 30, cut.which[place]),), (0,))
+        assert torch.equal(collate(songs, batch).conditions[0], cut.conditions[place % 2])
+        hinted = collate(songs, MicroBatch(batch.items, (0,), hints=True))
+        assert torch.equal(hinted.conditions[0], cut.hints_conditions[place % 2])
+        assert torch.equal(hinted.source[0], songs[0].hints[start : start + 30])
+
+
+def test_hints_take_their_share_of_the_micro_steps():
+    songs = [song(f"{i}", 40, hints=True) for i in range(10)]
+    counts = Counter(
+        batch.hints
+        for epoch in range(60)
+        for step in plan_epoch(songs, epoch, **PLAN, hints_ratio=0.3)
+        for batch in step.micro_batches
+    )
+    assert counts[True] / 600 == pytest.approx(0.3, abs=0.06)
+    assert not any(batch.hints for step in plan_epoch(songs, 0, **PLAN) for batch in step.micro_batches)
+
+
+def test_conditions_of_unequal_length_are_masked_and_others_are_not():
+    songs = [song("a", 40, tokens=3), song("b", 40, tokens=5)]
+    mixed = collate(songs, MicroBatch((Item(0, 0, 40), Item(1, 0, 40)), (0, 1)))
+    assert mixed.condition_mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert collate(songs, MicroBatch((Item(0, 0, 40),), (0,))).condition_mask is None
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=20, unique=True), st.integers(0, 1100))
+def test_the_nearest_start_is_chosen(starts, wanted):
+    starts.sort()
+    assert abs(starts[nearest(starts, wanted)] - wanted) == min(abs(start - wanted) for start in starts)

@@ -1,0 +1,50 @@
+"""Lyrics with time marks follow the window."""
+
+import pytest
+
+from sidestep.data.lyrics import has_time_marks, lyrics_between, timed_lines, without_time_marks
+
+SONG = """[Verse 1]
+[00:10.00] soft rain
+[00:14.50] on the window
+and on the roof
+[Chorus]
+[00:20.00] stay
+[00:24.00] a little longer"""
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0, 60, "[Verse 1]\nsoft rain\non the window\nand on the roof\n[Chorus]\nstay\na little longer"),
+        (0, 9, ""),  # nothing is sung yet
+        (8, 15, "[Verse 1]\nsoft rain"),
+        (12, 21, "[Verse 1]\nsoft rain\non the window\nand on the roof"),  # more than half of the first line is heard
+        (13, 21, "[Verse 1]\non the window\nand on the roof"),
+        (22, 30, "[Chorus]\nstay\na little longer"),
+        (20.5, 21.5, "[Chorus]\nstay"),  # a window within one line
+        (40, 50, ""),  # long after the last line
+    ],
+)
+def test_a_window_has_the_lines_that_are_heard_in_it(start, end, expected):
+    assert lyrics_between(SONG, start, end) == expected
+
+
+@pytest.mark.parametrize(
+    ("lyrics", "expected"),
+    [
+        ("[00:01.00][00:09.00] twice", [(1.0, "twice"), (9.0, "twice")]),
+        ("[1:02] a\n[1:03:50] b", [(62.0, "a"), (63.5, "b")]),
+        ("[00:01.00] <00:01.00> word <00:01.50> by <00:02.00> word", [(1.0, "word by word")]),
+        ("[00:05.00] late\n[00:02.00] early", [(2.0, "early"), (5.0, "late")]),
+        ("no marks\nat all", []),
+    ],
+)
+def test_lines_are_read_as_lrc_files_write_them(lyrics, expected):
+    assert [(line.start, line.text) for line in timed_lines(lyrics)] == expected
+
+
+def test_only_marks_at_the_beginning_of_a_line_time_it():
+    assert has_time_marks(SONG)
+    assert not has_time_marks("[Verse]\nmeet me at 10:30\n[Chorus]")
+    assert without_time_marks("[00:10.00] soft rain") == "soft rain"

@@ -1,0 +1,179 @@
+"""The training record: whole or absent, ours and older tools', never executed."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidestep.data.records import Record, RecordError, find_records, load_record, read_metadata, save_record
+
+
+def record(frames: int = 5, tokens: int = 7, **more) -> Record:
+    return Record(
+        torch.randn(frames, 8),
+        torch.randn(tokens, 32),
+        {"caption": "a 曲", "lyrics": "[00:01.00] la", "bpm": None, "repeat": 2},
+        **more,
+    )
+
+
+def legacy(latents, mask, conditions, condition_mask) -> dict:
+    return {
+        "target_latents": latents,
+        "attention_mask": mask,
+        "encoder_hidden_states": conditions,
+        "encoder_attention_mask": condition_mask,
+        "context_latents": torch.cat([torch.zeros_like(latents), torch.ones_like(latents)], -1),
+        "metadata": {"caption": "old"},
+    }
+
+
+def test_what_is_saved_comes_back(tmp_path: Path):
+    hints = {
+        "audio_codes": torch.arange(1, dtype=torch.int32)[:, None],
+        "cover_hints": torch.randn(5, 8),
+        "hints_encoder_hidden_states": torch.randn(9, 32),
+    }
+    for saved in (record(), record(**hints)):
+        save_record(tmp_path / "deep" / "song.wav.pt", saved)
+        back = load_record(tmp_path / "deep" / "song.wav.pt")
+        assert back.metadata == saved.metadata == read_metadata(tmp_path / "deep" / "song.wav.pt")
+        assert back.has_hints == saved.has_hints
+        for name in ("target_latents", "encoder_hidden_states", *(hints if saved.has_hints else ())):
+            assert torch.equal(getattr(back, name), getattr(saved, name))
+
+
+def test_a_record_holds_no_silence_and_no_context_and_no_more_than_its_own_rows(tmp_path: Path):
+    whole = torch.randn(10_000, 8)
+    save_record(tmp_path / "a.pt", Record(whole[:5], torch.randn(7, 32), {}))
+    assert set(torch.load(tmp_path / "a.pt", weights_only=True)) == {
+        "target_latents",
+        "encoder_hidden_states",
+        "metadata",
+    }
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+
+
+def test_precision_is_kept(tmp_path: Path):
+    save_record(tmp_path / "a.pt", Record(torch.randn(5, 8), torch.randn(7, 32, dtype=torch.bfloat16), {}))
+    assert load_record(tmp_path / "a.pt").encoder_hidden_states.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_older_tools_records_are_trimmed_by_their_masks(tmp_path: Path, batched: bool):
+    latents, conditions = torch.randn(10, 8), torch.randn(769, 32)
+    mask, condition_mask = (torch.arange(10) < 6).long(), torch.zeros(769)
+    condition_mask[[*range(40), *range(512, 530)]] = 1
+    content = legacy(latents, mask, conditions, condition_mask)
+    if batched:
+        content = {k: v[None] if isinstance(v, torch.Tensor) else v for k, v in content.items()}
+    torch.save(content, tmp_path / "old.pt")
+    back = load_record(tmp_path / "old.pt")
+    assert torch.equal(back.target_latents, latents[:6])
+    assert torch.equal(back.encoder_hidden_states, torch.cat([conditions[:40], conditions[512:530]]))
+    assert back.metadata == {"caption": "old"} and not back.has_hints
+
+
+def test_records_in_torchs_old_format_load_too(tmp_path: Path):
+    content = legacy(torch.randn(4, 8), torch.ones(4), torch.randn(6, 32), torch.ones(6))
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_record(tmp_path / "old.pt").target_latents, content["target_latents"])
+
+
+def write_cut(path: Path) -> None:
+    save_record(path, record())
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def write_damaged(path: Path) -> None:
+    save_record(path, record())
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("nothing", "")
+
+
+BAD = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": write_cut,
+    "damaged": write_damaged,
+    "text": lambda path: path.write_text("hello"),
+    "a lone tensor": lambda path: torch.save(torch.zeros(3), path),
+    "another dict": lambda path: torch.save({"latents": torch.zeros(3, 3)}, path),
+    "no frames": lambda path: torch.save(
+        legacy(torch.randn(4, 8), torch.zeros(4), torch.randn(6, 32), torch.ones(6)), path
+    ),
+    "mask of another length": lambda path: torch.save(
+        legacy(torch.randn(4, 8), torch.ones(5), torch.randn(6, 32), torch.ones(6)), path
+    ),
+    "flat": lambda path: torch.save(
+        {"target_latents": torch.zeros(3), "encoder_hidden_states": torch.zeros(3, 3)}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_record_is_named_and_the_way_out_is_told(tmp_path: Path, kind: str):
+    path = tmp_path / "bad.pt"
+    BAD[kind](path)
+    with pytest.raises(RecordError) as caught:
+        load_record(path)
+    assert "bad.pt" in caught.value.problem and caught.value.fix
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("echo executed",)
+
+
+def test_nothing_in_a_record_is_ever_executed(tmp_path: Path, capfd):
+    torch.save({"target_latents": Attack(), "encoder_hidden_states": Attack()}, tmp_path / "evil.pt")
+    (tmp_path / "evil2.pt").write_bytes(pickle.dumps(Attack()))
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(RecordError):
+            load_record(tmp_path / name)
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_values_that_are_no_numbers_are_never_saved_and_the_old_record_stays(tmp_path: Path):
+    save_record(tmp_path / "a.pt", record())
+    before = (tmp_path / "a.pt").read_bytes()
+    bad = record()
+    bad.target_latents[2, 3] = float("nan")
+    with pytest.raises(RecordError, match="target_latents"):
+        save_record(tmp_path / "a.pt", bad)
+    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_fails_leaves_the_old_record_and_no_litter(tmp_path: Path, monkeypatch):
+    save_record(tmp_path / "a.pt", record())
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def break_off(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", break_off)
+    with pytest.raises(OSError, match="No space"):
+        save_record(tmp_path / "a.pt", record())
+    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_records_are_found_in_order_and_hidden_ones_are_not(tmp_path: Path):
+    for name in ("b.pt", "a/z.pt", "a/.hidden.pt", ".pass1/x.pt", "a/notes.txt", "folder.pt/c.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [p.relative_to(tmp_path).as_posix() for p in find_records(tmp_path)] == ["a/z.pt", "b.pt", "folder.pt/c.pt"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(junk=st.binary(max_size=300))
+def test_any_bytes_at_all_are_a_record_or_a_record_error(tmp_path_factory, junk: bytes):
+    path = tmp_path_factory.mktemp("junk") / "x.pt"
+    path.write_bytes(junk)
+    with pytest.raises(RecordError):
+        load_record(path)

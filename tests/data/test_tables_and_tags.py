@@ -1,0 +1,180 @@
+"""Lists of songs in CSV files, and what audio files say of themselves."""
+
+import mutagen
+import mutagen.id3
+import pytest
+from mutagen.mp4 import MP4FreeForm
+
+from sidestep.data.sidecars import Tables
+from sidestep.data.tags import read_tags
+from tests.song_library import tone, write_ffmpeg, write_sndfile
+
+
+def tables(root, songs, **lists):
+    for name, text in lists.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return Tables(root, [root / song for song in songs])
+
+
+def values(found, song):
+    return [known.values for known in found.of(song)]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_list_speaks_for_its_songs(tmp_path, separator):
+    text = 'File,Title,BPM,Key,Caption\na.wav,A,120,Am,"soft, slow"\nb,B,90.4,8B,\n'.replace(",", separator).replace(
+        f"soft{separator}", "soft,"
+    )
+    found = tables(tmp_path, ["a.wav", "b.wav", "b.mp3", "c.wav"], **{"key_bpm.csv": text})
+    assert values(found, tmp_path / "a.wav") == [{"bpm": 120, "keyscale": "A minor", "caption": "soft, slow"}]
+    assert (
+        values(found, tmp_path / "b.wav") == values(found, tmp_path / "b.mp3") == [{"bpm": 90, "keyscale": "C major"}]
+    )
+    assert values(found, tmp_path / "c.wav") == [] and found.problems == []
+
+
+def test_paths_in_a_list_are_relative_to_it_and_a_bare_name_is_never_guessed(tmp_path):
+    songs = ["one/song.wav", "two/song.wav", "two/other.wav", "three/x.wav", "x.wav"]
+    text = "File,BPM\none\\song.wav,100\nsong.wav,110\nother.wav,120\nx.wav,130\ntwo/x.wav,140\n"
+    found = tables(tmp_path, songs, **{"list.csv": text})
+    assert {song: values(found, tmp_path / song) for song in songs} == {
+        "one/song.wav": [{"bpm": 100}],
+        "two/song.wav": [],
+        "two/other.wav": [{"bpm": 120}],
+        "three/x.wav": [],
+        "x.wav": [{"bpm": 130}],
+    }
+    told = [problem for _, problem in found.problems]
+    assert any('"song.wav" stands in several folders' in p for p in told) and any('"two/x.wav"' in p for p in told)
+
+
+def test_a_nearer_list_comes_first_and_the_first_of_two_rows_counts(tmp_path):
+    found = tables(
+        tmp_path,
+        ["x/a.wav"],
+        **{"far.csv": "File,BPM\nx/a.wav,100\n", "x/near.csv": "File,BPM\na.wav,110\na.wav,120\n"},
+    )
+    assert values(found, tmp_path / "x/a.wav") == [{"bpm": 110}, {"bpm": 100}]
+    assert [p for _, p in found.problems] == ['row 3: "a.wav" has a row already; the first counts']
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"Title,BPM\na,100\n", "no File column"),
+        (b"", "no File column"),
+        ("File,Caption\na.wav,é\n".encode("latin-1"), "Latin-1"),
+        (b"File,BPM\n" + b'"' + b"x" * 200_000 + b'",1\n', "no list that can be read"),
+        (b"File\0,BPM\na.wav,fast\n", None),
+    ],
+)
+def test_a_list_that_is_none_is_told(tmp_path, data, told):
+    found = tables(tmp_path, ["a.wav"], **{"l.csv": data})
+    assert (told in found.problems[0][1]) if told else values(found, tmp_path / "a.wav") == [{}]
+
+
+def id3(tags):
+    for frame in (
+        mutagen.id3.TIT2(3, "Night"),
+        mutagen.id3.TPE1(3, "Me"),
+        mutagen.id3.TCON(3, "(17)"),
+        mutagen.id3.TBPM(3, "128"),
+        mutagen.id3.TKEY(3, "Am"),
+        mutagen.id3.TLAN(3, "eng"),
+        mutagen.id3.USLT(3, "eng", "", "[Verse]\nla"),
+    ):
+        tags.add(frame)
+
+
+def vorbis(tags):
+    for key, value in {
+        "TITLE": "Night",
+        "Artist": "Me",
+        "genre": "Rock",
+        "TEMPO": "128",
+        "initialkey": "8A",
+        "LANGUAGE": "English",
+        "lyrics": "[Verse]\nla",
+    }.items():
+        tags[key] = value
+
+
+def mp4(tags):
+    tags["©nam"], tags["©ART"], tags["©gen"], tags["tmpo"], tags["©lyr"] = (
+        ["Night"],
+        ["Me"],
+        ["Rock"],
+        [128],
+        ["[Verse]\nla"],
+    )
+    tags["----:com.apple.iTunes:initialkey"] = [MP4FreeForm(b"Am")]
+
+
+def asf(tags):
+    tags["Title"], tags["Author"], tags["WM/Genre"], tags["WM/BeatsPerMinute"], tags["WM/InitialKey"] = (
+        "Night",
+        "Me",
+        "Rock",
+        "128",
+        "Am",
+    )
+    tags["WM/Lyrics"], tags["WM/Language"] = "[Verse]\nla", "eng"
+
+
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        ("a.mp3", id3),
+        ("a.wav", id3),
+        ("a.aiff", id3),
+        ("a.flac", vorbis),
+        ("a.ogg", vorbis),
+        ("a.opus", vorbis),
+        ("a.m4a", mp4),
+        ("a.wma", asf),
+    ],
+)
+def test_tags_of_every_kind_are_read(tmp_path, name, put):
+    path = tmp_path / name
+    if name == "a.m4a":
+        write_ffmpeg(path, tone(), 48_000, "aac", "ipod")
+    elif name == "a.wma":
+        write_ffmpeg(path, tone(), 48_000, "wmav2", "asf")
+    else:
+        write_sndfile(
+            path,
+            tone(),
+            48_000,
+            **({"format": "OGG", "subtype": "OPUS"} if name == "a.opus" else {"format": name[2:].upper()}),
+        )
+    file = mutagen.File(path)
+    if file.tags is None:
+        file.add_tags()
+    put(file.tags)
+    file.save()
+    tags = read_tags(path)
+    expected = {"genre": "Rock", "bpm": 128, "keyscale": "A minor", "language": "en", "lyrics": "[Verse]\nla"}
+    if name == "a.m4a":
+        del expected["language"]
+    assert (tags.values, tags.title, tags.artist, tags.problems) == (expected, "Night", "Me", [])
+
+
+def test_damaged_or_missing_tags_are_no_failure(tmp_path):
+    (tmp_path / "a.mp3").write_bytes(b"ID3\x04\x00\x00\x00\x00\x7f\x7f" + b"\xff" * 100)
+    (tmp_path / "b.wav").write_bytes(b"words")
+    write_sndfile(tmp_path / "c.wav", tone(), 48_000)
+    for name in ("a.mp3", "b.wav", "c.wav", "gone.wav"):
+        assert read_tags(tmp_path / name).values == {}
+
+
+def test_every_cut_of_a_tagged_file_is_survived(tmp_path):
+    write_sndfile(tmp_path / "a.flac", tone(seconds=0.01), 48_000, format="FLAC")
+    file = mutagen.File(tmp_path / "a.flac")
+    vorbis(file)
+    file.save()
+    data = (tmp_path / "a.flac").read_bytes()
+    for cut in range(0, 600, 7):
+        (tmp_path / "b.flac").write_bytes(data[:cut])
+        read_tags(tmp_path / "b.flac")

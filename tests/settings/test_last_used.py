@@ -1,0 +1,73 @@
+"""Values carried over to the next session."""
+
+from pathlib import Path
+
+import pytest
+
+from sidestep import files as folders
+from sidestep.settings import last_used as carry_over
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_was_kept_comes_back():
+    assert carry_over.write({"rank": 8, "checkpoint_dir": Path("a/b"), "welcomed": True}) == ""
+    assert carry_over.read().values == {"rank": 8, "checkpoint_dir": "a/b", "welcomed": True}
+
+
+def test_no_file_is_a_fresh_start():
+    assert carry_over.read() == carry_over.CarryOver()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        '{"version": "1", "values": {}}',
+        '{"version": 1}',
+        "\x00\xff",
+        '{"version": 99, "values": {}}',
+    ],
+)
+def test_a_broken_file_is_set_aside_and_said_so(home, text):
+    for number in ("", "-2"):
+        (home / "settings.json").write_text(text, encoding="utf-8")
+        kept = carry_over.read()
+        assert kept.values == {} and f"settings.broken{number}.json" in kept.notice
+        assert (home / f"settings.broken{number}.json").read_text(encoding="utf-8") == text
+        assert not (home / "settings.json").exists()
+
+
+def test_values_of_strange_kinds_are_left_out(home):
+    (home / "settings.json").write_text(
+        '{"version": 1, "values": {"rank": 8, "x": {"a": 1}, "y": null}}', encoding="utf-8"
+    )
+    assert carry_over.read().values == {"rank": 8}
+
+
+def test_a_folder_that_cannot_be_written_to_is_only_mentioned(home, monkeypatch):
+    (home / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("SIDE_STEP_HOME", str(home / "file"))
+    assert "could not be kept" in carry_over.write({"rank": 8})
+
+
+@pytest.mark.parametrize(
+    ("platform", "env", "end"),
+    [
+        ("linux", {"XDG_CONFIG_HOME": "/x"}, Path("/x/side-step")),
+        ("darwin", {}, Path("Library/Application Support/Side-Step")),
+        ("win32", {"APPDATA": "/roaming"}, Path("/roaming/Side-Step")),
+    ],
+)
+def test_each_platform_has_its_own_folder(monkeypatch, platform, env, end):
+    monkeypatch.delenv("SIDE_STEP_HOME")
+    monkeypatch.setattr(folders.sys, "platform", platform)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert folders.config_folder().as_posix().endswith(end.as_posix())

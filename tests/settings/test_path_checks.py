@@ -1,0 +1,119 @@
+"""What is on disk, read without torch."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sidestep.settings import path_checks as workspace
+from sidestep.settings.config import TrainConfig
+from sidestep.settings.option import as_json_values
+
+
+def test_the_models_of_a_download_are_found_with_variant_and_size(checkpoints):
+    found = workspace.find_models(checkpoints)
+    assert [(m.name, m.variant, m.is_turbo, m.problem) for m in found] == [
+        ("acestep-v15-turbo", "turbo", True, ""),
+        ("acestep-v15-xl-turbo", "xl-turbo", True, ""),
+    ]
+    assert [m.parameters > 50_000 for m in found] == [True, True]  # the XL one is in two files
+
+
+def test_a_model_folder_itself_is_a_checkpoint_folder_too(checkpoints):
+    assert [m.name for m in workspace.find_models(checkpoints / "acestep-v15-turbo")] == ["acestep-v15-turbo"]
+
+
+def test_a_fine_tune_is_known_by_its_config_and_listed_after_the_official_ones(checkpoints, tmp_path):
+    for name in ("aa-mine", "acestep-v15-turbo"):
+        shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / name)
+    assert [(m.name, m.variant) for m in workspace.find_models(tmp_path)] == [
+        ("acestep-v15-turbo", "turbo"),
+        ("aa-mine", "turbo"),
+    ]
+    assert [workspace.short_name(n) for n in ("acestep-v15-turbo", "aa-mine")] == ["turbo", "aa-mine"]
+
+
+def test_the_diffusers_layout_is_found(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / "mine" / "transformer")
+    (tmp_path / "mine" / "model_index.json").write_text("{}", encoding="utf-8")
+    assert [(m.name, m.layout) for m in workspace.find_models(tmp_path)] == [("mine", "diffusers")]
+
+
+def test_a_single_file_offers_every_model_it_may_descend_from_or_the_one_beside_it(checkpoints, tmp_path):
+    file = Path(shutil.copy(checkpoints / "acestep-v15-turbo" / "model.safetensors", tmp_path / "aio.safetensors"))
+    assert [model.variant for model in workspace.find_models(file)] == [
+        "turbo",
+        "base",
+        "sft",
+        "xl-turbo",
+        "xl-base",
+        "xl-sft",
+    ]
+    shutil.copy(checkpoints / "acestep-v15-turbo" / "config.json", tmp_path / "aio.json")
+    assert [(model.variant, model.problem) for model in workspace.find_models(file)] == [("turbo", "")]
+    file.write_bytes(b"version https://git-lfs")
+    assert "LFS" in workspace.find_models(file)[0].problem
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"\x10", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+        (None, "no weights"),
+        ("cut", "cut short"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_said_so(checkpoints, tmp_path, content, problem):
+    source, folder = checkpoints / "acestep-v15-turbo", tmp_path / "m"
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    if content == "cut":
+        content = (source / "model.safetensors").read_bytes()[:-100]
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
+    assert problem in workspace.find_models(tmp_path)[0].problem
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "llama"}'])
+def test_other_folders_are_no_models(tmp_path, text):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
+    assert workspace.find_models(tmp_path) == []
+    assert workspace.find_models(tmp_path / "nowhere") == []
+
+
+def test_checkpoints_near_by_are_found(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / "checkpoints" / "acestep-v15-turbo")
+    assert workspace.likely_checkpoint_dirs(tmp_path)[0] == tmp_path / "checkpoints"
+
+
+def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
+    for age, name in enumerate(("new", "old")):
+        folder = tmp_path / name
+        for step, checkpoint in ((40, "epoch_0010"), (5, "step_000005"), (None, "epoch_0020")):
+            (folder / "checkpoints" / checkpoint).mkdir(parents=True)
+            if step is not None:
+                (folder / "checkpoints" / checkpoint / "complete.json").write_text(
+                    json.dumps({"position": {"step": step}}), encoding="utf-8"
+                )
+        config = TrainConfig(checkpoint_dir=Path("c"), dataset_dir=Path("d"), output_dir=folder)
+        (folder / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
+        os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
+    whole = ("step_000005", "epoch_0010")
+    runs = workspace.find_runs(tmp_path)
+    assert [(run.folder.name, run.checkpoints, run.finished) for run in runs] == [
+        ("new", whole, False),
+        ("old", whole, False),
+    ]
+    assert workspace.find_runs(tmp_path / "nowhere") == []
+
+
+def test_tensors_are_counted_in_subfolders_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    for path in (tmp_path / "1.pt", tmp_path / "a" / "2.pt", tmp_path / ".tmp-x.pt"):
+        path.write_bytes(b"")
+    assert workspace.count_tensors(tmp_path) == 2

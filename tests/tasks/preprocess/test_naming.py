@@ -1,0 +1,81 @@
+"""Where records go: every song one of its own, inside the output folder, on every file system."""
+
+import os
+import unicodedata
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidestep.tasks.preprocess.songs import key_of, record_names, relative_name
+
+
+def folded(path: PurePosixPath) -> str:
+    return unicodedata.normalize("NFC", path.as_posix()).casefold()
+
+
+@pytest.mark.parametrize(
+    ("names", "records"),
+    [
+        (["song.wav"], ["song.wav.pt"]),
+        (["song.wav", "song.mp3"], ["song.wav.pt", "song.mp3.pt"]),
+        (["a/song.wav", "b/song.wav"], ["a/song.wav.pt", "b/song.wav.pt"]),
+        (["曲/春 [live].flac"], ["曲/春 [live].flac.pt"]),
+    ],
+)
+def test_records_are_nested_and_named_like_their_songs(names: list[str], records: list[str]):
+    assert [p.as_posix() for p in record_names(names)] == records
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Song.wav", "song.wav", "SONG.WAV"],
+        ["caf\u00e9.wav", "cafe\u0301.wav"],
+        ["a/x.wav", "A/x.wav"],
+        ["song.wav", "song.wav"],
+        ["x:y.wav", "x_y.wav"],
+        ["x?.wav", "x*.wav"],
+        ["\udcff.wav", "?.wav", "_.wav"],
+        ["con.wav", "_con.wav"],
+        ["n" * 300 + ".wav", "n" * 301 + ".wav"],
+        ["../up/song.wav", "../other/song.wav", "_outside/song.wav", "C:/song.wav", "/abs/song.wav"],
+        ["trail. /a.wav", "trail/a.wav"],
+    ],
+)
+def test_songs_that_would_share_a_record_get_one_each(names: list[str]):
+    records = record_names(names)
+    assert len({folded(p) for p in records}) == len(names)
+    assert record_names(names) == records  # the same on every run
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd.wav", "/etc/x.wav", "C:\\x.wav", "a/../../x.wav", "\\\\server\\x.wav"]
+)
+def test_no_path_leaves_the_output_folder(tmp_path: Path, name: str):
+    path = Path(os.path.abspath(tmp_path / record_names([name])[0]))
+    assert path.is_relative_to(tmp_path)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(min_size=1, max_size=60).filter(lambda t: "\0" not in t), min_size=1, max_size=6))
+def test_any_names_at_all_get_records_that_every_system_takes(names: list[str]):
+    records = record_names(names)
+    assert len({folded(p) for p in records}) == len(names)
+    assert len({key_of(p) for p in records}) == len(names)
+    for path in records:
+        assert not path.is_absolute() and ".." not in path.parts
+        for part in path.parts:
+            assert not set('<>:"|?*\\') & set(part) and not part.startswith(".") and part == part.rstrip(" .")
+            assert len(part.encode("utf-8", "surrogatepass")) < 240
+
+
+def test_names_are_relative_to_the_base_folder_without_following_links(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    base = tmp_path / "base"
+    assert relative_name(base / "link" / "a.wav", base) == "link/a.wav"
+    assert relative_name(base / "x" / ".." / "a.wav", base) == "a.wav"
+    assert relative_name(tmp_path / "else" / "a.wav", base) == "../else/a.wav"

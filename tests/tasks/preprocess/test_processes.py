@@ -1,0 +1,196 @@
+"""Preprocessing that is killed, and preprocessing by several processes at once: the same records, nothing done twice."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sidestep.acestep.vae import encode_mean
+from sidestep.audio.io import decode
+from sidestep.events import silent
+from sidestep.tasks.preprocess import first_pass as latents
+from sidestep.tasks.preprocess import preprocess
+from tests.preprocessing import contents, job, make_library
+
+SONGS = [*(f"{i}.wav" for i in range(8)), *(f"deep/{i}.wav" for i in range(4))]
+KILLS = 20
+pytestmark = pytest.mark.slow  # importing torch in one more process takes longest
+
+# One process imports torch; each job is a fork of it, which costs a few hundredths of a second instead of seconds.
+processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    processes.set_forkserver_preload(["tests.test_preprocess_processes"])
+
+
+def digest(audio) -> str:
+    return hashlib.blake2b(audio.tobytes(), digest_size=8).hexdigest()
+
+
+def work(library: Path, output: Path, log: Path, environment: dict[str, str]) -> None:
+    """A job in a process of its own. The log gets a line for each song encoded, with whether its record stood already, and its summary."""
+    os.environ.update(environment)
+    names = {digest(decode(library / name)): name for name in SONGS}
+
+    def logging_encode(vae, audio, tile_frames):
+        name = names[digest(audio[0].numpy())]
+        write("encoded", name, (output / f"{name}.pt").exists())
+        time.sleep(0.01)  # wide enough a moment to be hit by a kill
+        return encode_mean(vae, audio, tile_frames)
+
+    def write(*words) -> None:
+        with log.open("a", encoding="utf-8") as f:
+            f.write(json.dumps([os.getpid(), *words]) + "\n")
+
+    latents.encode_mean = logging_encode
+    write("started")
+    summary = preprocess(job(library, output), silent)
+    write("summary", summary.done, summary.skipped, summary.failed)
+
+
+def start(library: Path, output: Path, log: Path, **environment: str):
+    process = processes.Process(target=work, args=(library, output, log, environment), daemon=True)
+    process.start()
+    return process
+
+
+def lines(log: Path, word: str) -> list[list]:
+    read = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return [[pid, *rest] for pid, what, *rest in read if what == word]
+
+
+def finish(*running) -> None:
+    for process in running:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return make_library(tmp_path_factory.mktemp("songs"), SONGS, seconds=0.12)
+
+
+@pytest.fixture(scope="module")
+def reference(library: Path, tmp_path_factory) -> tuple[dict, float]:
+    """(what an uninterrupted run makes, the seconds it takes)."""
+    folder = tmp_path_factory.mktemp("reference")
+    finish(
+        start(library, folder / "out", folder / "log")
+    )  # the first also starts the process that the others fork from
+    began = time.monotonic()
+    finish(start(library, folder / "again", folder / "log"))
+    return contents(folder / "out"), time.monotonic() - began
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_complete(output: Path, reference: dict) -> None:
+    assert contents(output) == reference
+    assert files(output) == {f"{name}.pt" for name in SONGS}  # no temporary file, no claim, no intermediate
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL; terminate() is not as sudden")
+def test_killed_at_any_moment_and_started_again_it_makes_what_an_uninterrupted_run_makes(
+    library: Path, reference, tmp_path: Path
+):
+    expected, seconds = reference
+    moments = random.Random(20260)
+    kills, rounds = 0, 0
+    while kills < KILLS:
+        rounds += 1
+        output, log = tmp_path / f"out{rounds}", tmp_path / f"log{rounds}"
+        while True:
+            before = len(lines(log, "started"))
+            process = start(library, output, log)
+            wait_for(lambda log=log, before=before: len(lines(log, "started")) > before)
+            process.join(moments.uniform(0.01, seconds * 0.7))
+            if process.exitcode is not None or kills == KILLS:
+                finish(process)
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            for path in output.rglob("*.pt"):
+                assert path.stat().st_size  # what has its name is whole; contents are compared at the end
+        assert_complete(output, expected)
+        assert not [line for line in lines(log, "encoded") if line[2]], "encoded although its record was complete"
+    print(f"{kills} kills in {rounds} rounds")
+
+
+def test_two_processes_over_one_folder_make_the_same_set_and_no_song_twice(library: Path, reference, tmp_path: Path):
+    both = [start(library, tmp_path / "out", tmp_path / "log") for _ in range(2)]
+    finish(*both)
+    assert_complete(tmp_path / "out", reference[0])
+    assert Counter(name for _, name, _ in lines(tmp_path / "log", "encoded")) == Counter(SONGS)
+    summaries = lines(tmp_path / "log", "summary")
+    assert sum(done for _, done, _, _ in summaries) == len(SONGS)
+    assert all(
+        done + skipped == len(SONGS) for _, done, skipped, _ in summaries
+    )  # each returns when the whole set stands
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_processs_songs_are_taken_over_by_the_one_that_lives(library: Path, reference, tmp_path: Path):
+    log = tmp_path / "log"
+    both = [start(library, tmp_path / "out", log) for _ in range(2)]
+    wait_for(lambda: {both[0].pid, both[1].pid} <= {pid for pid, *_ in lines(log, "encoded")})
+    both[0].kill()
+    both[0].join()
+    finish(both[1])
+    assert_complete(tmp_path / "out", reference[0])
+    assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+def test_ranks_split_the_songs_and_each_returns_when_all_are_done(library: Path, reference, tmp_path: Path):
+    ranks = [
+        start(library, tmp_path / "out", tmp_path / "log", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+    finish(*ranks)
+    assert_complete(tmp_path / "out", reference[0])
+    assert Counter(name for _, name, _ in lines(tmp_path / "log", "encoded")) == Counter(SONGS)
+    assert sorted(line[1:] for line in lines(tmp_path / "log", "summary")) == [[len(SONGS) // 2, 0, 0]] * 2
+
+
+def test_the_share_of_a_rank_that_never_came_is_done_by_the_next_run(library: Path, reference, tmp_path: Path):
+    finish(start(library, tmp_path / "out", tmp_path / "log", RANK="1", WORLD_SIZE="3"))
+    assert len(files(tmp_path / "out")) == len(SONGS) // 3
+    finish(start(library, tmp_path / "out", tmp_path / "log"))
+    assert_complete(tmp_path / "out", reference[0])
+    assert lines(tmp_path / "log", "summary")[-1][1:] == [len(SONGS) * 2 // 3, len(SONGS) // 3, 0]
+
+
+def test_a_bad_song_is_told_by_every_process(library: Path, tmp_path: Path):
+    songs = make_library(tmp_path / "lib", SONGS, seconds=0.12)
+    (songs / "3.wav").write_bytes(b"no audio")
+    both = [
+        processes.Process(target=work_with_a_bad_song, args=(songs, tmp_path / "out", tmp_path / "log"))
+        for _ in range(2)
+    ]
+    for process in both:
+        process.start()
+    finish(*both)
+    assert [line[1:][2] for line in lines(tmp_path / "log", "summary")] == [1, 1]
+    failures = json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8"))["failures"]
+    assert [f["path"] for f in failures] == ["3.wav"]
+
+
+def work_with_a_bad_song(library: Path, output: Path, log: Path) -> None:
+    summary = preprocess(job(library, output), silent)
+    with log.open("a", encoding="utf-8") as f:
+        f.write(json.dumps([os.getpid(), "summary", summary.done, summary.skipped, summary.failed]) + "\n")

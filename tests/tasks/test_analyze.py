@@ -1,0 +1,187 @@
+"""--analyze: what is missing is heard, what is known stands, and nothing is heard twice."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from sidestep.audio.io import content_hash
+from sidestep.audio.signals import VERSION, Estimate, _autocorrelation, _tempo, _time_signature, estimate, estimate_file
+from sidestep.data.manifest import read
+from sidestep.events import FileFailed, Notice, Progress, Table
+from sidestep.settings.config import BuildDatasetConfig
+from sidestep.tasks.build_dataset import CACHE, analyze, build_dataset
+from tests.song_library import tone, write_sndfile
+
+HOPS_PER_SECOND = 22_050 / 256
+
+
+def onsets(bpm: float, pattern: str, seconds: float = 40) -> np.ndarray:
+    """Onset strength of a bar that repeats: one digit a sixteenth, its loudness."""
+    strength = np.random.default_rng(0).uniform(0, 0.3, round(seconds * HOPS_PER_SECOND))
+    for i in range(int(seconds * bpm / 15)):
+        place = round(i * 15 / bpm * HOPS_PER_SECOND)
+        if place < len(strength) - 3:
+            strength[place : place + 3] += int(pattern[i % len(pattern)]) * np.array([0.5, 1, 0.5])
+    return strength
+
+
+FOUR = "9050505070505050"
+
+
+@pytest.mark.parametrize("bpm", [62, 75, 90, 100, 120, 140])
+@pytest.mark.parametrize(
+    "pattern", [FOUR, "9000700080007000", "9005009080057000"], ids=["straight", "quarters", "dotted"]
+)
+def test_a_tempo_is_found_whatever_the_rhythm(bpm, pattern):
+    found = _tempo(_autocorrelation(onsets(bpm, pattern)))
+    assert any(abs(found * octave / bpm - 1) < 0.02 for octave in (0.5, 1, 2))
+
+
+@pytest.mark.parametrize("bpm", [80, 100, 120])
+def test_a_usual_tempo_is_found_in_its_octave(bpm):
+    assert _tempo(_autocorrelation(onsets(bpm, FOUR))) == pytest.approx(bpm, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "signature"), [("900050005000", "3"), ("900050506050", "3"), (FOUR, "4"), ("9000500070005000", "4")]
+)
+def test_three_beats_are_told_from_four(pattern, signature):
+    assert _time_signature(_autocorrelation(onsets(110, pattern)), 110) == signature
+
+
+def test_what_has_no_pulse_has_no_tempo():
+    assert _tempo(_autocorrelation(np.random.default_rng(0).uniform(0, 1, 3000))) is None
+    assert estimate(np.zeros(300_000, np.float32)) == estimate(np.ones(100, np.float32)) == Estimate()
+
+
+def piece(bpm: float, root: float, minor: bool, seconds: float = 16) -> np.ndarray:
+    """Float32 [S, 2] at 48 kHz: the chords I-IV-V-I with a click on every beat."""
+    n = np.arange(round(seconds * 48_000))
+    beat = 60 / bpm * 48_000
+    chords = [[0, 3 if minor else 4, 7], [5, 8 if minor else 9, 12], [7, 11, 14], [0, 3 if minor else 4, 7]]
+    notes = np.array([chords[i % 4] for i in range(int(len(n) / (4 * beat)) + 1)])
+    phase = 2 * np.pi * n / 48_000
+    bar = (n / (4 * beat)).astype(int)
+    sound = sum(np.sin(phase * root * 2 ** (notes[bar, voice] / 12)) for voice in range(3)) + np.sin(
+        phase * root / 2 * 2 ** (notes[bar, 0] / 12)
+    )
+    click = np.exp(-(n % beat) / 600) * np.random.default_rng(0).normal(0, 1, len(n))
+    return np.repeat((0.1 * sound + 0.3 * click)[:, None], 2, axis=1).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bpm", "root", "minor", "key"),
+    [(100, 261.63, False, "C major"), (120, 220.0, True, "A minor"), (90, 185.0, False, "F# major")],
+)
+def test_a_piece_of_known_tempo_and_key_is_heard_right(tmp_path, bpm, root, minor, key):
+    write_sndfile(tmp_path / "a.wav", piece(bpm, root, minor), 48_000)
+    heard = estimate_file(tmp_path / "a.wav")
+    assert heard.bpm == pytest.approx(bpm, rel=0.02) and heard.keyscale == key
+
+
+def library(folder, **texts):
+    """Two songs and a dataset.json of them; what would be heard of the first is in the cache."""
+    for i, name in enumerate(("a.wav", "b.wav")):
+        write_sndfile(folder / name, tone(400 + i), 48_000)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    build_dataset(BuildDatasetConfig(input=folder), lambda e: None)
+    remember(folder, Estimate(90, "A minor", "3"))
+    return folder / "dataset.json"
+
+
+def remember(folder, estimate):
+    known = {content_hash(folder / name): vars(estimate) for name in ("a.wav", "b.wav") if (folder / name).exists()}
+    (folder / CACHE).parent.mkdir(exist_ok=True)
+    (folder / CACHE).write_text(json.dumps({"version": VERSION, "songs": known}), encoding="utf-8")
+
+
+def test_only_what_is_missing_is_filled_in_and_marked(tmp_path):
+    path = library(tmp_path, **{"a.txt": "bpm: 100"})
+    events = []
+    analyze(path, events.append)
+    a, b = read(path).samples
+    assert (a.bpm, a.keyscale, a.timesignature, a.estimated) == (100, "A minor", "3", ("keyscale", "timesignature"))
+    assert (b.bpm, b.keyscale, b.timesignature, b.estimated) == (
+        90,
+        "A minor",
+        "3",
+        ("bpm", "keyscale", "timesignature"),
+    )
+    assert [e.rows for e in events if isinstance(e, Table)] == [
+        (("bpm", "1", "0"), ("keyscale", "2", "0"), ("timesignature", "2", "0"))
+    ]
+
+
+def test_a_rebuild_keeps_estimates_until_somebody_knows_better(tmp_path):
+    path = library(tmp_path)
+    analyze(path, lambda e: None)
+    (tmp_path / "a.txt").write_text("key: C", encoding="utf-8")
+    build_dataset(BuildDatasetConfig(input=tmp_path), lambda e: None)
+    a = read(path).samples[0]
+    assert (a.bpm, a.keyscale, a.estimated) == (90, "C major", ("bpm", "timesignature"))
+
+
+def test_an_estimate_that_is_edited_is_one_no_more_and_one_that_is_emptied_stays_so(tmp_path):
+    path = library(tmp_path)
+    analyze(path, lambda e: None)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["samples"][0].update(bpm=91, keyscale="")
+    path.write_text(json.dumps(data), encoding="utf-8")
+    build_dataset(BuildDatasetConfig(input=tmp_path), lambda e: None)
+    analyze(path, lambda e: None)
+    a = read(path).samples[0]
+    assert (a.bpm, a.keyscale, a.estimated) == (91, "", ("timesignature",))
+
+
+def test_a_song_without_pulse_is_heard_once_and_left_open(tmp_path):
+    path = library(tmp_path)
+    remember(tmp_path, Estimate())
+    events = []
+    for _ in range(2):
+        analyze(path, events.append)
+    assert read(path).samples[0].bpm is None and read(path).samples[0].estimated == ()
+    assert not any(isinstance(e, Progress) for e in events)
+
+
+def test_there_may_be_nothing_to_do(tmp_path):
+    path = library(tmp_path, **{"a.txt": "bpm: 100\nkey: Am\nsignature: 4", "b.txt": "bpm: 100\nkey: Am\nsignature: 4"})
+    events = []
+    analyze(path, events.append)
+    assert "nothing to analyze" in events[0].message and isinstance(events[0], Notice)
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"version": 0, "songs": {}}', f'{{"version": {VERSION}, "songs": {{"x": {{"tempo": 3}}}}}}']
+)
+def test_a_damaged_cache_is_no_failure(tmp_path, damage):
+    path = library(tmp_path)
+    (tmp_path / CACHE).write_text(damage, encoding="utf-8")
+    (tmp_path / "a.wav").write_bytes(b"")
+    (tmp_path / "b.wav").write_bytes(b"words")
+    events = []
+    analyze(path, events.append, workers=1)
+    assert {e.reason.split(" ")[0] for e in events if isinstance(e, FileFailed)} == {"is"}
+
+
+@pytest.mark.slow
+def test_songs_are_heard_in_parallel_and_the_same_content_once(tmp_path):
+    for name, bpm in (("a.wav", 100), ("b.wav", 120), ("copy/of a.wav", 100)):
+        write_sndfile(tmp_path / name, piece(bpm, 220.0, True), 48_000)
+    (tmp_path / "bad.wav").write_bytes((tmp_path / "a.wav").read_bytes())
+    path = build_dataset(BuildDatasetConfig(input=tmp_path), lambda e: None).path
+    (tmp_path / "bad.wav").write_bytes(b"words")
+    events = []
+    analyze(path, events.append, workers=2)
+    found = {s.filename: s for s in read(path).samples}
+    assert found["a.wav"].bpm == found["of a.wav"].bpm == pytest.approx(100, abs=2) and found[
+        "b.wav"
+    ].bpm == pytest.approx(120, abs=2)
+    assert [e.total for e in events if isinstance(e, Progress)] == [3, 3, 3]
+    assert [e.path for e in events if isinstance(e, FileFailed)] == [str(tmp_path / "bad.wav")]
+    started = time.monotonic()
+    analyze(path, events.append)
+    assert time.monotonic() - started < 1

@@ -1,0 +1,328 @@
+"""Sampling: the pipeline's numbers, adapters at any strength, files beside their prompts, what a wrong call gets."""
+
+import copy
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
+
+from sidestep.acestep.blocks import Part
+from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
+from sidestep.acestep.conditions import Prompt, encode_prompts
+from sidestep.acestep.pipeline import Sampling, at_full_level, denoise, denoiser, noise_for, sampling_for
+from sidestep.acestep.vae import decode
+from sidestep.adapters.adapter import changed_weight
+from sidestep.adapters.attach import attach
+from sidestep.adapters.load import at_strength, put_on
+from sidestep.adapters.names import to_diffusers
+from sidestep.adapters.read import read_adapter
+from sidestep.adapters.write import save_final
+from sidestep.cli.parser import configs_of, parse
+from sidestep.errors import UserError
+from sidestep.events import Event, Notice, silent
+from sidestep.settings.config import SampleConfig, TrainConfig
+from sidestep.tasks.sample import prompt_of, sample, slug
+from tests.conftest import FIXTURES
+
+CPU = torch.device("cpu")
+TWO_STEPS = Sampling(2, 1.0)
+PROMPT = Prompt(
+    caption="warm lofi, dusty",
+    lyrics="[Verse]\nsoft rain",
+    language="en",
+    bpm=84,
+    keyscale="D minor",
+    timesignature="4",
+    duration=1.3,
+    seed=3,
+)
+KINDS = [
+    ("lora", {}),
+    ("dora", {}),
+    ("lokr", {}),
+    ("lokr", {"lokr_weight_decompose": True}),
+    ("loha", {}),
+    ("oft", {}),
+]
+kinds = pytest.mark.parametrize(
+    ("adapter_type", "settings"), KINDS, ids=[f"{kind}-{'-'.join(more) or 'plain'}" for kind, more in KINDS]
+)
+
+
+@cache
+def checkpoint(name: str = "turbo") -> Checkpoint:
+    return open_checkpoint(FIXTURES / "checkpoints", name)
+
+
+@cache
+def states(name: str = "turbo") -> torch.Tensor:
+    return encode_prompts(checkpoint(name), [PROMPT], CPU, torch.float32)[0].states
+
+
+@cache
+def _decoder() -> torch.nn.Module:
+    return checkpoint().load_decoder()
+
+
+def decoder() -> torch.nn.Module:
+    return copy.deepcopy(_decoder())
+
+
+def latents(model: torch.nn.Module, sampling: Sampling = TWO_STEPS) -> torch.Tensor:
+    dtype = model.dtype
+    pipeline = denoiser(
+        checkpoint(), model, checkpoint().silence_latent(), checkpoint().load_null_condition(dtype=dtype)
+    )
+    return denoise(pipeline, PROMPT, states(), sampling)
+
+
+def config(**settings) -> TrainConfig:
+    nowhere = Path("nowhere")
+    return TrainConfig(
+        checkpoint_dir=nowhere,
+        dataset_dir=nowhere,
+        output_dir=nowhere,
+        **{"rank": 4, "alpha": 8, "dropout": 0.1, **settings},
+    )
+
+
+@torch.no_grad()
+def trained(base: torch.nn.Module, **settings):
+    """A model with an adapter that does something, as training leaves it."""
+    model = attach(base, config(**settings))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "final"
+    save_final(trained(decoder()), folder, config())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_checkpoints(tmp_path_factory) -> Path:
+    """The fixtures with a model that says it is no turbo."""
+    folder = tmp_path_factory.mktemp("base") / "checkpoints"
+    shutil.copytree(FIXTURES / "checkpoints", folder, ignore=shutil.ignore_patterns("*xl*"))
+    path = folder / "acestep-v15-turbo" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text("utf-8")) | {"is_turbo": False, "model_version": "base"}), "utf-8"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["turbo", "xl-turbo", "base"])
+def test_conditions_and_latents_equal_those_of_diffusers_own_pipeline(name, base_checkpoints):
+    ck = open_checkpoint(base_checkpoints, "turbo") if name == "base" else checkpoint(name)
+    sampling = Sampling(3, 5.0) if name == "base" else Sampling(3, 1.0)
+    model = ck.load_decoder()
+    ours = denoiser(ck, model, ck.silence_latent(), ck.load_null_condition())
+    [conditions] = encode_prompts(ck, [PROMPT], CPU, torch.float32)
+    text_encoder, tokenizer = ck.load_text_encoder()
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    theirs = AceStepPipeline(ck.load_vae(), text_encoder, tokenizer, model, ck.load_condition_encoder(), scheduler)
+    theirs.is_turbo = ck.variant.is_turbo
+    theirs.set_progress_bar_config(disable=True)
+    seen = {}
+    theirs.condition_encoder.register_forward_hook(lambda module, inputs, output: seen.update(states=output[0]))
+    settings = {
+        "prompt": PROMPT.caption,
+        "lyrics": PROMPT.lyrics,
+        "vocal_language": PROMPT.language,
+        "bpm": PROMPT.bpm,
+        "keyscale": PROMPT.keyscale,
+        "timesignature": PROMPT.timesignature,
+        "audio_duration": PROMPT.duration,
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "latents": noise_for(ours, PROMPT),
+    }
+    audio = theirs(**settings).audios
+    mine = denoise(ours, PROMPT, conditions.states, sampling)
+    assert torch.equal(seen["states"], conditions.states)
+    assert ours.do_classifier_free_guidance == (name == "base")
+    torch.testing.assert_close(at_full_level(decode(theirs.vae, mine, 10)), audio, rtol=0, atol=2e-6)
+
+
+@kinds
+def test_strength_0_is_the_base_model_and_1_the_trained_one_bit_for_bit(adapter_type, settings, tmp_path):
+    base = latents(decoder())
+    model = trained(decoder(), adapter_type=adapter_type, **settings)
+    own = latents(model.get_base_model())
+    save_final(model, tmp_path / "final", config(adapter_type=adapter_type, **settings))
+    loaded = put_on(decoder(), read_adapter(tmp_path / "final"))
+    with at_strength(loaded, 1.0) as inner:
+        assert torch.equal(latents(inner), own)
+    with at_strength(loaded, 0.0) as inner:
+        assert torch.equal(latents(inner), base)
+    assert not torch.equal(base, own)
+    with at_strength(loaded, 1.0) as inner:
+        assert torch.equal(latents(inner), own)
+
+
+@kinds
+@pytest.mark.parametrize("strength", [0.5, 1.5, -1.0])
+def test_other_strengths_go_between_and_beyond_the_two_weights(adapter_type, settings, strength, tmp_path):
+    save_final(
+        trained(decoder(), adapter_type=adapter_type, **settings),
+        tmp_path,
+        config(adapter_type=adapter_type, **settings),
+    )
+    adapter = read_adapter(tmp_path)
+    merged = decoder()
+    with torch.no_grad():
+        for name, factors in adapter.modules.items():
+            weight = merged.get_submodule(to_diffusers(name)).weight
+            weight.copy_(changed_weight(weight, factors, strength))
+    with at_strength(put_on(decoder(), adapter), strength) as inner:
+        torch.testing.assert_close(latents(inner), latents(merged), rtol=0, atol=1e-4)
+
+
+def test_a_frozen_base_in_bf16_with_an_adapter_in_fp32_is_sampled_in_bf16():
+    model = trained(decoder().to(torch.bfloat16))
+    assert latents(model.get_base_model()).dtype == torch.bfloat16
+
+
+def test_each_variant_gets_the_sampling_it_was_made_for(base_checkpoints):
+    turbo, base = checkpoint().variant, open_checkpoint(base_checkpoints, "turbo").variant
+    assert sampling_for(turbo) == Sampling(8, 1.0, 3.0)
+    assert sampling_for(base) == Sampling(32, 7.0, 3.0)
+    assert sampling_for(turbo, 4, 9.0, 1.0) == Sampling(4, 1.0, 1.0)
+    assert sampling_for(base, 4, 1.0, 1.0) == Sampling(4, 1.0, 1.0)
+
+
+class Moving(torch.nn.Module):
+    """A model that remembers where it was sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = []
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+
+@pytest.mark.parametrize(("offload", "sent"), [(True, ["cpu", "meta", "cpu"]), (False, [])])
+def test_an_offloaded_part_is_on_the_device_only_while_it_is_used(offload, sent):
+    model, loaded = Moving(), []
+    part = Part(lambda device: loaded.append(str(device)) or model, torch.device("meta"), offload)
+    for _ in range(2):
+        with part.in_use() as inside:
+            assert inside is model
+    assert (model.sent, loaded) == (sent, ["meta"])
+    part.free()
+    with part.in_use():
+        assert loaded == ["meta", "meta"]
+
+
+def sample_config(checkpoints: Path, output: Path, **settings) -> SampleConfig:
+    few = {"prompt": "a <b>song</b>", "duration": 1.0, "steps": 2, "device": "cpu"}
+    return SampleConfig(checkpoint_dir=checkpoints, output=output, **{**few, **settings})
+
+
+def test_sample_writes_audio_beside_its_prompt_and_the_same_again_for_the_same_seed(
+    checkpoints, tmp_path, adapter_folder
+):
+    asked = sample_config(
+        checkpoints,
+        tmp_path,
+        adapter=adapter_folder,
+        strength=(0.0, 0.5, 1.0),
+        keyscale="Am",
+        timesignature="4/4",
+        offload_encoder=True,
+    )
+    files = sample(asked, silent)
+    assert [file.name for file in files] == [f"a-b-song-b-seed42-strength{s}.flac" for s in ("0", "0.5", "1")]
+    audio = {}
+    for file, strength in zip(files, asked.strength, strict=True):
+        audio[strength], rate = soundfile.read(file, dtype="float32")
+        assert (rate, audio[strength].shape) == (48000, (48000, 2))
+        assert np.abs(audio[strength]).max() == pytest.approx(10 ** (-1 / 20), abs=1e-4)
+        facts = json.loads(file.with_suffix(".json").read_text("utf-8"))
+        assert (facts["strength"], facts["audio"]) == (strength, file.name)
+        assert facts["prompt"]["caption"] == "a <b>song</b>"
+        assert (facts["prompt"]["keyscale"], facts["prompt"]["timesignature"]) == ("A minor", "4")
+        assert facts["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 3.0}
+    assert not np.array_equal(audio[0.0], audio[1.0])
+
+    without = sample(sample_config(checkpoints, tmp_path / "base", keyscale="A minor", timesignature="4"), silent)
+    assert np.array_equal(soundfile.read(without[0], dtype="float32")[0], audio[0.0])
+    again = sample(asked, silent)
+    assert [file.name for file in again] == [f"a-b-song-b-seed42-2-strength{s}.flac" for s in ("0", "0.5", "1")]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files, again, strict=True))
+
+
+def test_guidance_typed_for_turbo_is_said_to_have_no_effect(checkpoints, tmp_path):
+    events: list[Event] = []
+    sample(sample_config(checkpoints, tmp_path, guidance=7.0), events.append)
+    assert [e.message for e in events if isinstance(e, Notice)] == [
+        "--guidance 7 has no effect: turbo has its guidance built in."
+    ]
+
+
+WRONG = [
+    ({"strength": (0.5,)}, "--strength: without an adapter"),
+    ({"prompt": "  "}, "--prompt: is empty"),
+    ({"keyscale": "H minor"}, '--keyscale: "H minor" is no key'),
+    ({"timesignature": "5/4"}, "--timesignature:"),
+    ({"language": "Klingonish"}, "--language:"),
+    ({"lyrics": "la", "lyrics_file": Path("lyrics.txt")}, "both given"),
+    ({"lyrics_file": Path("nowhere.txt")}, "--lyrics-file nowhere.txt"),
+    ({"adapter": Path("nowhere")}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("settings", "said"), WRONG)
+def test_a_wrong_call_is_told_what_is_wrong_before_anything_is_loaded(checkpoints, tmp_path, settings, said):
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        sample(sample_config(checkpoints, tmp_path / "out", **settings), silent)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_size_is_refused(checkpoints, tmp_path, adapter_folder):
+    with pytest.raises(UserError, match="does not fit this model"):
+        sample(sample_config(checkpoints, tmp_path, adapter=adapter_folder, model_variant="xl-turbo"), silent)
+
+
+@pytest.mark.parametrize("words", [["0,0.5,1"], ["0", "0.5", "1"], ["0,", "0.5,1"]])
+def test_strengths_take_commas_and_spaces(words, tmp_path):
+    call = parse(["sample", "--checkpoint-dir", "x", "--prompt", "p, q", "--strength", *words])
+    assert configs_of(call, {})[0].strength == (0.0, 0.5, 1.0)
+    assert configs_of(call, {})[0].prompt == "p, q"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"prompt": "x", "tempo": 3}, r"p.json: \$\[0\].tempo: no such key"),
+        ({"caption": ""}, "is empty"),
+        ({"prompt": "x", "duration": 0.2}, "duration: 0.2"),
+        ({"prompt": "x", "duration": True}, "duration: True"),
+        ({"prompt": "x", "seed": 1.5}, "seed: 1.5"),
+        ({"prompt": "x", "bpm": 999}, "bpm: a tempo of 999"),
+    ],
+)
+def test_mistakes_in_a_prompt_are_named(values, said):
+    with pytest.raises(UserError, match=said):
+        prompt_of(values, "p.json: $[0]")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("Ωmega, 日本 & co.", "ωmega-日本-co"), ("../..\\x:y", "x-y"), ("!?", "music"), ("é" * 90, "é" * 20)],
+)
+def test_file_names_come_from_words_alone(text, name):
+    assert slug(text) == name

@@ -1,0 +1,259 @@
+"""What goes wrong gets its message and status, and nothing good is lost."""
+
+import errno
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.cli.main import main
+from sidestep.data.records import save_record
+from sidestep.errors import ExitStatus, JobError, UserError
+from sidestep.events import EpochDone, FileFailed, Saved, StepDone, StepSkipped
+from sidestep.settings.option import as_arguments
+from sidestep.tasks.train import checkpoints as state
+from sidestep.tasks.train import loop, saving, train
+from sidestep.tasks.train.checkpoints import complete_checkpoints
+from sidestep.tasks.train.objective import Objective
+from tests.training_world import CHECKPOINTS, Log, adapter, record, run, settings, write_data
+
+LATEST = Path("latest")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_data(tmp_path / "data", frames=(30, 30, 40, 30))
+
+
+def test_a_nan_in_a_tensor_file_leaves_that_song_out_by_name(data, tmp_path):
+    poisoned = record(1, 30)
+    content = {
+        "target_latents": poisoned.target_latents,
+        "encoder_hidden_states": poisoned.encoder_hidden_states,
+        "metadata": poisoned.metadata,
+    }
+    content["target_latents"][3, 2] = torch.nan
+    torch.save(content, data / "song 1.pt")
+    log = run(settings(data, tmp_path / "run", epochs=1))
+    (failed,) = log.of(FileFailed)
+    assert failed.path == "song 1.pt"
+    assert "no numbers" in failed.reason
+    assert "3 songs" in log.text and "1 could not be used" in log.text
+    assert all(torch.isfinite(t).all() for t in adapter(tmp_path / "run" / "final").values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.98])
+def test_a_truncated_record_is_left_out_by_name(data, tmp_path, share):
+    path = data / "song 1.pt"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    log = run(settings(data, tmp_path / "run", epochs=1))
+    assert [event.path for event in log.of(FileFailed)] == ["song 1.pt"]
+
+
+def test_a_record_that_was_left_out_is_in_the_exit_status(data, tmp_path, capsys):
+    (data / "song 1.pt").write_bytes(b"nothing")
+    config = settings(data, tmp_path / "run", epochs=1)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.SOME_FAILED
+    assert "song 1.pt" in capsys.readouterr().out
+    assert adapter(tmp_path / "run" / "final")
+
+
+def test_when_no_record_can_be_used_the_job_fails(data, tmp_path):
+    for path in data.glob("*.pt"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(JobError, match="none of its 4 tensor files can be used"):
+        run(settings(data, tmp_path / "run"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_anything_is_loaded(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    log = Log()
+    with pytest.raises(UserError, match="--output-dir .* cannot be written") as refused:
+        train(settings(data, tmp_path / "file" / "run"), log)
+    assert refused.value.status == ExitStatus.USAGE
+    assert not log.events
+    assert main(["--plain", "fixed", *as_arguments(settings(data, tmp_path / "file" / "run"))]) == ExitStatus.USAGE
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_run_with_the_last_good_state_kept(data, tmp_path, monkeypatch):
+    def act(event) -> None:
+        if isinstance(event, EpochDone) and event.epoch == 2:
+            monkeypatch.setattr(state.torch, "save", full)
+
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = torch.save
+    config = settings(data, tmp_path / "run", epochs=4, save_every=1)
+    with pytest.raises(JobError, match="the disk is full. The last good state is .*epoch_0001") as stopped:
+        run(config, act)
+    assert "--resume-from latest" in stopped.value.fix
+    assert stopped.value.status == ExitStatus.FAILED
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["epoch_0001"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "epoch_0001"
+    ]  # what was half written makes room
+    monkeypatch.setattr(state.torch, "save", original)
+    run(replace(config, resume_from=LATEST))
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_really_full_disk_ends_the_command_with_status_1_and_a_run_that_goes_on(data, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("no right to mount")
+    try:
+        config = settings(data, small / "run", epochs=30, save_every=1, keep_checkpoints=0, save_best=False)
+        assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.FAILED
+        said = capsys.readouterr()
+        assert "the disk is full" in said.err + said.out
+        last = complete_checkpoints(small / "run")[-1]
+        elsewhere = tmp_path / "elsewhere"
+        run(replace(config, output_dir=elsewhere, resume_from=last, epochs=31))
+        assert (elsewhere / "final").is_dir()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_dataset_file_deleted_in_mid_run_is_not_missed_until_resume(data, tmp_path):
+    def act(event) -> None:
+        if isinstance(event, StepDone):
+            (data / "song 1.pt").unlink(missing_ok=True)
+
+    config = settings(data, tmp_path / "run", epochs=2)
+    run(config, act)
+    with pytest.raises(UserError, match=r"1 missing \(song 1.pt\)"):
+        run(replace(config, epochs=3, resume_from=LATEST))
+
+
+def test_records_of_another_variant_are_refused(data, tmp_path):
+    with pytest.raises(UserError) as refused:
+        run(
+            settings(
+                data,
+                tmp_path / "run",
+                model_variant="xl-turbo",
+                dataset_dir=write_data(
+                    tmp_path / "other", checkpoint_identity="of turbo", checkpoint="acestep-v15-turbo"
+                ),
+            )
+        )
+    assert (
+        "were preprocessed with acestep-v15-turbo, whose condition encoder differs from that of acestep-v15-xl-turbo"
+        in refused.value.problem
+    )
+    assert "--preprocess" in refused.value.fix
+    same = open_checkpoint(CHECKPOINTS, "turbo").identity("condition_encoder")
+    run(settings(write_data(tmp_path / "same", checkpoint_identity=same), tmp_path / "fits", epochs=1))
+
+
+def test_records_of_other_sizes_are_refused(data, tmp_path):
+    narrow = record(1, 30)
+    save_record(data / "song 1.pt", replace(narrow, encoder_hidden_states=narrow.encoder_hidden_states[:, :16]))
+    with pytest.raises(UserError, match="song 1.pt was made for another model"):
+        run(settings(data, tmp_path / "run"))
+
+
+def test_a_step_that_is_no_number_is_skipped_and_its_song_named(data, tmp_path):
+    wild = record(1, 30)
+    save_record(
+        data / "song 1.pt", replace(wild, target_latents=wild.target_latents * 1e30)
+    )  # finite, but not its loss
+    config = settings(data, tmp_path / "run", epochs=3)
+    log = run(config)
+    skipped = log.of(StepSkipped)
+    assert len(skipped) == 3
+    assert {event.songs for event in skipped} == {("song 1.pt",)}
+    assert all(torch.isfinite(t).all() for t in adapter(tmp_path / "run" / "final").values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
+def test_a_skipped_step_changes_nothing(data, tmp_path, optimizer):
+    """With the poisoned song alone in its steps, the others' updates are those of steps without it, but for the schedule and weight decay."""
+    for path in data.glob("*.pt"):
+        wild = record(1, 30)
+        save_record(path, replace(wild, target_latents=wild.target_latents * 1e30))
+    config = settings(data, tmp_path / "run", epochs=1, optimizer_type=optimizer)
+    log = run(config)
+    assert len(log.of(StepSkipped)) == 2
+    tensors = adapter(tmp_path / "run" / "final")
+    assert all(not t.any() for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run_with_the_last_good_state_kept(data, tmp_path, monkeypatch):
+    original = Objective.loss
+
+    def broken_later(self, model, batch, noise, t, dropped=None):
+        loss = original(self, model, batch, noise, t, dropped)
+        return loss * float("nan") if broken else loss
+
+    broken: list[bool] = []
+
+    def act(event) -> None:
+        if isinstance(event, Saved) and event.what == "checkpoint":
+            broken.append(True)
+
+    monkeypatch.setattr(Objective, "loss", broken_later)
+    config = settings(data, tmp_path / "run", epochs=30, save_every=1, keep_checkpoints=1, log_every=1000)
+    with pytest.raises(JobError, match="10 optimizer steps in a row"):
+        run(config, act)
+    assert complete_checkpoints(tmp_path / "run")
+    broken.clear()
+    monkeypatch.setattr(Objective, "loss", original)
+    run(replace(config, resume_from=LATEST, epochs=9))
+
+
+def test_out_of_memory_names_the_batch_its_length_and_what_helps(data, tmp_path, monkeypatch):
+    step = loop.optimizer_step
+
+    def too_much_at_last(run, *args) -> None:
+        if run.position.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+        step(run, *args)
+
+    monkeypatch.setattr(loop, "optimizer_step", too_much_at_last)
+    with pytest.raises(JobError) as stopped:
+        run(settings(data, tmp_path / "run", batch_size=2, gradient_accumulation=1, rank=16))
+    assert "at optimizer step 2, with a batch of" in stopped.value.problem
+    assert "s (song" in stopped.value.problem
+    for flag in ("--gradient-checkpointing", "--batch-size 1", "--rank 8"):
+        assert flag in stopped.value.fix
+    assert [p.name for p in complete_checkpoints(tmp_path / "run")] == ["step_000001"]  # what was learnt is not lost
+
+
+def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
+    config = settings(data, tmp_path / "run", epochs=3, save_every=1)
+    run(config)
+    newest = complete_checkpoints(tmp_path / "run")[-1]
+    with (newest / state.STATE_FILE).open("rb+") as f:
+        f.truncate(1000)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert newest not in complete_checkpoints(tmp_path / "run")
+    run(replace(config, resume_from=LATEST))
+
+
+def test_a_number_that_is_none_is_never_saved(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "adapter_state", lambda model: {"w": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(JobError, match="values that are no numbers"):
+        run(settings(data, tmp_path / "run", epochs=1))
+    assert not (tmp_path / "run" / "final").exists()
+    assert not complete_checkpoints(tmp_path / "run")
+
+
+def test_nothing_in_the_dataset_folder_is_a_wrong_call(tmp_path):
+    for folder, words in ((tmp_path / "none", "no such folder"), (tmp_path, "no preprocessed .pt tensors")):
+        with pytest.raises(UserError, match=words) as refused:
+            run(settings(folder, tmp_path / "run"))
+        assert refused.value.status == ExitStatus.USAGE
+        assert "--preprocess" in refused.value.fix

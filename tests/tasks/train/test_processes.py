@@ -1,0 +1,141 @@
+"""Two processes (gloo, CPU) train the same adapter as one with twice the accumulation."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.tasks.train.checkpoints import complete_checkpoints
+from tests.training_world import adapter, run, settings, write_data
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "AceStepTransformerBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def start(data: Path, output: Path, environment: dict[str, str] | None = None, **changes) -> list[subprocess.Popen]:
+    """Two processes that know each other as torchrun would tell them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, "-m", "tests.ddp_train", str(data), str(output), json.dumps(changes)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | shared | (environment or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], sharded: bool = False) -> list[str]:
+    """What each printed; both must have ended well, and have sharded the model if they should."""
+    outputs = [process.communicate(timeout=280) for process in processes]
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err[-3000:] + out[-1000:]
+    assert ("as launched, fsdp" in outputs[0][0]) == sharded
+    return [out for out, _ in outputs]
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    first, second = adapter(a), adapter(b)
+    assert set(first) == set(second)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))  # 5 songs: the last step has one for two processes
+
+
+# adamw's first steps turn rounding of a near-zero gradient into a full step, so this compares under a rate where rounding stays rounding
+CHANGES = {"chunk_duration": 1.0, "val_split": 0.2, "ema_decay": 0.9, "lr": 1e-3}
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+@pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, environment, kind):
+    one = run(settings(data, tmp_path / "one", adapter_type=kind, gradient_accumulation=2, **CHANGES))
+    first, second = finish(
+        start(data, tmp_path / "two", environment, adapter_type=kind, gradient_accumulation=1, **CHANGES),
+        environment is FSDP,
+    )
+    for folder in ("final", "ema"):
+        assert largest_difference(tmp_path / "one" / folder, tmp_path / "two" / folder) < 1e-5
+    losses = [
+        event["loss"]
+        for line in first.splitlines()
+        if (event := json.loads(line))["event"] in ("StepDone", "Validated")
+    ]
+    expected = [event.loss for event in one.events if type(event).__name__ in ("StepDone", "Validated")]
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert second == ""  # only the first process speaks, and only it writes
+    assert len(list((tmp_path / "two" / "runs").rglob("events.out*"))) == 1
+
+
+def test_a_run_of_two_sharded_processes_goes_on_in_one(data, tmp_path):
+    finish(start(data, tmp_path / "two", FSDP, gradient_accumulation=1, epochs=1, **CHANGES), sharded=True)
+    run(settings(data, tmp_path / "two", gradient_accumulation=2, epochs=2, resume_from=Path("latest"), **CHANGES))
+    run(settings(data, tmp_path / "one", gradient_accumulation=2, epochs=1, **CHANGES))
+    run(settings(data, tmp_path / "one", gradient_accumulation=2, epochs=2, resume_from=Path("latest"), **CHANGES))
+    assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
+
+
+def test_a_run_of_one_process_goes_on_sharded_over_two(data, tmp_path):
+    config = settings(data, tmp_path / "one", gradient_accumulation=2, epochs=1, **CHANGES)
+    run(config)
+    finish(
+        start(
+            data,
+            tmp_path / "two",
+            FSDP,
+            gradient_accumulation=1,
+            resume_from=str(complete_checkpoints(tmp_path / "one")[-1]),
+            **CHANGES,
+        ),
+        sharded=True,
+    )
+    run(replace(config, epochs=2, resume_from=Path("latest")))
+    assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
+
+
+def test_ctrl_c_to_one_of_two_stops_both_after_one_save(data, tmp_path):
+    processes = start(data, tmp_path, gradient_accumulation=1, epochs=5000)
+    for line in processes[0].stdout:
+        if json.loads(line)["event"] == "StepDone":
+            break
+    processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)  # as a launcher does: the same key, not a second one
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert all("Interrupted" in error for error in errors)
+    saved = complete_checkpoints(tmp_path)
+    assert len(saved) == 1
+    state = torch.load(saved[0] / "training_state.pt", weights_only=True)
+    assert state["micro_batches"] == 2

@@ -1,0 +1,220 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.data.records import save_record
+from sidestep.errors import Interrupted, JobError, UserError
+from sidestep.events import EpochDone, StepDone
+from sidestep.tasks.train import train
+from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
+
+LATEST = Path("latest")
+
+
+def stop_at(step: int):
+    """A report that presses Ctrl-C when this optimizer step was done."""
+
+    def act(event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = write_data(tmp_path_factory.mktemp("data"))
+    save_record(folder / "sung.pt", record(9, 80, lyrics=LYRICS, repeat=2))
+    return folder
+
+
+CASES = {
+    "lora, chunks, ema, validation": {"chunk_duration": 1.0, "ema_decay": 0.9, "val_split": 0.2},
+    "lokr, chunks, ema": {"adapter_type": "lokr", "chunk_duration": 1.0, "ema_decay": 0.9},
+    "dora": {"adapter_type": "dora"},
+    "loha": {"adapter_type": "loha"},
+    "oft": {"adapter_type": "oft"},
+    "batches of two, min_snr, cfg dropout, linear": {
+        "batch_size": 2,
+        "loss_weighting": "min_snr",
+        "cfg_ratio": 0.5,
+        "scheduler_type": "linear",
+    },
+    "adafactor, recomputation": {"optimizer_type": "adafactor", "gradient_checkpointing": True},
+    "prodigy": {"optimizer_type": "prodigy", "lr": 1.0},
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_straight_equals_stopped_and_resumed_bit_for_bit(data, tmp_path, changes):
+    straight = run(settings(data, tmp_path / "straight", **changes))
+    stopped = settings(data, tmp_path / "stopped", **changes)
+    for step in (1, 4):  # in the first epoch, and at the short step that ends it (or near it)
+        with pytest.raises(Interrupted):
+            run(replace(stopped, resume_from=LATEST if step > 1 else None), stop_at(step))
+    resumed = run(replace(stopped, resume_from=LATEST))
+    folders = ["final", "ema"] if "ema_decay" in changes else ["final"]
+    for folder in folders:
+        assert not list(differing(adapter(tmp_path / "straight" / folder), adapter(tmp_path / "stopped" / folder)))
+    last = {event.step: event.loss for event in resumed.of(StepDone)}
+    assert last == {event.step: event.loss for event in straight.of(StepDone) if event.step in last}
+    (a, at), (b, bt) = (read_checkpoint(complete_checkpoints(tmp_path / name)[-1]) for name in ("straight", "stopped"))
+    assert at == bt
+    assert a["history"]["epoch_losses"] == b["history"]["epoch_losses"]
+    assert a["history"]["evaluations"] == b["history"]["evaluations"]
+
+
+def test_a_last_short_accumulation_window_is_a_step_of_its_own(data, tmp_path):
+    log = run(settings(data, tmp_path, epochs=1, gradient_accumulation=4))  # 7 micro-batches
+    assert [event.step for event in log.of(StepDone)] == [1, 2]
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_resumes(data, tmp_path):
+    with pytest.raises(Interrupted) as stopped:
+        run(settings(data, tmp_path / "a run"), stop_at(2))
+    assert "train.py fixed" in stopped.value.resume
+    assert "--resume-from latest" in stopped.value.resume
+    assert [p.name for p in complete_checkpoints(tmp_path / "a run")] == ["step_000002"]
+
+
+def test_a_second_ctrl_c_quits_at_once(data, tmp_path):
+    def twice(event) -> None:
+        if isinstance(event, StepDone):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(data, tmp_path), twice)
+    assert not complete_checkpoints(tmp_path)
+
+
+def test_a_stop_right_after_a_checkpoint_saves_no_second_one(data, tmp_path):
+    def act(event) -> None:
+        if isinstance(event, EpochDone) and event.epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        run(settings(data, tmp_path, save_every=1), act)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["epoch_0001"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_longer_run_rebuilds_its_schedule_and_says_so(data, tmp_path):
+    first = settings(data, tmp_path, epochs=1)
+    run(first)
+    log = run(replace(first, epochs=3, resume_from=LATEST))
+    assert "its schedule was rebuilt" in log.text
+    straight = run(settings(data, tmp_path.with_name(tmp_path.name + "-straight"), epochs=3))
+    rates = {event.step: event.lr for event in straight.of(StepDone)}
+    assert all(event.lr == rates[event.step] for event in log.of(StepDone))
+
+
+def test_a_finished_run_says_that_nothing_is_left(data, tmp_path):
+    done = settings(data, tmp_path, epochs=1)
+    run(done)
+    with pytest.raises(JobError, match="Nothing was trained") as nothing:
+        run(replace(done, resume_from=LATEST))
+    assert "--epochs 2" in nothing.value.fix
+
+
+def test_a_run_killed_before_final_was_written_writes_it_on_resume(data, tmp_path):
+    done = settings(data, tmp_path, epochs=1)
+    run(done)
+    whole = adapter(tmp_path / "final")
+    (tmp_path / "final").rename(tmp_path / ".saving-final")  # as SIGKILL leaves it
+    run(replace(done, resume_from=LATEST))
+    assert not list(differing(whole, adapter(tmp_path / "final")))
+    assert not (tmp_path / ".saving-final").exists()
+
+
+REFUSED = {
+    "another rank": ({"rank": 8}, "--rank is 8, was 4"),
+    "another kind": ({"adapter_type": "lokr"}, "--adapter-type is lokr, was lora"),
+    "another seed": ({"seed": 7}, "--seed is 7, was 42"),
+    "other targets": ({"attention_type": "self"}, "--attention-type is self, was both"),
+    "another batch size": ({"batch_size": 2}, "--batch-size is 2, was 1"),
+    "another accumulation": (
+        {"gradient_accumulation": 4},
+        "--gradient-accumulation times the number of processes is 4, was 2",
+    ),
+    "another optimizer": ({"optimizer_type": "adafactor"}, "--optimizer-type is adafactor, was adamw"),
+    "another split": ({"val_split": 0.2}, "--val-split is 0.2, was 0.0"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    config = settings(data, tmp_path_factory.mktemp("finished") / "run", epochs=1)
+    run(config)
+    return config
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_may_not_change_is_refused_by_name(finished, changes, words):
+    before = (finished.output_dir / "config.json").read_bytes()
+    with pytest.raises(UserError) as refused:
+        train(replace(finished, epochs=2, resume_from=LATEST, **changes), Log())
+    assert words in refused.value.problem
+    assert refused.value.status == 2
+    assert (finished.output_dir / "config.json").read_bytes() == before
+
+
+def test_what_may_change_is_noted(finished, tmp_path):
+    log = run(
+        replace(
+            finished,
+            epochs=2,
+            lr=1e-3,
+            dropout=0.0,
+            output_dir=tmp_path,
+            resume_from=complete_checkpoints(finished.output_dir)[-1],
+        )
+    )
+    assert "Resumed with --lr 0.001, before 0.003" in log.text
+    assert "Resumed with --dropout 0.0, before 0.1" in log.text
+
+
+def test_another_run_in_the_folder_is_never_overwritten(finished):
+    with pytest.raises(UserError, match="a run already stands there"):
+        train(finished, Log())
+
+
+def test_resuming_from_an_older_checkpoint_does_not_mix_two_runs(data, tmp_path):
+    config = settings(data, tmp_path, epochs=2, save_every=1)
+    run(config)
+    older = complete_checkpoints(tmp_path)[0]
+    with pytest.raises(UserError, match="goes further"):
+        train(replace(config, resume_from=older), Log())
+    run(replace(config, resume_from=older, output_dir=tmp_path / "elsewhere"))
+    assert not list(differing(adapter(tmp_path / "final"), adapter(tmp_path / "elsewhere" / "final")))
+
+
+def test_songs_that_are_not_those_of_the_run_are_named(finished, tmp_path):
+    other = write_data(tmp_path / "data")
+    with pytest.raises(UserError) as refused:
+        train(replace(finished, epochs=2, dataset_dir=other, resume_from=LATEST), Log())
+    assert "1 missing (sung.pt)" in refused.value.problem
+    assert "--init-from" in refused.value.fix
+
+
+def test_another_base_model_is_refused(finished):
+    with pytest.raises(UserError, match="was trained on another base model"):
+        train(replace(finished, epochs=2, model_variant="xl-turbo", resume_from=LATEST), Log())
+
+
+def test_the_settings_and_the_command_stand_in_the_folder(finished):
+    assert json.loads((finished.output_dir / "config.json").read_text(encoding="utf-8"))["rank"] == 4
+    assert "train.py fixed" in (finished.output_dir / "command.txt").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_holds_only_tensors_and_plain_values(finished):
+    state = torch.load(complete_checkpoints(finished.output_dir)[-1] / "training_state.pt", weights_only=True)
+    assert {"adapter", "optimizer", "scaler", "average", "history", "config", "songs", "model", "ranks"} <= set(state)

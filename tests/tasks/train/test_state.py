@@ -1,0 +1,177 @@
+"""Folders of results are whole or absent, whenever the process that writes them dies."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.errors import JobError, UserError
+from sidestep.events import Saved
+from sidestep.tasks.train.checkpoints import (
+    COMPLETE_FILE,
+    NEW,
+    OLD,
+    STATE_FILE,
+    BackgroundWriter,
+    Position,
+    complete_checkpoints,
+    find_checkpoint,
+    is_complete,
+    prune,
+    read_checkpoint,
+    restore,
+    snapshot,
+    write_checkpoint,
+    write_folder,
+)
+from sidestep.tasks.train.run import History
+from tests.training_world import Log
+
+
+def write(folder: Path, step: int) -> Path:
+    write_checkpoint(
+        folder,
+        {"adapter": {"w": torch.full((3,), float(step))}},
+        Position(0, step, step),
+        lambda new: (new / "README.md").write_text("x"),
+    )
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    for step in (2, 10, 4):
+        write(tmp_path / "checkpoints" / f"step_{step}", step)
+    return tmp_path
+
+
+def test_a_checkpoint_comes_back_as_it_was_written(run_folder):
+    state, position = read_checkpoint(run_folder / "checkpoints" / "step_4")
+    assert position == Position(0, 4, 4)
+    assert torch.equal(state["adapter"]["w"], torch.full((3,), 4.0))
+
+
+def test_the_latest_is_the_one_with_most_steps_whatever_its_name(run_folder):
+    assert find_checkpoint(Path("latest"), run_folder).name == "step_10"
+
+
+DAMAGE = {
+    "no last file": lambda folder: (folder / COMPLETE_FILE).unlink(),
+    "a cut last file": lambda folder: (folder / COMPLETE_FILE).write_text('{"position": {'),
+    "a last file of something else": lambda folder: (folder / COMPLETE_FILE).write_text("[]"),
+    "a missing file": lambda folder: (folder / STATE_FILE).unlink(),
+    "a shorter file": lambda folder: (folder / STATE_FILE).write_bytes((folder / STATE_FILE).read_bytes()[:-1]),
+    "a position that is none": lambda folder: (folder / COMPLETE_FILE).write_text(
+        json.dumps({"position": {"nowhere": 1}, "files": {}})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_none(run_folder, damage):
+    newest = run_folder / "checkpoints" / "step_10"
+    damage(newest)
+    assert not is_complete(newest)
+    assert find_checkpoint(Path("latest"), run_folder).name == "step_4"
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        find_checkpoint(newest, run_folder)
+
+
+def test_a_state_of_the_right_size_with_wrong_bytes_is_told(run_folder):
+    state = run_folder / "checkpoints" / "step_10" / STATE_FILE
+    state.write_bytes(b"\0" * state.stat().st_size)
+    with pytest.raises(JobError, match="not readable"):
+        read_checkpoint(state.parent)
+
+
+class Dies(BaseException):
+    """As SIGKILL, but that the test lives on."""
+
+
+@pytest.mark.parametrize("at", ["fill", "first rename", "second rename"])
+def test_dying_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, at):
+    best = tmp_path / "best"
+    write_folder(best, lambda new: (new / "a").write_text("old"))
+    calls = []
+    rename = Path.rename
+
+    def dying_rename(self, target):
+        calls.append(self)
+        if (at, len(calls)) in (("first rename", 1), ("second rename", 2)):
+            raise Dies
+        return rename(self, target)
+
+    def fill(new: Path) -> None:
+        (new / "a").write_text("new")
+        if at == "fill":
+            raise Dies
+
+    monkeypatch.setattr(Path, "rename", dying_rename)
+    monkeypatch.setattr(
+        "sidestep.tasks.train.checkpoints.shutil.rmtree", lambda *a, **k: None
+    )  # a dead process clears nothing up
+    with pytest.raises(Dies):
+        write_folder(best, fill)
+    monkeypatch.undo()
+    restore(tmp_path)
+    assert (best / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_leftovers_of_dead_processes_are_removed_and_results_kept(run_folder):
+    checkpoints = run_folder / "checkpoints"
+    (checkpoints / f"{NEW}step_12").mkdir()
+    (checkpoints / f"{OLD}step_4").mkdir()  # replaced well, not yet deleted
+    restore(checkpoints)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_10", "step_2", "step_4"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"), [(0, None, [2, 4, 10]), (2, None, [4, 10]), (1, 2, [2, 10]), (1, None, [10])]
+)
+def test_pruning_keeps_the_newest_and_the_best(run_folder, keep, best, left):
+    prune(run_folder, keep, best)
+    assert [read_checkpoint(p)[1].step for p in complete_checkpoints(run_folder)] == left
+
+
+def test_a_failed_write_keeps_the_old_one_and_leaves_nothing_behind(run_folder):
+    def fails(new: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        write_checkpoint(run_folder / "checkpoints" / "step_10", {}, Position(), fails)
+    assert len(complete_checkpoints(run_folder)) == 3
+    assert len(list((run_folder / "checkpoints").iterdir())) == 3
+
+
+def test_a_snapshot_does_not_follow_what_training_does_next():
+    weights = torch.zeros(3)
+    kept = snapshot({"a": [weights, {"b": weights}], "c": 1})
+    weights += 1
+    assert not kept["a"][0].any() and not kept["a"][1]["b"].any()
+
+
+def test_what_a_background_write_reports_and_raises_comes_out_where_it_is_waited_for():
+    log = Log()
+    writer = BackgroundWriter(log)
+    writer.start(lambda: [Saved(what="checkpoint", path="x")])
+    writer.wait()
+    assert log.of(Saved)
+
+    def fails():
+        raise OSError(28, "No space left on device")
+
+    writer.start(fails)
+    with pytest.raises(OSError):
+        writer.wait()
+    writer.wait()  # told once
+
+
+def test_a_history_comes_back_from_plain_values():
+    history = History()
+    history.add_sample(0.5, 0.99)
+    history.close_epoch()
+    assert history.judge(0.5, 1, 1, "validation loss")
+    assert not history.judge(float("nan"), 2, 2, "validation loss")
+    assert History.from_values(json.loads(json.dumps(history.as_values()))) == history

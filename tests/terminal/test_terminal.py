@@ -1,0 +1,208 @@
+"""Events as lines and as a live view; the terminal as an object."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from sidestep import events
+from sidestep.events import (
+    Chosen,
+    EpochDone,
+    Event,
+    FileFailed,
+    Finished,
+    Notice,
+    Progress,
+    Saved,
+    StepDone,
+    StepSkipped,
+    Table,
+    Validated,
+)
+from sidestep.terminal.lines import PlainView, as_lines, as_typed, clock
+from sidestep.terminal.live import LiveView, shown, sparkline
+from sidestep.terminal.rich_terminal import RichTerminal
+from sidestep.terminal.terminal import Terminal
+
+STEP = StepDone(
+    step=10,
+    total_steps=500,
+    epoch=1,
+    loss=0.812,
+    lr=1e-4,
+    grad_norm=0.31,
+    steps_per_second=2.1,
+    eta_seconds=235,
+    memory_bytes=3 * 2**30,
+)
+EXAMPLES = {
+    "hello": Notice(message="hello"),
+    "warning: mind": Notice(message="mind", level="warning"),
+    "device: cpu (no GPU found)": Chosen(what="device", value="cpu", reason="no GPU found"),
+    "Pass 1 3/12 (25%), 4.1 audio s/s, 0:32 left, song.wav": Progress(
+        task="Pass 1", done=3, total=12, rate=4.1, unit="audio s", eta_seconds=32, current="song.wav"
+    ),
+    "failed (decode): a.wav: cut": FileFailed(path="a.wav", reason="cut", stage="decode"),
+    "step 10/500, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 2.1 steps/s, 3:55 left, 3.0 GiB": STEP,
+    "warning: step 3 skipped (2 in a row): loss is nan; songs: a, b": StepSkipped(
+        step=3, songs=("a", "b"), reason="loss is nan", in_a_row=2
+    ),
+    "epoch 1/9 done: mean loss 0.5000, 1:01": EpochDone(epoch=1, total_epochs=9, loss=0.5, seconds=61),
+    "validation at step 5: loss 0.4000 (best so far)": Validated(step=5, epoch=1, loss=0.4, best=True),
+    "saved final: out/final": Saved(what="final", path="out/final"),
+    "Songs\n  name  bpm\n  ----  ---\n  a     120": Table(title="Songs", columns=("name", "bpm"), rows=(("a", "120"),)),
+    "Done.\nNext:\n  train.py sample": Finished(message="Done.", next_commands=("train.py sample",)),
+}
+
+
+@pytest.mark.parametrize(("line", "event"), EXAMPLES.items(), ids=lambda value: type(value).__name__)
+def test_each_event_has_its_line_in_ascii(line, event):
+    assert "\n".join(as_lines(event)) == line
+    assert line.isascii()
+
+
+def test_every_kind_of_event_is_in_the_table_above():
+    kinds = {
+        kind
+        for kind in vars(events).values()
+        if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
+    }
+    assert kinds == {type(event) for event in EXAMPLES.values()}
+
+
+def test_an_event_of_a_new_kind_is_shown_all_the_same():
+    new = dataclasses.make_dataclass("Cooled", [("degrees", int)], bases=(Event,), frozen=True, kw_only=True)
+    assert as_lines(new(degrees=3)) == ["Cooled: degrees=3"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (61.4, "1:01"),
+        (11105, "3:05:05"),
+        (None, "?"),
+        (float("nan"), "?"),
+        (-1, "?"),
+        (float("inf"), "277777:46:40"),
+    ],
+)
+def test_durations(seconds, text):
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), ("", "-"), (True, "on"), ((1.0, 2), "1.0 2"), ((), "none"), (1e-4, "0.0001")]
+)
+def test_values_are_shown_as_they_are_typed(value, text):
+    assert as_typed(value) == text
+
+
+def test_plain_progress_comes_every_few_seconds_and_always_at_the_end():
+    now, lines = [0.0], []
+    view = PlainView(lines.append, lambda: now[0])
+    for done in range(21):
+        now[0] += 0.5
+        view(Progress(task="t", done=done, total=20))
+    assert [line.split()[1] for line in lines] == ["0/20", "6/20", "12/20", "18/20", "20/20"]
+
+
+def test_two_tasks_do_not_silence_each_other():
+    lines = []
+    view = PlainView(lines.append, lambda: 0.0)
+    view(Progress(task="a", done=0, total=9))
+    view(Progress(task="b", done=0, total=9))
+    assert len(lines) == 2
+
+
+class Tty(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def draw(events_shown, width=80, **console):
+    out = Tty()
+    with LiveView(
+        Console(file=out, width=width, force_terminal=True, markup=False, highlight=False, **console)
+    ) as view:
+        for event in events_shown:
+            view(event)
+    return out.getvalue()
+
+
+def test_the_live_view_ends_with_the_state_of_the_training():
+    out = draw(
+        [
+            STEP,
+            dataclasses.replace(STEP, step=500, loss=0.25),
+            EXAMPLES["validation at step 5: loss 0.4000 (best so far)"],
+        ]
+    )
+    assert "500/500" in out and "0.2500" in out and "best 0.4000 at step 5" in out and "3.0 GiB" in out
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_the_live_view_fits_any_width(width):
+    import re
+
+    board = draw([*EXAMPLES.values(), dataclasses.replace(STEP, step=11)], width, color_system=None).split("Training")[
+        -1
+    ]
+    assert all(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= width for line in board.splitlines()[1:])
+
+
+@pytest.mark.parametrize("event", EXAMPLES.values(), ids=lambda event: type(event).__name__)
+def test_the_live_view_says_the_same_words_and_drops_no_brackets(event):
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    console.print(shown(dataclasses.replace(event, path="/songs/[x]/y") if hasattr(event, "path") else event))
+    text = console.file.getvalue()
+    assert "[x]" in text if hasattr(event, "path") else as_lines(event)[0].split()[0].strip(":") in text
+
+
+def test_a_loss_curve_goes_down_when_the_loss_does():
+    assert sparkline([3.0, 2.0, 1.0], 10) == "█▅▁"
+    assert len(sparkline([float(i) for i in range(1000)], 40)) <= 40
+    assert sparkline([1.0, float("nan"), 1.0], 10) == "▄▄"
+    assert sparkline([], 10) == ""
+
+
+def test_a_path_with_brackets_is_printed_as_it_is():
+    out = Tty()
+    RichTerminal(out, Tty(), Tty()).say("/songs/[x]/[/red] :smile:")
+    assert out.getvalue().strip() == "/songs/[x]/[/red] :smile:"
+
+
+def test_no_color_is_obeyed(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Tty()
+    RichTerminal(out, Tty(), Tty()).say("x", style="red")
+    assert "\x1b[31m" not in out.getvalue()
+
+
+def test_a_plain_terminal_writes_no_escape_sequence():
+    out, err = Tty(), Tty()
+    terminal = Terminal(out, err, Tty())
+    with terminal.view() as view:
+        for event in EXAMPLES.values():
+            view(event)
+    terminal.complain("problem", "fix")
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+    assert err.getvalue() == "error: problem\nfix\n"
+
+
+def test_a_name_that_the_console_cannot_show_stops_nothing():
+    raw = io.BytesIO()
+    terminal = Terminal(io.TextIOWrapper(raw, encoding="cp437"), Tty(), Tty())
+    terminal.say("日本.wav")
+    assert raw.getvalue().rstrip() == b"??.wav"
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)]
+)
+def test_a_confirmation_needs_a_yes(typed, answer):
+    assert Terminal(Tty(), Tty(), io.StringIO(typed)).confirm("Sure?") is answer

@@ -1,0 +1,474 @@
+"""The wizard with scripted answers: the path through questions, its flows, its review, one step after another."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from sidestep.errors import UserError
+from sidestep.settings import presets
+from sidestep.settings.config import (
+    COMMANDS,
+    BuildDatasetConfig,
+    DemoConfig,
+    PreprocessConfig,
+    TrainConfig,
+    command_words,
+)
+from sidestep.settings.option import options_of
+from sidestep.terminal.terminal import Terminal
+from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Surroundings, questions_of
+from sidestep.wizard.numbered import NumberedAsk
+from sidestep.wizard.questionnaire import BACK, Choice, Prompt, Question, Walk
+from sidestep.wizard.session import Wizard
+from tests.wizard_world import CHECKPOINTS, Screen, Script, World, welcomed
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> World:
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    welcomed(tmp_path / "home")
+    return World(tmp_path / "world")
+
+
+def session(world, **replies) -> tuple[Wizard, Script, Screen]:
+    script, screen = Script(replies), Screen()
+    return Wizard(script, screen, world.outside()), script, screen
+
+
+def question(name, **more):
+    return Question(name, name, **{"default": lambda answers: f"{name}?", **more})
+
+
+# The path
+
+
+def test_answers_come_in_order_and_questions_without_a_reason_are_left_out():
+    walk = Walk([question("a"), question("b", when=lambda answers: answers.get("a") == "yes"), question("c")])
+    assert walk.forward(Script({"a": "no"})) == {"a": "no", "c": "c?"}
+
+
+def test_a_step_back_offers_the_earlier_reply_again():
+    script = Script({"a": ["one", lambda prompt: prompt.default], "b": [BACK, "two"]})
+    assert Walk([question("a"), question("b")]).forward(script) == {"a": "one", "b": "two"}
+    assert [(p.name, p.default) for p in script.asked] == [("a", "a?"), ("b", "b?"), ("a", "one"), ("b", "b?")]
+
+
+def test_a_step_back_over_the_first_question_leaves():
+    assert Walk([question("a")]).forward(Script({"a": BACK})) is None
+
+
+def test_a_changed_choice_drops_the_replies_that_depended_on_it_and_those_that_depended_on_them():
+    script = Script(
+        {
+            "a": ["x", "y"],
+            "c": ["three", BACK, lambda p: p.default],
+            "b": ["two", BACK, lambda p: p.default],
+            "d": [BACK, "end"],
+        }
+    )
+    walk = Walk([question("a"), question("b", depends_on=("a",)), question("c", depends_on=("b",)), question("d")])
+    assert walk.forward(script) == {"a": "y", "b": "b?", "c": "c?", "d": "end"}
+
+
+def test_the_same_choice_again_drops_nothing():
+    script = Script({"a": ["x", "x"], "b": ["two", BACK, lambda p: p.default], "c": [BACK, "end"]})
+    assert Walk([question("a"), question("b", depends_on=("a",)), question("c")]).forward(script) == {
+        "a": "x",
+        "b": "two",
+        "c": "end",
+    }
+
+
+def test_a_reply_that_is_refused_is_asked_again_with_the_reason():
+    def read(reply, answers):
+        if reply == "bad":
+            raise UserError("Not this one.", "Another.")
+        return reply
+
+    script = Script({"a": ["bad", "good"]})
+    assert Walk([question("a", read=read)]).forward(script) == {"a": "good"}
+    assert script.asked[1].error == "Not this one. Another."
+
+
+def test_the_step_counter_counts_what_will_be_asked():
+    script = Script({"a": "yes"})
+    Walk(
+        [question("a"), question("b", when=lambda answers: answers.get("a") == "yes"), question("c")], {"known": 1}
+    ).forward(script)
+    assert [(p.step, p.steps) for p in script.asked] == [(1, 2), (2, 3), (3, 3)]
+
+
+def test_what_is_known_is_not_asked():
+    assert Walk([question("a"), question("b")], {"a": 1}).forward(Script({})) == {"a": 1, "b": "b?"}
+
+
+# The flows
+
+START = {
+    "train-lora": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "train-lokr": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "preprocess": (PreprocessConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "build-dataset": (BuildDatasetConfig, {}),
+    "resume": (TrainConfig, {}),
+    "demo": (DemoConfig, {}),
+    "estimate": (COMMANDS["estimate"][0], {"checkpoint_dir": str(CHECKPOINTS)}),
+    "sample": (COMMANDS["sample"][0], {"checkpoint_dir": str(CHECKPOINTS), "prompt": "warm piano"}),
+    "export": (COMMANDS["export"][0], {"output": "x"}),
+}
+
+
+def paths(world) -> dict[str, str]:
+    return {
+        name: world.path_for(name) for name in ("checkpoint_dir", "songs", "input", "dataset_dir", "adapter", "run")
+    }
+
+
+@pytest.mark.parametrize("key", START)
+def test_each_flow_ends_in_its_config(world, key):
+    config_class, replies = START[key]
+    wizard, _, _ = session(world, menu=key, **(paths(world) | replies))
+    chosen = wizard.next()
+    assert (chosen.flow, type(chosen.config), chosen.command) == (key, config_class, command_words(chosen.config)[0])
+
+
+@pytest.mark.parametrize("key", START)
+def test_back_from_every_question_of_every_flow_ends_in_the_menu_and_loses_nothing(world, key):
+    config_class, replies = START[key]
+    wizard, script, _ = session(world, menu=key, **(paths(world) | replies))
+    wizard.next()
+    for stop in [name for name in script.names if name != "menu"]:
+        table = paths(world) | replies | {"menu": [key, "exit"]}
+        seen = []
+
+        def ask(prompt, stop=stop, table=table, seen=seen):
+            seen.append(prompt.name)
+            if stop in seen[:-1] or prompt.name == stop:
+                return BACK if prompt.name != "menu" else "exit"
+            reply = table.get(prompt.name, prompt.default)
+            return reply[0] if isinstance(reply, list) else reply
+
+        assert Wizard(ask, Screen(), world.outside()).next() is None
+        assert seen[-1] == "menu", f"stuck after going back from {stop}"
+
+
+@pytest.mark.parametrize("key", START)
+def test_ctrl_c_at_every_question_leaves(world, key):
+    config_class, replies = START[key]
+    wizard, script, _ = session(world, menu=key, **(paths(world) | replies))
+    wizard.next()
+
+    def ctrl_c(prompt):
+        raise KeyboardInterrupt
+
+    for name in script.names:
+        wizard, _, _ = session(world, **({"menu": key} | paths(world) | replies | {name: ctrl_c}))
+        with pytest.raises(KeyboardInterrupt):
+            wizard.next()
+
+
+def test_every_flow_is_in_the_menu(world):
+    wizard, script, _ = session(world, menu="exit")
+    assert wizard.next() is None
+    values = [choice.value for choice in script.asked[0].choices]
+    assert set(FLOWS) <= set(values)
+    assert values == [key for key in FLOW_ORDER if key in FLOWS] + ["presets", "settings", "demo", "exit"]
+
+
+def test_in_the_advanced_depth_every_setting_can_be_reached():
+    for flow in FLOWS.values():
+        if flow.key in ("resume", "preprocess"):
+            continue
+        names = {question.name for question in questions_of(flow, Surroundings(), advanced=True)}
+        assert set(options_of(flow.config_class)) <= names
+
+
+def test_songs_in_place_of_tensors_get_the_advice_to_preprocess(world):
+    wizard, script, _ = session(
+        world, menu="train-lora", checkpoint_dir=str(CHECKPOINTS), dataset_dir=[str(world.songs), str(world.tensors)]
+    )
+    wizard.next()
+    assert any("preprocess first?" in prompt.error for prompt in script.asked)
+
+
+def test_models_are_offered_with_variant_and_size(world):
+    wizard, script, _ = session(world, menu="train-lora", **paths(world))
+    wizard.next()
+    model = next(prompt for prompt in script.asked if prompt.name == "model_variant")
+    assert [(choice.value, choice.note) for choice in model.choices] == [
+        ("turbo", "turbo, 0.1 M, original"),
+        ("xl-turbo", "xl-turbo, 0.2 M, original"),
+    ]
+
+
+def test_a_lokr_stays_one_under_any_preset(world):
+    for preset in presets.list_presets():
+        wizard, _, _ = session(world, menu="train-lokr", preset=preset.name, **paths(world))
+        assert wizard.next().config.adapter_type == "lokr"
+
+
+def test_a_preset_fills_in_and_what_is_answered_wins(world):
+    wizard, _, _ = session(world, menu="train-lora", preset="minimal", epochs="7", **paths(world))
+    config = wizard.next().config
+    assert (config.optimizer_type, config.rank, config.epochs) == ("adamw8bit", 32, 7)
+
+
+def test_resuming_takes_the_settings_of_the_run(world):
+    wizard, _, _ = session(world, menu="resume", run=str(world.run), epochs="200")
+    config = wizard.next().config
+    assert (config.rank, config.epochs, config.output_dir, config.resume_from) == (8, 200, world.run, Path("latest"))
+
+
+def test_a_run_is_never_started_where_one_stands(world):
+    wizard, script, _ = session(world, menu="train-lora", output_dir=[str(world.run), "new"], **paths(world))
+    assert wizard.next().config.output_dir == Path("new")
+    assert any("A run stands there already" in prompt.error for prompt in script.asked)
+
+
+# The review
+
+
+def test_the_review_shows_every_setting_marks_the_changed_ones_and_gives_the_command(world):
+    wizard, _, screen = session(world, menu="train-lora", epochs="7", **paths(world))
+    wizard.next()
+    text = screen.text()
+    assert "*  epochs" in text and "   weight decay" in text
+    assert "uv run train.py fixed --checkpoint-dir" in text and "--epochs 7" in text
+
+
+def test_a_section_changed_in_the_review_is_in_the_config(world):
+    wizard, _, _ = session(
+        world, menu="train-lora", review=["edit", "start"], section="Training", lr="0.002", **paths(world)
+    )
+    assert wizard.next().config.lr == 0.002
+
+
+def test_a_change_in_the_review_survives_a_step_back_to_the_questions(world):
+    wizard, _, _ = session(
+        world, menu="train-lora", review=["edit", BACK, "start"], section="Training", lr="0.002", **paths(world)
+    )
+    assert wizard.next().config.lr == 0.002
+
+
+def test_settings_that_contradict_each_other_cannot_be_started(world):
+    script = {
+        "menu": "preprocess",
+        "review": ["edit", "edit", "start"],
+        "section": "Preprocessing",
+        "audio_dir": ["", str(world.songs)],
+        "dataset_json": "",
+    }
+    wizard, _, screen = session(world, **(paths(world) | script))
+    assert wizard.next().config.audio_dir == world.songs
+    assert "neither --audio-dir nor --dataset-json" in screen.text()
+
+
+def test_answers_are_saved_as_a_preset_without_folders(world):
+    wizard, _, screen = session(
+        world,
+        menu="train-lora",
+        preset="minimal",
+        review=["save", "save", "start"],
+        preset_name=["minimal", "mine"],
+        **paths(world),
+    )
+    wizard.next()
+    assert "built-in preset" in screen.text()
+    assert presets.find("mine").values["optimizer_type"] == "adamw8bit"
+
+
+def test_cancel_goes_back_to_the_menu(world):
+    wizard, script, _ = session(world, menu=["demo", "exit"], review="cancel")
+    assert wizard.next() is None
+    assert script.names == ["menu", "output_dir", "review", "menu"]
+
+
+def test_facts_about_a_run_are_in_the_review(world):
+    wizard, _, screen = session(world, menu="demo")
+    wizard.outside = type(wizard.outside)(facts=lambda config: ["Memory: 3.4 GiB at most"])
+    wizard.next()
+    assert "Memory: 3.4 GiB at most" in screen.text()
+
+
+# One step after another
+
+
+def test_each_step_fills_in_the_next_one(world):
+    replies = {"menu": "build-dataset", "next": ["preprocess", "train-lora", "sample", ""], "prompt": "piano"}
+    wizard, script, _ = session(world, **(paths(world) | replies))
+    built = wizard.next()
+    wizard.finished(built, True)
+    assert built.config.input == world.songs
+
+    script.asked.clear()
+    preprocessed = wizard.next()
+    assert preprocessed.config.dataset_json == world.songs / "dataset.json"
+    assert script.names == ["next", "checkpoint_dir", "model_variant", "review"]  # no checkpoint was known yet
+    (preprocessed.config.tensor_output).mkdir(parents=True)
+    (preprocessed.config.tensor_output / "a.pt").write_bytes(b"")
+    wizard.finished(preprocessed, True)
+
+    script.asked.clear()
+    trained = wizard.next()
+    assert script.names == ["next", "preset", "epochs", "review"]
+    assert trained.config.dataset_dir == preprocessed.config.tensor_output
+    (trained.config.output_dir / "final").mkdir(parents=True)
+    (trained.config.output_dir / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    wizard.finished(trained, True)
+
+    script.asked.clear()
+    sampled = wizard.next()
+    assert sampled.config.adapter == trained.config.output_dir / "final"
+    assert "checkpoint_dir" not in script.names and "adapter" not in script.names
+
+
+def test_nothing_is_offered_after_a_failure(world):
+    wizard, script, _ = session(world, menu=["build-dataset", "exit"], input=str(world.songs))
+    wizard.finished(wizard.next(), False)
+    assert wizard.next() is None
+    assert "next" not in script.names
+
+
+def test_what_was_used_is_the_suggestion_of_the_next_session(world):
+    wizard, _, _ = session(world, menu="train-lora", preset="", rank="24", **paths(world))
+    wizard.finished(wizard.next(), True)
+    again, script, _ = session(world, preset="")
+    again.next()
+    defaults = {prompt.name: prompt.default for prompt in script.asked}
+    assert defaults["menu"] == "train-lora"
+    assert (str(defaults["checkpoint_dir"]), str(defaults["dataset_dir"]), defaults["rank"]) == (
+        str(CHECKPOINTS),
+        world.tensors.as_posix(),
+        24,
+    )
+
+
+def test_settings_apply_to_every_run(world):
+    wizard, _, _ = session(
+        world, menu=["settings", "demo", "train-lora"], device="cpu", depth="advanced", **paths(world)
+    )
+    wizard.next()
+    assert wizard.next().config.device == "cpu"
+    kept = json.loads((world.root.parent / "home" / "settings.json").read_text(encoding="utf-8"))["values"]
+    assert (kept["device"], kept["depth"]) == ("cpu", "advanced")
+
+
+def test_a_broken_settings_file_is_told(world):
+    (world.root.parent / "home" / "settings.json").write_text("{", encoding="utf-8")
+    assert "set aside" in session(world)[2].text()
+
+
+# The first run
+
+
+def test_the_first_run_asks_for_checkpoints_says_how_to_get_them_and_offers_the_demo(world):
+    (world.root.parent / "home" / "settings.json").unlink()
+    wizard, script, screen = session(world)
+    assert type(wizard.next().config) is DemoConfig
+    assert script.names == ["checkpoint_dir", "try_demo", "output_dir", "review"]
+    assert "hf download ACE-Step/Ace-Step1.5" in screen.text()
+
+
+def test_the_first_run_comes_once(world):
+    (world.root.parent / "home" / "settings.json").unlink()
+    wizard, script, _ = session(world, checkpoint_dir=str(CHECKPOINTS), try_demo=False, menu="exit")
+    wizard.next()
+    wizard, script, _ = session(world, menu="exit")
+    wizard.next()
+    assert script.names == ["menu"]
+
+
+def test_a_new_user_reaches_training_with_twelve_answers_most_of_them_enter(world):
+    (world.root.parent / "home" / "settings.json").unlink()
+    typed = {"checkpoint_dir": str(CHECKPOINTS), "songs": str(world.songs)}
+    script, screen = Script(typed), Screen()
+    wizard = Wizard(script, screen, world.outside())
+    preprocess = wizard.next()
+    assert type(preprocess.config) is PreprocessConfig
+    preprocess.config.tensor_output.mkdir(parents=True)
+    (preprocess.config.tensor_output / "a.pt").write_bytes(b"")
+    wizard.finished(preprocess, True)
+    assert type(wizard.next().config) is TrainConfig
+    assert len(script.asked) <= 12
+    assert sum(str(prompt.default) != typed.get(prompt.name, str(prompt.default)) for prompt in script.asked) == 2
+
+
+# Presets in the wizard
+
+
+def test_presets_are_imported_shown_renamed_exported_and_deleted(world, tmp_path):
+    (tmp_path / "p.json").write_text('{"rank": 8, "colour": "red"}', encoding="utf-8")
+    wizard, _, screen = session(
+        world,
+        menu=["presets", "exit"],
+        action=["import", "show", "rename", "export", "delete", "back"],
+        file=str(tmp_path / "p.json"),
+        name=["p", "p", "q", "q"],
+        new_name="q",
+        target=str(tmp_path / "out.json"),
+        sure=True,
+    )
+    assert wizard.next() is None
+    text = screen.text()
+    assert "Imported as p. Ignored" in text and "--rank" in text and "p is now q" in text and "q is deleted" in text
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rank"] == 8
+
+
+def test_there_is_nothing_to_delete_at_first(world):
+    wizard, _, screen = session(world, menu=["presets", "exit"], action=["delete", "back"])
+    assert wizard.next() is None
+    assert "none of yours yet" in screen.text()
+
+
+# Numbered questions
+
+
+def numbered(typed: str, prompt: Prompt) -> tuple[object, str]:
+    out = io.StringIO()
+    return NumberedAsk(Terminal(out, out, io.StringIO(typed)))(prompt), out.getvalue()
+
+
+def prompt(kind, default="", choices=()):
+    return Prompt(
+        "x",
+        "Which?",
+        "help",
+        kind,
+        default,
+        tuple(Choice(value, f"T{value}", "note") for value in choices),
+        lambda reply: reply,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "choices", "typed", "reply"),
+    [
+        ("choice", "b2", ("a1", "b2"), "\n", "b2"),
+        ("choice", "b2", ("a1", "b2"), "1\n", "a1"),
+        ("choice", "b2", ("a1", "b2"), "ta1\n", "a1"),
+        ("choice", "b2", ("a1", "b2"), "9\n", "9"),
+        ("choice", "b2", ("a1", "b2"), "b\n", BACK),
+        ("several", ("a1",), ("a1", "b2"), "\n", ("a1",)),
+        ("several", ("a1",), ("a1", "b2"), "1, 2\n", ("a1", "b2")),
+        ("several", ("a1",), ("a1", "b2"), "none\n", ()),
+        ("yes-no", True, (), "\n", True),
+        ("yes-no", True, (), "n\n", False),
+        ("yes-no", True, (), "what\ny\n", True),
+        ("text", "64", (), "\n", "64"),
+        ("text", "64", (), " 8 \n", "8"),
+        ("text", "64", (), "b\n", BACK),
+        ("path", "", ("/a",), "/somewhere\n", "/somewhere"),
+        ("path", "", ("/a",), "1\n", "/a"),
+    ],
+)
+def test_numbered_questions_take_numbers_words_and_enter(kind, default, choices, typed, reply):
+    got, shown = numbered(typed, prompt(kind, default, choices))
+    assert got == reply
+    assert shown.isascii() and "\x1b" not in shown
+
+
+def test_the_end_of_input_leaves_like_ctrl_c():
+    with pytest.raises(KeyboardInterrupt):
+        numbered("", prompt("text"))
