@@ -17,7 +17,7 @@ STYLE = {
     "axes.spines.right": False,
     "figure.dpi": 100,
 }
-STYLE |= {name: GREY for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY)
 
 
 def draw(tables: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Optimizers and schedules by name."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_adamw8bit_runs_or_says_that_this_device_has_none():
     try:
         optimizer = make_optimizer(config(optimizer_type="adamw8bit"), [p], CPU)
     except UserError as refused:
-        assert "adamw8bit" in refused.problem and "cpu" in refused.problem
+        assert "adamw8bit" in refused.problem
+        assert "cpu" in refused.problem
         assert "--optimizer-type adamw" in refused.fix
     else:
         assert type(optimizer).__name__ == "AdamW8bit"
@@ -71,7 +73,8 @@ def test_schedules_warm_up_and_end_where_they_should(name):
         schedule.step()
     assert warmup_steps(c, 400) == 40  # at most a tenth of the run
     if name != "constant":
-        assert rates[0] < 0.05 and rates[40] == pytest.approx(1.0)
+        assert rates[0] < 0.05
+        assert rates[40] == pytest.approx(1.0)
     assert rates[-1] < 0.01 if name in ("cosine", "linear") else rates[200] > 0
-    rises = sum(b > a + 0.5 for a, b in zip(rates[41:], rates[42:], strict=False))
+    rises = sum(b > a + 0.5 for a, b in itertools.pairwise(rates))
     assert rises == (3 if name == "cosine_restarts" else 0)

@@ -73,7 +73,7 @@ class MaskCache:
         if isinstance(mask, torch.Tensor) and (type(mask) is not torch.Tensor or mask.is_meta):
             return mask  # a fake tensor belongs to the run that is planned, not to the next
         self._masks[key] = mask, mask.nbytes if isinstance(mask, torch.Tensor) else 0
-        while self.nbytes > self._limit_bytes and len(self._masks) > 1 or len(self._masks) > 256:
+        while (self.nbytes > self._limit_bytes and len(self._masks) > 1) or len(self._masks) > 256:
             self._masks.popitem(last=False)
         return mask
 

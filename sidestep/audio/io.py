@@ -31,7 +31,40 @@ from sidestep.files import replacing
 
 SAMPLE_RATE = 48_000
 AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .w64 .rf64 .flac .mp3 .mp2 .ogg .oga .opus .spx .m4a .m4b .mp4 .aac .aif .aiff .aifc .caf .au .snd .wma .asf .wv .ape .tta .mka .webm .ac3 .eac3 .dts .amr".split()
+    [
+        ".wav",
+        ".wave",
+        ".w64",
+        ".rf64",
+        ".flac",
+        ".mp3",
+        ".mp2",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".spx",
+        ".m4a",
+        ".m4b",
+        ".mp4",
+        ".aac",
+        ".aif",
+        ".aiff",
+        ".aifc",
+        ".caf",
+        ".au",
+        ".snd",
+        ".wma",
+        ".asf",
+        ".wv",
+        ".ape",
+        ".tta",
+        ".mka",
+        ".webm",
+        ".ac3",
+        ".eac3",
+        ".dts",
+        ".amr",
+    ]
 )
 NOT_THE_USERS = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"}

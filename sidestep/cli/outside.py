@@ -20,7 +20,7 @@ LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
 
 
-def outside(here: Path = Path(".")) -> Outside:
+def outside(here: Path = Path()) -> Outside:
     """The wizard's view of the world."""
     return Outside(songs=_songs, machine=_machine, facts=_facts, here=here)
 

@@ -471,7 +471,7 @@ class PresetsConfig:
 class HistoryConfig:
     """`history`: past runs and how well they went."""
 
-    folder: Path = option(Path("."), "a run's folder, or a folder that holds runs", "folder", group="History")
+    folder: Path = option(Path(), "a run's folder, or a folder that holds runs", "folder", group="History")
     json: bool = option(False, "print one JSON object and nothing else", group="History")
 
 

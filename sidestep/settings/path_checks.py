@@ -197,7 +197,7 @@ Look = Callable[[Path], str]
 
 def checkpoints(folder: Path) -> str:
     """A folder of models, or ComfyUI's single file. Raises UserError naming what is there instead."""
-    _there(folder, folder.is_dir() or folder.suffix.lower() == ".safetensors" and folder.is_file())
+    _there(folder, folder.is_dir() or (folder.suffix.lower() == ".safetensors" and folder.is_file()))
     models = find_models(folder)
     usable = [model for model in models if not model.problem]
     if usable:
@@ -311,7 +311,7 @@ def _there(path: Path, ok: bool) -> None:
     if path.exists():
         raise UserError(f"That is a {'folder' if path.is_dir() else 'file'}.")
     parent = next((p for p in path.parents if p.is_dir()), None)
-    known = f"; {parent} is there" if parent and parent not in (Path("."), Path(path.anchor)) else ""
+    known = f"; {parent} is there" if parent and parent not in (Path(), Path(path.anchor)) else ""
     raise UserError(f"There is no such folder or file{known}.")
 
 

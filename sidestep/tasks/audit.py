@@ -8,6 +8,7 @@ The audit: every song is listened to once, in threads, and what was measured is 
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -148,9 +149,7 @@ def _shape(audio: np.ndarray) -> tuple[int, ...]:
     for i in range(count):
         mono = audio[:, i * _FRAME : (i + 1) * _FRAME].mean(axis=0) * window
         power = np.abs(np.fft.rfft(mono)) ** 2
-        levels += [
-            round(10 * float(np.log10(power[a:b].mean() + 1e-6))) for a, b in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        levels += [round(10 * float(np.log10(power[a:b].mean() + 1e-6))) for a, b in itertools.pairwise(edges)]
     return tuple(levels)
 
 

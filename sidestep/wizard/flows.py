@@ -105,7 +105,7 @@ class Surroundings:
 
     carried: Mapping[str, Any] = field(default_factory=dict)
     songs: Callable[[Path], str] = lambda folder: "songs"
-    here: Path = Path(".")
+    here: Path = Path()
 
 
 def questions_of(flow: Flow, around: Surroundings, advanced: bool = False) -> list[Question]:

@@ -75,14 +75,14 @@ def step_inputs(batch=2, frames=131, condition=7, dtype=torch.float32, device=CP
         for s in ((frames, 8), (frames, 16), (condition, 32))
     )
     t = torch.rand(batch, generator=generator).to(device)
-    return dict(
-        hidden_states=latents,
-        timestep=t,
-        timestep_r=t,
-        encoder_hidden_states=states,
-        context_latents=context,
-        return_dict=False,
-    )
+    return {
+        "hidden_states": latents,
+        "timestep": t,
+        "timestep_r": t,
+        "encoder_hidden_states": states,
+        "context_latents": context,
+        "return_dict": False,
+    }
 
 
 def gradients(decoder, inputs):
@@ -108,8 +108,8 @@ LENGTHS = [  # tokens, window, block
 ]
 
 
-@pytest.mark.parametrize("batch, heads, groups", [(1, 4, 4), (3, 4, 2)])
-@pytest.mark.parametrize("tokens, window, block", LENGTHS)
+@pytest.mark.parametrize(("batch", "heads", "groups"), [(1, 4, 4), (3, 4, 2)])
+@pytest.mark.parametrize(("tokens", "window", "block"), LENGTHS)
 def test_local_attention_equals_the_dense_window_with_its_gradients(tokens, window, block, batch, heads, groups):
     inputs = tensors(batch, tokens, heads, groups)
     weight = torch.randn(batch, tokens, heads, 8, generator=torch.Generator().manual_seed(9))
@@ -134,7 +134,7 @@ def test_local_attention_equals_the_dense_window_at_any_length(tokens, window, b
     torch.testing.assert_close(local(*inputs, window, block), dense(*inputs, window), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_local_attention_in_half_precision_is_as_near_as_the_dense_one(dtype, tolerance):
     exact = dense(*tensors(2, 100, 4, 2), 6)
     ours = local(*tensors(2, 100, 4, 2, dtype=dtype), 6, 16)
@@ -239,7 +239,8 @@ def test_a_step_runs_on_meta_tensors():
     decoder = tiny_decoder().to("meta")
     use_attention(decoder, "local")
     velocity, found = gradients(decoder, step_inputs(device=torch.device("meta")))
-    assert velocity.is_meta and all(g.is_meta for g in found.values())
+    assert velocity.is_meta
+    assert all(g.is_meta for g in found.values())
 
 
 def test_masks_are_built_once_per_length_and_bounded():
@@ -277,7 +278,8 @@ def test_every_choice_gives_its_reason(request_):
         assert "--attention auto" in error.value.fix
     else:
         choice = use_attention(decoder, request_)
-        assert choice.value == {"auto": "local"}.get(request_, request_) and choice.reason
+        assert choice.value == {"auto": "local"}.get(request_, request_)
+        assert choice.reason
 
 
 def test_flex_attention_sees_the_same_window(monkeypatch):
@@ -292,11 +294,9 @@ def test_flex_attention_sees_the_same_window(monkeypatch):
 def test_songs_are_packed_for_torchs_flash_kernel_and_unpacked_again(monkeypatch):
     def kernel(query, key, value, starts_q, starts_k, max_q, max_k, *, scale, window_size, enable_gqa):
         """What the CUDA kernel documents, song by song."""
-        assert (
-            (scale, enable_gqa, max_q, max_k) == (0.3, True, 140, 140)
-            and window_size[0] == window_size[1]
-            and starts_q.dtype == torch.int32
-        )
+        assert (scale, enable_gqa, max_q, max_k) == (0.3, True, 140, 140)
+        assert window_size[0] == window_size[1]
+        assert starts_q.dtype == torch.int32
         songs = [slice(a, b) for a, b in zip(starts_q.tolist(), starts_k.tolist()[1:], strict=False)]
         return torch.cat([dense(query[None, s], key[None, s], value[None, s], window_size[0])[0] for s in songs])
 
@@ -325,7 +325,8 @@ def test_a_kernel_that_computes_something_else_is_found_in_the_trial():
 
 def test_a_model_without_sliding_layers_keeps_its_attention():
     choice = use_attention(tiny_decoder(layer_types=["full_attention"] * 3), "auto")
-    assert choice.value == "sdpa" and "no sliding" in choice.reason
+    assert choice.value == "sdpa"
+    assert "no sliding" in choice.reason
 
 
 def test_an_unknown_attention_is_refused():
@@ -353,7 +354,8 @@ def test_compiled_layers_are_not_compiled_again_after_an_epoch_of_mixed_lengths(
     epoch([(700, 7), (131, 30), (1201, 9)])
     after_first = counters["stats"]["unique_graphs"]
     velocity, found = epoch([(90, 8), (801, 31), (334, 11), (1500, 40), (5, 3), (77, 22), (412, 7), (700, 7)])
-    assert after_first and counters["stats"]["unique_graphs"] == after_first
+    assert after_first
+    assert counters["stats"]["unique_graphs"] == after_first
     assert not counters["graph_break"]
     torch.testing.assert_close(velocity, exact[0], atol=1e-5, rtol=0)
     for name, gradient in exact[1].items():

@@ -110,8 +110,10 @@ def test_a_hostile_file_is_refused(case, tmp_path):
     file.write_bytes(data)
     with pytest.raises(UserError, match=message) as refused:
         read_adapter(file)
-    assert str(file) in refused.value.problem and refused.value.fix
-    assert refused.value.problem.isprintable() and len(refused.value.problem) < len(str(file)) + 400
+    assert str(file) in refused.value.problem
+    assert refused.value.fix
+    assert refused.value.problem.isprintable()
+    assert len(refused.value.problem) < len(str(file)) + 400
 
 
 CONFIGS = {

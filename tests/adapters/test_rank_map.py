@@ -56,7 +56,8 @@ def test_the_file_shows_patterns_and_excluded_modules(tmp_path, rank_map):
     maps.write(tmp_path / "rank_map.json", rank_map)
     content = json.loads((tmp_path / "rank_map.json").read_text(encoding="utf-8"))
     assert content["excluded"] == ["layers.0.self_attn.to_k"]
-    assert content["rank_pattern"] == rank_map.rank_pattern and content["alpha_pattern"] == rank_map.alpha_pattern
+    assert content["rank_pattern"] == rank_map.rank_pattern
+    assert content["alpha_pattern"] == rank_map.alpha_pattern
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,8 @@ def test_a_damaged_map_is_refused_with_what_is_wrong(tmp_path, rank_map, change,
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="rank_map.json") as error:
         maps.read(path)
-    assert said in error.value.problem and "--ignore-rank-map" in error.value.fix
+    assert said in error.value.problem
+    assert "--ignore-rank-map" in error.value.fix
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "null", "\x00"])
@@ -121,7 +123,8 @@ def test_a_map_fits_where_it_was_made(rank_map):
 )
 def test_what_changed_since_is_a_warning(rank_map, identity, fingerprint, converged, said):
     found = maps.doubts(replace(rank_map, converged=converged), Path("m.json"), identity, fingerprint)
-    assert len(found) == 1 and said in found[0]
+    assert len(found) == 1
+    assert said in found[0]
 
 
 def test_the_summary_says_what_the_map_does(rank_map):

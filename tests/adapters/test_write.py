@@ -269,7 +269,8 @@ def test_final_states_alpha_as_rank_for_every_module(tmp_path):
         assert said["rank_pattern"].get(name, said["r"]) == tensor.shape[1 if factor == "B.weight" else 0]
     assert not [key for key in tensors if "alpha" in key]
     facts = json.loads(header_of(tmp_path / "adapter_model.safetensors")["sidestep"])
-    assert facts["config_fingerprint"] and facts["program"].startswith("Side-Step")
+    assert facts["config_fingerprint"]
+    assert facts["program"].startswith("Side-Step")
 
 
 def test_the_model_card_says_what_the_run_knows_and_quotes_what_it_was_given(tmp_path):
@@ -287,7 +288,8 @@ def test_the_model_card_says_what_the_run_knows_and_quotes_what_it_was_given(tmp
     save_final(model, tmp_path, settings, card=card)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     front, body = text.split("\n---\n", 1)
-    assert 'base_model: "my \\"base\\": x\\n---"' in front and "# license:" in front
+    assert 'base_model: "my \\"base\\": x\\n---"' in front
+    assert "# license:" in front
     for words in (
         "# Ba/nd",
         "zzt'ag",

@@ -123,7 +123,23 @@ def test_preprocess_then_train_runs_both_and_says_so(task, capsys):
     ran = []
     for config_class in (PreprocessConfig, TrainConfig):
         task(lambda config, report, terminal: ran.append(type(config)) or ExitStatus.OK, config_class)
-    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 0
+    assert (
+        main(
+            [
+                "fixed",
+                "--preprocess",
+                "--audio-dir",
+                "a",
+                "--tensor-output",
+                "t",
+                "--checkpoint-dir",
+                "c",
+                "--output-dir",
+                "o",
+            ]
+        )
+        == 0
+    )
     assert ran == [PreprocessConfig, TrainConfig]
     assert "Preprocessing first, then training." in capsys.readouterr().out
 
@@ -132,14 +148,46 @@ def test_training_does_not_start_when_nothing_was_preprocessed(task):
     ran = []
     task(lambda config, report, terminal: ExitStatus.FAILED, PreprocessConfig)
     task(lambda config, report, terminal: ran.append(1) or ExitStatus.OK, TrainConfig)
-    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 1
+    assert (
+        main(
+            [
+                "fixed",
+                "--preprocess",
+                "--audio-dir",
+                "a",
+                "--tensor-output",
+                "t",
+                "--checkpoint-dir",
+                "c",
+                "--output-dir",
+                "o",
+            ]
+        )
+        == 1
+    )
     assert ran == []
 
 
 def test_songs_that_failed_are_in_the_status_of_the_training_that_followed(task):
     task(lambda config, report, terminal: ExitStatus.SOME_FAILED, PreprocessConfig)
     task(lambda config, report, terminal: ExitStatus.OK, TrainConfig)
-    assert main("fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c --output-dir o".split()) == 3
+    assert (
+        main(
+            [
+                "fixed",
+                "--preprocess",
+                "--audio-dir",
+                "a",
+                "--tensor-output",
+                "t",
+                "--checkpoint-dir",
+                "c",
+                "--output-dir",
+                "o",
+            ]
+        )
+        == 3
+    )
 
 
 def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):
@@ -170,7 +218,8 @@ def test_with_json_nothing_else_is_on_the_output(task, capsys):
 def test_without_arguments_and_without_a_terminal_the_help_is_printed_with_status_2(capsys):
     assert main([]) == 2
     shown = capsys.readouterr()
-    assert "commands:" in shown.out and "no terminal to ask in" in shown.err
+    assert "commands:" in shown.out
+    assert "no terminal to ask in" in shown.err
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["fixed", "--help"], ["--version"]])
@@ -183,7 +232,24 @@ def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, caps
     seen = []
     task(lambda config, report, terminal: seen.append(config) or ExitStatus.OK, TrainConfig)
     (tmp_path / "p.json").write_text('{"rank": 8, "colour": "red"}', encoding="utf-8")
-    assert main("fixed --checkpoint-dir c --dataset-dir d --output-dir o --preset p.json --alpha 3".split()) == 0
+    assert (
+        main(
+            [
+                "fixed",
+                "--checkpoint-dir",
+                "c",
+                "--dataset-dir",
+                "d",
+                "--output-dir",
+                "o",
+                "--preset",
+                "p.json",
+                "--alpha",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert (seen[0].rank, seen[0].alpha) == (8, 3.0)
     assert "colour" in capsys.readouterr().out
 
@@ -208,13 +274,14 @@ def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, 
     monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: gib and Device(round(gib * 2**30), "a card"))
     assert main(f"--plain fixed --checkpoint-dir c --dataset-dir d --output-dir o --seed 7 {typed}".split()) == 0
     values = presets.find(profile).values
-    assert {name: getattr(seen[0], name) for name in values} == values and seen[0].seed == 7
+    assert {name: getattr(seen[0], name) for name in values} == values
+    assert seen[0].seed == 7
     assert f"profile: {profile}" in capsys.readouterr().out
 
 
 def test_a_profile_cannot_be_chosen_without_a_gpu_or_beside_a_preset(monkeypatch, capsys):
     monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: None)
-    required = "fixed --checkpoint-dir c --dataset-dir d --output-dir o".split()
+    required = ["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "o"]
     assert main([*required, "--vram-profile", "auto"]) == ExitStatus.USAGE
     assert "no GPU was found here" in capsys.readouterr().err
     assert main([*required, "--vram-profile", "tight", "--preset", "tight"]) == ExitStatus.USAGE
@@ -272,7 +339,7 @@ def test_a_missing_torch_prints_the_command_that_installs_it():
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S602
         f'"{sys.executable}" train.py presets list | head -n 1',
         shell=True,
         cwd=ROOT,

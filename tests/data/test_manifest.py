@@ -32,7 +32,24 @@ ACE_STEP_METADATA = [
     "all_instrumental",
     "genre_ratio",
 ]
-ACE_STEP_SAMPLE = "id audio_path filename caption genre lyrics bpm keyscale timesignature duration language is_instrumental custom_tag labeled prompt_override repeat".split()
+ACE_STEP_SAMPLE = [
+    "id",
+    "audio_path",
+    "filename",
+    "caption",
+    "genre",
+    "lyrics",
+    "bpm",
+    "keyscale",
+    "timesignature",
+    "duration",
+    "language",
+    "is_instrumental",
+    "custom_tag",
+    "labeled",
+    "prompt_override",
+    "repeat",
+]
 
 
 def song(path: Path = Path("a.wav"), **known) -> Sample:
@@ -48,7 +65,8 @@ def test_the_file_has_the_keys_of_ace_step_in_their_order(tmp_path):
     write(tmp_path / "dataset.json", Dataset(samples=(song(tmp_path / "a.wav"),)))
     data = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
     assert list(data) == ["metadata", "samples"]
-    assert list(data["metadata"]) == ACE_STEP_METADATA and list(data["samples"][0]) == ACE_STEP_SAMPLE
+    assert list(data["metadata"]) == ACE_STEP_METADATA
+    assert list(data["samples"][0]) == ACE_STEP_SAMPLE
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -160,13 +178,15 @@ def test_each_mistake_is_told_with_its_json_path(tmp_path, data, told):
         return
     with pytest.raises(UserError) as error:
         read(stored(tmp_path, data))
-    assert told in error.value.problem and error.value.status == ExitStatus.USAGE
+    assert told in error.value.problem
+    assert error.value.status == ExitStatus.USAGE
 
 
 def test_all_mistakes_are_told_at_once_but_no_more_than_can_be_read(tmp_path):
     with pytest.raises(UserError) as error:
         read(stored(tmp_path, [{"audio_path": f"{i}.wav", "bpm": "x", "keyscale": "x"} for i in range(30)]))
-    assert "has 60 mistakes" in error.value.problem and "… and 40 more" in error.value.problem
+    assert "has 60 mistakes" in error.value.problem
+    assert "… and 40 more" in error.value.problem
 
 
 @pytest.mark.parametrize(("text", "told"), [("{", "is no JSON"), ("[" * 100_000, "is no JSON"), ("3", "$: an object")])
@@ -224,7 +244,8 @@ def test_genre_ratio_is_a_share_of_the_songs_and_always_of_the_same_ones():
         for ratio in (0, 10, 50, 100)
     }
     assert [len(by_genre[ratio]) for ratio in (0, 100)] == [0, 2000]
-    assert 150 < len(by_genre[10]) < 250 and 900 < len(by_genre[50]) < 1100
+    assert 150 < len(by_genre[10]) < 250
+    assert 900 < len(by_genre[50]) < 1100
     assert by_genre[10] < by_genre[50]
 
 

@@ -76,7 +76,8 @@ def test_older_tools_records_are_trimmed_by_their_masks(tmp_path: Path, batched:
     back = load_record(tmp_path / "old.pt")
     assert torch.equal(back.target_latents, latents[:6])
     assert torch.equal(back.encoder_hidden_states, torch.cat([conditions[:40], conditions[512:530]]))
-    assert back.metadata == {"caption": "old"} and not back.has_hints
+    assert back.metadata == {"caption": "old"}
+    assert not back.has_hints
 
 
 def test_records_in_torchs_old_format_load_too(tmp_path: Path):
@@ -122,7 +123,8 @@ def test_a_bad_record_is_named_and_the_way_out_is_told(tmp_path: Path, kind: str
     BAD[kind](path)
     with pytest.raises(RecordError) as caught:
         load_record(path)
-    assert "bad.pt" in caught.value.problem and caught.value.fix
+    assert "bad.pt" in caught.value.problem
+    assert caught.value.fix
 
 
 class Attack:
@@ -146,7 +148,8 @@ def test_values_that_are_no_numbers_are_never_saved_and_the_old_record_stays(tmp
     bad.target_latents[2, 3] = float("nan")
     with pytest.raises(RecordError, match="target_latents"):
         save_record(tmp_path / "a.pt", bad)
-    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_write_that_fails_leaves_the_old_record_and_no_litter(tmp_path: Path, monkeypatch):
@@ -160,7 +163,8 @@ def test_a_write_that_fails_leaves_the_old_record_and_no_litter(tmp_path: Path, 
     monkeypatch.setattr(torch, "save", break_off)
     with pytest.raises(OSError, match="No space"):
         save_record(tmp_path / "a.pt", record())
-    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_records_are_found_in_order_and_hidden_ones_are_not(tmp_path: Path):

@@ -273,7 +273,8 @@ def test_what_cannot_be_read_is_told_and_the_rest_counts(tmp_path):
     (tmp_path / "a.caption.txt").write_bytes(b"x" * 2_000_000)
     found = Sidecars([tmp_path / "a.wav"]).of(tmp_path / "a.wav")
     assert [bool(known.problems) for known in found] == [True, True, True, False]
-    assert "1 MiB" in found[2].problems[0] and found[3].values == {"lyrics": "la"}
+    assert "1 MiB" in found[2].problems[0]
+    assert found[3].values == {"lyrics": "la"}
 
 
 @pytest.mark.slow
@@ -289,7 +290,8 @@ def test_ten_thousand_sidecars_take_less_than_three_seconds(tmp_path):
     sidecars = Sidecars(songs)
     found = [sidecars.of(song)[0].values for song in songs]
     assert time.process_time() - started < 3
-    assert len(found) == 10_000 and all("bpm" in values for values in found)
+    assert len(found) == 10_000
+    assert all("bpm" in values for values in found)
 
 
 def test_section_marks_are_told_from_other_brackets():

@@ -32,7 +32,8 @@ def test_a_list_speaks_for_its_songs(tmp_path, separator):
     assert (
         values(found, tmp_path / "b.wav") == values(found, tmp_path / "b.mp3") == [{"bpm": 90, "keyscale": "C major"}]
     )
-    assert values(found, tmp_path / "c.wav") == [] and found.problems == []
+    assert values(found, tmp_path / "c.wav") == []
+    assert found.problems == []
 
 
 def test_paths_in_a_list_are_relative_to_it_and_a_bare_name_is_never_guessed(tmp_path):
@@ -47,7 +48,8 @@ def test_paths_in_a_list_are_relative_to_it_and_a_bare_name_is_never_guessed(tmp
         "x.wav": [{"bpm": 130}],
     }
     told = [problem for _, problem in found.problems]
-    assert any('"song.wav" stands in several folders' in p for p in told) and any('"two/x.wav"' in p for p in told)
+    assert any('"song.wav" stands in several folders' in p for p in told)
+    assert any('"two/x.wav"' in p for p in told)
 
 
 def test_a_nearer_list_comes_first_and_the_first_of_two_rows_counts(tmp_path):

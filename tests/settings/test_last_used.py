@@ -39,7 +39,8 @@ def test_a_broken_file_is_set_aside_and_said_so(home, text):
     for number in ("", "-2"):
         (home / "settings.json").write_text(text, encoding="utf-8")
         kept = carry_over.read()
-        assert kept.values == {} and f"settings.broken{number}.json" in kept.notice
+        assert kept.values == {}
+        assert f"settings.broken{number}.json" in kept.notice
         assert (home / f"settings.broken{number}.json").read_text(encoding="utf-8") == text
         assert not (home / "settings.json").exists()
 

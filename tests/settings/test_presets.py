@@ -28,7 +28,9 @@ def test_the_built_in_presets_are_there_with_recommended_first():
 @pytest.mark.parametrize("path", sorted(presets.BUILT_IN.glob("*.json")), ids=lambda path: path.stem)
 def test_each_built_in_preset_makes_a_valid_config_and_says_what_it_is_for(path):
     preset = presets.read(path)
-    assert preset.description and not preset.unknown and preset.built_in
+    assert preset.description
+    assert not preset.unknown
+    assert preset.built_in
     known = {name: value for name, value in preset.values.items() if name in options_of(TrainConfig)}
     assert resolve(TrainConfig, NEEDED, known)
 
@@ -117,7 +119,8 @@ def test_a_broken_preset_of_the_user_hides_no_other():
     presets.save("mine", {"rank": 8})
     (presets.user_folder() / "broken.json").write_text("{", encoding="utf-8")
     names = [preset.name for preset in presets.list_presets()]
-    assert "mine" in names and "broken" not in names
+    assert "mine" in names
+    assert "broken" not in names
 
 
 def test_nothing_half_written_is_left(home):

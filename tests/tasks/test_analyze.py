@@ -79,7 +79,8 @@ def piece(bpm: float, root: float, minor: bool, seconds: float = 16) -> np.ndarr
 def test_a_piece_of_known_tempo_and_key_is_heard_right(tmp_path, bpm, root, minor, key):
     write_sndfile(tmp_path / "a.wav", piece(bpm, root, minor), 48_000)
     heard = estimate_file(tmp_path / "a.wav")
-    assert heard.bpm == pytest.approx(bpm, rel=0.02) and heard.keyscale == key
+    assert heard.bpm == pytest.approx(bpm, rel=0.02)
+    assert heard.keyscale == key
 
 
 def library(folder, **texts):
@@ -143,7 +144,8 @@ def test_a_song_without_pulse_is_heard_once_and_left_open(tmp_path):
     events = []
     for _ in range(2):
         analyze(path, events.append)
-    assert read(path).samples[0].bpm is None and read(path).samples[0].estimated == ()
+    assert read(path).samples[0].bpm is None
+    assert read(path).samples[0].estimated == ()
     assert not any(isinstance(e, Progress) for e in events)
 
 
@@ -151,7 +153,8 @@ def test_there_may_be_nothing_to_do(tmp_path):
     path = library(tmp_path, **{"a.txt": "bpm: 100\nkey: Am\nsignature: 4", "b.txt": "bpm: 100\nkey: Am\nsignature: 4"})
     events = []
     analyze(path, events.append)
-    assert "nothing to analyze" in events[0].message and isinstance(events[0], Notice)
+    assert "nothing to analyze" in events[0].message
+    assert isinstance(events[0], Notice)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +180,8 @@ def test_songs_are_heard_in_parallel_and_the_same_content_once(tmp_path):
     events = []
     analyze(path, events.append, workers=2)
     found = {s.filename: s for s in read(path).samples}
-    assert found["a.wav"].bpm == found["of a.wav"].bpm == pytest.approx(100, abs=2) and found[
-        "b.wav"
-    ].bpm == pytest.approx(120, abs=2)
+    assert found["a.wav"].bpm == found["of a.wav"].bpm == pytest.approx(100, abs=2)
+    assert found["b.wav"].bpm == pytest.approx(120, abs=2)
     assert [e.total for e in events if isinstance(e, Progress)] == [3, 3, 3]
     assert [e.path for e in events if isinstance(e, FileFailed)] == [str(tmp_path / "bad.wav")]
     started = time.monotonic()

@@ -117,7 +117,8 @@ def test_a_sound_data_set_has_no_findings_and_the_table_says_so(tmp_path):
     found, result, events = audited(tmp_path)
     assert found == {}
     assert [e.rows for e in events if isinstance(e, Table)] == [(("nothing amiss", "1 of 1", ""),)]
-    assert [type(e) for e in events] == [Progress, Table, Saved] and events[2].path == str(result.page)
+    assert [type(e) for e in events] == [Progress, Table, Saved]
+    assert events[2].path == str(result.page)
 
 
 def test_measurements_are_those_of_the_signal():
@@ -125,9 +126,12 @@ def test_measurements_are_those_of_the_signal():
     audio[:, ::2] *= -1
     audio[:, : 3 * SAMPLE_RATE] = 0
     measured = measure_audio(INFO, audio)
-    assert measured.seconds == 12 and measured.silence == pytest.approx(0.25) and measured.clipped == 0
+    assert measured.seconds == 12
+    assert measured.silence == pytest.approx(0.25)
+    assert measured.clipped == 0
     assert measured.peak_db == pytest.approx(-6.02, abs=0.01)
-    assert measured.envelope[0] == 0 and measured.envelope[-1] == 0.5
+    assert measured.envelope[0] == 0
+    assert measured.envelope[-1] == 0.5
 
 
 @pytest.mark.parametrize(("gain", "clipped"), [(1.0, False), (2.0, False), (4.0, True), (40.0, True)])
@@ -163,7 +167,8 @@ def test_tokens_are_counted_as_the_model_gets_them_and_guessed_without_it(checkp
     for text in ("A song.\n", "沈むように溶けてゆくように", "# Languages\nen\n\n# Lyric\nla<|endoftext|>", ""):
         ids, lost = token_ids(tokenizer, text, 2048)
         assert count(text) == ids.shape[1] + lost
-    assert guess("a" * 350) == 100 and guess("沈む") == 2
+    assert guess("a" * 350) == 100
+    assert guess("沈む") == 2
 
 
 def test_a_folder_without_tokenizer_is_told(tmp_path):
@@ -193,12 +198,15 @@ def test_nothing_to_find_in_nothing():
 def test_a_histogram_shows_every_value_once(values):
     svg = histogram(values, "s", "Title <&>")
     assert sum(int(n) for n in re.findall(r"<title>[^<]*: (\d+)</title>", svg)) == len(values)
-    assert "Title &lt;&amp;&gt;" in svg and "nan" not in svg
+    assert "Title &lt;&amp;&gt;" in svg
+    assert "nan" not in svg
 
 
 def test_bars_and_waveforms_stay_inside_their_frame():
-    assert bars({"<b>": 3}, "u", "t").count("<rect") == 1 and "<b>" not in bars({"<b>": 3}, "u", "t")
-    assert all(0 <= float(y) <= 40 for y in re.findall(r",([\d.]+)", waveform([0.0, 0.5, 1.0]))) and waveform([]) == ""
+    assert bars({"<b>": 3}, "u", "t").count("<rect") == 1
+    assert "<b>" not in bars({"<b>": 3}, "u", "t")
+    assert all(0 <= float(y) <= 40 for y in re.findall(r",([\d.]+)", waveform([0.0, 0.5, 1.0])))
+    assert waveform([]) == ""
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,11 @@ def test_the_library_of_sixty_files_is_indexed_whole(tmp_path):
 def test_real_music_is_indexed(tmp_path):
     shutil.copytree(tracks_dir(), tmp_path / "music")
     found, events = build(tmp_path / "music")
-    assert len(found) == 28 and all(25 < s.duration < 40 for s in found.values())
+    assert len(found) == 28
+    assert all(25 < s.duration < 40 for s in found.values())
     assert found["calm/calm_acoustic_1.opus"].caption == "calm acoustic 1"
-    assert [type(e) for e in events][-3:] == [Table, Saved, Finished] and isinstance(events[0], Progress)
+    assert [type(e) for e in events][-3:] == [Table, Saved, Finished]
+    assert isinstance(events[0], Progress)
 
 
 def test_fields_merge_from_the_best_source_on(tmp_path):
@@ -137,7 +139,8 @@ def test_two_songs_of_one_name_never_share_what_is_theirs(tmp_path):
 def test_a_duration_that_differs_is_reported_and_not_used(tmp_path):
     songs(tmp_path, "a.wav", **{"a.txt": "duration: 3:25"})
     found, events = build(tmp_path)
-    assert found["a.wav"].duration == 0.5 and "0.5 s long, not 205 s" in messages(events)
+    assert found["a.wav"].duration == 0.5
+    assert "0.5 s long, not 205 s" in messages(events)
 
 
 def test_flags_reach_the_prompt_and_stay_until_typed_anew(tmp_path):
@@ -175,7 +178,8 @@ def test_a_rebuild_keeps_what_was_edited_and_follows_what_was_not(tmp_path):
             "la",
             False,
         )
-        assert song.extra == {"my_note": 1} and "2 values edited by hand" in messages(events)
+        assert song.extra == {"my_note": 1}
+        assert "2 values edited by hand" in messages(events)
     assert build(tmp_path, overwrite=True)[0]["a.wav"].caption == "changed"
 
 
@@ -226,7 +230,8 @@ def test_a_song_taken_out_by_hand_stays_out(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(data), encoding="utf-8")
     for _ in range(2):
         found, events = build(tmp_path)
-        assert list(found) == ["a.wav"] and "taken out" in messages(events)
+        assert list(found) == ["a.wav"]
+        assert "taken out" in messages(events)
     assert len(build(tmp_path, overwrite=True)[0]) == 2
 
 
@@ -237,7 +242,8 @@ def test_a_song_whose_file_is_away_comes_back_with_its_edits(tmp_path):
     (tmp_path / "b.wav").rename(tmp_path / "away")
     for _ in range(2):
         found, events = build(tmp_path)
-        assert list(found) == ["a.wav"] and "b.wav is not there" in messages(events)
+        assert list(found) == ["a.wav"]
+        assert "b.wav is not there" in messages(events)
     (tmp_path / "away").rename(tmp_path / "b.wav")
     assert build(tmp_path)[0]["b.wav"].caption == "by hand"
 
@@ -259,9 +265,10 @@ def test_the_output_may_stand_elsewhere_and_is_relative_to_itself(tmp_path, monk
     songs(tmp_path, "music/a.wav")
     (tmp_path / "lists").mkdir()
     monkeypatch.chdir(tmp_path / "music")
-    build_dataset(BuildDatasetConfig(input=Path("."), output=Path("../lists")), lambda e: None)
+    build_dataset(BuildDatasetConfig(input=Path(), output=Path("../lists")), lambda e: None)
     data = json.loads((tmp_path / "lists" / "dataset.json").read_text(encoding="utf-8"))
-    assert data["samples"][0]["audio_path"] == "../music/a.wav" and data["metadata"]["name"] == "music"
+    assert data["samples"][0]["audio_path"] == "../music/a.wav"
+    assert data["metadata"]["name"] == "music"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +305,8 @@ def test_three_thousand_songs_are_indexed_in_under_a_minute(tmp_path):
         (folder / f"{i}.txt").write_text(f"bpm: {30 + i % 270}", encoding="utf-8")
     started = time.monotonic()
     found, _ = build(tmp_path)
-    assert time.monotonic() - started < 60 and len(found) == 3000
+    assert time.monotonic() - started < 60
+    assert len(found) == 3000
     assert all(
         s.bpm == 30 + int(s.audio_path.stem) % 270 for s in found.values() if s.filename not in ("song.wav", "0.wav")
     )

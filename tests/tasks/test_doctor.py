@@ -20,9 +20,12 @@ def test_it_reports_what_a_bug_report_needs(checkpoints):
         "packages",
         "checkpoints",
     } <= set(found)
-    assert found["device"].note and found["precision"].note and found["attention"].note
+    assert found["device"].note
+    assert found["precision"].note
+    assert found["attention"].note
     assert "acestep-v15-turbo (turbo" in found["checkpoints"].value
-    assert type(events[0]) is Table and len(events) == 1
+    assert type(events[0]) is Table
+    assert len(events) == 1
 
 
 def test_it_names_no_private_folder_unless_asked(checkpoints, monkeypatch, tmp_path):

@@ -98,7 +98,8 @@ def test_runs_are_found_in_folders_below_and_listed_with_what_matters(tmp_path):
         "stopped at step 20 of 100",
     )
     [end] = [event for event in events if isinstance(event, Finished)]
-    assert end.next_commands[0].startswith("uv run train.py fixed") and "--resume-from latest" in end.next_commands[0]
+    assert end.next_commands[0].startswith("uv run train.py fixed")
+    assert "--resume-from latest" in end.next_commands[0]
 
 
 def test_a_single_run_is_listed_too_and_the_newest_stands_first(tmp_path):
@@ -124,7 +125,8 @@ def test_what_a_resumed_run_did_twice_counts_once_and_a_line_cut_by_a_crash_not_
 
 def test_an_empty_folder_says_so_and_one_that_is_not_there_is_refused(tmp_path):
     runs, events = look(tmp_path)
-    assert not runs and [e.level for e in events if isinstance(e, Notice)] == ["warning"]
+    assert not runs
+    assert [e.level for e in events if isinstance(e, Notice)] == ["warning"]
     with pytest.raises(UserError, match="no such folder"):
         look(tmp_path / "nowhere")
 

@@ -26,7 +26,8 @@ def look(path, report=silent) -> Inspection:
 def test_norms_are_those_of_the_change(kind, tmp_path):
     adapter = read_adapter(make(tmp_path, **TYPES[kind])[0])
     found = look(tmp_path)
-    assert found.norms.keys() == adapter.modules.keys() and all(found.norms.values())
+    assert found.norms.keys() == adapter.modules.keys()
+    assert all(found.norms.values())
     if kind != "oft":
         for factors in adapter.modules.values():
             assert norm_of(factors) == pytest.approx(torch.linalg.norm(change_of(factors)).item(), rel=1e-5)
@@ -44,18 +45,18 @@ def test_a_final_folder_has_strength_one_in_every_program(tmp_path):
         [4.0],
         [],
     )
-    assert found.program.startswith("Side-Step") and found.facts["config_fingerprint"]
+    assert found.program.startswith("Side-Step")
+    assert found.facts["config_fingerprint"]
     assert {program: said["strength"] for program, said in found.programs.items()} == dict.fromkeys(
         ("Side-Step", "ACE-Step's app", "ComfyUI", "diffusers"), [1.0, 1.0]
     )
     titles = [event.title for event in events if isinstance(event, Table)]
-    assert (
-        titles[0] == "adapter_model.safetensors"
-        and "Strength in each program" in titles[1]
-        and titles[2] == "Norm of the change"
-    )
+    assert titles[0] == "adapter_model.safetensors"
+    assert "Strength in each program" in titles[1]
+    assert titles[2] == "Norm of the change"
     heat = [event for event in events if isinstance(event, Table)][2]
-    assert len(heat.rows) == 3 and heat.columns == (
+    assert len(heat.rows) == 3
+    assert heat.columns == (
         "layer",
         *(f"{a} {p}" for a in ("self", "cross") for p in "qkvo"),
         "mlp gate",
@@ -153,7 +154,8 @@ def test_a_nan_is_found_and_named(tmp_path):
     save_file(tensors, file)
     events = []
     found = look(tmp_path, events.append)
-    assert found.not_finite == ["layers.1.cross_attn.k_proj"] and "layers.1.cross_attn.k_proj" not in found.norms
+    assert found.not_finite == ["layers.1.cross_attn.k_proj"]
+    assert "layers.1.cross_attn.k_proj" not in found.norms
     assert [event.level for event in events if isinstance(event, Notice)] == ["error"]
     json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
 

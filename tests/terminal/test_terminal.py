@@ -142,7 +142,10 @@ def test_the_live_view_ends_with_the_state_of_the_training():
             EXAMPLES["validation at step 5: loss 0.4000 (best so far)"],
         ]
     )
-    assert "500/500" in out and "0.2500" in out and "best 0.4000 at step 5" in out and "3.0 GiB" in out
+    assert "500/500" in out
+    assert "0.2500" in out
+    assert "best 0.4000 at step 5" in out
+    assert "3.0 GiB" in out
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])

@@ -136,7 +136,7 @@ def test_each_flow_ends_in_its_config(world, key):
 
 @pytest.mark.parametrize("key", START)
 def test_back_from_every_question_of_every_flow_ends_in_the_menu_and_loses_nothing(world, key):
-    config_class, replies = START[key]
+    _config_class, replies = START[key]
     wizard, script, _ = session(world, menu=key, **(paths(world) | replies))
     wizard.next()
     for stop in [name for name in script.names if name != "menu"]:
@@ -156,7 +156,7 @@ def test_back_from_every_question_of_every_flow_ends_in_the_menu_and_loses_nothi
 
 @pytest.mark.parametrize("key", START)
 def test_ctrl_c_at_every_question_leaves(world, key):
-    config_class, replies = START[key]
+    _config_class, replies = START[key]
     wizard, script, _ = session(world, menu=key, **(paths(world) | replies))
     wizard.next()
 
@@ -234,8 +234,10 @@ def test_the_review_shows_every_setting_marks_the_changed_ones_and_gives_the_com
     wizard, _, screen = session(world, menu="train-lora", epochs="7", **paths(world))
     wizard.next()
     text = screen.text()
-    assert "*  epochs" in text and "   weight decay" in text
-    assert "uv run train.py fixed --checkpoint-dir" in text and "--epochs 7" in text
+    assert "*  epochs" in text
+    assert "   weight decay" in text
+    assert "uv run train.py fixed --checkpoint-dir" in text
+    assert "--epochs 7" in text
 
 
 def test_a_section_changed_in_the_review_is_in_the_config(world):
@@ -321,7 +323,8 @@ def test_each_step_fills_in_the_next_one(world):
     script.asked.clear()
     sampled = wizard.next()
     assert sampled.config.adapter == trained.config.output_dir / "final"
-    assert "checkpoint_dir" not in script.names and "adapter" not in script.names
+    assert "checkpoint_dir" not in script.names
+    assert "adapter" not in script.names
 
 
 def test_nothing_is_offered_after_a_failure(world):
@@ -412,7 +415,10 @@ def test_presets_are_imported_shown_renamed_exported_and_deleted(world, tmp_path
     )
     assert wizard.next() is None
     text = screen.text()
-    assert "Imported as p. Ignored" in text and "--rank" in text and "p is now q" in text and "q is deleted" in text
+    assert "Imported as p. Ignored" in text
+    assert "--rank" in text
+    assert "p is now q" in text
+    assert "q is deleted" in text
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rank"] == 8
 
 
@@ -466,7 +472,8 @@ def prompt(kind, default="", choices=()):
 def test_numbered_questions_take_numbers_words_and_enter(kind, default, choices, typed, reply):
     got, shown = numbered(typed, prompt(kind, default, choices))
     assert got == reply
-    assert shown.isascii() and "\x1b" not in shown
+    assert shown.isascii()
+    assert "\x1b" not in shown
 
 
 def test_the_end_of_input_leaves_like_ctrl_c():

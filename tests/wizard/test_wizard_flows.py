@@ -128,7 +128,8 @@ def test_ctrl_c_leaves_every_question_without_a_traceback(folder, title):
             session.keys("ctrl-c")
             assert session.end() == 130
             text = "\n".join(session.lines())
-            assert "Traceback" not in text and "Stopped." in text
+            assert "Traceback" not in text
+            assert "Stopped." in text
 
 
 def test_each_step_leads_to_the_next_by_keys_alone(folder, tmp_path):
@@ -152,5 +153,7 @@ def test_each_step_leads_to_the_next_by_keys_alone(folder, tmp_path):
         session.choose("Exit")
         assert session.end() == 0
     assert (tmp_path / "songs" / "dataset.json").is_file()
-    assert list(tmp_path.rglob("rank_map.json")) and list(tmp_path.rglob("final/adapter_model.safetensors"))
-    assert list(tmp_path.rglob("*strength1*.flac")) and (tmp_path / "exported").exists()
+    assert list(tmp_path.rglob("rank_map.json"))
+    assert list(tmp_path.rglob("final/adapter_model.safetensors"))
+    assert list(tmp_path.rglob("*strength1*.flac"))
+    assert (tmp_path / "exported").exists()

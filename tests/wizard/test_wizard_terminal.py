@@ -86,7 +86,8 @@ def test_plain_screens_are_ascii_without_escape_sequences_and_as_stored(known):
 def test_no_color_is_obeyed(known):
     with Session(known, NO_COLOR="1") as session:
         session.asks("What would you like to do?")
-        assert b"\x1b[36" not in session.raw and b"\x1b[0;36" not in session.raw
+        assert b"\x1b[36" not in session.raw
+        assert b"\x1b[0;36" not in session.raw
 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
@@ -180,7 +181,8 @@ def test_ctrl_c_at_each_question_leaves_without_a_traceback(folder, arguments):
             session.keys("ctrl-c")
             assert session.end() == 130
             text = "\n".join(session.lines())
-            assert "Traceback" not in text and "Stopped." in text
+            assert "Traceback" not in text
+            assert "Stopped." in text
 
 
 def test_the_first_prompt_appears_in_under_0_7_seconds(known):

@@ -86,7 +86,8 @@ def test_the_budget_is_that_of_the_uniform_rank_and_is_spent_to_less_than_one_ra
 
 def test_a_converged_map_says_so_and_its_halves_agree(measured):
     _, result, events = measured
-    assert result.converged and result.agreement > 0.9
+    assert result.converged
+    assert result.agreement > 0.9
     assert any(isinstance(e, Notice) and "converged" in e.message for e in events)
     assert any(isinstance(e, Progress) and e.eta_seconds is not None and e.unit == "batches" for e in events)
     assert [e.title for e in events if isinstance(e, Table)] == [
@@ -99,8 +100,11 @@ def test_the_map_on_disk_is_the_map_that_was_returned(measured):
     config, result, _ = measured
     assert maps.read(config.output).rank_pattern == result.rank_pattern
     page = config.output.with_name("estimate.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>") and "layers.0.self_attn.to_q" in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and "<script" not in page
+    assert page.startswith("<!doctype html>")
+    assert "layers.0.self_attn.to_q" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert "<script" not in page
     assert not list(config.output.parent.glob("*partial*"))
 
 
@@ -111,7 +115,8 @@ def test_excluded_modules_have_no_adapter(measured, checkpoints, tensors, tmp_pa
     decoder = open_checkpoint(checkpoints, "turbo").load_decoder()
     model = attach(decoder, training, result.patterns(training.alpha / training.rank))
     adapted = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
-    assert set(adapted) == set(result.rank_pattern) and not set(adapted) & set(result.excluded)
+    assert set(adapted) == set(result.rank_pattern)
+    assert not set(adapted) & set(result.excluded)
     assert {name: m.r["default"] for name, m in adapted.items()} == result.rank_pattern
     assert {m.scaling["default"] for m in adapted.values()} == {2.0}
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == result.spent
@@ -187,7 +192,8 @@ def test_an_interrupted_measurement_goes_on_and_gives_the_same_map(config, tmp_p
     events = []
     resumed = estimate(config, events.append)
     assert any(isinstance(e, Notice) and "Going on from 32 batches" in e.message for e in events)
-    assert resumed.modules == straight.modules and resumed.batches == straight.batches
+    assert resumed.modules == straight.modules
+    assert resumed.batches == straight.batches
 
 
 def test_sums_of_other_data_are_not_used(tmp_path):
@@ -196,14 +202,16 @@ def test_sums_of_other_data_are_not_used(tmp_path):
     assert Sums.load(tmp_path / "sums", "one") is not None
     assert Sums.load(tmp_path / "sums", "two") is None
     (tmp_path / "sums").write_bytes(b"half")
-    assert Sums.load(tmp_path / "sums", "one") is None and Sums.load(tmp_path / "absent", "one") is None
+    assert Sums.load(tmp_path / "sums", "one") is None
+    assert Sums.load(tmp_path / "absent", "one") is None
 
 
 def test_a_finished_map_is_not_overwritten_unasked(config):
     config.output.write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="already there") as error:
         estimate(config, silent)
-    assert "--overwrite" in error.value.fix and config.output.read_text(encoding="utf-8") == "mine"
+    assert "--overwrite" in error.value.fix
+    assert config.output.read_text(encoding="utf-8") == "mine"
     estimate(replace(config, overwrite=True, seed=1), silent)
     assert maps.read(config.output).settings["seed"] == 1
 
@@ -215,7 +223,8 @@ def test_turbo_gets_a_clear_warning(measured):
 
 def test_attention_only_leaves_the_mlp_alone(config):
     result = estimate(replace(config, include_mlp=False), silent)
-    assert not any("mlp" in name for name in result.modules) and len(result.modules) == 3 * 8
+    assert not any("mlp" in name for name in result.modules)
+    assert len(result.modules) == 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,8 @@ def test_focus_limits_the_timesteps_and_keeps_the_law_inside(config, draw, focus
     u = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     t, everywhere = law.draw(u), draw(u)
     inside = everywhere[(everywhere >= low) & (everywhere <= high)]
-    assert low <= t.min() and t.max() <= high
+    assert low <= t.min()
+    assert t.max() <= high
     assert t.mean() == pytest.approx(inside.mean().item(), abs=0.01)
 
 
@@ -267,7 +277,8 @@ def test_songs_that_are_no_numbers_end_in_an_error_not_in_a_map(config, monkeypa
 def test_the_quarters_share_no_music(count):
     songs = [Song(f"s{i}", latents(40, i), torch.zeros(3, 4)) for i in range(count)]
     groups = deal(songs)
-    assert len(groups) == QUARTERS and all(groups)
+    assert len(groups) == QUARTERS
+    assert all(groups)
     moments = [frame for group in groups for song in group for frame in map(tuple, song.latents.tolist())]
     assert len(moments) == len(set(moments)) == 40 * count
 
@@ -278,7 +289,8 @@ def test_a_round_measures_every_slot_once():
     for _ in range(3):
         chosen = one_round(batches)
         slots = [slot for batch in chosen for slot in batch.slots]
-        assert slots == list(range(len(slots))) and len(slots) >= 8
+        assert slots == list(range(len(slots)))
+        assert len(slots) >= 8
 
 
 @pytest.mark.slow
@@ -305,5 +317,6 @@ def test_the_fingerprint_follows_the_music_and_not_the_order():
 def test_settings_are_written_into_the_map_without_paths_of_this_machine(measured, tensors):
     config, result, _ = measured
     text = config.output.read_text(encoding="utf-8")
-    assert str(tensors) not in text and str(config.checkpoint_dir) not in text
+    assert str(tensors) not in text
+    assert str(config.checkpoint_dir) not in text
     assert json.loads(text)["settings"]["seed"] == result.settings["seed"] == 42

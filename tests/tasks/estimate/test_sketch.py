@@ -48,7 +48,8 @@ def test_directions_are_the_singular_directions():
     gradient = decaying(256, 384, 1.5, 0)
     layout = Layout({"m": (256, 384)}, 32, 0)
     left, values, right = layout.decompose(fed(layout, gradient), "m")
-    assert left.shape == (256, 32) and right.shape == (384, 32)
+    assert left.shape == (256, 32)
+    assert right.shape == (384, 32)
     exact_left, _, exact_right = torch.linalg.svd(gradient.double())
     for i in range(3):
         assert (left[:, i] @ exact_left[:, i]).abs() > 0.99
@@ -119,7 +120,8 @@ def test_watching_never_makes_the_host_wait_and_a_take_is_one_transfer(monkeypat
             )
         with Waits() as waits:
             model(x).square().sum().backward()
-        assert not waits.seen and not read
+        assert not waits.seen
+        assert not read
         sketch.take()
         assert read == ["to"]
 
@@ -150,13 +152,15 @@ def test_taking_the_state_empties_it():
     layout = Layout({"m": (8, 8)}, 4, 0)
     sketch = Sketch(layout, CPU)
     sketch.add("m", torch.ones(1, 8), torch.ones(1, 8))
-    assert sketch.take().any() and not sketch.take().any()
+    assert sketch.take().any()
+    assert not sketch.take().any()
 
 
 def test_the_seed_decides_the_random_matrices():
     same, other = Layout({"m": (64, 4096)}, 4, 7), Layout({"m": (64, 4096)}, 4, 8)
     again = Layout({"m": (64, 4096)}, 4, 7)
-    assert torch.equal(same.omega[64], again.omega[64]) and not torch.equal(same.omega[64], other.omega[64])
+    assert torch.equal(same.omega[64], again.omega[64])
+    assert not torch.equal(same.omega[64], other.omega[64])
 
 
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
@@ -183,7 +187,8 @@ def test_noise_is_not_confirmed_but_signal_is():
     noisy = spectrum(layout, "m", half(False), half(False))
     clear = spectrum(layout, "m", half(True), half(True))
     assert sum(noisy.confirmed) < 0.1 * sum(noisy.energy)
-    assert abs(noisy.agreement) < 0.1 and clear.agreement > 0.5
+    assert abs(noisy.agreement) < 0.1
+    assert clear.agreement > 0.5
     assert clear.confirmed[0] == pytest.approx(float(signal.square().sum()), rel=0.2)
 
 
@@ -194,4 +199,4 @@ def test_values_never_rise_and_go_on_past_the_sketch(seed, length):
     found = spectrum(layout, "m", fed(layout, decaying(48, 64, 1, seed)), fed(layout, decaying(48, 64, 1, seed + 1)))
     values = found.values(length)
     assert len(values) == length
-    assert all(a >= b >= 0 for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b >= 0 for a, b in itertools.pairwise(values))

@@ -83,7 +83,7 @@ def test_swapping_blocks_changes_no_number_and_leaves_no_copy(checkpoints, tmp_p
         swap.install(decoder, count)
 
     plain, _ = run_steps(checkpoints, tmp_path)
-    swapped, model = run_steps(checkpoints, tmp_path, prepare)
+    swapped, _model = run_steps(checkpoints, tmp_path, prepare)
     assert swapped == plain
     for block in swap.blocks:
         assert all(

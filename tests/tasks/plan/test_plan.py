@@ -347,7 +347,8 @@ def test_what_other_programs_hold_is_said_and_a_preview_that_will_not_fit(small_
     warnings = [event.message for event in events if getattr(event, "level", "") == "warning"]
     assert len(warnings) == 2
     assert "Other programs hold" in warnings[0]
-    assert "--preview-duration" in warnings[1] and "--offload-encoder" in warnings[1]
+    assert "--preview-duration" in warnings[1]
+    assert "--offload-encoder" in warnings[1]
 
 
 @pytest.mark.slow

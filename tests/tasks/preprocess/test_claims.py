@@ -32,8 +32,11 @@ def leave_claim(folder: Path, key: str, *, host: str, pid: int, generation: int 
 
 def test_a_song_is_held_by_one_process(tmp_path: Path):
     with Claims(tmp_path) as first, Claims(tmp_path) as second:
-        assert first.take("a") and first.take("a") and first.holds("a")
-        assert not second.take("a") and not second.holds("a")
+        assert first.take("a")
+        assert first.take("a")
+        assert first.holds("a")
+        assert not second.take("a")
+        assert not second.holds("a")
         first.release("a")
         assert second.take("a")
 
@@ -73,7 +76,8 @@ def test_of_many_that_ask_at_once_one_gets_it(tmp_path: Path):
 def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path):
     leave_claim(tmp_path, "a", host=host_id(), pid=dead_pid())
     with Claims(tmp_path) as claims:
-        assert claims.take("a") and claims.holds("a")
+        assert claims.take("a")
+        assert claims.holds("a")
         claims.release("a")
         assert not list(tmp_path.glob("*.claim"))
 
@@ -123,7 +127,8 @@ def test_a_machine_that_wakes_up_is_known_again(tmp_path: Path, monkeypatch):
             if (tmp_path / "owners" / slept.owner).exists():
                 break
             threading.Event().wait(0.02)
-        assert not other.take("a") and slept.holds("a")
+        assert not other.take("a")
+        assert slept.holds("a")
 
 
 def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path):
@@ -144,14 +149,16 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: P
         for path, age in gone + kept:
             os.utime(path, (claims.started - age,) * 2)
         assert claims.clean(tmp_path) == len(gone)
-    assert all(path.exists() for path, _ in kept) and not any(path.exists() for path, _ in gone)
+    assert all(path.exists() for path, _ in kept)
+    assert not any(path.exists() for path, _ in gone)
 
 
 def test_resting_processes_are_not_waited_for(tmp_path: Path):
     with Claims(tmp_path) as first, Claims(tmp_path) as second:
         assert first.others_working()
         second.rest()
-        assert not first.others_working() and second.others_working()
+        assert not first.others_working()
+        assert second.others_working()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path):
@@ -161,4 +168,5 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path):
     with pytest.raises(ValueError, match="stop"), replacing(path) as temporary:
         temporary.write_text("half")
         raise ValueError("stop")
-    assert path.read_text(encoding="utf-8") == "ü\n" and [p.name for p in path.parent.iterdir()] == ["a.json"]
+    assert path.read_text(encoding="utf-8") == "ü\n"
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]

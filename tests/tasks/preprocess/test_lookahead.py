@@ -46,7 +46,8 @@ def test_no_more_wait_than_fit_whatever_their_number(threads: int, budget: int, 
         del future, outcome
     gc.collect()
     assert seen == list(range(50))
-    assert watched.most <= most and watched.alive <= 1
+    assert watched.most <= most
+    assert watched.alive <= 1
 
 
 def test_the_next_one_is_prepared_while_this_one_is_used():
@@ -71,7 +72,9 @@ def test_a_failure_comes_out_where_its_item_is_looked_at_and_the_rest_go_on():
         future.exception() or future.result()
         for _, future in ahead(range(4), prepare, lambda item: 1, threads=2, budget_bytes=10)
     ]
-    assert results[0] == 0 and isinstance(results[1], ValueError) and results[2:] == [2, 3]
+    assert results[0] == 0
+    assert isinstance(results[1], ValueError)
+    assert results[2:] == [2, 3]
 
 
 def test_leaving_early_stops_what_has_not_begun():

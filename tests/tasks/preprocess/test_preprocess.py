@@ -83,7 +83,8 @@ def test_conditions_equal_the_original_models_for_a_song_of_the_goldens_duration
     preprocess(job(golden_library, tmp_path / "out", model_variant=variant), silent)
     for i, case in enumerate(golden_cases):
         record = load_record(tmp_path / "out" / f"{i}.wav.pt")
-        assert record.metadata["prompt"] == case["text"] and record.metadata["lyric_prompt"] == case["lyric"]
+        assert record.metadata["prompt"] == case["text"]
+        assert record.metadata["lyric_prompt"] == case["lyric"]
         torch.testing.assert_close(
             record.encoder_hidden_states, tensors[f"{i}.encoder_hidden_states"][0], atol=1e-5, rtol=0
         )
@@ -99,7 +100,8 @@ def test_latents_codes_and_hints_equal_the_original_models(golden, tmp_path: Pat
         torch.testing.assert_close(record.target_latents, tensors[f"{i}.latent_mean"][0], atol=1e-5, rtol=0)
         assert torch.equal(record.audio_codes, tensors[f"{i}.audio_codes"][0])
         torch.testing.assert_close(record.cover_hints, tensors[f"{i}.cover_hints"][0], atol=1e-5, rtol=0)
-        assert record.has_hints and "Generate audio semantic tokens" not in record.metadata["prompt"]
+        assert record.has_hints
+        assert "Generate audio semantic tokens" not in record.metadata["prompt"]
         assert not torch.equal(record.hints_encoder_hidden_states[:20], record.encoder_hidden_states[-20:])
 
 
@@ -127,7 +129,8 @@ def test_records_are_nested_like_the_songs_and_say_all_that_is_known(library: Pa
         genre="lofi",
     )
     summary = preprocess(job(library, tmp_path / "out", max_duration=0.2), silent)
-    assert summary == Summary(done=3, skipped=0, failed=0) and summary.status == ExitStatus.OK
+    assert summary == Summary(done=3, skipped=0, failed=0)
+    assert summary.status == ExitStatus.OK
     assert sorted(contents(tmp_path / "out")) == ["a.flac.pt", "a.wav.pt", "deep/a.wav.pt"]
     metadata = load_record(tmp_path / "out" / "a.wav.pt").metadata
     wanted = {
@@ -149,7 +152,9 @@ def test_records_are_nested_like_the_songs_and_say_all_that_is_known(library: Pa
     }
     wanted |= {"lyrics": "[Verse]\n[00:01.50] first\n[00:02] second", "tokens_lost": {"text": 0, "lyrics": 0}}
     assert {key: metadata[key] for key in wanted} == wanted
-    assert "sks, song 0" in metadata["prompt"] and "A minor" in metadata["prompt"] and "0 seconds" in metadata["prompt"]
+    assert "sks, song 0" in metadata["prompt"]
+    assert "A minor" in metadata["prompt"]
+    assert "0 seconds" in metadata["prompt"]
     assert metadata["lyric_prompt"] == "# Languages\nen\n\n# Lyric\n[Verse]\nfirst\nsecond<|endoftext|>"
     assert not (tmp_path / "out" / ".pass1").exists()
 
@@ -167,11 +172,9 @@ def test_a_folder_without_a_dataset_json_needs_nothing_but_audio(tmp_path: Path)
     assert [e.path for e in events.of(FileFailed)] == ["broken.mp3"]
     assert "# Caption\nMy Song\n" in load_record(tmp_path / "out" / "My Song.wav.pt").metadata["prompt"]
     other = load_record(tmp_path / "out" / "other.wav.pt").metadata
-    assert (
-        "# Caption\ndark techno\n" in other["prompt"]
-        and "bpm: 130" in other["prompt"]
-        and "la la" in other["lyric_prompt"]
-    )
+    assert "# Caption\ndark techno\n" in other["prompt"]
+    assert "bpm: 130" in other["prompt"]
+    assert "la la" in other["lyric_prompt"]
     assert not (folder / "dataset.json").exists()
 
 
@@ -209,7 +212,8 @@ def test_unchanged_songs_are_left_alone_and_no_model_is_loaded(library: Path, tm
     times = {p: p.stat().st_mtime_ns for p in find_records(tmp_path / "out")}
     loaded.clear()
     assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=0, skipped=3, failed=0)
-    assert loaded == [] and times == {p: p.stat().st_mtime_ns for p in find_records(tmp_path / "out")}
+    assert loaded == []
+    assert times == {p: p.stat().st_mtime_ns for p in find_records(tmp_path / "out")}
 
 
 def test_a_library_that_moved_is_not_done_again(library: Path, tmp_path: Path, loaded: list[str]):
@@ -218,7 +222,8 @@ def test_a_library_that_moved_is_not_done_again(library: Path, tmp_path: Path, l
     library.rename(tmp_path / "elsewhere")
     for path in (tmp_path / "elsewhere").rglob("*.wav"):
         os.utime(path, (1, 1))
-    assert preprocess(job(tmp_path / "elsewhere", tmp_path / "out"), silent).skipped == 3 and loaded == []
+    assert preprocess(job(tmp_path / "elsewhere", tmp_path / "out"), silent).skipped == 3
+    assert loaded == []
 
 
 ALL, TEXT_ONLY, NOTHING = ["vae", "text_encoder", "condition_encoder"], ["text_encoder", "condition_encoder"], []
@@ -321,7 +326,8 @@ def test_an_interrupted_first_pass_goes_on_where_it_stopped(
     monkeypatch.setattr(latents, "encode_mean", counting)
     with pytest.raises(Interrupted) as caught:
         preprocess(job(library, tmp_path / "out"), silent)
-    assert "--preprocess" in caught.value.resume and str(tmp_path / "out") in caught.value.resume
+    assert "--preprocess" in caught.value.resume
+    assert str(tmp_path / "out") in caught.value.resume
     assert preprocess(job(library, tmp_path / "out"), silent).done == 3
     assert len(encoded) == 4  # two, the one that was broken off, and that one again
 
@@ -393,13 +399,16 @@ def test_one_bad_file_is_reported_and_the_others_go_on(library: Path, tmp_path: 
     (library / "a.wav").write_bytes(b"no audio at all")
     events = Events()
     summary = preprocess(job(library, tmp_path / "out"), events)
-    assert summary == Summary(done=2, skipped=0, failed=1) and summary.status == ExitStatus.SOME_FAILED
+    assert summary == Summary(done=2, skipped=0, failed=1)
+    assert summary.status == ExitStatus.SOME_FAILED
     failures = json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8"))["failures"]
-    assert [(f["path"], f["stage"]) for f in failures] == [("a.wav", "decode")] and failures[0]["reason"]
+    assert [(f["path"], f["stage"]) for f in failures] == [("a.wav", "decode")]
+    assert failures[0]["reason"]
     assert [(e.path, e.stage) for e in events.of(FileFailed)] == [("a.wav", "decode")]
     rewrite_audio(library)
     assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=1, skipped=2, failed=0)
-    assert not (tmp_path / "out" / "failures.json").exists() and not (tmp_path / "out" / ".pass1").exists()
+    assert not (tmp_path / "out" / "failures.json").exists()
+    assert not (tmp_path / "out" / ".pass1").exists()
 
 
 def test_nothing_preprocessed_is_a_failure(library: Path, tmp_path: Path):
@@ -465,8 +474,12 @@ def test_text_that_is_cut_is_said_with_the_number_of_tokens(library: Path, tmp_p
     preprocess(job(library, tmp_path / "out"), events)
     lost = load_record(tmp_path / "out" / "a.wav.pt").metadata["tokens_lost"]
     said = [e.message for e in events.of(Notice) if e.level == "warning" and "tokens" in e.message]
-    assert lost["text"] > 100 and lost["lyrics"] > 900 and len(said) == 2
-    assert str(lost["text"]) in said[0] and str(lost["lyrics"]) in said[1] and "a.wav" in said[0]
+    assert lost["text"] > 100
+    assert lost["lyrics"] > 900
+    assert len(said) == 2
+    assert str(lost["text"]) in said[0]
+    assert str(lost["lyrics"]) in said[1]
+    assert "a.wav" in said[0]
 
 
 def test_a_song_longer_than_the_model_knows_is_said(library: Path, tmp_path: Path, monkeypatch):
@@ -481,12 +494,10 @@ def test_progress_names_the_song_its_rate_and_the_time_left(library: Path, tmp_p
     preprocess(job(library, tmp_path / "out"), events)
     for task in ("Pass 1: audio", "Pass 1: text", "Pass 2: conditions"):
         steps = [e for e in events.of(Progress) if e.task == task]
-        assert (
-            steps[0].current
-            and (steps[-1].done, steps[-1].total) == (3, 3)
-            and steps[-1].rate
-            and steps[-1].eta_seconds is not None
-        )
+        assert steps[0].current
+        assert (steps[-1].done, steps[-1].total) == (3, 3)
+        assert steps[-1].rate
+        assert steps[-1].eta_seconds is not None
         assert [e.done for e in steps] == sorted(e.done for e in steps)
     assert "--dataset-dir" in events.of(Finished)[0].next_commands[0]
 
@@ -504,4 +515,5 @@ def test_records_of_songs_that_are_gone_are_kept_and_named(library: Path, tmp_pa
 
 def test_the_config_can_be_made_without_an_audio_folder(library: Path, tmp_path: Path):
     config = job(library, tmp_path / "out", audio_dir=None, dataset_json=library / "dataset.json")
-    assert isinstance(config, PreprocessConfig) and preprocess(config, silent).done == 3
+    assert isinstance(config, PreprocessConfig)
+    assert preprocess(config, silent).done == 3

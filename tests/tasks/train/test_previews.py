@@ -231,7 +231,8 @@ def test_previews_that_cannot_be_written_cost_a_warning_and_not_the_run(tensors,
     train(config(tensors, tmp_path, preview_every=1, epochs=1), events.append)
     assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
     warnings = [e.message for e in events if isinstance(e, Notice) and e.level == "warning"]
-    assert len(warnings) == 1 and warnings[0].startswith("No previews this time:")
+    assert len(warnings) == 1
+    assert warnings[0].startswith("No previews this time:")
 
 
 def test_a_run_that_ends_inside_an_epoch_names_its_previews_by_the_step(tensors, tmp_path):
@@ -297,7 +298,8 @@ def test_two_processes_make_the_previews_of_one(tmp_path, environment):
     run(settings(data, tmp_path / "one", gradient_accumulation=2, **asked))
     finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **asked), sharded=bool(environment))
     previews = files(tmp_path / "one" / "previews")
-    assert previews and files(tmp_path / "two" / "previews") == previews
+    assert previews
+    assert files(tmp_path / "two" / "previews") == previews
     for name in (name for name in previews if name.endswith(".flac")):
         one, two = (
             soundfile.read(tmp_path / folder / "previews" / name, dtype="float32")[0] for folder in ("one", "two")

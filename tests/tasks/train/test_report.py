@@ -131,7 +131,8 @@ def test_the_page_is_there_after_the_first_epoch_and_says_that_the_run_goes_on(t
     monkeypatch.setattr(ReportPage, "after_epoch", look)
     train(config(tensors, tmp_path, epochs=2), lambda event: None)
     assert ["running" in text.split("<h1>")[0] for text in seen] == [True, True]
-    assert "epoch 1 of 2" in seen[0] and "epoch 2 of 2" in seen[1]
+    assert "epoch 1 of 2" in seen[0]
+    assert "epoch 2 of 2" in seen[1]
     assert 'class="state finished"' in (tmp_path / "report.html").read_text("utf-8")
 
 
@@ -178,7 +179,9 @@ def test_no_name_or_text_can_break_out_of_the_page():
     assert found.tags.count("script") == 2
     assert "img" not in found.tags
     text = as_script_data(facts(points=[[1, 1.0, 1.0, 1.0, None]]) | {"validation": [HOSTILE]})
-    assert "<" not in text and "&" not in text and json.loads(text)["validation"] == [HOSTILE]
+    assert "<" not in text
+    assert "&" not in text
+    assert json.loads(text)["validation"] == [HOSTILE]
 
 
 EMPTY = {
@@ -316,7 +319,9 @@ class TestInABrowser:
         """
         found = in_browser(tmp_path, page(facts()), question)
         assert found["drawn"] == [True] * 6
-        assert found["log"] and found["gone"] and found["unsmoothed"] == 3
+        assert found["log"]
+        assert found["gone"]
+        assert found["unsmoothed"] == 3
         assert found["tip"] == ["step 40", "training 0.025", "validation 0.7", "validation, averaged weights 0.65"]
 
     def test_the_players_of_a_real_run_play_and_switch_at_the_same_place(self, run, tmp_path):
