@@ -21,20 +21,20 @@ def turbo_timesteps() -> torch.Tensor:
 
 
 def discrete(u: torch.Tensor) -> torch.Tensor:
-    """Turbo: one of its eight timesteps, all equally likely. u: [B] in [0, 1) → t [B]"""
+    """Turbo: one of its eight timesteps, all equally likely. u: [B] in [0, 1] → t [B]"""
     steps = turbo_timesteps()
-    return steps[(u.double() * TURBO_STEPS).long().clamp(0, TURBO_STEPS - 1)].to(u.dtype)
+    return steps[(u.double() * TURBO_STEPS).long().clamp(max=TURBO_STEPS - 1)].to(u.dtype)
 
 
 def logit_normal(mu: float, sigma: float) -> Law:
     """Base and sft: the larger of two draws of sigmoid(N(mu, sigma)).
 
-    The larger of two has the squared distribution function, so its inverse is taken at the square root. u: [B] in [0, 1) → t [B]
+    The larger of two has the squared distribution function, so its inverse is taken at the square root.
+    u: [B] in [0, 1] → t [B]; the ends give 0 and 1.
     """
 
     def law(u: torch.Tensor) -> torch.Tensor:
-        probability = u.double().sqrt().clamp(1e-12, 1 - 1e-12)
-        return torch.sigmoid(mu + sigma * torch.special.ndtri(probability)).to(u.dtype)
+        return torch.sigmoid(mu + sigma * torch.special.ndtri(u.double().sqrt())).to(u.dtype)
 
     return law
 
