@@ -26,7 +26,7 @@ from diffusers import AutoencoderOobleck
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.vae import TILE_FRAMES, encode_mean
 from sidestep.audio.io import decode
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.settings.config import PreprocessConfig
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.preprocess import run as running
@@ -79,7 +79,7 @@ def measure_throughput(folder: Path, channels: int, songs: int, seconds: float, 
     """Pass 1 over audio (decoding, resampling, loudness, tiles, writing) against nothing but `vae.encode`, in turns."""
     checkpoints = make_checkpoints(folder / "checkpoints", channels)
     library = make_songs(folder / "songs", songs, seconds)
-    vae = Checkpoint.load_vae(running.open_job(config_of(checkpoints, library, folder / "none"), silent).checkpoint)
+    vae = Checkpoint.load_vae(running.open_job(config_of(checkpoints, library, folder / "none"), null).checkpoint)
     decoded = [torch.from_numpy(decode(path))[None] for path in sorted(library.glob("*.mp3"))]
     real_encode, real_load = running.encode_songs, Checkpoint.load_vae
     spent, loading = [], []
@@ -107,7 +107,7 @@ def measure_throughput(folder: Path, channels: int, songs: int, seconds: float, 
     for turn in range(rounds):
         before = timed(bare)
         spent.clear(), loading.clear()
-        preprocess(config_of(checkpoints, library, folder / f"out{turn}"), silent)
+        preprocess(config_of(checkpoints, library, folder / f"out{turn}"), null)
         after = timed(bare)
         rows.append({"bare_seconds": (before + after) / 2, "pass_seconds": spent[0] - loading[0]})
         print(
@@ -121,7 +121,7 @@ def measure_throughput(folder: Path, channels: int, songs: int, seconds: float, 
 def measure_tiles(folder: Path, channels: int, seconds: float, rounds: int) -> dict:
     """The same song in tiles and in one piece, in turns."""
     checkpoints = make_checkpoints(folder / "checkpoints", channels)
-    vae = running.open_job(config_of(checkpoints, folder, folder / "none"), silent).checkpoint.load_vae()
+    vae = running.open_job(config_of(checkpoints, folder, folder / "none"), null).checkpoint.load_vae()
     audio = torch.randn(1, 2, round(seconds * 48000)) * 0.1
     encode_mean(vae, audio), encode_mean(vae, audio, 0)
     tiles, whole = zip(
@@ -144,13 +144,13 @@ import sys
 from pathlib import Path
 import torch
 from benchmarks.preprocess import config_of, resident_mib
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.tasks.preprocess import preprocess
 checkpoints, warm, songs, output = map(Path, sys.argv[1:])
-preprocess(config_of(checkpoints, warm, output / "warm"), silent)  # libraries and kernels are in memory now
+preprocess(config_of(checkpoints, warm, output / "warm"), null)  # libraries and kernels are in memory now
 before = resident_mib("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-preprocess(config_of(checkpoints, songs, output / "songs"), silent)
+preprocess(config_of(checkpoints, songs, output / "songs"), null)
 print(resident_mib("VmHWM") - before)
 """
 

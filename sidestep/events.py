@@ -25,7 +25,7 @@ class Notice(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen(Event):
+class Decision(Event):
     """A decision that was made for the user: what, which value and why."""
 
     what: str
@@ -148,7 +148,7 @@ class EventLog:
         self._file.close()
 
 
-def both(first: Report, second: Report) -> Report:
+def tee(first: Report, second: Report) -> Report:
     """A report that goes to two places, in order."""
 
     def report(event: Event) -> None:
@@ -158,5 +158,5 @@ def both(first: Report, second: Report) -> Report:
     return report
 
 
-def silent(event: Event) -> None:
+def null(event: Event) -> None:
     """A report that nobody reads."""

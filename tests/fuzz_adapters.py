@@ -14,7 +14,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from sidestep.errors import UserError
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.settings.config import ExportConfig, InspectConfig
 from sidestep.tasks.export import export
 from sidestep.tasks.inspect import inspect_adapter
@@ -28,13 +28,13 @@ def use(files: dict[str, bytes], root: Path) -> bool:
     shutil.rmtree(root, ignore_errors=True)
     folder = hostile.write(root / "adapter", files)
     try:
-        inspect_adapter(InspectConfig(path=folder), silent)
+        inspect_adapter(InspectConfig(path=folder), null)
     except UserError as error:
         assert error.problem and "\n" not in error.problem, repr(error.problem)
         return False
     for form in FORMATS:
         try:
-            export(ExportConfig(adapter=folder, output=root / form, format=form, strength=0.5), silent)
+            export(ExportConfig(adapter=folder, output=root / form, format=form, strength=0.5), null)
         except UserError:
             pass
     assert {p.name for p in root.iterdir()} <= {"adapter", *FORMATS}

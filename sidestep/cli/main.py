@@ -23,7 +23,7 @@ from sidestep.cli.commands import RUN
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
-from sidestep.events import Chosen, Event, EventLog, Notice, Report, Table, both, silent
+from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee
 from sidestep.files import state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
@@ -153,7 +153,7 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     name = call.preset
     if call.vram_profile:
         name, why = profile_of(call)
-        notes.append(Chosen(what="profile", value=name, reason=why))
+        notes.append(Decision(what="profile", value=name, reason=why))
     preset = presets.find(name) if name else None
     configs = configs_of(call, preset.values if preset else {})
     if preset and preset.unknown:
@@ -176,16 +176,16 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> ExitStatus:
     """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
     if int(os.environ.get("RANK", "0")) > 0:
-        return RUN[type(config)](config, silent, terminal)  # one process of a group speaks for all
+        return RUN[type(config)](config, null, terminal)  # one process of a group speaks for all
     if getattr(config, "json", False):
-        return RUN[type(config)](config, silent, terminal)  # nothing but JSON on the output
+        return RUN[type(config)](config, null, terminal)  # nothing but JSON on the output
     with ExitStack() as stack:
         report = stack.enter_context(terminal.view())
         folder = output_folder(config)
         if folder is not None:
             log = LazyEventLog(folder / "events.jsonl")
             stack.callback(log.close)
-            report = both(log, report)
+            report = tee(log, report)
         for note in notes:
             report(note)
         return RUN[type(config)](config, report, terminal)

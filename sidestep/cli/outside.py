@@ -13,8 +13,8 @@ from sidestep.events import Table
 from sidestep.settings.config import DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.settings.path_checks import count_tensors
-from sidestep.terminal.lines import clock
 from sidestep.wizard.session import Outside
+from sidestep.words import clock, count, gib
 
 LOOK_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
@@ -48,8 +48,8 @@ def _counted(folder: Path) -> str:
             seconds += probe(song).seconds
         except AudioError:
             unread += 1
-    count = f"{len(songs):,} song{'' if len(songs) == 1 else 's'}"
-    return f"{count}, {'more than ' if unread else ''}{clock(seconds)} of music"
+    found = count(len(songs), "song")
+    return f"{found}, {'more than ' if unread else ''}{clock(seconds)} of music"
 
 
 def _machine(checkpoint_dir: Path | None) -> Table | None:
@@ -76,11 +76,11 @@ def _memory(config: TrainConfig) -> list[str]:
     plan = _json_of(tuple(command_words(resolve(PlanConfig, shared, {"json": True}))))
     if not isinstance(plan, dict):
         return ["Memory: not worked out in time; train.py plan has the answer"]
-    needed, there, fits = plan["asked"]["needed_bytes"] / 2**30, plan["device_bytes"], plan["fits"]
+    needed, there, fits = gib(plan["asked"]["needed_bytes"]), plan["device_bytes"], plan["fits"]
     if fits is None:
-        return [f"Memory: {needed:.1f} GiB at most for songs of four minutes (no GPU found to compare with)"]
+        return [f"Memory: {needed} at most for songs of four minutes (no GPU found to compare with)"]
     lines = [
-        f"Memory: {needed:.1f} GiB at most of {there / 2**30:.1f} GiB for songs of four minutes: {'fits' if fits else 'DOES NOT FIT'}"
+        f"Memory: {needed} at most of {gib(there)} for songs of four minutes: {'fits' if fits else 'DOES NOT FIT'}"
     ]
     if not fits and plan["best"]:
         lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")

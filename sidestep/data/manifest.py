@@ -42,6 +42,7 @@ from sidestep.data.fields import FIELDS, INSTRUMENTAL, NotUnderstood, field_name
 from sidestep.data.sidecars import decode_text
 from sidestep.errors import UserError
 from sidestep.files import write_text
+from sidestep.words import count
 
 TAG_POSITIONS = ("prepend", "append", "replace")
 _MISTAKES_SHOWN = 20
@@ -211,9 +212,7 @@ class _Reading:
         if self.mistakes:
             more = len(self.mistakes) - _MISTAKES_SHOWN
             shown = self.mistakes[:_MISTAKES_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
-            problem = "\n".join(
-                [f"{self.path} has {len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}:", *shown]
-            )
+            problem = "\n".join([f"{self.path} has {count(len(self.mistakes), 'mistake')}:", *shown])
             raise UserError(problem, 'Put these right, or set them to null or "" where they are not known.')
         extra = {key: value for key, value in data.items() if key not in ("metadata", "samples")}
         return Dataset(

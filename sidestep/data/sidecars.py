@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.data.fields import NotUnderstood, field_named, understand
+from sidestep.words import count
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -370,7 +371,7 @@ class Tables:
             self.problems.append(
                 (
                     path,
-                    f'{len(strangers)} row{"s" if len(strangers) > 1 else ""} name no song here, such as "{strangers[0]}"',
+                    f'{count(len(strangers), "row")} name no song here, such as "{strangers[0]}"',
                 )
             )
 

@@ -1,14 +1,12 @@
 """Every setting of every command, declared once. Flags, questions, preset keys and README rows derive from here."""
 
-import shlex
-import subprocess
-import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.settings.option import as_arguments, option, same_as
+from sidestep.words import train_py
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
@@ -574,6 +572,5 @@ def command_words(config: Any) -> list[str]:
 
 
 def command_line(config: Any) -> str:
-    """The same as one line for the shell of this platform, to show, store and paste."""
-    words = ["uv", "run", "train.py", *command_words(config)]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    """The same as one line for the shell at hand, to show, store and paste."""
+    return train_py(*command_words(config))

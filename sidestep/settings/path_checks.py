@@ -4,6 +4,7 @@ What a folder or file should hold to be an answer, in a line: "12 tensors", "no 
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from sidestep import variants
 from sidestep.errors import UserError
+from sidestep.words import count
 
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
@@ -30,8 +32,8 @@ class FoundModel:
     @property
     def size(self) -> str:
         """`2.4 B`, `5.0 B`, `0.3 M`."""
-        count = self.parameters
-        return "" if not count else f"{count / 1e9:.1f} B" if count >= 1e8 else f"{count / 1e6:.1f} M"
+        number = self.parameters
+        return "" if not number else f"{number / 1e9:.1f} B" if number >= 1e8 else f"{number / 1e6:.1f} M"
 
     @property
     def title(self) -> str:
@@ -131,10 +133,7 @@ def safetensors_parameters(path: Path) -> int:
         raise ValueError("cut short")
     total = 0
     for facts in tensors:
-        count = 1
-        for size in facts["shape"]:
-            count *= size
-        total += count
+        total += math.prod(facts["shape"])
     return total
 
 
@@ -202,7 +201,7 @@ def checkpoints(folder: Path) -> str:
     usable = [model for model in models if not model.problem]
     if usable:
         broken = [model.title for model in models if model.problem]
-        return _count(len(usable), "model") + (f"; not usable: {', '.join(broken)}" if broken else "")
+        return count(len(usable), "model") + (f"; not usable: {', '.join(broken)}" if broken else "")
     if models:
         raise UserError(
             f"No usable model here: {', '.join(model.title for model in models)}.", f"Download again: {DOWNLOAD}"
@@ -214,9 +213,8 @@ def checkpoints(folder: Path) -> str:
 def tensors(folder: Path, songs: Look) -> str:
     """A folder of training tensors. Raises UserError; songs without tensors get the advice to preprocess."""
     _there(folder, folder.is_dir())
-    count = count_tensors(folder)
-    if count:
-        return _count(count, "song") + " as tensors"
+    if found := count_tensors(folder):
+        return count(found, "song") + " as tensors"
     try:
         found = songs(folder)
     except UserError:
@@ -249,7 +247,7 @@ def dataset_list(path: Path) -> str:
     samples = data.get("samples") if isinstance(data, dict) else data
     if not isinstance(samples, list) or not samples:
         raise UserError("No songs are listed in it.", "Build it from a folder of songs: choose Build dataset.")
-    return _count(len(samples), "song") + " listed"
+    return count(len(samples), "song") + " listed"
 
 
 def new_run(folder: Path) -> str:
@@ -263,10 +261,10 @@ def new_run(folder: Path) -> str:
 def new_folder(folder: Path) -> str:
     """A folder to write to, new or not. Raises UserError."""
     _writable(folder)
-    count = count_tensors(folder)
+    found = count_tensors(folder)
     return (
-        f"{_count(count, 'song')} there already: what is unchanged is kept"
-        if count
+        f"{count(found, 'song')} there already: what is unchanged is kept"
+        if found
         else ""
         if folder.exists()
         else "a new folder"
@@ -321,7 +319,3 @@ def _writable(folder: Path) -> None:
     blocking = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
     if blocking is not None:
         raise UserError(f"{blocking} is a file.")
-
-
-def _count(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")

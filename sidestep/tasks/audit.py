@@ -43,6 +43,7 @@ from sidestep.data.manifest import (
 from sidestep.errors import JobError, UserError
 from sidestep.events import Progress, Report, Saved, Table
 from sidestep.files import write_text
+from sidestep.words import clock
 
 VERSION = 1  # of the measurements: raised whenever they change
 SILENCE_DBFS = -60.0  # a block of 0.1 s below this is silent
@@ -239,7 +240,7 @@ def find(songs: Sequence[Song]) -> list[Finding]:
         _finding(
             "break off",
             "the file is damaged; what is left is used",
-            ((s, _clock(s.measured.seconds)) for s in heard if s.measured.cut_short),
+            ((s, clock(s.measured.seconds)) for s in heard if s.measured.cut_short),
         ),
         _finding("same sound", "one of them is enough; to train on it more often, say repeat", _copies(heard)),
         _finding("same recording in another coding", "likewise", _recodings(heard)),
@@ -256,7 +257,7 @@ def find(songs: Sequence[Song]) -> list[Finding]:
         _finding(
             "longer than 10 minutes",
             "the model knows no longer songs",
-            ((s, _clock(s.measured.seconds)) for s in heard if s.measured.seconds > LONGEST_SECONDS),
+            ((s, clock(s.measured.seconds)) for s in heard if s.measured.seconds > LONGEST_SECONDS),
         ),
         _finding(
             "shorter than 10 s",
@@ -287,7 +288,7 @@ def find(songs: Sequence[Song]) -> list[Finding]:
             "other length than noted",
             "the file's own length is used",
             (
-                (s, f"{_clock(s.measured.seconds)}, not {_clock(s.sample.duration)}")
+                (s, f"{clock(s.measured.seconds)}, not {clock(s.sample.duration)}")
                 for s in heard
                 if duration_differs(s.sample, s.measured.seconds)
             ),
@@ -339,10 +340,6 @@ def _recodings(songs: Sequence[Song]) -> list[tuple[Song, str]]:
                 later, earlier = max(i, j), min(i, j)
                 like[later] = min(earlier, like.get(later, earlier))
     return [(songs[later], f"like {songs[earlier].name}") for later, earlier in sorted(like.items())]
-
-
-def _clock(seconds: float) -> str:
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
 WIDTH, HEIGHT = 460, 190
@@ -524,7 +521,7 @@ def _tiles(dataset: Dataset, songs: Sequence[Song]) -> str:
     seconds = sum(s.measured.seconds for s in songs if s.measured)
     tiles = [
         (str(len(songs)), "songs"),
-        (_clock_page(seconds), "of music"),
+        (clock(seconds), "of music"),
         (f"{sum(s.labeled for s in samples)}", "with caption or genre"),
         (f"{sum(bool(s.lyrics) and s.lyrics != INSTRUMENTAL for s in samples)}", "with lyrics"),
         (f"{sum(s.bpm is not None for s in samples)}", "with tempo"),
@@ -610,7 +607,7 @@ def _song(song: Song, dataset: Dataset, number: int, flags: Sequence[str], folde
         level = f"{measured.loudness_lufs:.1f} LUFS" if measured.loudness_lufs is not None else "silent"
         channels = {1: "mono", 2: "stereo"}.get(measured.channels, f"{measured.channels} channels")
         facts = [
-            _clock_page(measured.seconds),
+            clock(measured.seconds),
             f"{measured.sample_rate / 1000:g} kHz {channels}",
             level,
             f"peak {measured.peak_db:.1f} dB",
@@ -629,12 +626,6 @@ def _song(song: Song, dataset: Dataset, number: int, flags: Sequence[str], folde
         f'<article class="song" id="song-{number}"><div><div class="name">{escape(song.name)}</div><div class="caption">{escape(caption)}</div>'
         f'<div class="facts">{escape(" · ".join(f for f in facts if f))}</div>{marks}{lyrics}</div><div class="sound">{sound}</div></article>'
     )
-
-
-def _clock_page(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 CACHE = Path(".side-step") / "audit.json"

@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -51,6 +50,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.settings.config import BuildDatasetConfig
+from sidestep.words import clock, train_py
 
 MODEL_SECONDS = 600  # the longest song the model knows
 _THREADS = 8  # headers and tags wait for the disk
@@ -122,7 +122,10 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     report(_summary(dataset, origins, failed))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     report(Saved(what="dataset", path=str(shown)))
-    preprocess = f"uv run train.py fixed --preprocess --dataset-json {shlex.quote(str(shown))} --tensor-output tensors --checkpoint-dir CHECKPOINTS"
+    preprocess = train_py(
+        *("fixed", "--preprocess", "--dataset-json", str(shown)),
+        *("--tensor-output", "tensors", "--checkpoint-dir", "CHECKPOINTS"),
+    )
     report(Finished(message=f"{len(dataset.samples)} songs in {shown}", next_commands=(preprocess,)))
     return BuildSummary(output, dataset, tuple(failed))
 
@@ -290,7 +293,7 @@ def _summary(dataset: Dataset, origins: Counter, failed: list[tuple[Path, str]])
         ("songs", str(total)),
         (
             "length",
-            f"{_clock(sum(seconds))} in all, {_clock(min(seconds))} to {_clock(max(seconds))}" if seconds else "0:00",
+            f"{clock(sum(seconds))} in all, {clock(min(seconds))} to {clock(max(seconds))}" if seconds else "0:00",
         ),
         ("longer than the model's 10 minutes", str(sum(s > MODEL_SECONDS for s in seconds))),
         ("captions", ", ".join(f"{count} {origin}" for origin, count in origins.most_common())),
@@ -303,12 +306,6 @@ def _summary(dataset: Dataset, origins: Counter, failed: list[tuple[Path, str]])
         ("could not be read", str(len(failed))),
     ]
     return Table(title=f"Dataset {dataset.metadata.name}", columns=("", ""), rows=tuple(rows))
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 FIELDS = ("bpm", "keyscale", "timesignature")

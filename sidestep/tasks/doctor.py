@@ -21,6 +21,7 @@ from sidestep.files import config_folder, state_folder
 from sidestep.settings.config import DoctorConfig
 from sidestep.settings.path_checks import find_models
 from sidestep.variants import CONFIG_2B
+from sidestep.words import gib
 
 PACKAGES = ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "soundfile", "av", "rich", "questionary")
 
@@ -44,12 +45,8 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     findings.append(_attention(device.value, precision.value))
     findings += _models(config)
     memory = psutil.virtual_memory()
-    findings.append(
-        Finding("main memory", f"{memory.total / 2**30:.1f} GiB", f"{memory.available / 2**30:.1f} GiB free")
-    )
-    findings.append(
-        Finding("free disk", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB", "where this command was started")
-    )
+    findings.append(Finding("main memory", gib(memory.total), f"{gib(memory.available)} free"))
+    findings.append(Finding("free disk", gib(shutil.disk_usage(Path.cwd()).free), "where this command was started"))
     findings.append(
         Finding(
             "Side-Step",
@@ -78,9 +75,9 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
 def _memory(device: torch.device) -> Finding:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return Finding("device memory", f"{total / 2**30:.1f} GiB", f"{free / 2**30:.1f} GiB free")
+        return Finding("device memory", gib(total), f"{gib(free)} free")
     memory = psutil.virtual_memory()
-    return Finding("device memory", f"{memory.total / 2**30:.1f} GiB", "shared with the rest of the system")
+    return Finding("device memory", gib(memory.total), "shared with the rest of the system")
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> Finding:

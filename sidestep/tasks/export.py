@@ -30,6 +30,7 @@ from sidestep.adapters.write import (
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved
 from sidestep.settings.config import ExportConfig
+from sidestep.words import gib
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WRITERS: dict[str, Callable] = {"comfyui": save_comfyui, "diffusers": save_diffusers, "lycoris": save_lycoris}
@@ -224,7 +225,7 @@ def _merge(
                     level="warning",
                 )
             )
-        report(Finished(message=f"Merged into a checkpoint of {total / 2**30:.2f} GiB.", next_commands=(command,)))
+        report(Finished(message=f"Merged into a checkpoint of {gib(total, digits=2)}.", next_commands=(command,)))
 
 
 def _correct_index(index: Path) -> None:
@@ -277,7 +278,7 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"--output {target}: {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB are free.",
+            f"--output {target}: {gib(needed)} are needed and {gib(free)} are free.",
             "Free some space, or choose an --output on another disk.",
         )
 

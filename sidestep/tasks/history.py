@@ -13,6 +13,7 @@ from sidestep.events import Finished, Notice, Report, Table
 from sidestep.settings.config import HistoryConfig, TrainConfig, command_line
 from sidestep.settings.option import resolve
 from sidestep.settings.path_checks import FoundRun, read_run
+from sidestep.words import count, hours
 
 SMOOTHED_EPOCHS = 5  # what a run without validation is judged by: the mean loss of so many epochs
 DEEPEST = 3  # folders below the given one in which runs are looked for
@@ -58,7 +59,7 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     columns = ("run", "started", "model", "adapter", "epochs", "time", "best loss", "judged by", "state")
     report(
         Table(
-            title=f"{len(runs)} run{'s' * (len(runs) > 1)} in {config.folder}",
+            title=f"{count(len(runs), 'run')} in {config.folder}",
             columns=columns,
             rows=tuple(_row(run, config.folder) for run in runs),
         )
@@ -171,8 +172,7 @@ def _row(run: PastRun, folder: Path) -> tuple[str, ...]:
     path = Path(run.folder)
     place = path.relative_to(folder).as_posix() if path.is_relative_to(folder) and path != folder else run.name
     adapter = f"{run.adapter} {run.rank}" if run.rank else run.adapter
-    hours, minutes = divmod(round(run.seconds / 60), 60)
-    time = f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+    time = hours(run.seconds)
     best = "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})"
     state = (
         "finished"

@@ -25,10 +25,11 @@ from sidestep.audio.io import write_flac
 from sidestep.data.fields import NotUnderstood, understand
 from sidestep.data.sidecars import decode_text
 from sidestep.errors import JobError, UserError
-from sidestep.events import Chosen, Finished, Notice, Progress, Report, Saved
+from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
 from sidestep.settings.config import SampleConfig
 from sidestep.settings.option import options_of
+from sidestep.words import count
 
 LONGEST_SECONDS = 600
 
@@ -71,10 +72,10 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
         choose_device(config.device),
         choose_precision(config.precision, choose_device(config.device).value),
     )
-    report(Chosen(what="device", value=str(device.value), reason=device.reason))
-    report(Chosen(what="precision", value=precision_name(precision.value), reason=precision.reason))
+    report(Decision(what="device", value=str(device.value), reason=device.reason))
+    report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     sampling = sampling_for(checkpoint.variant, config.steps, config.guidance, config.shift)
-    report(Chosen(what="sampling", value=described(sampling), reason=checkpoint.variant.reason))
+    report(Decision(what="sampling", value=described(sampling), reason=checkpoint.variant.reason))
     if config.guidance is not None and config.guidance != sampling.guidance:
         report(
             Notice(
@@ -87,7 +88,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     tell_lost_tokens(prompt, conditions, report)
     decoder = checkpoint.load_decoder(device.value, precision.value)
     attention = use_attention(decoder, config.attention)
-    report(Chosen(what="attention", value=attention.value, reason=attention.reason))
+    report(Decision(what="attention", value=attention.value, reason=attention.reason))
     model = put_on(decoder, adapter) if adapter else None
     studio = studio_for(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
     stem = _free_stem(config.output, f"{slug(prompt.caption)}-seed{prompt.seed}", strengths)
@@ -110,9 +111,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
         report(Saved(what="sample", path=str(path)))
         report(Progress(task="Sampling", done=number + 1, total=len(strengths), current=f"strength {strength:g}"))
         files.append(path)
-    report(
-        Finished(message=f"{len(files)} audio file{'s' * (len(files) > 1)} of {prompt.duration:g} s in {config.output}")
-    )
+    report(Finished(message=f"{count(len(files), 'audio file')} of {prompt.duration:g} s in {config.output}"))
     return files
 
 

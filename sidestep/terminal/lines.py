@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from sidestep.events import (
-    Chosen,
+    Decision,
     EpochDone,
     Event,
     FileFailed,
@@ -18,22 +18,9 @@ from sidestep.events import (
     Table,
     Validated,
 )
+from sidestep.words import clock, gib
 
 SECONDS_BETWEEN_LINES = 3.0
-
-
-def clock(seconds: float | None) -> str:
-    """A duration as a person reads it: 0:42, 12:03, 3:05:00."""
-    if seconds is None or seconds != seconds or seconds < 0:
-        return "?"
-    minutes, seconds = divmod(round(min(seconds, 1e9)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def gib(count: int | None) -> str:
-    """Bytes in GiB, or nothing where the device has no counter."""
-    return "" if count is None else f"{count / 2**30:.1f} GiB"
 
 
 def as_typed(value: object) -> str:
@@ -50,7 +37,7 @@ def as_lines(event: Event) -> list[str]:
     match event:
         case Notice(message=message, level=level):
             return [message if level == "info" else f"{level}: {message}"]
-        case Chosen(what=what, value=value, reason=reason):
+        case Decision(what=what, value=value, reason=reason):
             return [f"{what}: {value} ({reason})"]
         case Progress():
             return [progress_line(event)]

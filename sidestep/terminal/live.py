@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sidestep.events import (
-    Chosen,
+    Decision,
     EpochDone,
     Event,
     FileFailed,
@@ -24,7 +24,8 @@ from sidestep.events import (
     Table,
     Validated,
 )
-from sidestep.terminal.lines import as_lines, clock, gib
+from sidestep.terminal.lines import as_lines
+from sidestep.words import clock, gib
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
@@ -145,7 +146,7 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
     match event:
         case Notice(level=level):
             return Text(as_lines(event)[0], style=STYLES.get(level, ""))
-        case Chosen(what=what, value=value, reason=reason):
+        case Decision(what=what, value=value, reason=reason):
             return Text.assemble((f"{what}: ", "dim"), (value, "bold"), (f"  {reason}", "dim"))
         case FileFailed() | StepSkipped():
             return Text(as_lines(event)[0], style="yellow")

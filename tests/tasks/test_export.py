@@ -20,7 +20,7 @@ from sidestep.adapters.names import to_diffusers
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
 from sidestep.errors import JobError, UserError
-from sidestep.events import Finished, Notice, Progress, Saved, silent
+from sidestep.events import Finished, Notice, Progress, Saved, null
 from sidestep.settings.config import ExportConfig
 from sidestep.tasks.export import export
 from tests.adapters.test_adapters import close_velocities, config, shake, turbo
@@ -40,7 +40,7 @@ def make(folder: Path, seed: int = 0, **settings):
     return folder, model
 
 
-def run(adapter: Path, output: Path, report=silent, **settings) -> Path:
+def run(adapter: Path, output: Path, report=null, **settings) -> Path:
     return export(ExportConfig(adapter=adapter, output=output, **settings), report)
 
 
@@ -268,11 +268,11 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from sidestep.settings.config import ExportConfig
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.tasks.export import export
 def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 2**20
 before = peak()
-export(ExportConfig(adapter=Path(sys.argv[1]), output=Path(sys.argv[2]), format="merged", base=Path(sys.argv[3])), silent)
+export(ExportConfig(adapter=Path(sys.argv[1]), output=Path(sys.argv[2]), format="merged", base=Path(sys.argv[3])), null)
 print(before, peak())
 """
 
@@ -362,7 +362,7 @@ def test_a_killed_merge_leaves_the_source_untouched_and_no_output(tmp_path):
     source = tmp_path / "c" / "acestep-v15-turbo" / "model.safetensors"
     before = hashlib.sha256(source.read_bytes()).hexdigest()
     code = MEASURE.replace(
-        "silent)", "lambda event: __import__('os')._exit(9))"
+        "null)", "lambda event: __import__('os')._exit(9))"
     )  # dies at the first tensor, as by SIGKILL
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "adapter.safetensors", tmp_path / "out", tmp_path / "c"],

@@ -11,14 +11,14 @@ from sidestep.adapters.adapter import change_of
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_comfyui, save_diffusers
 from sidestep.errors import UserError
-from sidestep.events import Notice, Table, silent
+from sidestep.events import Notice, Table, null
 from sidestep.settings.config import InspectConfig
 from sidestep.tasks.inspect import Inspection, inspect_adapter, norm_of
 from tests.adapters.test_write import TYPES
 from tests.tasks.test_export import make
 
 
-def look(path, report=silent) -> Inspection:
+def look(path, report=null) -> Inspection:
     return inspect_adapter(InspectConfig(path=path), report)
 
 

@@ -25,7 +25,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
 from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
-from sidestep.events import Event, Notice, silent
+from sidestep.events import Event, Notice, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import prompt_of, sample, slug
 from tests.conftest import FIXTURES
@@ -244,7 +244,7 @@ def test_sample_writes_audio_beside_its_prompt_and_the_same_again_for_the_same_s
         timesignature="4/4",
         offload_encoder=True,
     )
-    files = sample(asked, silent)
+    files = sample(asked, null)
     assert [file.name for file in files] == [f"a-b-song-b-seed42-strength{s}.flac" for s in ("0", "0.5", "1")]
     audio = {}
     for file, strength in zip(files, asked.strength, strict=True):
@@ -258,9 +258,9 @@ def test_sample_writes_audio_beside_its_prompt_and_the_same_again_for_the_same_s
         assert facts["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 3.0}
     assert not np.array_equal(audio[0.0], audio[1.0])
 
-    without = sample(sample_config(checkpoints, tmp_path / "base", keyscale="A minor", timesignature="4"), silent)
+    without = sample(sample_config(checkpoints, tmp_path / "base", keyscale="A minor", timesignature="4"), null)
     assert np.array_equal(soundfile.read(without[0], dtype="float32")[0], audio[0.0])
-    again = sample(asked, silent)
+    again = sample(asked, null)
     assert [file.name for file in again] == [f"a-b-song-b-seed42-2-strength{s}.flac" for s in ("0", "0.5", "1")]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files, again, strict=True))
 
@@ -288,13 +288,13 @@ WRONG = [
 @pytest.mark.parametrize(("settings", "said"), WRONG)
 def test_a_wrong_call_is_told_what_is_wrong_before_anything_is_loaded(checkpoints, tmp_path, settings, said):
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        sample(sample_config(checkpoints, tmp_path / "out", **settings), silent)
+        sample(sample_config(checkpoints, tmp_path / "out", **settings), null)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_size_is_refused(checkpoints, tmp_path, adapter_folder):
     with pytest.raises(UserError, match="does not fit this model"):
-        sample(sample_config(checkpoints, tmp_path, adapter=adapter_folder, model_variant="xl-turbo"), silent)
+        sample(sample_config(checkpoints, tmp_path, adapter=adapter_folder, model_variant="xl-turbo"), null)
 
 
 @pytest.mark.parametrize("words", [["0,0.5,1"], ["0", "0.5", "1"], ["0,", "0.5,1"]])

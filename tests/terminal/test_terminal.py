@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sidestep import events
 from sidestep.events import (
-    Chosen,
+    Decision,
     EpochDone,
     Event,
     FileFailed,
@@ -21,7 +21,7 @@ from sidestep.events import (
     Table,
     Validated,
 )
-from sidestep.terminal.lines import PlainView, as_lines, as_typed, clock
+from sidestep.terminal.lines import PlainView, as_lines, as_typed
 from sidestep.terminal.live import LiveView, shown, sparkline
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import Terminal
@@ -40,7 +40,7 @@ STEP = StepDone(
 EXAMPLES = {
     "hello": Notice(message="hello"),
     "warning: mind": Notice(message="mind", level="warning"),
-    "device: cpu (no GPU found)": Chosen(what="device", value="cpu", reason="no GPU found"),
+    "device: cpu (no GPU found)": Decision(what="device", value="cpu", reason="no GPU found"),
     "Pass 1 3/12 (25%), 4.1 audio s/s, 0:32 left, song.wav": Progress(
         task="Pass 1", done=3, total=12, rate=4.1, unit="audio s", eta_seconds=32, current="song.wav"
     ),
@@ -75,22 +75,6 @@ def test_every_kind_of_event_is_in_the_table_above():
 def test_an_event_of_a_new_kind_is_shown_all_the_same():
     new = dataclasses.make_dataclass("Cooled", [("degrees", int)], bases=(Event,), frozen=True, kw_only=True)
     assert as_lines(new(degrees=3)) == ["Cooled: degrees=3"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"),
-        (61.4, "1:01"),
-        (11105, "3:05:05"),
-        (None, "?"),
-        (float("nan"), "?"),
-        (-1, "?"),
-        (float("inf"), "277777:46:40"),
-    ],
-)
-def test_durations(seconds, text):
-    assert clock(seconds) == text
 
 
 @pytest.mark.parametrize(

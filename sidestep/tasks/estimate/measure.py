@@ -5,7 +5,6 @@ The rounds of a measurement: until two halves of the songs agree on the ranks, t
 """
 
 import json
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,7 @@ from sidestep.data.batches import MicroBatch, Song, collate, plan_epoch
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import Notice, Progress, Report
 from sidestep.files import replacing
-from sidestep.settings.config import EstimateConfig
-from sidestep.settings.option import as_arguments
+from sidestep.settings.config import EstimateConfig, command_line
 from sidestep.tasks.estimate.allocate import allocate, rank_correlation
 from sidestep.tasks.estimate.sketch import Layout, Sketch, Spectrum, spectrum, watch
 from sidestep.tasks.train.loop import StopRequest
@@ -191,7 +189,7 @@ AGREED = 0.9  # Spearman correlation between the ranks from two halves at which 
 
 
 @dataclass(frozen=True)
-class Decision:
+class Ranking:
     """Ranks of all modules (0: none) and what they rest on."""
 
     ranks: dict[str, int]
@@ -217,7 +215,7 @@ def ranks_from(
     return dict.fromkeys(spectra, 0) | allocate(values, costs, budget, config.rank_min, config.rank_max)
 
 
-def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> Decision:
+def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> Ranking:
     """Ranks from all four quarters, and the agreement between the ranks that either half alone would give.
 
     Each half's ranks come from the same procedure as the whole's: its own two parts confirm each other.
@@ -238,7 +236,7 @@ def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> D
         )
     by_half = [ranks_from(found, costs, caps, budget, config) for found in (first, second)]
     agreement = rank_correlation(*(list(ranks.values()) for ranks in by_half))
-    return Decision(ranks_from(whole, costs, caps, budget, config), whole, agreement)
+    return Ranking(ranks_from(whole, costs, caps, budget, config), whole, agreement)
 
 
 def captured(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> float:
@@ -259,7 +257,7 @@ def run_rounds(
     partial: Path,
     key: str,
     report: Report,
-) -> Decision:
+) -> Ranking:
     """Rounds until both halves agree or the batches are spent. Looks at 2, 3, 4, 6, 9, … rounds, and keeps what is measured at each look.
 
     Raises Interrupted after a save when asked to stop, JobError when there are no finite gradients.
@@ -275,7 +273,7 @@ def run_rounds(
             finite = one_round(measurement, meter, stop, report)
             if finite is None:
                 sums.save(partial, key)
-                raise Interrupted(shlex.join(["uv", "run", "train.py", "estimate", *as_arguments(config)]))
+                raise Interrupted(command_line(config))
             bad = 0 if finite else bad + 1
             if bad == BAD_ROUNDS:
                 raise JobError(f"{BAD_ROUNDS} rounds in a row had no finite gradient.", "Try --precision fp32.")

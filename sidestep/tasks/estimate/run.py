@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -16,19 +15,20 @@ from sidestep.adapters.rank_map import RankMap
 from sidestep.adapters.targets import target_names
 from sidestep.data.records import fingerprint
 from sidestep.errors import UserError
-from sidestep.events import Chosen, Finished, Notice, Report, Saved
+from sidestep.events import Decision, Finished, Notice, Report, Saved
 from sidestep.files import replacing
 from sidestep.flow_matching.timesteps import Law
 from sidestep.settings.config import EstimateConfig, TrainConfig
 from sidestep.settings.option import as_json_values
 from sidestep.tasks.estimate.allocate import uniform_budget
-from sidestep.tasks.estimate.measure import QUARTERS, Decision, Measurement, Sums, captured, ranks_from, run_rounds
+from sidestep.tasks.estimate.measure import QUARTERS, Measurement, Ranking, Sums, captured, ranks_from, run_rounds
 from sidestep.tasks.estimate.page import heat_map, top_modules, write_page
 from sidestep.tasks.estimate.sketch import Layout, linear_shapes
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw, training_law
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import open_accelerator, require_levers_that_go_together
 from sidestep.tasks.train.songs import load_songs, with_windows
+from sidestep.words import train_py
 
 MEMORY_LEVERS = (
     "gradient_checkpointing",
@@ -58,7 +58,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     if checkpoint.variant.is_turbo:
         report(Notice(message=TURBO_WARNING, level="warning"))
     law = focused(training_law(training, checkpoint.variant), config)
-    report(Chosen(what="timesteps", value=law.name, reason=law.reason))
+    report(Decision(what="timesteps", value=law.name, reason=law.reason))
 
     decoder, mask = load_frozen(training, checkpoint, device, precision, report)
     layout = Layout(linear_shapes(decoder, target_names(decoder, training)), config.sketch_width, config.seed)
@@ -69,7 +69,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
             f"--budget {budget}: one rank of one module already takes {cheapest} parameters.", "Raise --budget."
         )
     report(
-        Chosen(
+        Decision(
             what="budget",
             value=f"{budget:,} parameters",
             reason="--budget" if config.budget else f"what --rank {config.rank} costs on all attention",
@@ -107,7 +107,7 @@ def load_frozen(
     mask = ConditionMask()
     mask.install(decoder)
     attention = use_attention(decoder, training.attention, device, precision)
-    report(Chosen(what="attention", value=str(attention.value), reason=attention.reason))
+    report(Decision(what="attention", value=str(attention.value), reason=attention.reason))
     if training.gradient_checkpointing:
         recompute_layers(decoder, training.recompute_layers)
     if training.swap_blocks:
@@ -200,7 +200,7 @@ def as_map(
     songs: int,
     layout: Layout,
     budget: int,
-    decision: Decision,
+    decision: Ranking,
     sums: Sums,
 ) -> RankMap:
     """The rank map of a decision."""
@@ -262,9 +262,6 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
             )
         )
     command = [
-        "uv",
-        "run",
-        "train.py",
         "fixed",
         "--checkpoint-dir",
         str(config.checkpoint_dir),
@@ -272,4 +269,4 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
         config.model_variant,
     ]
     command += ["--dataset-dir", str(config.dataset_dir), "--rank", str(config.rank), "--output-dir"]
-    report(Finished(message=result.summary(), next_commands=(shlex.join(command) + " …",)))
+    report(Finished(message=result.summary(), next_commands=(train_py(*command) + " …",)))

@@ -15,13 +15,14 @@ from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import PRECISIONS, choose_device, choose_precision
 from sidestep.data.records import RecordError, find_records, load_record
 from sidestep.errors import UserError
-from sidestep.events import Chosen, Notice, Report, Table
+from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.config import PlanConfig, TrainConfig
 from sidestep.settings.option import changed_from_defaults, options_of
 from sidestep.tasks.plan.device import GIB, Device, on_device, this_device
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
+from sidestep.words import gib
 
 FRAMES_PER_SECOND = 25
 SHORTEST_WINDOW_SECONDS = 15.0
@@ -210,35 +211,39 @@ def planner_for(config: PlanConfig) -> tuple[Planner, TrainConfig]:
 def tables(result: Plan) -> Iterator[Table]:
     """What a person reads: the run, the passes before it, what each lever saves, what to type."""
 
-    def gib(count: int) -> str:
-        return f"{count / GIB:.2f} GiB"
-
     peak, limit = result.asked.peak, result.device.bytes if result.device else None
-    parts = [(name, gib(getattr(peak, name))) for name in PARTS]
+    parts = [(name, gib(getattr(peak, name), digits=2)) for name in PARTS]
     rows = [
         *parts,
-        ("tensors at the peak", gib(peak.total)),
-        ("needed with context and slack", gib(result.asked.needed)),
+        ("tensors at the peak", gib(peak.total, digits=2)),
+        ("needed with context and slack", gib(result.asked.needed, digits=2)),
     ]
     if result.device:
         left = limit - result.asked.needed
-        verdict = f"fits, {gib(left)} to spare" if left >= 0 else f"does not fit, {gib(-left)} too much"
-        rows += [("there", f"{gib(limit)} ({result.device.source})"), ("so it", verdict)]
+        verdict = (
+            f"fits, {gib(left, digits=2)} to spare" if left >= 0 else f"does not fit, {gib(-left, digits=2)} too much"
+        )
+        rows += [("there", f"{gib(limit, digits=2)} ({result.device.source})"), ("so it", verdict)]
     else:
         rows += [("there", "no GPU found here; add --vram GIB to plan for one")]
-    rows += [("preprocessing, pass 1 and 2", f"{gib(result.first_pass)} and {gib(result.second_pass)}")]
-    rows += [(f"a preview of {result.asked.config.preview_duration:g} s while training", gib(result.preview))]
+    rows += [
+        ("preprocessing, pass 1 and 2", f"{gib(result.first_pass, digits=2)} and {gib(result.second_pass, digits=2)}")
+    ]
+    rows += [(f"a preview of {result.asked.config.preview_duration:g} s while training", gib(result.preview, digits=2))]
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
     saved = [
-        (" ".join(lever.flags), gib(lever.needed), gib(result.asked.needed - lever.needed)) for lever in result.levers
+        (" ".join(lever.flags), gib(lever.needed, digits=2), gib(result.asked.needed - lever.needed, digits=2))
+        for lever in result.levers
     ]
     yield Table(title="What each setting would save", columns=("setting", "needed then", "saved"), rows=tuple(saved))
     if result.device:
         if result.best is None:
             rows = (("Nothing fits", "use a larger card or --device cpu"),)
         else:
-            rows = ((" ".join(result.best.flags) or "the settings as they are", gib(result.best.needed)),)
-        yield Table(title=f"Mildest settings that fit {gib(limit)}", columns=("add", "needed then"), rows=rows)
+            rows = ((" ".join(result.best.flags) or "the settings as they are", gib(result.best.needed, digits=2)),)
+        yield Table(
+            title=f"Mildest settings that fit {gib(limit, digits=2)}", columns=("add", "needed then"), rows=rows
+        )
 
 
 def as_json(result: Plan) -> dict:
@@ -272,7 +277,7 @@ def fitted(config: TrainConfig, report: Report) -> TrainConfig:
         return fitted_to(device, config, report)
     if config.recompute_as_needed:
         report(
-            Chosen(
+            Decision(
                 what="recomputation",
                 value="all layers",
                 reason="--recompute-as-needed knows only the memory of CUDA GPUs",
@@ -295,9 +300,9 @@ def fitted_to(device: Device, config: TrainConfig, report: Report) -> TrainConfi
         layers = (
             "all" if config.recompute_layers is None else f"{config.recompute_layers} of {sizes['num_hidden_layers']}"
         )
-        report(Chosen(what="recomputation", value=f"{layers} layers", reason="as few as fit"))
+        report(Decision(what="recomputation", value=f"{layers} layers", reason="as few as fit"))
     asked = planner.candidate(config)
-    needed = f"{asked.needed / GIB:.1f} of {device.bytes / GIB:.1f} GiB"
+    needed = f"{asked.needed / GIB:.1f} of {gib(device.bytes)}"
     if asked.needed > device.bytes and not config.even_if_it_does_not_fit:
         best = planner.mildest(config, device.bytes)
         fix = f"These settings fit: {' '.join(best.flags)}" if best else "No settings fit this card: use a larger one."
@@ -306,19 +311,19 @@ def fitted_to(device: Device, config: TrainConfig, report: Report) -> TrainConfi
             f"{fix}\nTo try all the same: --even-if-it-does-not-fit",
         )
     report(
-        Chosen(
+        Decision(
             what="memory", value=needed, reason="the step was run on tensors without bytes; context and slack are added"
         )
     )
     if device.free < asked.needed <= device.bytes:
-        message = f"Other programs hold {device.taken / GIB:.1f} GiB of {device.source}: this run may run out of memory while they go on."
+        message = f"Other programs hold {gib(device.taken)} of {device.source}: this run may run out of memory while they go on."
         report(Notice(message=message, level="warning"))
     wants_previews = config.preview_every or config.preview_prompt or config.preview_prompts
     if wants_previews and (preview := planner.preview(config)) > device.free:
         shorter = "make them shorter (--preview-duration)" + (
             "" if config.offload_encoder else " or add --offload-encoder"
         )
-        message = f"A preview needs {preview / GIB:.1f} of the {device.free / GIB:.1f} GiB that are free: there may be none. To have them, {shorter}."
+        message = f"A preview needs {preview / GIB:.1f} of the {gib(device.free)} that are free: there may be none. To have them, {shorter}."
         report(Notice(message=message, level="warning"))
     return config
 

@@ -29,10 +29,11 @@ from sidestep.acestep.vae import frames_per_second, samples_per_frame
 from sidestep.audio.io import AudioError, content_hash, probe
 from sidestep.data.records import SCHEMA, RecordError, read_metadata
 from sidestep.errors import JobError
-from sidestep.events import Chosen, Report
+from sidestep.events import Decision, Report
 from sidestep.files import replacing, write_text
 from sidestep.settings.config import PreprocessConfig
 from sidestep.tasks.preprocess.songs import Prompts, Song
+from sidestep.words import size
 
 Part = Mapping[str, str]
 
@@ -142,8 +143,8 @@ def require(folder: Path, needed_bytes: int, songs: int) -> None:
     free = free_bytes(folder)
     if needed_bytes + RESERVE_BYTES > free:
         raise JobError(
-            f"--tensor-output {folder}: {songs} songs need about {readable(needed_bytes)} and the disk has {readable(free)} free.",
-            f"Free {readable(needed_bytes + RESERVE_BYTES - free)}, or give --tensor-output a folder on another disk.",
+            f"--tensor-output {folder}: {songs} songs need about {size(needed_bytes)} and the disk has {size(free)} free.",
+            f"Free {size(needed_bytes + RESERVE_BYTES - free)}, or give --tensor-output a folder on another disk.",
         )
 
 
@@ -156,7 +157,7 @@ def watch(folder: Path) -> None:
 
 def disk_full(folder: Path, free: int | None = None) -> JobError:
     """The error for a disk that filled up on the way."""
-    left = f" ({readable(free)} free)" if free is not None else ""
+    left = f" ({size(free)} free)" if free is not None else ""
     return JobError(
         f"--tensor-output {folder}: the disk is full{left}.",
         "Free some space and give the same command again: it goes on where it stopped.",
@@ -166,15 +167,6 @@ def disk_full(folder: Path, free: int | None = None) -> JobError:
 def is_full(error: OSError) -> bool:
     """Whether an operating system's error says that there is no room."""
     return error.errno in FULL
-
-
-def readable(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 FOLDER = ".pass1"
@@ -400,12 +392,12 @@ def open_job(config: PreprocessConfig, report: Report) -> Job:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
     place = _own_device(device.value)
-    report(Chosen(what="device", value=str(place), reason=device.reason))
-    report(Chosen(what="precision", value=precision_name(precision.value), reason=precision.reason))
+    report(Decision(what="device", value=str(place), reason=device.reason))
+    report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     # Latents are made once and learnt from ever after, and the VAE is small: it computes in fp32 unless the user says otherwise.
     vae_dtype = precision.value if config.precision != ANY_PRECISION else torch.float32
     if vae_dtype != precision.value:
-        report(Chosen(what="VAE precision", value="fp32", reason="latents are made once; --precision changes it"))
+        report(Decision(what="VAE precision", value="fp32", reason="latents are made once; --precision changes it"))
     job = Job(config, checkpoint, place, vae_dtype, precision.value, WorkFolder(config.tensor_output))
     job.identities = {part: checkpoint.identity(part) for part in ("vae", "text_encoder", "condition_encoder")}
     job.identities["silence"] = hashlib.blake2b(job.timbre_silence().numpy().tobytes(), digest_size=16).hexdigest()

@@ -1,7 +1,6 @@
 """Preprocessing from end to end: look at what stands, make what is missing, wait for what others make, say what became of it."""
 
 import json
-import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from sidestep.data.records import find_records
 from sidestep.errors import Interrupted, UserError
 from sidestep.events import Finished, Notice, Progress, Report
 from sidestep.files import write_text
-from sidestep.settings.config import PreprocessConfig
-from sidestep.settings.option import as_arguments
+from sidestep.settings.config import PreprocessConfig, command_line
 from sidestep.tasks.preprocess.claims import Claims
 from sidestep.tasks.preprocess.first_pass import encode_songs, encode_texts
 from sidestep.tasks.preprocess.job import Inspection, Job, Need, WorkFolder, open_job, record_bytes, require, share
 from sidestep.tasks.preprocess.results import Summary, Tally, require_some
 from sidestep.tasks.preprocess.second_pass import write_records
 from sidestep.tasks.preprocess.songs import Song, read_songs
+from sidestep.words import train_py
 
 FAILURES_NAME = "failures.json"
 LOOKERS = 8  # threads that compare songs with what stands
@@ -40,9 +39,7 @@ def preprocess(config: PreprocessConfig, report: Report) -> Summary:
     try:
         return _preprocess(config, report)
     except KeyboardInterrupt:
-        raise Interrupted(
-            shlex.join(["uv", "run", "train.py", "fixed", "--preprocess", *as_arguments(config)])
-        ) from None
+        raise Interrupted(command_line(config)) from None
 
 
 def _preprocess(config: PreprocessConfig, report: Report) -> Summary:
@@ -194,19 +191,9 @@ def _finish(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, r
         )
     if not summary.done and not summary.skipped:
         return
-    model = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
-    train = shlex.join(
-        [
-            "uv",
-            "run",
-            "train.py",
-            "fixed",
-            *model,
-            "--dataset-dir",
-            str(config.tensor_output),
-            "--output-dir",
-            "OUTPUT_FOLDER",
-        ]
+    train = train_py(
+        *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
+        *("--dataset-dir", str(config.tensor_output), "--output-dir", "OUTPUT_FOLDER"),
     )
     report(
         Finished(

@@ -19,7 +19,7 @@ from sidestep.data.lyrics import without_time_marks
 from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, prompt_lyrics, relative_path
 from sidestep.data.manifest import read as read_dataset
 from sidestep.errors import JobError, UserError
-from sidestep.events import Chosen, Event, Notice, Progress, Report
+from sidestep.events import Decision, Event, Notice, Progress, Report
 from sidestep.settings.config import BuildDatasetConfig, PreprocessConfig
 from sidestep.tasks.build_dataset import build_dataset
 
@@ -185,7 +185,7 @@ def _listed(config: PreprocessConfig, report: Report) -> tuple[Path, Dataset]:
             path = path / DATASET_NAME
         if config.audio_dir:
             report(
-                Chosen(what="songs", value=str(path), reason="--dataset-json lists them; --audio-dir is not searched")
+                Decision(what="songs", value=str(path), reason="--dataset-json lists them; --audio-dir is not searched")
             )
         return path.absolute().parent, read_dataset(path)
     folder = config.audio_dir
@@ -194,7 +194,7 @@ def _listed(config: PreprocessConfig, report: Report) -> tuple[Path, Dataset]:
     listed = folder / DATASET_NAME
     if listed.is_file():
         report(
-            Chosen(
+            Decision(
                 what="songs",
                 value=str(listed),
                 reason="--audio-dir holds a dataset.json; build-dataset --overwrite lists the folder anew",
@@ -204,7 +204,7 @@ def _listed(config: PreprocessConfig, report: Report) -> tuple[Path, Dataset]:
         _mention_unlisted(folder, dataset, report)
         return folder.absolute(), dataset
     report(
-        Chosen(what="songs", value=str(folder), reason="every audio file there, with the text beside it and its tags")
+        Decision(what="songs", value=str(folder), reason="every audio file there, with the text beside it and its tags")
     )
     return folder.absolute(), index_folder(folder, report)
 

@@ -34,6 +34,7 @@ from sidestep.tasks.sample import (
     write_take,
 )
 from sidestep.tasks.train.run import Companion, NoCompanion, Run
+from sidestep.words import count
 
 FOLDER = "previews"
 BASE = "base"  # its subfolder of audio without the adapter
@@ -62,7 +63,7 @@ def previews_for(
     when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
     report(
         Notice(
-            message=f"Previews {when}: {len(prompts)} prompt{'s' * (len(prompts) > 1)}, {described(sampling_for(checkpoint.variant))}"
+            message=f"Previews {when}: {count(len(prompts), 'prompt')}, {described(sampling_for(checkpoint.variant))}"
         )
     )
     return Previews(config, prompts, conditions, dtype)

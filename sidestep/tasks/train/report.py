@@ -25,6 +25,7 @@ from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import changed_from_defaults, options_of
 from sidestep.tasks.train.previews import BASE, FOLDER
 from sidestep.tasks.train.run import History, Point, Run
+from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
 
@@ -217,7 +218,7 @@ def _header(facts: Mapping[str, Any]) -> str:
     share = 100 * facts["step"] / max(1, facts["total_steps"])
     state = "finished" if facts["finished"] else "running"
     what = f"{KINDS.get(facts['adapter'], facts['adapter'])} adapter of {facts['parameters']:,} parameters on {facts['model']}"
-    data = f"{facts['songs']} song{'s' * (facts['songs'] != 1)}, {facts['minutes']:.1f} minutes"
+    data = f"{count(facts['songs'], 'song')}, {facts['minutes']:.1f} minutes"
     held_out = f", {facts['held_out']} of them held out" if facts["held_out"] else ""
     return (
         f'<header>\n<p class="state {state}">{state}</p>\n<h1>{escape(facts["title"])}</h1>\n<p class="lead">{escape(what)}<br>{escape(data + held_out)}</p>\n'
@@ -247,7 +248,7 @@ def _figures(facts: Mapping[str, Any]) -> str:
         figures.append(
             ("Learning rate", f"{points[-1][2]:.2g}", f"{points[0][2]:.2g} at first" if len(points) > 1 else "")
         )
-    figures.append(("Peak memory", "not counted" if memory is None else f"{memory / 2**30:.1f} GiB", facts["device"]))
+    figures.append(("Peak memory", gib(memory) or "not counted", facts["device"]))
     tiles = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
         for name, value, note in figures
@@ -453,6 +454,6 @@ def add_timesteps(tensorboard, history: History, step: int) -> None:
         bucket_counts=counts,
         global_step=step,
     )
-    for edge, loss, count in zip(edges, history.bin_loss, counts, strict=True):
-        if count:
-            tensorboard.add_scalar(f"loss by timestep/{edge - 1 / len(counts):.1f}-{edge:.1f}", loss / count, step)
+    for edge, loss, samples in zip(edges, history.bin_loss, counts, strict=True):
+        if samples:
+            tensorboard.add_scalar(f"loss by timestep/{edge - 1 / len(counts):.1f}-{edge:.1f}", loss / samples, step)

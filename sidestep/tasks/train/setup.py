@@ -28,7 +28,7 @@ from sidestep.adapters.load import start_from
 from sidestep.data.batches import Song
 from sidestep.data.records import fingerprint
 from sidestep.errors import JobError, UserError
-from sidestep.events import Chosen, Finished, Notice, Report, silent
+from sidestep.events import Decision, Finished, Notice, Report, null
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.tasks.train.checkpoints import (
@@ -61,7 +61,9 @@ def ranks_for(
     if not path.is_file():
         return None
     if config.ignore_rank_map:
-        report(Chosen(what="ranks", value=f"{config.rank} everywhere", reason=f"--ignore-rank-map; {path} is not used"))
+        report(
+            Decision(what="ranks", value=f"{config.rank} everywhere", reason=f"--ignore-rank-map; {path} is not used")
+        )
         return None
     rank_map = maps.read(path)
     shapes = {
@@ -73,7 +75,9 @@ def ranks_for(
     for doubt in maps.doubts(rank_map, path, checkpoint.identity(), dataset):
         report(Notice(message=doubt, level="warning"))
     report(
-        Chosen(what="ranks", value="by module", reason=f"{path}: {rank_map.summary()}; --ignore-rank-map turns it off")
+        Decision(
+            what="ranks", value="by module", reason=f"{path}: {rank_map.summary()}; --ignore-rank-map turns it off"
+        )
     )
     return rank_map.patterns(config.alpha / config.rank)
 
@@ -127,11 +131,11 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
             DistributedType.FSDP
         )  # in both: each new state object copies the second
     if accelerator.is_main_process:
-        report(Chosen(what="device", value=str(accelerator.device), reason=device.reason))
-        report(Chosen(what="precision", value=precision_name(precision.value), reason=precision.reason))
+        report(Decision(what="device", value=str(accelerator.device), reason=device.reason))
+        report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
         if accelerator.num_processes > 1:
             report(
-                Chosen(
+                Decision(
                     what="processes",
                     value=str(accelerator.num_processes),
                     reason=f"as launched, {accelerator.distributed_type.value.lower()}",
@@ -188,8 +192,8 @@ def set_up(
     songs, held_out = [s for s in every if s.name not in names], [s for s in every if s.name in names]
 
     law = training_law(config, checkpoint.variant)
-    report(Chosen(what="timesteps", value=law.name, reason=law.reason))
-    report(Chosen(what="CFG dropout", value=f"{law.cfg_ratio:g}" if law.cfg_ratio else "off", reason=law.reason))
+    report(Decision(what="timesteps", value=law.name, reason=law.reason))
+    report(Decision(what="CFG dropout", value=f"{law.cfg_ratio:g}" if law.cfg_ratio else "off", reason=law.reason))
     previews = previews_for(config, checkpoint, every, device, precision, report)
     model, mask, ranks = _model(
         config, report, checkpoint, dataset, device, precision, saved, is_sharded=accelerator.is_fsdp2
@@ -300,7 +304,7 @@ def _model(
     mask = ConditionMask()
     mask.install(decoder)
     attention = use_attention(decoder, config.attention, device, precision)
-    report(Chosen(what="attention", value=str(attention.value), reason=attention.reason))
+    report(Decision(what="attention", value=str(attention.value), reason=attention.reason))
     if config.gradient_checkpointing:
         recompute_layers(decoder, config.recompute_layers)
     ranks = saved.state["ranks"] if saved else ranks_for(config, checkpoint, decoder, dataset, report)
@@ -316,7 +320,7 @@ def _model(
         # Weights that come and go with each call, by swapping or sharding, do so around the compiled code; so must the recomputation.
         inside = config.gradient_checkpointing and not config.swap_blocks and not is_sharded
         compiled = compile_layers(decoder, device, decoder.layers[: config.recompute_layers] if inside else ())
-        report(Chosen(what="compile", value=str(compiled.value), reason=compiled.reason))
+        report(Decision(what="compile", value=str(compiled.value), reason=compiled.reason))
     return model, mask, ranks
 
 
@@ -380,7 +384,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
     if os.environ.get("RANK", "0") == "0":
         require_writable(config.output_dir)  # before the first event, which is written there too
     accelerator, precision = open_accelerator(config, report)
-    report = report if accelerator.is_main_process else silent
+    report = report if accelerator.is_main_process else null
     accelerator.wait_for_everyone()
     saved = open_folder(config, report)
     accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from sidestep.adapters.attach import attach, start_along_gradient
 from sidestep.data.batches import Song
 from sidestep.data.records import Record, fingerprint, save_record
 from sidestep.errors import Interrupted, JobError, UserError
-from sidestep.events import Notice, Progress, Table, silent
+from sidestep.events import Notice, Progress, Table, null
 from sidestep.flow_matching.timesteps import discrete, logit_normal
 from sidestep.settings.config import EstimateConfig, TrainConfig
 from sidestep.tasks.estimate import estimate
@@ -154,13 +154,13 @@ def test_gradient_init_starts_along_measured_directions_and_changes_nothing_yet(
 
 
 def test_the_same_seed_gives_the_same_map(config, tmp_path):
-    first, second = (estimate(replace(config, output=tmp_path / f"{i}.json"), silent) for i in range(2))
+    first, second = (estimate(replace(config, output=tmp_path / f"{i}.json"), null) for i in range(2))
     assert first.modules == second.modules
 
 
 @pytest.mark.slow
 def test_another_seed_gives_another_measurement(config, measured):
-    assert estimate(replace(config, seed=7), silent).modules != measured[1].modules
+    assert estimate(replace(config, seed=7), null).modules != measured[1].modules
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_another_seed_gives_another_measurement(config, measured):
 )
 def test_memory_levers_give_the_same_map(config, tmp_path, lever):
     first, second = (
-        estimate(replace(config, output=tmp_path / f"{i}.json", **changes), silent)
+        estimate(replace(config, output=tmp_path / f"{i}.json", **changes), null)
         for i, changes in enumerate(({}, lever))
     )
     assert first.rank_pattern == second.rank_pattern
@@ -179,7 +179,7 @@ def test_memory_levers_give_the_same_map(config, tmp_path, lever):
 @pytest.mark.slow
 def test_an_interrupted_measurement_goes_on_and_gives_the_same_map(config, tmp_path):
     config = replace(config, batches="96")
-    straight = estimate(replace(config, output=tmp_path / "straight.json"), silent)
+    straight = estimate(replace(config, output=tmp_path / "straight.json"), null)
 
     def interrupt(event) -> None:
         if isinstance(event, Progress) and event.done == 50:
@@ -209,10 +209,10 @@ def test_sums_of_other_data_are_not_used(tmp_path):
 def test_a_finished_map_is_not_overwritten_unasked(config):
     config.output.write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="already there") as error:
-        estimate(config, silent)
+        estimate(config, null)
     assert "--overwrite" in error.value.fix
     assert config.output.read_text(encoding="utf-8") == "mine"
-    estimate(replace(config, overwrite=True, seed=1), silent)
+    estimate(replace(config, overwrite=True, seed=1), null)
     assert maps.read(config.output).settings["seed"] == 1
 
 
@@ -222,7 +222,7 @@ def test_turbo_gets_a_clear_warning(measured):
 
 
 def test_attention_only_leaves_the_mlp_alone(config):
-    result = estimate(replace(config, include_mlp=False), silent)
+    result = estimate(replace(config, include_mlp=False), null)
     assert not any("mlp" in name for name in result.modules)
     assert len(result.modules) == 3 * 8
 
@@ -243,7 +243,7 @@ def test_focus_limits_the_timesteps_and_keeps_the_law_inside(config, draw, focus
 
 def test_a_focus_without_any_timestep_of_turbo_is_refused(config):
     with pytest.raises(UserError, match="--focus 0.0,0.2"):
-        estimate(replace(config, focus="0.0,0.2"), silent)
+        estimate(replace(config, focus="0.0,0.2"), null)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +263,13 @@ def test_wrong_settings_are_refused_by_their_flag(config, wrong, said):
 
 def test_a_budget_below_one_rank_is_refused(config):
     with pytest.raises(UserError, match="--budget 3"):
-        estimate(replace(config, budget=3), silent)
+        estimate(replace(config, budget=3), null)
 
 
 def test_songs_that_are_no_numbers_end_in_an_error_not_in_a_map(config, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda total, *factors: total.fill_(float("nan")))
     with pytest.raises(JobError, match="finite"):
-        estimate(config, silent)
+        estimate(config, null)
     assert not config.output.exists()
 
 
@@ -302,7 +302,7 @@ def test_two_disjoint_halves_of_a_data_set_give_maps_that_agree(tmp_path, checkp
             conditions = torch.randn(12, 32, generator=torch.Generator().manual_seed(i))
             save_record(folder / f"song{i}.pt", Record(latents(48, i), conditions, {}))
         config = EstimateConfig(checkpoint_dir=checkpoints, dataset_dir=folder, rank=4, rank_min=1, rank_max=16)
-        results.append(estimate(config, silent))
+        results.append(estimate(config, null))
     assert all(result.converged for result in results)
     assert rank_correlation(*([m.rank for m in result.modules.values()] for result in results)) > 0.9
 

@@ -19,7 +19,7 @@ from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
-from sidestep.events import Chosen, Notice, silent
+from sidestep.events import Decision, Notice, null
 from sidestep.settings.config import PlanConfig, TrainConfig
 from sidestep.settings.presets import find
 from sidestep.tasks.plan.device import GIB, Device, on_device
@@ -227,10 +227,10 @@ ANSWER = """
 import sys, time
 started = time.process_time()
 from sidestep.settings.config import PlanConfig
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.tasks.plan.plan import plan
 imported = time.process_time()
-plan(PlanConfig(model_variant=sys.argv[1], vram=8), silent)
+plan(PlanConfig(model_variant=sys.argv[1], vram=8), null)
 print(imported - started, time.process_time() - imported)
 """
 
@@ -300,7 +300,7 @@ def test_live_bytes_counts_a_storage_once_and_forgets_it():
 
 @pytest.mark.slow
 def test_a_plan_for_xl_on_8_gib_finds_settings_that_fit():
-    answer = plan(PlanConfig(model_variant="xl-turbo", vram=8), silent)
+    answer = plan(PlanConfig(model_variant="xl-turbo", vram=8), null)
     assert answer.fits is False
     assert answer.best is not None
     assert answer.best.needed <= 8 * GIB
@@ -311,7 +311,7 @@ def test_a_plan_for_xl_on_8_gib_finds_settings_that_fit():
 
 def test_a_model_of_unknown_size_needs_its_files():
     with pytest.raises(UserError, match="its sizes are not known"):
-        plan(PlanConfig(model_variant="my-finetune", vram=8), silent)
+        plan(PlanConfig(model_variant="my-finetune", vram=8), null)
 
 
 @pytest.fixture
@@ -323,12 +323,12 @@ def small_run(tmp_path, checkpoints) -> TrainConfig:
 def test_a_run_that_cannot_fit_is_refused_with_settings_or_the_override(small_run):
     tiny = Device(GIB // 4, "a very small card")
     with pytest.raises(UserError, match="would run out of memory") as caught:
-        fitted_to(tiny, small_run, silent)
+        fitted_to(tiny, small_run, null)
     assert "--even-if-it-does-not-fit" in caught.value.fix
     events = []
     fitted_to(tiny, dataclasses.replace(small_run, even_if_it_does_not_fit=True), events.append)
     fitted_to(Device(8 * GIB, "a card"), small_run, events.append)
-    assert [event.what for event in events if isinstance(event, Chosen)] == ["memory", "memory"]
+    assert [event.what for event in events if isinstance(event, Decision)] == ["memory", "memory"]
     assert not [event for event in events if isinstance(event, Notice)]
 
 

@@ -14,7 +14,7 @@ from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.vae import encode_mean
 from sidestep.data.records import find_records, load_record
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
-from sidestep.events import Chosen, FileFailed, Finished, Notice, Progress, silent
+from sidestep.events import Decision, FileFailed, Finished, Notice, Progress, null
 from sidestep.settings.config import PreprocessConfig
 from sidestep.tasks.preprocess import Summary, preprocess
 from sidestep.tasks.preprocess import first_pass as latents
@@ -80,7 +80,7 @@ def test_conditions_equal_the_original_models_for_a_song_of_the_goldens_duration
     monkeypatch.setattr(
         latents, "encode_mean", lambda vae, audio, tile_frames: torch.zeros(1, audio.shape[-1] // 1920, 8)
     )  # of no concern to conditions
-    preprocess(job(golden_library, tmp_path / "out", model_variant=variant), silent)
+    preprocess(job(golden_library, tmp_path / "out", model_variant=variant), null)
     for i, case in enumerate(golden_cases):
         record = load_record(tmp_path / "out" / f"{i}.wav.pt")
         assert record.metadata["prompt"] == case["text"]
@@ -94,7 +94,7 @@ def test_latents_codes_and_hints_equal_the_original_models(golden, tmp_path: Pat
     variant, tensors = golden
     for i, case in enumerate(golden_cases):
         soundfile.write(tmp_path / f"{i}.wav", golden_audio(i, case["seconds"]).T, 48000, subtype="FLOAT")
-    preprocess(job(tmp_path, tmp_path / "out", model_variant=variant, regimes=("text2music", "hints")), silent)
+    preprocess(job(tmp_path, tmp_path / "out", model_variant=variant, regimes=("text2music", "hints")), null)
     for i in range(len(golden_cases)):
         record = load_record(tmp_path / "out" / f"{i}.wav.pt")
         torch.testing.assert_close(record.target_latents, tensors[f"{i}.latent_mean"][0], atol=1e-5, rtol=0)
@@ -107,9 +107,9 @@ def test_latents_codes_and_hints_equal_the_original_models(golden, tmp_path: Pat
 
 def test_latents_in_tiles_equal_latents_in_one_piece(tmp_path: Path, monkeypatch):
     make_library(tmp_path / "lib", ["a.wav"], seconds=2.0)
-    preprocess(job(tmp_path / "lib", tmp_path / "whole"), silent)
+    preprocess(job(tmp_path / "lib", tmp_path / "whole"), null)
     monkeypatch.setattr(latents, "TILE_FRAMES", 11)
-    preprocess(job(tmp_path / "lib", tmp_path / "tiles"), silent)
+    preprocess(job(tmp_path / "lib", tmp_path / "tiles"), null)
     whole, tiles = (load_record(tmp_path / name / "a.wav.pt").target_latents for name in ("whole", "tiles"))
     torch.testing.assert_close(tiles, whole, atol=1e-5, rtol=0)
 
@@ -128,7 +128,7 @@ def test_records_are_nested_like_the_songs_and_say_all_that_is_known(library: Pa
         timesignature="4/4",
         genre="lofi",
     )
-    summary = preprocess(job(library, tmp_path / "out", max_duration=0.2), silent)
+    summary = preprocess(job(library, tmp_path / "out", max_duration=0.2), null)
     assert summary == Summary(done=3, skipped=0, failed=0)
     assert summary.status == ExitStatus.OK
     assert sorted(contents(tmp_path / "out")) == ["a.flac.pt", "a.wav.pt", "deep/a.wav.pt"]
@@ -168,7 +168,7 @@ def test_a_folder_without_a_dataset_json_needs_nothing_but_audio(tmp_path: Path)
     (folder / "broken.mp3").write_bytes(b"nothing")
     events = Events()
     assert preprocess(job(folder, tmp_path / "out"), events) == Summary(done=2, skipped=0, failed=1)
-    assert str(folder) in [e.value for e in events.of(Chosen) if e.what == "songs"]
+    assert str(folder) in [e.value for e in events.of(Decision) if e.what == "songs"]
     assert [e.path for e in events.of(FileFailed)] == ["broken.mp3"]
     assert "# Caption\nMy Song\n" in load_record(tmp_path / "out" / "My Song.wav.pt").metadata["prompt"]
     other = load_record(tmp_path / "out" / "other.wav.pt").metadata
@@ -192,14 +192,14 @@ def test_which_list_of_songs_is_used_is_said(library: Path, tmp_path: Path):
         assert (
             preprocess(job(**{"library": library, "output": tmp_path / f"out{count}"} | settings), events).done == count
         )
-        assert str(used) in [e.value for e in events.of(Chosen) if e.what == "songs"]
+        assert str(used) in [e.value for e in events.of(Decision) if e.what == "songs"]
 
 
 def test_songs_outside_the_base_folder_stay_inside_the_output_folder(tmp_path: Path):
     soundfile.write(tmp_path / "far.wav", tone(0.3), 48000)
     make_library(tmp_path / "lib", ["a.wav"])
     edit_library(tmp_path / "lib", 0, audio_path="../far.wav")
-    preprocess(job(tmp_path / "lib", tmp_path / "out"), silent)
+    preprocess(job(tmp_path / "lib", tmp_path / "out"), null)
     assert len(find_records(tmp_path / "out")) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"far.wav", "lib", "out"}
 
@@ -208,21 +208,21 @@ def test_songs_outside_the_base_folder_stay_inside_the_output_folder(tmp_path: P
 
 
 def test_unchanged_songs_are_left_alone_and_no_model_is_loaded(library: Path, tmp_path: Path, loaded: list[str]):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     times = {p: p.stat().st_mtime_ns for p in find_records(tmp_path / "out")}
     loaded.clear()
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=0, skipped=3, failed=0)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=0, skipped=3, failed=0)
     assert loaded == []
     assert times == {p: p.stat().st_mtime_ns for p in find_records(tmp_path / "out")}
 
 
 def test_a_library_that_moved_is_not_done_again(library: Path, tmp_path: Path, loaded: list[str]):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     loaded.clear()
     library.rename(tmp_path / "elsewhere")
     for path in (tmp_path / "elsewhere").rglob("*.wav"):
         os.utime(path, (1, 1))
-    assert preprocess(job(tmp_path / "elsewhere", tmp_path / "out"), silent).skipped == 3
+    assert preprocess(job(tmp_path / "elsewhere", tmp_path / "out"), null).skipped == 3
     assert loaded == []
 
 
@@ -265,14 +265,14 @@ def rewrite_audio(library: Path) -> None:
 def test_a_change_redoes_what_follows_from_it_and_no_more(
     library, tmp_path: Path, loaded: list[str], change, settings: dict, parts: list[str], done: int
 ):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     loaded.clear()
     change(library)
     events = Events()
     assert preprocess(job(library, tmp_path / "out", **settings), events).done == done
     assert loaded == parts
     changed = contents(tmp_path / "out")
-    preprocess(job(library, tmp_path / "fresh", **settings), silent)
+    preprocess(job(library, tmp_path / "fresh", **settings), null)
     fresh = contents(tmp_path / "fresh")
     assert changed.keys() == fresh.keys()
     for name in fresh:
@@ -285,7 +285,7 @@ def test_a_change_redoes_what_follows_from_it_and_no_more(
 
 
 def test_what_changed_is_said(library: Path, tmp_path: Path):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     edit_library(library, 0, caption="new")
     events = Events()
     preprocess(job(library, tmp_path / "out"), events)
@@ -293,11 +293,11 @@ def test_what_changed_is_said(library: Path, tmp_path: Path):
 
 
 def test_a_damaged_record_is_made_anew(library: Path, tmp_path: Path):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     good = contents(tmp_path / "out")
     path = tmp_path / "out" / "a.wav.pt"
     path.write_bytes(path.read_bytes()[:500])
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=1, skipped=2, failed=0)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=1, skipped=2, failed=0)
     assert contents(tmp_path / "out") == good
 
 
@@ -308,7 +308,7 @@ def test_another_programs_record_is_not_overwritten(library: Path, tmp_path: Pat
         tmp_path / "out" / "a.wav.pt",
     )
     with pytest.raises(UserError, match="another program"):
-        preprocess(job(library, tmp_path / "out"), silent)
+        preprocess(job(library, tmp_path / "out"), null)
     assert load_record(tmp_path / "out" / "a.wav.pt").target_latents.shape == (3, 8)
 
 
@@ -325,10 +325,10 @@ def test_an_interrupted_first_pass_goes_on_where_it_stopped(
 
     monkeypatch.setattr(latents, "encode_mean", counting)
     with pytest.raises(Interrupted) as caught:
-        preprocess(job(library, tmp_path / "out"), silent)
+        preprocess(job(library, tmp_path / "out"), null)
     assert "--preprocess" in caught.value.resume
     assert str(tmp_path / "out") in caught.value.resume
-    assert preprocess(job(library, tmp_path / "out"), silent).done == 3
+    assert preprocess(job(library, tmp_path / "out"), null).done == 3
     assert len(encoded) == 4  # two, the one that was broken off, and that one again
 
 
@@ -342,10 +342,10 @@ def test_an_interrupted_second_pass_goes_on_where_it_stopped(
         lambda job, songs, tally: real(job, songs[:1], tally) or (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(Interrupted):
-        preprocess(job(library, tmp_path / "out"), silent)
+        preprocess(job(library, tmp_path / "out"), null)
     monkeypatch.setattr(running, "write_records", real)
     loaded.clear()
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=2, skipped=1, failed=0)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=2, skipped=1, failed=0)
     assert loaded == ["condition_encoder"]
 
 
@@ -368,7 +368,7 @@ def test_of_the_big_file_only_the_encoders_are_read(
             model_variant=variant,
             regimes=("text2music", "hints") if hints else ("text2music",),
         ),
-        silent,
+        null,
     )
     families = {key.split(".")[0] for key in jobs[0].checkpoint.loaded_keys}
     assert families == {"encoder", "null_condition_emb"} | ({"tokenizer", "detokenizer"} if hints else set())
@@ -388,7 +388,7 @@ def test_vae_and_text_encoder_are_gone_before_the_second_pass(library: Path, tmp
         return real(self, *args)
 
     monkeypatch.setattr(Checkpoint, "load_condition_encoder", look)
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     assert alive == []
 
 
@@ -406,7 +406,7 @@ def test_one_bad_file_is_reported_and_the_others_go_on(library: Path, tmp_path: 
     assert failures[0]["reason"]
     assert [(e.path, e.stage) for e in events.of(FileFailed)] == [("a.wav", "decode")]
     rewrite_audio(library)
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=1, skipped=2, failed=0)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=1, skipped=2, failed=0)
     assert not (tmp_path / "out" / "failures.json").exists()
     assert not (tmp_path / "out" / ".pass1").exists()
 
@@ -415,23 +415,23 @@ def test_nothing_preprocessed_is_a_failure(library: Path, tmp_path: Path):
     for path in [*library.rglob("*.wav"), *library.rglob("*.flac")]:
         path.write_bytes(b"")
     with pytest.raises(JobError, match="None of 3 songs"):
-        preprocess(job(library, tmp_path / "out"), silent)
+        preprocess(job(library, tmp_path / "out"), null)
     assert len(json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8"))["failures"]) == 3
 
 
 def test_no_songs_is_an_error(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no songs"):
-        preprocess(job(tmp_path / "empty", tmp_path / "out"), silent)
+        preprocess(job(tmp_path / "empty", tmp_path / "out"), null)
     with pytest.raises(UserError, match="no such folder"):
-        preprocess(job(tmp_path / "nowhere", tmp_path / "out"), silent)
+        preprocess(job(tmp_path / "nowhere", tmp_path / "out"), null)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.03])
 def test_a_song_shorter_than_a_latent_frame_fails_alone(library: Path, tmp_path: Path, seconds: float):
     soundfile.write(library / "a.wav", tone(seconds), 48000)
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=2, skipped=0, failed=1)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=2, skipped=0, failed=1)
 
 
 def test_latents_that_are_no_numbers_are_never_saved(library: Path, tmp_path: Path, monkeypatch):
@@ -440,7 +440,7 @@ def test_latents_that_are_no_numbers_are_never_saved(library: Path, tmp_path: Pa
 
     monkeypatch.setattr(latents, "encode_mean", broken)
     soundfile.write(library / "a.wav", tone(1.0), 48000)
-    assert preprocess(job(library, tmp_path / "out"), silent) == Summary(done=2, skipped=0, failed=1)
+    assert preprocess(job(library, tmp_path / "out"), null) == Summary(done=2, skipped=0, failed=1)
     assert sorted(contents(tmp_path / "out")) == ["a.flac.pt", "deep/a.wav.pt"]
 
 
@@ -451,7 +451,7 @@ def usage(free: int) -> SimpleNamespace:
 def test_a_disk_without_room_is_refused_before_the_start(library: Path, tmp_path: Path, monkeypatch, loaded: list[str]):
     monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage(1000))
     with pytest.raises(JobError, match="free"):
-        preprocess(job(library, tmp_path / "out"), silent)
+        preprocess(job(library, tmp_path / "out"), null)
     assert loaded == []
 
 
@@ -460,8 +460,8 @@ def test_a_disk_that_fills_up_stops_the_job_and_keeps_what_is_done(library: Path
     with monkeypatch.context() as patch:
         patch.setattr(space.shutil, "disk_usage", lambda folder: usage(next(free, 1000)))
         with pytest.raises(JobError, match="disk is full"):
-            preprocess(job(library, tmp_path / "out"), silent)
-    summary = preprocess(job(library, tmp_path / "out"), silent)
+            preprocess(job(library, tmp_path / "out"), null)
+    summary = preprocess(job(library, tmp_path / "out"), null)
     assert summary.done + summary.skipped == 3
 
 
@@ -503,7 +503,7 @@ def test_progress_names_the_song_its_rate_and_the_time_left(library: Path, tmp_p
 
 
 def test_records_of_songs_that_are_gone_are_kept_and_named(library: Path, tmp_path: Path):
-    preprocess(job(library, tmp_path / "out"), silent)
+    preprocess(job(library, tmp_path / "out"), null)
     content = json.loads((library / "dataset.json").read_text(encoding="utf-8"))
     content["samples"].pop(0)
     (library / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
@@ -516,4 +516,4 @@ def test_records_of_songs_that_are_gone_are_kept_and_named(library: Path, tmp_pa
 def test_the_config_can_be_made_without_an_audio_folder(library: Path, tmp_path: Path):
     config = job(library, tmp_path / "out", audio_dir=None, dataset_json=library / "dataset.json")
     assert isinstance(config, PreprocessConfig)
-    assert preprocess(config, silent).done == 3
+    assert preprocess(config, null).done == 3

@@ -14,7 +14,7 @@ import pytest
 
 from sidestep.acestep.vae import encode_mean
 from sidestep.audio.io import decode
-from sidestep.events import silent
+from sidestep.events import null
 from sidestep.tasks.preprocess import first_pass as latents
 from sidestep.tasks.preprocess import preprocess
 from tests.preprocessing import contents, job, make_library
@@ -50,7 +50,7 @@ def work(library: Path, output: Path, log: Path, environment: dict[str, str]) ->
 
     latents.encode_mean = logging_encode
     write("started")
-    summary = preprocess(job(library, output), silent)
+    summary = preprocess(job(library, output), null)
     write("summary", summary.done, summary.skipped, summary.failed)
 
 
@@ -191,6 +191,6 @@ def test_a_bad_song_is_told_by_every_process(library: Path, tmp_path: Path):
 
 
 def work_with_a_bad_song(library: Path, output: Path, log: Path) -> None:
-    summary = preprocess(job(library, output), silent)
+    summary = preprocess(job(library, output), null)
     with log.open("a", encoding="utf-8") as f:
         f.write(json.dumps([os.getpid(), "summary", summary.done, summary.skipped, summary.failed]) + "\n")

@@ -19,7 +19,7 @@ from sidestep.acestep.conditions import Prompt
 from sidestep.acestep.pipeline import denoiser, noise_for, sampling_for
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
-from sidestep.events import Event, Notice, Saved, silent
+from sidestep.events import Event, Notice, Saved, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import sample
 from sidestep.tasks.train import train
@@ -75,7 +75,7 @@ def heard(tensors, tmp_path_factory) -> tuple[Path, list[Event]]:
 
 
 def test_a_run_with_previews_trains_the_same_adapter_bit_for_bit_as_one_without(heard, tensors, tmp_path):
-    train(config(tensors, tmp_path / "run"), silent)
+    train(config(tensors, tmp_path / "run"), null)
     with_previews, without = (
         load_file(folder / "final" / "adapter_model.safetensors") for folder in (heard[0], tmp_path / "run")
     )
@@ -113,7 +113,7 @@ def test_previews_are_what_sample_makes_of_the_base_and_of_the_finished_adapter(
     asked = SampleConfig(
         checkpoint_dir=CHECKPOINTS, device="cpu", adapter=heard[0] / "final", output=tmp_path, **prompt
     )
-    base, adapted = sample(asked, silent)
+    base, adapted = sample(asked, null)
     assert base.read_bytes() == (heard[0] / "previews" / "base" / "01-tag-song-a.flac").read_bytes()
     assert adapted.read_bytes() == (heard[0] / "previews" / "epoch_0002" / "01-tag-song-a.flac").read_bytes()
 
@@ -185,7 +185,7 @@ def state_of(run) -> list:
 @pytest.mark.parametrize("adapter_type", ["lora", "dora", "lokr", "oft"])
 def test_previews_leave_model_modes_and_random_numbers_as_they_were(tensors, tmp_path, adapter_type):
     asked = config(tensors, tmp_path, preview_prompt="x", adapter_type=adapter_type)
-    trained = set_up(asked, silent, *open_accelerator(asked, silent))
+    trained = set_up(asked, null, *open_accelerator(asked, null))
     hidden = torch.ones(1, 1, 1, 12, dtype=torch.bool)
     trained.objective.condition_mask.mask = hidden
     before = state_of(trained)
@@ -215,7 +215,7 @@ def test_encoders_are_gone_before_training_and_an_offloaded_vae_returns_to_the_c
 
     monkeypatch.setattr(Checkpoint, "load_vae", watched)
     asked = config(tensors, tmp_path, preview_prompt="x", offload_encoder=offload)
-    trained = set_up(asked, silent, *open_accelerator(asked, silent))
+    trained = set_up(asked, null, *open_accelerator(asked, null))
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Qwen3Model)]
     trained.previews.make(trained)
@@ -236,7 +236,7 @@ def test_previews_that_cannot_be_written_cost_a_warning_and_not_the_run(tensors,
 
 
 def test_a_run_that_ends_inside_an_epoch_names_its_previews_by_the_step(tensors, tmp_path):
-    train(config(tensors, tmp_path, max_steps=1, preview_prompt="x", epochs=3), silent)
+    train(config(tensors, tmp_path, max_steps=1, preview_prompt="x", epochs=3), null)
     assert {path.split("/")[0] for path in files(tmp_path / "previews")} == {"base", "step_000001"}
 
 
@@ -276,7 +276,7 @@ def test_mistakes_in_the_prompts_file_are_named(tmp_path, text, said):
 
 def test_without_prompts_there_are_no_previews_and_nothing_is_loaded(tmp_path):
     checkpoint = open_checkpoint(CHECKPOINTS, "turbo")
-    previews_for(config(tmp_path, tmp_path), checkpoint, [], torch.device("cpu"), torch.float32, silent).at_end(None)
+    previews_for(config(tmp_path, tmp_path), checkpoint, [], torch.device("cpu"), torch.float32, null).at_end(None)
     assert not checkpoint.loaded_keys
     with pytest.raises(UserError, match="Say it: --preview-prompt"):
         prompts_for(config(tmp_path, tmp_path, preview_every=1), [])

@@ -17,7 +17,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import adapter_of
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
-from sidestep.events import Chosen, EpochDone, Saved, StepDone, Validated
+from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
 from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of, read_checkpoint
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import run_loop
@@ -189,11 +189,11 @@ def test_timestep_bins_hold_every_sample_of_the_run(data, tmp_path):
 
 def test_the_choices_are_told_with_their_reasons(data, tmp_path):
     log = run(settings(data, tmp_path, epochs=1))
-    chosen = {event.what: event for event in log.of(Chosen)}
+    chosen = {event.what: event for event in log.of(Decision)}
     assert {"device", "precision", "attention", "timesteps", "CFG dropout"} <= set(chosen)
     assert all(event.reason for event in chosen.values())
     typed = run(settings(data, tmp_path / "typed", epochs=1, cfg_ratio=0.3, timestep_mode="logit-normal"))
-    assert any("--timestep-mode and --cfg-ratio typed" in event.reason for event in typed.of(Chosen))
+    assert any("--timestep-mode and --cfg-ratio typed" in event.reason for event in typed.of(Decision))
 
 
 def test_a_run_starts_from_another_runs_adapter(data, tmp_path):

@@ -1,0 +1,89 @@
+"""How durations, bytes, numbers of things and commands are written for people: the one formatter of each."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as a player shows it: 0:42, 12:03, 3:05:00; a question mark where it is not known."""
+    if seconds is None or seconds != seconds or seconds < 0:
+        return "?"
+    minutes, seconds = divmod(round(min(seconds, 1e9)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def hours(seconds: float) -> str:
+    """A duration to the minute: 2 min, 3 h 05 min."""
+    whole, minutes = divmod(round(seconds / 60), 60)
+    return f"{whole} h {minutes:02} min" if whole else f"{minutes} min"
+
+
+def size(number: float) -> str:
+    """Bytes in the unit that suits them: 12 bytes, 3 KiB, 410 MiB, 1.2 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def gib(number: float | None, digits: int = 1) -> str:
+    """Bytes as memory is counted, always in GiB, or nothing where the device has no counter: 0.4 GiB, 11.9 GiB."""
+    return "" if number is None else f"{number / 2**30:.{digits}f} GiB"
+
+
+def count(number: int, thing: str, things: str = "") -> str:
+    """A number of things: 1 song, 1,204 songs, 2 entries (`things` where the plural is not made with an s)."""
+    return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def paste(words: Iterable[str], shell: str = "") -> str:
+    """A command as one line that can be pasted into a shell, by default the one this program was started from.
+
+    `shell`: posix, cmd, powershell (7 and later) or windows-powershell (5), whose rules for quotes differ.
+    """
+    shell = shell or _shell_at_hand()
+    return " ".join(_quoted(str(word), shell) for word in words)
+
+
+def train_py(*words: str) -> str:
+    """The line that runs a command of this program: `uv run train.py` and these words, each quoted as the shell needs it."""
+    return paste(("uv", "run", "train.py", *words))
+
+
+def _shell_at_hand() -> str:
+    if sys.platform != "win32" or "MSYSTEM" in os.environ:  # Git Bash sets MSYSTEM
+        return "posix"
+    if "PROMPT" in os.environ:  # cmd hands it to what it starts, PowerShell does not
+        return "cmd"
+    return "powershell" if "PowerShell\\7" in os.environ.get("PSModulePath", "") else "windows-powershell"
+
+
+def _quoted(word: str, shell: str) -> str:
+    """A word that the shell and then the program's own argument parsing read as what it is."""
+    if shell == "posix":
+        return shlex.quote(word)
+    if word and not re.search(r"[^\w\-+./:\\=~]", word):
+        return word
+    if not re.search(r'["%$`“”„!]', word):  # in double quotes all three shells take the rest literally
+        return f'"{word}{_trailing_backslashes(word)}"'
+    if shell == "cmd":  # argument quotes, and a caret before all that cmd would act on, quotes included
+        return re.sub(r'([()%!^"<>&|])', r"^\1", _force_quotes(word))
+    literal = re.sub("(['‘’‚‛])", r"\1\1", word)  # PowerShell ends a literal at any of these quotes
+    if shell == "windows-powershell":  # it passes inner quotes on as they are, so they are escaped for the program
+        literal = re.sub(r'(\\*)"', r'\1\1\\"', literal) + _trailing_backslashes(word)
+    return f"'{literal}'"
+
+
+def _trailing_backslashes(word: str) -> str:
+    return "\\" * (len(word) - len(word.rstrip("\\")))
+
+
+def _force_quotes(word: str) -> str:
+    line = subprocess.list2cmdline([word])
+    return line if line.startswith('"') else f'"{line}{_trailing_backslashes(word)}"'
