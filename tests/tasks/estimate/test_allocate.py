@@ -1,6 +1,7 @@
 """The budget buys the most value there is, to the last parameter."""
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -84,6 +85,35 @@ def test_a_budget_below_the_floors_leaves_out_what_is_worth_least():
     assert allocate(values, dict.fromkeys(values, 10), 40, 2, 2) == {"rich": 2, "poor": 0, "middle": 2}
 
 
+def test_worth_is_counted_per_parameter():
+    assert allocate({"dear": [9.0], "cheap": [8.0]}, {"dear": 10, "cheap": 1}, 10, 1, 1) == {"dear": 0, "cheap": 1}
+    assert allocate({"dear": [9.0], "cheap": [0.5]}, {"dear": 10, "cheap": 1}, 10, 1, 1) == {"dear": 1, "cheap": 0}
+
+
+def test_what_was_left_out_comes_back_where_it_fits_the_most_worthwhile_first():
+    values = {"a": [1.0], "b": [2.0], "c": [3.0], "dear": [400.0]}
+    costs = {"a": 5, "b": 5, "c": 5, "dear": 100}  # the three go first, then dear is too dear as well
+    assert allocate(values, costs, 99, 1, 1) == {"a": 1, "b": 1, "c": 1, "dear": 0}
+    assert allocate(values, costs, 10, 1, 1) == {"a": 0, "b": 1, "c": 1, "dear": 0}
+    assert allocate(values, costs, 9, 1, 1) == {"a": 0, "b": 0, "c": 1, "dear": 0}
+
+
+def test_many_ranks_of_several_prices_reach_the_optimum_of_a_knapsack():
+    draw = random.Random(5)
+    for budget in (0, 7, 333, 701, 1500):
+        curves = {cost: sorted((draw.random() * cost for _ in range(120)), reverse=True) for cost in (2, 3, 7)}
+        best = [0.0] * (budget + 1)
+        for cost, found in curves.items():
+            sums = [0.0, *itertools.accumulate(found)]
+            best = [
+                max(best[spent - n * cost] + sums[n] for n in range(min(len(found), spent // cost) + 1))
+                for spent in range(budget + 1)
+            ]
+        values = {str(cost): found for cost, found in curves.items()}
+        ranks = allocate(values, {str(cost): cost for cost in curves}, budget, 0, 120)
+        assert sum(sum(values[name][:rank]) for name, rank in ranks.items()) == pytest.approx(max(best))
+
+
 def test_no_floor_lets_a_module_go_without():
     assert allocate({"a": [5.0, 4.0], "b": [0.1, 0.1]}, {"a": 1, "b": 1}, 2, 0, 2) == {"a": 2, "b": 0}
 
@@ -101,6 +131,10 @@ def test_the_isotonic_fit_never_rises_and_keeps_falling_input(values):
     assert all(a >= b - 1e-9 for a, b in itertools.pairwise(fit))
     falling_values = sorted((abs(v) for v in values), reverse=True)
     assert never_rising(falling_values) == pytest.approx(falling_values)
+
+
+def test_the_isotonic_fit_pools_what_rises_and_has_no_negatives():
+    assert never_rising([3.0, 1.0, 2.0, -1.0]) == pytest.approx([3.0, 1.5, 1.5, 0.0])
 
 
 @pytest.mark.parametrize(
