@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from sidestep.cli.parser import options_for
 from sidestep.settings.config import COMMANDS
-from sidestep.settings.option import Option
+from sidestep.settings.option import Option, options_of
 from sidestep.terminal.lines import as_typed
 
 README = Path(__file__).parent.parent / "README.md"
@@ -22,9 +21,10 @@ END = "<!-- end of flags -->"
 def flag_table(command: str) -> str:
     """The flags of a command as a markdown table: flag, default, what it does."""
     lines = ["| flag | default | |", "|---|---|---|"]
+    options = options_of(COMMANDS[command].config).values()
     section = ""
-    several = len({o.group for o in options_for(command).values()}) > 1
-    for o in options_for(command).values():
+    several = len({o.group for o in options}) > 1
+    for o in options:
         if several and o.group != section:
             section = o.group
             lines.append(f"| **{section}** | | |")

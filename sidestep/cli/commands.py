@@ -1,11 +1,12 @@
-"""One function per command: it imports its task, runs it with a config, and says with which status it ended.
+"""Runs the command of a config: finds its function, turns what it returns and reports into JSON and an exit status.
 
-The imports stand inside the functions so that help and the wizard start without torch.
+Most commands are a task and nothing else; the functions below are those that do more. A task is imported when it runs, so that help and the
+wizard start without torch.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,43 @@ from sidestep.errors import ExitStatus
 from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
+    COMMANDS,
     BuildDatasetConfig,
-    DemoConfig,
-    DoctorConfig,
-    EstimateConfig,
-    ExportConfig,
-    HistoryConfig,
-    InspectConfig,
     PlanConfig,
     PreprocessConfig,
     PresetsConfig,
-    SampleConfig,
     TrainConfig,
+    command_of,
 )
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
 
 
-def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`fixed --preprocess`. Nothing preprocessed is a failure; some songs left out have a status of their own."""
+def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
+    """Run a config's command. Files that had to be left out have a status of their own; `--json` prints what the command returns."""
+    module, function = COMMANDS[command_of(type(config))].run.split(":")
+    left_out: list[FileFailed] = []
+
+    def watched(event: Event) -> None:
+        if isinstance(event, FileFailed):
+            left_out.append(event)
+        report(event)
+
+    result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
+    if isinstance(result, ExitStatus):
+        return result
+    if getattr(config, "json", False):
+        terminal.out.write(json.dumps(result, default=_plain, ensure_ascii=False) + "\n")
+    return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
+
+
+def _plain(value: Any) -> Any:
+    """A value of a result that JSON does not have: dataclasses by their fields, all else as text."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+
+def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
+    """`preprocess`. Nothing preprocessed is a failure; some songs left out have a status of their own."""
     from sidestep.tasks.preprocess import preprocess
 
     summary = preprocess(config, report)
@@ -40,102 +59,35 @@ def preprocess(config: PreprocessConfig, report: Report, terminal: Terminal) -> 
     return ExitStatus.SOME_FAILED if summary.done or summary.skipped else ExitStatus.FAILED
 
 
-def train(config: TrainConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`fixed`. Records that had to be left out have a status of their own."""
+def train(config: TrainConfig, report: Report) -> None:
+    """`fixed`: train, if it fits into memory."""
     from sidestep.tasks.plan.plan import fitted
     from sidestep.tasks.train import train
 
-    left_out: list[Event] = []
-
-    def noting(event: Event) -> None:
-        if isinstance(event, FileFailed):
-            left_out.append(event)
-        report(event)
-
-    train(fitted(config, report), noting)
-    return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
+    train(fitted(config, report), report)
 
 
-def build_dataset(config: BuildDatasetConfig, report: Report, terminal: Terminal) -> ExitStatus:
+def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
     """`build-dataset`, and what it was asked to find out about the songs."""
-    from sidestep.tasks.build_dataset import build_dataset
+    from sidestep.tasks.build_dataset import analyze, build_dataset
 
     summary = build_dataset(config, report)
     if config.analyze:
-        from sidestep.tasks.build_dataset import analyze
-
         analyze(summary.path, report)
     if config.audit:
         from sidestep.tasks.audit import audit
 
         audit(summary.path, report, config.checkpoint_dir)
-    return ExitStatus.SOME_FAILED if summary.failed else ExitStatus.OK
 
 
-def sample(config: SampleConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`sample`."""
-    from sidestep.tasks.sample import sample
-
-    sample(config, report)
-    return ExitStatus.OK
-
-
-def estimate(config: EstimateConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`estimate`."""
-    from sidestep.tasks.estimate import estimate
-
-    estimate(config, report)
-    return ExitStatus.OK
-
-
-def export(config: ExportConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`export`."""
-    from sidestep.tasks.export import export
-
-    export(config, report)
-    return ExitStatus.OK
-
-
-def inspect(config: InspectConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`inspect`."""
-    from sidestep.tasks.inspect import inspect_adapter
-
-    result = inspect_adapter(config, report)
-    return _as_json(config, result, terminal)
-
-
-def history(config: HistoryConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`history`."""
-    from sidestep.tasks.history import history
-
-    result = history(config, report)
-    return _as_json(config, result, terminal)
-
-
-def plan(config: PlanConfig, report: Report, terminal: Terminal) -> ExitStatus:
+def plan(config: PlanConfig, report: Report) -> dict[str, Any]:
     """`plan`. An answer is a success, also when it is that the run does not fit."""
     from sidestep.tasks.plan.plan import as_json, plan
 
-    result = plan(config, report)
-    return _as_json(config, as_json(result), terminal)
+    return as_json(plan(config, report))
 
 
-def demo(config: DemoConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`demo`."""
-    from sidestep.tasks.demo import demo
-
-    demo(config, report)
-    return ExitStatus.OK
-
-
-def doctor(config: DoctorConfig, report: Report, terminal: Terminal) -> ExitStatus:
-    """`doctor`."""
-    from sidestep.tasks.doctor import doctor
-
-    return _as_json(config, doctor(config, report), terminal)
-
-
-def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitStatus:
+def presets(config: PresetsConfig, report: Report) -> None:
     """`presets list|show|import|export`."""
     match config.action:
         case "list":
@@ -149,42 +101,9 @@ def presets(config: PresetsConfig, report: Report, terminal: Terminal) -> ExitSt
             preset = preset_files.import_file(Path(config.what), replace=config.overwrite)
             report(Saved(what=f"preset {preset.name}", path=str(preset.path)))
             if ignored := preset_files.read(Path(config.what).expanduser()).unknown:
-                report(
-                    Notice(
-                        message=f"Ignored, because no command has such a setting: {', '.join(ignored)}.",
-                        level="warning",
-                    )
-                )
+                message = f"Ignored, because no command has such a setting: {', '.join(ignored)}."
+                report(Notice(message=message, level="warning"))
         case "export":
-            path = preset_files.export_file(
-                config.what, config.file or Path(f"{config.what}.json"), replace=config.overwrite
-            )
+            file = config.file or Path(f"{config.what}.json")
+            path = preset_files.export_file(config.what, file, replace=config.overwrite)
             report(Saved(what=f"preset {config.what}", path=str(path)))
-    return ExitStatus.OK
-
-
-def _as_json(config: Any, result: Any, terminal: Terminal) -> ExitStatus:
-    """With `--json`, print a task's result (dataclasses, alone or in a list) as one JSON value."""
-    if config.json:
-        terminal.out.write(json.dumps(result, default=_plain, ensure_ascii=False) + "\n")
-    return ExitStatus.OK
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
-
-
-RUN: dict[type, Callable[[Any, Report, Terminal], ExitStatus]] = {
-    PreprocessConfig: preprocess,
-    TrainConfig: train,
-    BuildDatasetConfig: build_dataset,
-    SampleConfig: sample,
-    EstimateConfig: estimate,
-    PlanConfig: plan,
-    ExportConfig: export,
-    InspectConfig: inspect,
-    HistoryConfig: history,
-    DemoConfig: demo,
-    PresetsConfig: presets,
-    DoctorConfig: doctor,
-}

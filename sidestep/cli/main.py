@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
-from sidestep.cli.commands import RUN
+from sidestep.cli.commands import run
 from sidestep.cli.outside import outside
-from sidestep.cli.parser import Call, command_list, configs_of, notes_of, parse, profile_of
+from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee
 from sidestep.files import state_folder
@@ -175,10 +175,9 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 
 def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> ExitStatus:
     """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
-    if int(os.environ.get("RANK", "0")) > 0:
-        return RUN[type(config)](config, null, terminal)  # one process of a group speaks for all
-    if getattr(config, "json", False):
-        return RUN[type(config)](config, null, terminal)  # nothing but JSON on the output
+    one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
+    if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
+        return run(config, null, terminal)
     with ExitStack() as stack:
         report = stack.enter_context(terminal.view())
         folder = output_folder(config)
@@ -188,7 +187,7 @@ def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> Exit
             report = tee(log, report)
         for note in notes:
             report(note)
-        return RUN[type(config)](config, report, terminal)
+        return run(config, report, terminal)
 
 
 def output_folder(config: Any) -> Path | None:
@@ -218,7 +217,7 @@ def start_wizard(terminal: Terminal) -> int:
     """The wizard, where someone can answer; otherwise the help and what to do instead."""
     if terminal.interactive:
         return guarded(terminal, lambda: None, lambda: run_wizard(terminal))
-    terminal.say(command_list())
+    terminal.say(global_parser().format_help())
     terminal.complain(
         "No command, and no terminal to ask in.",
         "The wizard needs a terminal; in a notebook or a script use a command from the list above.",

@@ -138,13 +138,13 @@ def _open(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecordError(
             f"{path}: not a training record (it holds a {type(content).__name__}).",
-            "Point --dataset-dir at a folder made by --preprocess.",
+            "Point --dataset-dir at a folder made by preprocess.",
         )
     missing = [name for name in TENSORS[:2] if not isinstance(content.get(name), Tensor)]
     if missing:
         raise RecordError(
             f"{path}: not a training record ({' and '.join(missing)} missing).",
-            "Point --dataset-dir at a folder made by --preprocess.",
+            "Point --dataset-dir at a folder made by preprocess.",
         )
     return content
 

@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sidestep.errors import UserError
 from sidestep.settings.option import as_arguments, option, same_as
@@ -40,7 +40,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(ModelConfig):
-    """`fixed --preprocess`: audio into training tensors."""
+    """`preprocess`: audio into training tensors."""
 
     audio_dir: Path | None = option(None, "folder of songs to preprocess", group="Preprocessing")
     dataset_json: Path | None = option(
@@ -67,7 +67,7 @@ class PreprocessConfig(ModelConfig):
     def __post_init__(self) -> None:
         if not self.audio_dir and not self.dataset_json:
             raise UserError(
-                "--preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
+                "preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
                 "Add --audio-dir FOLDER_OF_SONGS, or build a list first: uv run train.py build-dataset --input FOLDER_OF_SONGS",
             )
 
@@ -548,27 +548,64 @@ class PlanConfig:
     swap_blocks: int = same_as(TrainConfig, "swap_blocks")
 
 
-COMMANDS: dict[str, tuple[type, str]] = {
-    "fixed": (TrainConfig, "train an adapter; with --preprocess, turn audio into training tensors"),
-    "build-dataset": (BuildDatasetConfig, "index a folder of audio and text into dataset.json"),
-    "estimate": (EstimateConfig, "Preprocessing++: measure which modules respond to this music and give each its rank"),
-    "plan": (PlanConfig, "say, before anything is loaded, how much memory a run takes and whether it fits"),
-    "sample": (SampleConfig, "make audio with the base model plus an adapter"),
-    "export": (ExportConfig, "convert or merge an adapter for another program"),
-    "inspect": (InspectConfig, "show what an adapter is, and how strongly each program applies it"),
-    "history": (HistoryConfig, "list past runs with their best loss"),
-    "demo": (DemoConfig, "the whole pipeline on a tiny built-in model and built-in music"),
-    "presets": (PresetsConfig, "list, show, import or export presets"),
-    "doctor": (DoctorConfig, "show device, memory, precision and versions, for a bug report"),
+class Command(NamedTuple):
+    """A command: its settings, one line of help, and the function that runs it.
+
+    `run` is `module:function` below `sidestep`, taking (config, report); it is imported when the command runs, so that help needs no torch.
+    """
+
+    config: type
+    help: str
+    run: str
+    spellings: tuple[str, ...] = ()  # other names it answers to
+
+
+COMMANDS = {
+    "fixed": Command(
+        TrainConfig,
+        "train an adapter; with --preprocess, turn audio into training tensors first",
+        "cli.commands:train",
+        spellings=("train",),
+    ),
+    "preprocess": Command(PreprocessConfig, "turn audio into training tensors", "cli.commands:preprocess"),
+    "build-dataset": Command(
+        BuildDatasetConfig, "index a folder of audio and text into dataset.json", "cli.commands:build_dataset"
+    ),
+    "estimate": Command(
+        EstimateConfig,
+        "Preprocessing++: measure which modules respond to this music and give each its rank",
+        "tasks.estimate:estimate",
+    ),
+    "plan": Command(
+        PlanConfig,
+        "say, before anything is loaded, how much memory a run takes and whether it fits",
+        "cli.commands:plan",
+    ),
+    "sample": Command(SampleConfig, "make audio with the base model plus an adapter", "tasks.sample:sample"),
+    "export": Command(ExportConfig, "convert or merge an adapter for another program", "tasks.export:export"),
+    "inspect": Command(
+        InspectConfig,
+        "show what an adapter is, and how strongly each program applies it",
+        "tasks.inspect:inspect_adapter",
+    ),
+    "history": Command(HistoryConfig, "list past runs with their best loss", "tasks.history:history"),
+    "demo": Command(DemoConfig, "the whole pipeline on a tiny built-in model and built-in music", "tasks.demo:demo"),
+    "presets": Command(PresetsConfig, "list, show, import or export presets", "cli.commands:presets"),
+    "doctor": Command(
+        DoctorConfig, "show device, memory, precision and versions, for a bug report", "tasks.doctor:doctor"
+    ),
 }
+SPELLINGS = {other: name for name, command in COMMANDS.items() for other in (name, *command.spellings)}
+
+
+def command_of(config_class: type) -> str:
+    """The name of the command that has these settings."""
+    return next(name for name, command in COMMANDS.items() if command.config is config_class)
 
 
 def command_words(config: Any) -> list[str]:
-    """The words after `train.py` that give this config: its command, mode and flags."""
-    for command, (config_class, _) in COMMANDS.items():
-        if type(config) is config_class:
-            return [command, *as_arguments(config)]
-    return ["fixed", "--preprocess", *as_arguments(config)]
+    """The words after `train.py` that give this config: its command and flags."""
+    return [command_of(type(config)), *as_arguments(config)]
 
 
 def command_line(config: Any) -> str:

@@ -9,11 +9,16 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.files import config_folder, write_text
-from sidestep.settings.config import COMMANDS, PreprocessConfig, TrainConfig
+from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "presets"
-COMMANDS_WITH_PRESETS = ("fixed", "estimate", "plan")  # the others have no settings worth keeping under a name
+COMMANDS_WITH_PRESETS = (
+    "fixed",
+    "preprocess",
+    "estimate",
+    "plan",
+)  # the others have no settings worth keeping under a name
 PROFILES = {
     "comfortable": 24,
     "standard": 16,
@@ -44,15 +49,12 @@ class Preset:
 @cache
 def preset_options() -> dict[str, Option]:
     """Every setting that a preset may hold, by name. Folders and files are a machine's own and stay out."""
-    classes = [
-        TrainConfig,
-        PreprocessConfig,
-        *(COMMANDS[name][0] for name in COMMANDS_WITH_PRESETS if name in COMMANDS),
-    ]
     found: dict[str, Option] = {}
-    for config_class in classes:
+    for command in COMMANDS_WITH_PRESETS:
         found = {
-            name: o for name, o in options_of(config_class).items() if o.type is not Path and o.flag.startswith("-")
+            name: o
+            for name, o in options_of(COMMANDS[command].config).items()
+            if o.type is not Path and o.flag.startswith("-")
         } | found
     return found
 

@@ -123,7 +123,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     report(Saved(what="dataset", path=str(shown)))
     preprocess = train_py(
-        *("fixed", "--preprocess", "--dataset-json", str(shown)),
+        *("preprocess", "--dataset-json", str(shown)),
         *("--tensor-output", "tensors", "--checkpoint-dir", "CHECKPOINTS"),
     )
     report(Finished(message=f"{len(dataset.samples)} songs in {shown}", next_commands=(preprocess,)))

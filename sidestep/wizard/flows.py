@@ -78,7 +78,7 @@ def _flows() -> dict[str, Flow]:
     ]
     for command, (title, basic) in EXTRA_FLOWS.items():
         if command in COMMANDS:
-            config_class = COMMANDS[command][0]
+            config_class = COMMANDS[command].config
             flows.append(
                 Flow(command, title, config_class, basic, with_preset=command in presets.COMMANDS_WITH_PRESETS)
             )

@@ -9,7 +9,7 @@ from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
 from sidestep.settings import last_used as carry_over
 from sidestep.settings import path_checks as places
-from sidestep.settings.config import COMMANDS, ModelConfig
+from sidestep.settings.config import ModelConfig, command_of
 from sidestep.settings.option import options_of
 from sidestep.settings.path_checks import likely_checkpoint_dirs
 from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Flow, Surroundings, carried_from, for_later, questions_of
@@ -144,10 +144,7 @@ class Wizard:
             } | changes
             if action == START:
                 self._keep({"last_action": flow.key} | ({"preset": answers["preset"]} if "preset" in answers else {}))
-                command = next(
-                    (name for name, (config_class, _) in COMMANDS.items() if config_class is flow.config_class), "fixed"
-                )
-                return Chosen(flow.key, command, config)
+                return Chosen(flow.key, command_of(flow.config_class), config)
             if action is not BACK or not walk.back():
                 return None
 

@@ -1,24 +1,39 @@
 """The real `main`, from argv to exit status."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from sidestep.cli import commands
 from sidestep.cli import main as cli_main
-from sidestep.cli.commands import RUN
 from sidestep.cli.main import LazyEventLog, main, output_folder
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import Notice, Saved
 from sidestep.settings import presets
-from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig
+from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig, command_of
 from sidestep.tasks.plan.device import Device
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
+TRAIN = ["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"]
+BOTH = [
+    "fixed",
+    "--preprocess",
+    "--audio-dir",
+    "a",
+    "--tensor-output",
+    "t",
+    "--checkpoint-dir",
+    "c",
+    "--output-dir",
+    "o",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +49,27 @@ def task(monkeypatch):
     """Puts a function in the place of a command's task."""
 
     def put(job, config_class=BuildDatasetConfig):
-        monkeypatch.setitem(RUN, config_class, job)
+        name = command_of(config_class)
+        monkeypatch.setattr(commands, f"test_{config_class.__name__}", job, raising=False)
+        monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=f"cli.commands:test_{config_class.__name__}"))
 
     return put
 
 
 def raising(error):
-    def job(config, report, terminal):
+    def job(config, report):
         raise error
 
     return job
 
 
-def test_every_command_has_a_function_that_runs_it():
-    assert {config_class for config_class, _ in COMMANDS.values()} | {PreprocessConfig} == set(RUN)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_function_that_runs_it(command):
+    module, function = COMMANDS[command].run.split(":")
+    assert list(inspect.signature(getattr(import_module(f"sidestep.{module}"), function)).parameters) == [
+        "config",
+        "report",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +113,7 @@ def test_the_traceback_of_the_unexpected_is_only_in_the_log(task, home, capsys):
 
 def test_the_log_of_a_run_stands_in_its_output_folder(task, tmp_path):
     task(raising(ZeroDivisionError("oops")), TrainConfig)
-    main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"])
+    main(TRAIN)
     assert "Traceback" in (tmp_path / "out" / "sidestep.log").read_text(encoding="utf-8")
 
 
@@ -102,13 +124,13 @@ def test_a_wrong_call_leaves_nothing_behind(tmp_path):
 
 
 def test_events_are_shown_and_kept_beside_the_run(task, tmp_path, capsys):
-    def job(config, report, terminal):
+    def job(config, report):
         report(Notice(message="hello"))
         report(Saved(what="final", path="out/final"))
         return ExitStatus.OK
 
     task(job, TrainConfig)
-    assert main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"]) == 0
+    assert main(TRAIN) == 0
     assert capsys.readouterr().out == "hello\nsaved final: out/final\n"
     lines = (tmp_path / "out" / "events.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["Notice", "Saved"]
@@ -122,82 +144,34 @@ def test_a_log_of_events_without_events_makes_no_folder(tmp_path):
 def test_preprocess_then_train_runs_both_and_says_so(task, capsys):
     ran = []
     for config_class in (PreprocessConfig, TrainConfig):
-        task(lambda config, report, terminal: ran.append(type(config)) or ExitStatus.OK, config_class)
-    assert (
-        main(
-            [
-                "fixed",
-                "--preprocess",
-                "--audio-dir",
-                "a",
-                "--tensor-output",
-                "t",
-                "--checkpoint-dir",
-                "c",
-                "--output-dir",
-                "o",
-            ]
-        )
-        == 0
-    )
+        task(lambda config, report: ran.append(type(config)) or ExitStatus.OK, config_class)
+    assert main(BOTH) == 0
     assert ran == [PreprocessConfig, TrainConfig]
     assert "Preprocessing first, then training." in capsys.readouterr().out
 
 
 def test_training_does_not_start_when_nothing_was_preprocessed(task):
     ran = []
-    task(lambda config, report, terminal: ExitStatus.FAILED, PreprocessConfig)
-    task(lambda config, report, terminal: ran.append(1) or ExitStatus.OK, TrainConfig)
-    assert (
-        main(
-            [
-                "fixed",
-                "--preprocess",
-                "--audio-dir",
-                "a",
-                "--tensor-output",
-                "t",
-                "--checkpoint-dir",
-                "c",
-                "--output-dir",
-                "o",
-            ]
-        )
-        == 1
-    )
+    task(lambda config, report: ExitStatus.FAILED, PreprocessConfig)
+    task(lambda config, report: ran.append(1) or ExitStatus.OK, TrainConfig)
+    assert main(BOTH) == 1
     assert ran == []
 
 
 def test_songs_that_failed_are_in_the_status_of_the_training_that_followed(task):
-    task(lambda config, report, terminal: ExitStatus.SOME_FAILED, PreprocessConfig)
-    task(lambda config, report, terminal: ExitStatus.OK, TrainConfig)
-    assert (
-        main(
-            [
-                "fixed",
-                "--preprocess",
-                "--audio-dir",
-                "a",
-                "--tensor-output",
-                "t",
-                "--checkpoint-dir",
-                "c",
-                "--output-dir",
-                "o",
-            ]
-        )
-        == 3
-    )
+    task(lambda config, report: ExitStatus.SOME_FAILED, PreprocessConfig)
+    task(lambda config, report: ExitStatus.OK, TrainConfig)
+    assert main(BOTH) == 3
 
 
 def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):
-    def job(config, report, terminal):
+    def job(config, report):
         report(Notice(message="hello"))
         return ExitStatus.OK
 
     task(job, TrainConfig)
     monkeypatch.setenv("RANK", "1")
-    assert main(["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "out"]) == 0
+    assert main(TRAIN) == 0
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "out").exists()
 
@@ -205,10 +179,9 @@ def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_pa
 def test_with_json_nothing_else_is_on_the_output(task, capsys):
     from sidestep.settings.config import DoctorConfig
 
-    def job(config, report, terminal):
+    def job(config, report):
         report(Notice(message="noise"))
-        terminal.say("[]")
-        return ExitStatus.OK
+        return []
 
     task(job, DoctorConfig)
     assert main(["doctor", "--json"]) == 0
@@ -230,7 +203,7 @@ def test_help_and_version_are_a_success(argv, capsys):
 
 def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, capsys, tmp_path):
     seen = []
-    task(lambda config, report, terminal: seen.append(config) or ExitStatus.OK, TrainConfig)
+    task(lambda config, report: seen.append(config) or ExitStatus.OK, TrainConfig)
     (tmp_path / "p.json").write_text('{"rank": 8, "colour": "red"}', encoding="utf-8")
     assert (
         main(
@@ -268,7 +241,7 @@ def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, caps
 def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, gib, profile):
     seen = []
     task(
-        lambda config, report, terminal: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK,
+        lambda config, report: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK,
         TrainConfig,
     )
     monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: gib and Device(round(gib * 2**30), "a card"))
@@ -353,7 +326,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_sigterm_stops_like_ctrl_c(task):
     import signal
 
-    def job(config, report, terminal):
+    def job(config, report):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 

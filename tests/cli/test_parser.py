@@ -13,6 +13,7 @@ from sidestep.settings.config import COMMANDS, PreprocessConfig, TrainConfig, co
 from sidestep.settings.option import options_of, resolve
 
 TRAIN = "fixed --checkpoint-dir c --dataset-dir d --output-dir o"
+SONGS = "--audio-dir a --tensor-output t --checkpoint-dir c"
 PREPROCESS = "fixed --preprocess --audio-dir a --tensor-output t --checkpoint-dir c"
 
 
@@ -42,6 +43,21 @@ def test_preprocess_asks_neither_for_a_dataset_nor_for_an_output_folder():
     assert [type(c) for c in configs(PREPROCESS)] == [PreprocessConfig]
 
 
+@pytest.mark.parametrize("typed", [f"preprocess {SONGS}", f"fixed --preprocess {SONGS}", f"train --preprocess {SONGS}"])
+def test_preprocessing_has_a_command_and_stays_a_mode_of_training(typed):
+    [config] = configs(f"{typed} --normalize peak", normalize="lufs", max_duration=30.0)
+    assert (type(config), config.normalize, config.max_duration) == (PreprocessConfig, "peak", 30.0)
+    assert command_words(config)[0] == "preprocess"
+
+
+def test_train_is_another_spelling_of_fixed():
+    train = TRAIN.replace("fixed", "train")
+    assert parse(shlex.split(train)) == parse(shlex.split(TRAIN))
+    assert configs(train, rank=8) == configs(TRAIN, rank=8)
+    assert command_words(configs(train)[0])[0] == "fixed"
+    assert command_parser("train").format_usage().startswith("usage: train.py train --checkpoint-dir PATH")
+
+
 def test_preprocess_with_an_output_folder_trains_afterwards_on_the_tensors_it_makes():
     call = parse(shlex.split(f"{PREPROCESS} --output-dir o --rank 8"))
     first, then = configs_of(call, {})
@@ -65,6 +81,18 @@ def test_training_flags_typed_for_preprocessing_alone_are_named_as_unused():
         ("fixd", "Unknown command: fixd.", "Did you mean fixed?"),
         ("zzz", "Unknown command: zzz.", "Commands: fixed,"),
         ("fixed --rnak 8", "no flag --rnak", "--rank"),
+        ("trian --rank 8", "Unknown command: trian.", "Did you mean train?"),
+        ("train --rnak 8", "train has no flag --rnak", "--rank"),
+        (
+            f"preprocess {SONGS} --output-dir o",
+            "preprocess has no flag --output-dir",
+            "--output-dir is a flag of fixed",
+        ),
+        (
+            "preprocess --tensor-output t --checkpoint-dir c",
+            "neither --audio-dir nor --dataset-json",
+            "Add --audio-dir",
+        ),
         ("fixed --input x", "no flag --input", "--input is a flag of build-dataset."),
         ("fixed --zzzzzz", "no flag --zzzzzz", "train.py fixed --help"),
         ("fixed stray", "does not know what to do with: stray", "train.py fixed --help"),
@@ -146,7 +174,7 @@ def _values(option):
 
 @pytest.mark.parametrize(
     "config_class",
-    [TrainConfig, PreprocessConfig, *dict.fromkeys(c for c, _ in COMMANDS.values() if c is not TrainConfig)],
+    [command.config for command in COMMANDS.values()],
 )
 def test_any_config_comes_back_from_its_command_line(config_class):
     options = options_of(config_class)

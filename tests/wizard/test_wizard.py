@@ -114,9 +114,9 @@ START = {
     "build-dataset": (BuildDatasetConfig, {}),
     "resume": (TrainConfig, {}),
     "demo": (DemoConfig, {}),
-    "estimate": (COMMANDS["estimate"][0], {"checkpoint_dir": str(CHECKPOINTS)}),
-    "sample": (COMMANDS["sample"][0], {"checkpoint_dir": str(CHECKPOINTS), "prompt": "warm piano"}),
-    "export": (COMMANDS["export"][0], {"output": "x"}),
+    "estimate": (COMMANDS["estimate"].config, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "sample": (COMMANDS["sample"].config, {"checkpoint_dir": str(CHECKPOINTS), "prompt": "warm piano"}),
+    "export": (COMMANDS["export"].config, {"output": "x"}),
 }
 
 

@@ -38,12 +38,12 @@ def _demo(config: DemoConfig, report: Report) -> None:
     report(Notice(message="2/5 build-dataset: what is known of each song"))
     dataset = home / "songs" / "dataset.json"
     build_dataset(BuildDatasetConfig(input=home / "songs", output=dataset, tag="sidestep demo"), report)
-    report(Notice(message="3/5 fixed --preprocess: audio into training tensors"))
+    report(Notice(message="3/5 preprocess: audio into training tensors"))
     tensors = home / "tensors"
     preprocess(
         PreprocessConfig(checkpoint_dir=checkpoints, device="cpu", dataset_json=dataset, tensor_output=tensors), report
     )
-    report(Notice(message="4/5 fixed: train a LoRA"))
+    report(Notice(message="4/5 train: train a LoRA"))
     run = home / "run"
     result = train(
         TrainConfig(
@@ -77,8 +77,8 @@ def _demo(config: DemoConfig, report: Report) -> None:
             message=f"The demo ran from {len(songs)} songs to an adapter and a preview. Its weights are random, so it sounds like noise; your songs and the real model go the same way:",
             next_commands=(
                 "uv run train.py build-dataset --input SONGS",
-                "uv run train.py fixed --preprocess --dataset-json SONGS/dataset.json --tensor-output TENSORS --checkpoint-dir CHECKPOINTS",
-                "uv run train.py fixed --dataset-dir TENSORS --output-dir RUN --checkpoint-dir CHECKPOINTS",
+                "uv run train.py preprocess --dataset-json SONGS/dataset.json --tensor-output TENSORS --checkpoint-dir CHECKPOINTS",
+                "uv run train.py train --dataset-dir TENSORS --output-dir RUN --checkpoint-dir CHECKPOINTS",
                 "uv run train.py sample --adapter RUN/final --checkpoint-dir CHECKPOINTS --prompt 'your tag, your words'",
             ),
         )

@@ -1,4 +1,4 @@
-"""`fixed --preprocess`: songs into training records, in two passes that never hold the big model."""
+"""`preprocess`: songs into training records, in two passes that never hold the big model."""
 
 from sidestep.tasks.preprocess.results import Summary
 from sidestep.tasks.preprocess.run import preprocess

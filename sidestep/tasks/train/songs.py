@@ -49,7 +49,7 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     Raises UserError when they were made for another model or there are none, JobError when none can be used.
     """
     folder = config.dataset_dir
-    again = f"Preprocess first: uv run train.py fixed --preprocess --audio-dir SONGS --tensor-output {folder} --checkpoint-dir {config.checkpoint_dir}"
+    again = f"Preprocess first: uv run train.py preprocess --audio-dir SONGS --tensor-output {folder} --checkpoint-dir {config.checkpoint_dir}"
     if not folder.is_dir():
         raise UserError(f"--dataset-dir {folder}: no such folder.", again)
     paths = find_records(folder)
@@ -101,7 +101,7 @@ def _require_fit(songs: list[Song], config: TrainConfig, checkpoint: Checkpoint,
     width = checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"]
     channels = checkpoint.latent_channels
     fix = (
-        f"Preprocess for this model: uv run train.py fixed --preprocess --audio-dir SONGS --tensor-output {config.dataset_dir}-{checkpoint.folder.name} "
+        f"Preprocess for this model: uv run train.py preprocess --audio-dir SONGS --tensor-output {config.dataset_dir}-{checkpoint.folder.name} "
         f"--checkpoint-dir {config.checkpoint_dir} --model-variant {config.model_variant}\nor train the model that they were made for."
     )
     for song in songs:
@@ -137,7 +137,7 @@ def require_hints(songs: list[Song], config: TrainConfig) -> None:
     if config.hints_ratio and without:
         raise UserError(
             f"--hints-ratio {config.hints_ratio:g}: {len(without)} of {len(songs)} songs have no hints, such as {without[0]}.",
-            f"Make them: uv run train.py fixed --preprocess … --tensor-output {config.dataset_dir} --regimes text2music hints",
+            f"Make them: uv run train.py preprocess … --tensor-output {config.dataset_dir} --regimes text2music hints",
         )
 
 

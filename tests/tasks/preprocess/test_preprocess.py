@@ -1,4 +1,4 @@
-"""`fixed --preprocess`: the original model's numbers, nothing done twice, nothing lost."""
+"""`preprocess`: the original model's numbers, nothing done twice, nothing lost."""
 
 import json
 import os
@@ -326,7 +326,7 @@ def test_an_interrupted_first_pass_goes_on_where_it_stopped(
     monkeypatch.setattr(latents, "encode_mean", counting)
     with pytest.raises(Interrupted) as caught:
         preprocess(job(library, tmp_path / "out"), null)
-    assert "--preprocess" in caught.value.resume
+    assert "train.py preprocess" in caught.value.resume
     assert str(tmp_path / "out") in caught.value.resume
     assert preprocess(job(library, tmp_path / "out"), null).done == 3
     assert len(encoded) == 4  # two, the one that was broken off, and that one again

@@ -154,7 +154,7 @@ def test_records_of_another_variant_are_refused(data, tmp_path):
         "were preprocessed with acestep-v15-turbo, whose condition encoder differs from that of acestep-v15-xl-turbo"
         in refused.value.problem
     )
-    assert "--preprocess" in refused.value.fix
+    assert "train.py preprocess" in refused.value.fix
     same = open_checkpoint(CHECKPOINTS, "turbo").identity("condition_encoder")
     run(settings(write_data(tmp_path / "same", checkpoint_identity=same), tmp_path / "fits", epochs=1))
 
@@ -257,4 +257,4 @@ def test_nothing_in_the_dataset_folder_is_a_wrong_call(tmp_path):
         with pytest.raises(UserError, match=words) as refused:
             run(settings(folder, tmp_path / "run"))
         assert refused.value.status == ExitStatus.USAGE
-        assert "--preprocess" in refused.value.fix
+        assert "train.py preprocess" in refused.value.fix
