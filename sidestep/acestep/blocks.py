@@ -28,7 +28,7 @@ from sidestep.errors import UserError
 CPU = torch.device("cpu")
 
 
-class Part:
+class OffloadedModule:
     """A model that is needed now and then. With `offload` it is on the device only inside `in_use`; otherwise it stays there until freed.
 
     load(device): loads the model onto a device; called at the first use, and again at the first one after `free`.

@@ -1,15 +1,15 @@
-"""From what is known of a song to what the DiT is conditioned on, exactly as at inference (spec, section 3).
+"""What the DiT is conditioned on, from what is known of a song or asked for, exactly as at inference (spec, section 3).
 
-A request for music, and the conditions that the DiT gets for it: the same ones, made by the same code, as in preprocessing.
+Text becomes a prompt and lyrics (`Text`), these become tokens, the text encoder's states of them (of lyrics only the
+embeddings) and silence in the place of a reference's timbre go through the condition encoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sidestep.acestep.blocks import Part
 from sidestep.acestep.checkpoint import Checkpoint
 
 TEXT2MUSIC = "Fill the audio semantic mask based on the given conditions:"
@@ -25,7 +25,8 @@ def text_prompt(
     """The text prompt. duration: seconds of the audio that is trained on or made; the prompt states whole ones."""
     return (
         f"# Instruction\n{instruction}\n\n# Caption\n{caption}\n\n# Metas\n"
-        f"- bpm: {bpm or 'N/A'}\n- timesignature: {timesignature or 'N/A'}\n- keyscale: {keyscale or 'N/A'}\n- duration: {int(duration)} seconds\n<|endoftext|>\n"
+        f"- bpm: {bpm or 'N/A'}\n- timesignature: {timesignature or 'N/A'}\n- keyscale: {keyscale or 'N/A'}\n"
+        f"- duration: {int(duration)} seconds\n<|endoftext|>\n"
     )
 
 
@@ -34,7 +35,7 @@ def lyric_prompt(lyrics: str, language: str) -> str:
     return f"# Languages\n{language or 'unknown'}\n\n# Lyric\n{lyrics.strip() or INSTRUMENTAL}<|endoftext|>"
 
 
-def token_ids(tokenizer, text: str, limit: int) -> tuple[torch.Tensor, int]:
+def token_ids(tokenizer, text: str, limit: int) -> tuple[Tensor, int]:
     """(ids [1, N] with N ≤ limit, how many tokens were cut off). No padding."""
     ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").input_ids
     whole = len(tokenizer(text, verbose=False).input_ids)
@@ -42,32 +43,31 @@ def token_ids(tokenizer, text: str, limit: int) -> tuple[torch.Tensor, int]:
 
 
 @torch.inference_mode()
-def encode_text(text_encoder, ids: torch.Tensor) -> torch.Tensor:
+def encode_text(text_encoder, ids: Tensor) -> Tensor:
     """Last hidden state of the whole text encoder. ids: [1, N] → [1, N, D]."""
     return text_encoder(input_ids=ids.to(text_encoder.device)).last_hidden_state
 
 
 @torch.inference_mode()
-def embed_lyrics(text_encoder, ids: torch.Tensor) -> torch.Tensor:
+def embed_lyrics(text_encoder, ids: Tensor) -> Tensor:
     """Lyrics pass only the text encoder's embedding table. ids: [1, N] → [1, N, D]."""
     table = text_encoder.get_input_embeddings()
     return table(ids.to(table.weight.device))
 
 
 @torch.inference_mode()
-def encode_conditions(
-    condition_encoder, text_states: torch.Tensor, lyric_states: torch.Tensor, timbre_latents: torch.Tensor
-) -> torch.Tensor:
+def encode_conditions(condition_encoder, text_states: Tensor, lyric_states: Tensor, timbre_latents: Tensor) -> Tensor:
     """Packed conditions [1, L, D]: lyrics | timbre | text, without one pad token.
 
-    text_states, lyric_states: [1, N, D]. timbre_latents: [1, T, C], the first `timbre_fix_frame` frames of silence when there is no reference.
+    text_states, lyric_states: [1, N, D]. timbre_latents: [1, T, C], the first `timbre_fix_frame` frames of silence
+    when there is no reference.
     """
     device, dtype = condition_encoder.device, condition_encoder.dtype
     text_states, lyric_states, timbre_latents = (
         x.to(device, dtype) for x in (text_states, lyric_states, timbre_latents)
     )
 
-    def every_token(states: torch.Tensor) -> torch.Tensor:
+    def every_token(states: Tensor) -> Tensor:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=device)
 
     states, _ = condition_encoder(
@@ -81,30 +81,66 @@ def encode_conditions(
     return states
 
 
-def tiled_silence(silence: torch.Tensor, frames: int) -> torch.Tensor:
+def tiled_silence(silence: Tensor, frames: int) -> Tensor:
     """The first `frames` frames of the silence latent [1, T0, D], repeated beyond its length. → [1, frames, D]"""
     repeats = -(-frames // silence.shape[1])
     return silence.repeat(1, repeats, 1)[:, :frames] if repeats > 1 else silence[:, :frames]
 
 
-def context_latents(source: torch.Tensor) -> torch.Tensor:
-    """What the DiT sees beside the noise: source latents (silence, or hints) [B, T, D] and a mask of ones. → [B, T, 2D]"""
+def context_latents(source: Tensor) -> Tensor:
+    """What the DiT sees beside the noise: source latents (silence or hints), a mask of ones. [B, T, D] → [B, T, 2D]"""
     return torch.cat([source, torch.ones_like(source)], dim=-1)
 
 
 @torch.inference_mode()
-def cover_hints(
-    audio_tokenizer, audio_detokenizer, latents: torch.Tensor, silence: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(5 Hz codes [1, ceil(T/5), 1], hints [1, T, D]) of latents [1, T, D]; the last window is filled up with silence."""
+def cover_hints(audio_tokenizer, audio_detokenizer, latents: Tensor, silence: Tensor) -> tuple[Tensor, Tensor]:
+    """(5 Hz codes [1, ceil(T/5), 1], hints [1, T, D]) of latents [1, T, D]; silence fills up the last window."""
     device, dtype = audio_tokenizer.device, audio_tokenizer.dtype
     quantized, codes = audio_tokenizer.tokenize(latents.to(device, dtype), silence.to(device, dtype))
     return codes, audio_detokenizer(quantized)[:, : latents.shape[1]]
 
 
+@dataclass(frozen=True)
+class Text:
+    """What the tokenizer gets: a `text_prompt` and a `lyric_prompt`."""
+
+    prompt: str
+    lyrics: str
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """Packed conditions [1, L, D] of a text, on the CPU, and how many tokens of it the model does not see."""
+
+    states: Tensor
+    text_tokens_lost: int
+    lyric_tokens_lost: int
+
+
+def encode_texts(
+    checkpoint: Checkpoint, texts: Sequence[Text], device: torch.device, dtype: torch.dtype
+) -> Iterator[Conditions]:
+    """The conditions of each text, in order. Text encoder and condition encoder are on the device one after the other.
+
+    A prompt that many texts share is encoded once; states of lyrics, which are large, are looked up in their turn.
+    """
+    text_encoder, tokenizer = checkpoint.load_text_encoder(device, dtype)
+    prompts = {text.prompt: token_ids(tokenizer, text.prompt, TEXT_TOKENS) for text in texts}
+    lyrics = {text.lyrics: token_ids(tokenizer, text.lyrics, LYRIC_TOKENS) for text in texts}
+    prompt_states = {prompt: encode_text(text_encoder, ids).cpu() for prompt, (ids, _) in prompts.items()}
+    embeddings = text_encoder.get_input_embeddings().cpu()
+    del text_encoder
+    encoder = checkpoint.load_condition_encoder(device, dtype)
+    timbre = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
+    for text in texts:
+        ids, lyric_tokens_lost = lyrics[text.lyrics]
+        states = encode_conditions(encoder, prompt_states[text.prompt], embeddings(ids), timbre)
+        yield Conditions(states.cpu(), prompts[text.prompt][1], lyric_tokens_lost)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What is asked for. duration: seconds. seed: of the noise."""
+    """A request for music. duration: seconds. seed: of the noise."""
 
     caption: str
     lyrics: str = INSTRUMENTAL
@@ -115,41 +151,14 @@ class Prompt:
     duration: float = 30.0
     seed: int = 42
 
-
-@dataclass(frozen=True, eq=False)
-class Conditions:
-    """Packed conditions [1, L, C] of a prompt, on the CPU, and how many tokens of its text and lyrics the model does not see."""
-
-    states: Tensor
-    text_tokens_lost: int
-    lyric_tokens_lost: int
-
-
-def encode_prompts(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], device: torch.device, dtype: torch.dtype, offload: bool = False
-) -> tuple[Conditions, ...]:
-    """Conditions of each prompt. Text encoder and condition encoder are loaded one after the other and freed: never both are on the device."""
-    tokenizer = checkpoint.load_tokenizer()
-    texts, lyrics, lost = [], [], []
-    encoder = Part(lambda place: checkpoint.load_text_encoder(place, dtype)[0], device, offload)
-    with encoder.in_use() as model:
-        for prompt in prompts:
-            text = text_prompt(
-                prompt.caption,
-                bpm=prompt.bpm,
-                timesignature=prompt.timesignature,
-                keyscale=prompt.keyscale,
-                duration=prompt.duration,
-            )
-            text_ids, text_lost = token_ids(tokenizer, text, TEXT_TOKENS)
-            lyric_ids, lyrics_lost = token_ids(tokenizer, lyric_prompt(prompt.lyrics, prompt.language), LYRIC_TOKENS)
-            texts.append(encode_text(model, text_ids))
-            lyrics.append(embed_lyrics(model, lyric_ids))
-            lost.append((text_lost, lyrics_lost))
-    del model
-    encoder.free()
-    timbre = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
-    encoder = Part(lambda place: checkpoint.load_condition_encoder(place, dtype), device, offload)
-    with encoder.in_use() as model:
-        states = [encode_conditions(model, *pair, timbre).cpu() for pair in zip(texts, lyrics, strict=True)]
-    return tuple(Conditions(state, *counts) for state, counts in zip(states, lost, strict=True))
+    @property
+    def text(self) -> Text:
+        """What the model is told of it."""
+        prompt = text_prompt(
+            self.caption,
+            bpm=self.bpm,
+            timesignature=self.timesignature,
+            keyscale=self.keyscale,
+            duration=self.duration,
+        )
+        return Text(prompt, lyric_prompt(self.lyrics, self.language))

@@ -1,1 +1,1 @@
-"""The training mathematics: timestep laws, the velocity loss, condition dropout (spec, section 4)."""
+"""The mathematics of flow matching: timestep laws, the velocity loss, guidance, the sampler (spec, section 4)."""

@@ -7,23 +7,27 @@ t stays in fp32 or better; bf16 keeps only three digits of t·1000.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 TURBO_STEPS = 8
 TURBO_SHIFT = 3.0
 
-Law = Callable[[torch.Tensor], torch.Tensor]
+Law = Callable[[Tensor], Tensor]
 
 
-def turbo_timesteps() -> torch.Tensor:
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Timesteps moved towards the noise: shift·u / (1 + (shift − 1)·u) (Esser et al. 2024, arXiv 2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def turbo_timesteps() -> Tensor:
     """The eight timesteps that turbo's inference visits, fp64 [8], from 1 down to 0.3."""
-    u = torch.linspace(1, 1 / TURBO_STEPS, TURBO_STEPS, dtype=torch.float64)
-    return TURBO_SHIFT * u / (1 + (TURBO_SHIFT - 1) * u)
+    return shifted(torch.linspace(1, 1 / TURBO_STEPS, TURBO_STEPS, dtype=torch.float64), TURBO_SHIFT)
 
 
-def discrete(u: torch.Tensor) -> torch.Tensor:
+def discrete(u: Tensor) -> Tensor:
     """Turbo: one of its eight timesteps, all equally likely. u: [B] in [0, 1] → t [B]"""
-    steps = turbo_timesteps()
-    return steps[(u.double() * TURBO_STEPS).long().clamp(max=TURBO_STEPS - 1)].to(u.dtype)
+    return turbo_timesteps()[(u.double() * TURBO_STEPS).long().clamp(max=TURBO_STEPS - 1)].to(u.dtype)
 
 
 def logit_normal(mu: float, sigma: float) -> Law:
@@ -33,13 +37,13 @@ def logit_normal(mu: float, sigma: float) -> Law:
     u: [B] in [0, 1] → t [B]; the ends give 0 and 1.
     """
 
-    def law(u: torch.Tensor) -> torch.Tensor:
+    def law(u: Tensor) -> Tensor:
         return torch.sigmoid(mu + sigma * torch.special.ndtri(u.double().sqrt())).to(u.dtype)
 
     return law
 
 
-def stratified(parts: int, generator: torch.Generator) -> torch.Tensor:
+def stratified(parts: int, generator: torch.Generator) -> Tensor:
     """Uniform numbers [parts] in random order, exactly one in each of `parts` equal intervals of [0, 1), fp64."""
     order = torch.randperm(parts, generator=generator)
     return (order + torch.rand(parts, generator=generator, dtype=torch.float64)) / parts

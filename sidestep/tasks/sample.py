@@ -1,24 +1,25 @@
-"""`sample`: audio from the base model with an adapter at one or more strengths. Training makes its previews with the same pieces."""
+"""`sample`: audio from the base model with an adapter at one or more strengths; training makes previews with it."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.blocks import Part
+from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import Conditions, Prompt, encode_prompts
+from sidestep.acestep.conditions import Conditions, Prompt, context_latents, encode_texts, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
-from sidestep.acestep.pipeline import Denoiser, Sampling, at_full_level, denoise, denoiser, sampling_for
-from sidestep.acestep.vae import decode
+from sidestep.acestep.vae import decode, frames_per_second
 from sidestep.adapters.load import at_strength, put_on
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
@@ -27,51 +28,125 @@ from sidestep.data.sidecars import decode_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
+from sidestep.flow_matching.guidance import guided
+from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
 from sidestep.settings.config import SampleConfig
 from sidestep.settings.option import options_of
+from sidestep.variants import Variant
 from sidestep.words import count
 
 LONGEST_SECONDS = 600
 
 
+TURBO_STEPS = 8  # what it was distilled for
+STEPS, GUIDANCE = 32, 7.0  # ACE-Step's app for base and sft
+SHIFT = 3.0
+PEAK = 10 ** (-1 / 20)  # -1 dBFS, to which ACE-Step's app and diffusers bring their output
+
+
 @dataclass(frozen=True)
-class Studio:
-    """What makes audio: a pipeline around the decoder, the VAE, and how to sample."""
+class Sampling:
+    """How noise becomes latents. guidance 1: none."""
 
-    pipeline: Denoiser
-    vae: Part
+    steps: int
+    guidance: float
+    shift: float = SHIFT
+
+
+def sampling_for(
+    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = SHIFT
+) -> Sampling:
+    """What a variant was made for, but for what is given. Turbo has guidance distilled into it and takes none."""
+    default_steps, default_guidance = (TURBO_STEPS, 1.0) if variant.is_turbo else (STEPS, GUIDANCE)
+    return Sampling(
+        steps or default_steps, default_guidance if guidance is None or variant.is_turbo else guidance, shift
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes audio with a decoder as it is at that moment, adapter included.
+
+    silence: [1, T0, D] and null_condition: [1, 1, C], on the device that computes; the latter in the base's dtype.
+    """
+
+    decoder: nn.Module
+    silence: Tensor
+    null_condition: Tensor
+    vae: OffloadedModule
     sampling: Sampling
+    frames_per_second: float
+    sample_rate: int
 
+    def noise(self, prompt: Prompt) -> Tensor:
+        """Noise [1, T, D] of a prompt: fp32 on the CPU, so that a seed means the same on every device."""
+        frames = math.ceil(prompt.duration * self.frames_per_second)
+        return torch.randn(1, frames, self.silence.shape[-1], generator=torch.Generator().manual_seed(prompt.seed))
+
+    @torch.no_grad()
     def latents(self, prompt: Prompt, states: Tensor) -> Tensor:
-        """[1, T, D] for a prompt and its conditions [1, L, C], with the decoder as it is now."""
-        return denoise(self.pipeline, prompt, states, self.sampling)
+        """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random."""
+        noise, conditions = (x.to(self.null_condition) for x in (self.noise(prompt), states))
+        context = context_latents(tiled_silence(self.silence, noise.shape[1]).to(noise))
+
+        def velocity(x: Tensor, t: Tensor, conditions: Tensor = conditions) -> Tensor:
+            return self.decoder(
+                hidden_states=x,
+                timestep=t,
+                timestep_r=t,
+                encoder_hidden_states=conditions,
+                context_latents=context.expand(len(x), -1, -1),
+                return_dict=False,
+            )[0]
+
+        scale = self.sampling.guidance
+        field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
+        return sample_euler(field, noise, sampling_timesteps(self.sampling.steps, self.sampling.shift))
 
     def audio(self, latents: Tensor) -> np.ndarray:
         """float32 [2, S] with its peak at -1 dBFS. Raises JobError when the model made values that are no numbers."""
         with self.vae.in_use() as vae:
-            audio = at_full_level(decode(vae, latents)[0])
+            audio = decode(vae, latents)[0]
         if not bool(torch.isfinite(audio).all()):
             raise JobError(
                 "The model made values that are no numbers instead of audio.",
                 "Try --precision fp32; if that does not help, the adapter is broken.",
             )
-        return audio.numpy()
+        return (audio * (PEAK / audio.abs().amax().clamp(min=1e-6))).numpy()
 
-    @property
-    def sample_rate(self) -> int:
-        return self.pipeline.sample_rate
+
+def open_sampler(
+    checkpoint: Checkpoint,
+    decoder: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    sampling: Sampling,
+    offload: bool,
+) -> Sampler:
+    """A sampler around a decoder on `device`; the VAE is loaded when the first audio is made."""
+    vae_config = checkpoint.vae_config()
+    return Sampler(
+        decoder,
+        checkpoint.silence_latent().to(device),
+        checkpoint.load_null_condition(device, dtype),
+        OffloadedModule(lambda place: checkpoint.load_vae(place, dtype), device, offload),
+        sampling,
+        frames_per_second(vae_config),
+        int(vae_config["sampling_rate"]),
+    )
 
 
 def sample(config: SampleConfig, report: Report) -> list[Path]:
-    """The audio files, one for each strength, each with a .json of its prompt and settings beside it. Raises UserError and JobError."""
+    """The audio files, one for each strength, each with a .json of its prompt and settings beside it.
+
+    Raises UserError and JobError.
+    """
     prompt = prompt_of(_typed_prompt(config), "")
     strengths = _strengths(config)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     adapter = read_adapter(config.adapter) if config.adapter else None
-    device, precision = (
-        choose_device(config.device),
-        choose_precision(config.precision, choose_device(config.device).value),
-    )
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device.value)
     report(Decision(what="device", value=str(device.value), reason=device.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     sampling = sampling_for(checkpoint.variant, config.steps, config.guidance, config.shift)
@@ -84,30 +159,27 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             )
         )
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
-    [conditions] = encode_prompts(checkpoint, [prompt], device.value, precision.value, config.offload_encoder)
+    [conditions] = encode_texts(checkpoint, [prompt.text], device.value, precision.value)
     tell_lost_tokens(prompt, conditions, report)
     decoder = checkpoint.load_decoder(device.value, precision.value)
     attention = use_attention(decoder, config.attention)
     report(Decision(what="attention", value=attention.value, reason=attention.reason))
     model = put_on(decoder, adapter) if adapter else None
-    studio = studio_for(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
+    sampler = open_sampler(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
     stem = _free_stem(config.output, f"{slug(prompt.caption)}-seed{prompt.seed}", strengths)
     files = []
     for number, strength in enumerate(strengths):
-        if model is None:
-            latents = studio.latents(prompt, conditions.states)
-        else:
-            with at_strength(model, strength):
-                latents = studio.latents(prompt, conditions.states)
+        with at_strength(model, strength) if model else nullcontext():
+            latents = sampler.latents(prompt, conditions.states)
         path = config.output / f"{stem}-strength{strength:g}.flac"
-        facts = {
+        metadata = {
             "strength": strength,
             "adapter": str(config.adapter) if config.adapter else None,
             "checkpoint": checkpoint.folder.name,
             "precision": precision_name(precision.value),
             "device": device.value.type,
         }
-        write_take(path, studio, studio.audio(latents), prompt, facts)
+        write_take(path, sampler, sampler.audio(latents), prompt, metadata)
         report(Saved(what="sample", path=str(path)))
         report(Progress(task="Sampling", done=number + 1, total=len(strengths), current=f"strength {strength:g}"))
         files.append(path)
@@ -115,27 +187,21 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     return files
 
 
-def studio_for(
-    checkpoint: Checkpoint, decoder, device: torch.device, dtype: torch.dtype, sampling: Sampling, offload: bool
-) -> Studio:
-    """A studio around a decoder on `device`; the VAE is loaded when the first audio is made."""
-    silence, null_condition = checkpoint.silence_latent().to(device), checkpoint.load_null_condition(device, dtype)
-    vae = Part(lambda place: checkpoint.load_vae(place, dtype), device, offload)
-    return Studio(denoiser(checkpoint, decoder, silence, null_condition), vae, sampling)
+def write_take(path: Path, sampler: Sampler, audio: np.ndarray, prompt: Prompt, metadata: Mapping[str, Any]) -> None:
+    """A .flac of float32 [2, S], and then beside it a .json of the prompt, the sampling and `metadata`.
 
-
-def write_take(path: Path, studio: Studio, audio: np.ndarray, prompt: Prompt, facts: Mapping[str, Any]) -> None:
-    """A .flac of float32 [2, S], and then beside it a .json of the prompt, the sampling and `facts`. Raises JobError when the disk refuses."""
-    said = {
+    Raises JobError when the disk refuses.
+    """
+    content = {
         "audio": path.name,
         "prompt": asdict(prompt),
-        "sampling": asdict(studio.sampling),
-        **facts,
+        "sampling": asdict(sampler.sampling),
+        **metadata,
         "made_by": f"Side-Step {__version__}",
     }
     try:
-        write_flac(path, audio, studio.sample_rate)
-        write_text(path.with_suffix(".json"), json.dumps(said, ensure_ascii=False, indent=2) + "\n")
+        write_flac(path, audio, sampler.sample_rate)
+        write_text(path.with_suffix(".json"), json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise JobError(
             f"{path}: cannot be written ({error.strerror or error}).",
@@ -146,7 +212,8 @@ def write_take(path: Path, studio: Studio, audio: np.ndarray, prompt: Prompt, fa
 def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     """A prompt from values as people write them ("Am", "4/4", "120 BPM"), brought into the form that training uses.
 
-    where: what stands before a mistake's name, such as `prompts.json: $[0]`; empty: the values are flags. Raises UserError.
+    where: what comes before a mistake's name, such as `prompts.json: $[0]`; empty: the values are flags.
+    Raises UserError.
     """
 
     def wrong(name: str, why: str) -> UserError:
@@ -194,7 +261,8 @@ def tell_lost_tokens(prompt: Prompt, conditions: Conditions, report: Report) -> 
         if lost:
             report(
                 Notice(
-                    message=f'"{prompt.caption[:40]}": the {what} is longer than the model reads; the last {lost} tokens are lost.',
+                    message=f'"{prompt.caption[:40]}": the {what} is longer than the model reads; '
+                    f"the last {lost} tokens are lost.",
                     level="warning",
                 )
             )

@@ -12,11 +12,9 @@ import soundfile
 import torch
 from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
 
-from sidestep.acestep.blocks import Part
+from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import Prompt, encode_prompts
-from sidestep.acestep.pipeline import Sampling, at_full_level, denoise, denoiser, noise_for, sampling_for
-from sidestep.acestep.vae import decode
+from sidestep.acestep.conditions import Prompt, encode_texts
 from sidestep.adapters.adapter import changed_weight
 from sidestep.adapters.attach import attach
 from sidestep.adapters.load import at_strength, put_on
@@ -27,7 +25,7 @@ from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
 from sidestep.events import Event, Notice, null
 from sidestep.settings.config import SampleConfig, TrainConfig
-from sidestep.tasks.sample import prompt_of, sample, slug
+from sidestep.tasks.sample import Sampling, open_sampler, prompt_of, sample, sampling_for, slug
 from tests.conftest import FIXTURES
 
 CPU = torch.device("cpu")
@@ -62,7 +60,7 @@ def checkpoint(name: str = "turbo") -> Checkpoint:
 
 @cache
 def states(name: str = "turbo") -> torch.Tensor:
-    return encode_prompts(checkpoint(name), [PROMPT], CPU, torch.float32)[0].states
+    return next(encode_texts(checkpoint(name), [PROMPT.text], CPU, torch.float32)).states
 
 
 @cache
@@ -75,11 +73,7 @@ def decoder() -> torch.nn.Module:
 
 
 def latents(model: torch.nn.Module, sampling: Sampling = TWO_STEPS) -> torch.Tensor:
-    dtype = model.dtype
-    pipeline = denoiser(
-        checkpoint(), model, checkpoint().silence_latent(), checkpoint().load_null_condition(dtype=dtype)
-    )
-    return denoise(pipeline, PROMPT, states(), sampling)
+    return open_sampler(checkpoint(), model, CPU, model.dtype, sampling, offload=False).latents(PROMPT, states())
 
 
 def config(**settings) -> TrainConfig:
@@ -122,13 +116,22 @@ def base_checkpoints(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["turbo", "xl-turbo", "base"])
-def test_conditions_and_latents_equal_those_of_diffusers_own_pipeline(name, base_checkpoints):
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("turbo", Sampling(8, 1.0)),
+        ("turbo", Sampling(8, 1.0, shift=1.0)),
+        ("xl-turbo", Sampling(3, 1.0)),
+        ("base", Sampling(32, 7.0)),
+        ("base", Sampling(5, 2.0, shift=1.0)),
+        ("base", Sampling(5, 1.0)),
+    ],
+)
+def test_conditions_latents_and_audio_equal_those_of_diffusers_own_pipeline(name, sampling, base_checkpoints):
     ck = open_checkpoint(base_checkpoints, "turbo") if name == "base" else checkpoint(name)
-    sampling = Sampling(3, 5.0) if name == "base" else Sampling(3, 1.0)
     model = ck.load_decoder()
-    ours = denoiser(ck, model, ck.silence_latent(), ck.load_null_condition())
-    [conditions] = encode_prompts(ck, [PROMPT], CPU, torch.float32)
+    ours = open_sampler(ck, model, CPU, torch.float32, sampling, offload=False)
+    [conditions] = encode_texts(ck, [PROMPT.text], CPU, torch.float32)
     text_encoder, tokenizer = ck.load_text_encoder()
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
     theirs = AceStepPipeline(ck.load_vae(), text_encoder, tokenizer, model, ck.load_condition_encoder(), scheduler)
@@ -146,13 +149,16 @@ def test_conditions_and_latents_equal_those_of_diffusers_own_pipeline(name, base
         "audio_duration": PROMPT.duration,
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance,
-        "latents": noise_for(ours, PROMPT),
+        "shift": sampling.shift,
+        "latents": ours.noise(PROMPT),
     }
-    audio = theirs(**settings).audios
-    mine = denoise(ours, PROMPT, conditions.states, sampling)
+    exact = theirs(**settings, output_type="latent").audios
     assert torch.equal(seen["states"], conditions.states)
-    assert ours.do_classifier_free_guidance == (name == "base")
-    torch.testing.assert_close(at_full_level(decode(theirs.vae, mine, 10)), audio, rtol=0, atol=2e-6)
+    assert theirs.do_classifier_free_guidance == (sampling.guidance > 1)
+    mine = ours.latents(PROMPT, conditions.states)
+    torch.testing.assert_close(mine, exact, rtol=0, atol=1e-5)
+    audio = torch.from_numpy(ours.audio(mine))[None]
+    torch.testing.assert_close(audio, theirs(**settings).audios, rtol=0, atol=2e-6)
 
 
 @kinds
@@ -215,9 +221,9 @@ class Moving(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("offload", "sent"), [(True, ["cpu", "meta", "cpu"]), (False, [])])
-def test_an_offloaded_part_is_on_the_device_only_while_it_is_used(offload, sent):
+def test_an_offloaded_module_is_on_the_device_only_while_it_is_used(offload, sent):
     model, loaded = Moving(), []
-    part = Part(lambda device: loaded.append(str(device)) or model, torch.device("meta"), offload)
+    part = OffloadedModule(lambda device: loaded.append(str(device)) or model, torch.device("meta"), offload)
     for _ in range(2):
         with part.in_use() as inside:
             assert inside is model

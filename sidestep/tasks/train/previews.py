@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.acestep.conditions import Conditions, Prompt, encode_prompts
-from sidestep.acestep.pipeline import sampling_for
+from sidestep.acestep.conditions import Conditions, Prompt, encode_texts
 from sidestep.adapters.load import at_strength
 from sidestep.data.batches import Song
 from sidestep.data.lyrics import without_time_marks
@@ -24,11 +22,12 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Notice, Progress, Report, Saved
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import (
-    Studio,
+    Sampler,
     described,
+    open_sampler,
     prompt_of,
+    sampling_for,
     slug,
-    studio_for,
     tell_lost_tokens,
     typed_lyrics,
     write_take,
@@ -57,7 +56,7 @@ def previews_for(
     if not prompts:
         return NoCompanion()
     checkpoint.vae_config()  # a missing VAE is told now, not after the first epochs
-    conditions = encode_prompts(checkpoint, prompts, device, dtype, config.offload_encoder)
+    conditions = list(encode_texts(checkpoint, [prompt.text for prompt in prompts], device, dtype))
     for prompt, states in zip(prompts, conditions, strict=True):
         tell_lost_tokens(prompt, states, report)
     when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
@@ -139,7 +138,7 @@ class Previews:
         )
         self.prompts, self.conditions = prompts, conditions
         self.names = [f"{number:02}-{slug(prompt.caption, 30)}" for number, prompt in enumerate(prompts, 1)]
-        self.studio: Studio | None = None
+        self.sampler: Sampler | None = None
         self._made_at = -1  # optimizer step of the last previews
 
     def after_epoch(self, run: Run, epoch: int) -> None:
@@ -165,8 +164,8 @@ class Previews:
 
     def _make(self, run: Run, spread: bool) -> None:
         place = f"step_{run.position.step:06}" if run.position.step_in_epoch else f"epoch_{run.position.epoch:04}"
-        studio = self.studio or self._open(run, spread)
-        takes = [(BASE, 0.0, number) for number in range(len(self.prompts)) if not self._stands(studio, number)]
+        sampler = self.sampler or self._open(run, spread)
+        takes = [(BASE, 0.0, number) for number in range(len(self.prompts)) if not self._stands(sampler, number)]
         if spread:
             takes = [
                 (BASE, 0.0, number) for number in run.processes.gather([number for _, _, number in takes])[0]
@@ -176,56 +175,47 @@ class Previews:
             for done, (folder, strength, number) in enumerate(takes):
                 run.report(Progress(task="Previews", done=done, total=len(takes), current=self.names[number]))
                 with at_strength(run.model, strength):
-                    latents = studio.latents(self.prompts[number], self.conditions[number].states)
+                    latents = sampler.latents(self.prompts[number], self.conditions[number].states)
                 if run.is_main:
                     self._keep(
-                        run, studio, self.folder / folder / f"{self.names[number]}.flac", strength, number, latents
+                        run, sampler, self.folder / folder / f"{self.names[number]}.flac", strength, number, latents
                     )
         run.report(Progress(task="Previews", done=len(takes), total=len(takes)))
         run.report(Saved(what="previews", path=str(self.folder / place)))
 
-    def _open(self, run: Run, spread: bool) -> Studio:
-        decoder = Wrapped(run.wrapped, run.model.get_base_model()) if spread else run.model.get_base_model()
-        self.studio = studio_for(
+    def _open(self, run: Run, spread: bool) -> Sampler:
+        # where the weights are spread over processes, the wrapper gathers them
+        decoder = run.wrapped if spread else run.model.get_base_model()
+        self.sampler = open_sampler(
             run.checkpoint, decoder, run.device, self.dtype, sampling_for(run.checkpoint.variant), self.offload
         )
-        return self.studio
+        return self.sampler
 
-    def _stands(self, studio: Studio, number: int) -> bool:
+    def _stands(self, sampler: Sampler, number: int) -> bool:
         """Whether the base model's audio of a prompt is there from before, made from the same prompt in the same way."""
         path = self.folder / BASE / f"{self.names[number]}.json"
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        same = (said.get("prompt"), said.get("sampling")) == (asdict(self.prompts[number]), asdict(studio.sampling))
+        same = (said.get("prompt"), said.get("sampling")) == (asdict(self.prompts[number]), asdict(sampler.sampling))
         return same and path.with_suffix(".flac").is_file()
 
-    def _keep(self, run: Run, studio: Studio, path: Path, strength: float, number: int, latents: torch.Tensor) -> None:
+    def _keep(
+        self, run: Run, sampler: Sampler, path: Path, strength: float, number: int, latents: torch.Tensor
+    ) -> None:
         step, epoch = (run.position.step, run.position.epoch) if strength else (0, 0)
-        audio = studio.audio(latents)
+        audio = sampler.audio(latents)
         write_take(
             path,
-            studio,
+            sampler,
             audio,
             self.prompts[number],
             {"strength": strength, "step": step, "epoch": epoch, "checkpoint": run.checkpoint.folder.name},
         )
         run.tensorboard.add_audio(
-            f"previews/{self.names[number]}/strength {strength:g}", audio.mean(axis=0)[None], step, studio.sample_rate
+            f"previews/{self.names[number]}/strength {strength:g}", audio.mean(axis=0)[None], step, sampler.sample_rate
         )
-
-
-class Wrapped(nn.Module):
-    """The decoder as a pipeline sees it, called through the wrapper that gathers its spread weights."""
-
-    def __init__(self, wrapper: nn.Module, decoder: nn.Module):
-        super().__init__()
-        self._models = (wrapper, decoder)  # in a tuple, so that neither becomes a submodule
-        self.config, self.dtype, self.device = decoder.config, decoder.dtype, decoder.device
-
-    def forward(self, **inputs: Any) -> tuple[torch.Tensor, ...]:
-        return self._models[0](**inputs)
 
 
 @contextmanager

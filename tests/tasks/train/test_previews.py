@@ -16,12 +16,11 @@ from transformers import Qwen3Model
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Prompt
-from sidestep.acestep.pipeline import denoiser, noise_for, sampling_for
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Event, Notice, Saved, null
 from sidestep.settings.config import SampleConfig, TrainConfig
-from sidestep.tasks.sample import sample
+from sidestep.tasks.sample import open_sampler, sample, sampling_for
 from sidestep.tasks.train import train
 from sidestep.tasks.train.previews import previews_for, prompts_for
 from sidestep.tasks.train.setup import open_accelerator, set_up
@@ -135,7 +134,6 @@ def test_diffusers_own_pipeline_plays_the_final_adapter_as_the_trainers_preview_
         "prompt"
     ]
     prompt = Prompt(**said)
-    ours = denoiser(checkpoint, pipeline.transformer, checkpoint.silence_latent(), checkpoint.load_null_condition())
     settings = {
         "prompt": prompt.caption,
         "lyrics": prompt.lyrics,
@@ -144,12 +142,11 @@ def test_diffusers_own_pipeline_plays_the_final_adapter_as_the_trainers_preview_
         "audio_duration": prompt.duration,
     }
     sampling = sampling_for(checkpoint.variant)
+    ours = open_sampler(checkpoint, pipeline.transformer, torch.device("cpu"), torch.float32, sampling, offload=False)
 
     def play() -> np.ndarray:
         return (
-            pipeline(
-                **settings, num_inference_steps=sampling.steps, shift=sampling.shift, latents=noise_for(ours, prompt)
-            )
+            pipeline(**settings, num_inference_steps=sampling.steps, shift=sampling.shift, latents=ours.noise(prompt))
             .audios[0]
             .numpy()
         )
