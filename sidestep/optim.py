@@ -27,7 +27,9 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
     if config.optimizer_type == "adamw":
         return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in FUSED_DEVICES)
     if config.optimizer_type == "adafactor":
-        return Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        # Its step is scaled by the size of the parameter, at least eps2. An adapter starts at zero and stays small, so
+        # that with the default of 1e-3 nothing is learnt; with 1 the step is --lr times the normalised gradient.
+        return Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay, eps=(None, 1.0))
     if config.optimizer_type == "prodigy":
         from prodigyopt import Prodigy  # its import prints nothing and costs nothing, but few runs need it
 

@@ -36,6 +36,30 @@ def test_each_optimizer_goes_downhill_and_prints_nothing(name, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", OPTIMIZER_TYPES)
+def test_at_its_default_rate_each_optimizer_solves_a_lora_regression_that_starts_at_zero(name):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 32, generator=generator)
+    a = torch.nn.Parameter(torch.empty(8, 32).uniform_(-(32**-0.5), 32**-0.5, generator=generator))
+    b = torch.nn.Parameter(torch.zeros(32, 8))
+    target = 2 * x @ a.detach().T @ (0.03 * torch.randn(8, 32, generator=generator))
+    changes = {"lr": 1.0} if name == "prodigy" else {}
+    try:
+        optimizer = make_optimizer(config(optimizer_type=name, **changes), [a, b], CPU)
+    except UserError:
+        pytest.skip("no 8-bit optimizer for this CPU")
+
+    def loss() -> torch.Tensor:
+        return (2 * x @ a.T @ b.T - target).square().mean()
+
+    start = loss().item()
+    for _ in range(1500):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss().item() < 0.1 * start
+
+
 def test_adamw_is_the_fused_one():
     assert make_optimizer(config(), [parameter()], CPU).defaults["fused"]
 
