@@ -44,6 +44,16 @@ def test_top_singular_values_agree_with_the_exact_svd_within_two_percent_on_aver
     assert torch.stack(errors).mean() < 0.02
 
 
+def test_what_lies_outside_the_sketch_does_not_lift_the_energy_that_it_sees():
+    ratios = []
+    for seed in range(12):
+        gradient, layout = decaying(256, 192, 1.0, seed), Layout({"m": (256, 192)}, 16, seed)
+        basis = torch.linalg.qr(gradient.double() @ layout.omega[192].double()).Q  # all that the sketch can see
+        values = layout.decompose(fed(layout, gradient), "m")[1]
+        ratios.append(values.square().sum() / (basis.T @ gradient.double()).square().sum())
+    assert torch.stack(ratios).mean() == pytest.approx(1.0, abs=0.03)  # 1.08 without the correction
+
+
 def test_directions_are_the_singular_directions():
     gradient = decaying(256, 384, 1.5, 0)
     layout = Layout({"m": (256, 384)}, 32, 0)

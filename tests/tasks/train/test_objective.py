@@ -1,0 +1,261 @@
+"""The wiring of the training loss: what a run's objective feeds the decoder, and what becomes of the loss.
+
+The oracle is the original code's loss on the golden cases; where there is none (hints, weights, shares), the formula.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.data.batches import Item, MicroBatch, collate
+from sidestep.data.records import Record, save_record
+from sidestep.flow_matching.timesteps import turbo_timesteps
+from sidestep.tasks.train.evaluation import grid_loss
+from sidestep.tasks.train.loop import Tally, optimizer_step, run_loop
+from sidestep.tasks.train.objective import training_law
+from sidestep.tasks.train.run import Run
+from sidestep.tasks.train.setup import open_accelerator, set_up
+from sidestep.variants import Variant
+from tests.conftest import FIXTURES, assert_golden
+from tests.training_world import Log, settings, write_data
+
+CASES = [0, 1]
+
+
+def set_up_run(data: Path, output: Path, **changes) -> Run:
+    """A run as `train` sets it up, before its first step."""
+    log = Log()
+    config = settings(data, output, dropout=0.0, **changes)
+    accelerator, precision = open_accelerator(config, log)
+    return set_up(config, log, accelerator, precision)
+
+
+def golden_run(golden, tmp_path: Path, **changes) -> Run:
+    """A run whose songs are the golden cases, with conditions of their own for the hints: those of text, negated."""
+    folder, expected = golden
+    for case in CASES:
+        latents, conditions, hints = (
+            expected[f"{case}.{name}"][0] for name in ("latent_mean", "encoder_hidden_states", "cover_hints")
+        )
+        extra = {"cover_hints": hints, "hints_encoder_hidden_states": -conditions}
+        save_record(tmp_path / "data" / f"case {case}.pt", Record(latents, conditions, {"caption": str(case)}, **extra))
+    return set_up_run(tmp_path / "data", tmp_path / "run", model_variant=folder, **changes)
+
+
+def loss_of_case(run: Run, expected: dict[str, torch.Tensor], case: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss [1], plain loss [1]) of a case's micro-step in epoch 0, at the golden noise and timestep."""
+    (micro_batch,) = [m for step in run.plan(0) for m in step.micro_batches if m.items[0].song == case]
+    batch = collate(run.songs, micro_batch)
+    run.objective.noise = lambda step, batch: expected[f"{case}.noise"]
+    run.objective.timesteps = lambda step, samples: expected[f"{case}.t"].expand(samples)
+    weighted, plain, t = run.objective(run.wrapped, batch, step=0, samples=2)
+    assert torch.equal(t, expected[f"{case}.t"])
+    return weighted.detach(), plain
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("cfg_ratio", "name"), [(0.0, "loss"), (1.0, "loss_null")])
+def test_a_micro_step_has_the_original_loss_with_and_without_its_condition(
+    golden, golden_time_table, tmp_path, case, cfg_ratio, name
+):
+    run = golden_run(golden, tmp_path, cfg_ratio=cfg_ratio)
+    weighted, plain = loss_of_case(run, golden[1], case)
+    assert_golden(plain, golden[1][f"{case}.{name}"])
+    assert_golden(weighted, golden[1][f"{case}.{name}"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cfg_ratio", [0.0, 1.0])
+def test_a_micro_step_with_hints_has_them_as_context_and_their_own_condition(
+    checkpoints, golden, golden_time_table, tmp_path, case, cfg_ratio
+):
+    folder, expected = golden
+    run = golden_run(golden, tmp_path, cfg_ratio=cfg_ratio, hints_ratio=1.0)
+    _, plain = loss_of_case(run, expected, case)
+
+    checkpoint = open_checkpoint(checkpoints, folder)
+    latents, noise, t, hints, conditions = (
+        expected[f"{case}.{n}"] for n in ("latent_mean", "noise", "t", "cover_hints", "encoder_hidden_states")
+    )
+    context = torch.cat([hints, torch.ones_like(hints)], dim=-1)
+    conditions = checkpoint.load_null_condition().expand_as(conditions) if cfg_ratio else -conditions
+    with torch.inference_mode():
+        x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * latents
+        velocity = checkpoint.load_decoder()(x_t, t, t, conditions, context, return_dict=False)[0]
+    assert_golden(plain, (velocity - (noise - latents)).square().mean((1, 2)))
+    assert (plain - expected[f"{case}.{'loss_null' if cfg_ratio else 'loss'}"]).abs() > 1e-3  # silence gives another
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_min_snr_weighs_the_loss_that_is_learnt_from_and_not_the_one_that_is_shown(golden, tmp_path, t):
+    run = golden_run(golden, tmp_path, loss_weighting="min_snr", snr_gamma=5.0)
+    expected = golden[1] | {"0.t": torch.tensor([t])}
+    weighted, plain = loss_of_case(run, expected, 0)
+    snr = ((1 - t) / t) ** 2
+    assert (weighted / plain).item() == pytest.approx(min(snr, 5.0) / (snr + 1), rel=1e-5)
+    unweighted = golden_run(golden, tmp_path)
+    assert torch.equal(loss_of_case(unweighted, expected, 0)[1], plain)
+
+
+class Recorder(torch.nn.Module):
+    """A decoder that remembers what it was given and answers with nothing but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, torch.Tensor]] = []
+
+    def forward(self, **given):
+        self.calls.append(given)
+        return (torch.zeros_like(given["hidden_states"]),)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), frames=(30, 30, 44, 44), hints=True)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_condition_dropout_takes_its_share_of_the_samples_whose_condition_becomes_the_null_condition(
+    data, tmp_path, seed
+):
+    run, model = set_up_run(data, tmp_path, seed=seed, cfg_ratio=0.15, batch_size=2), Recorder()
+    null = open_checkpoint(FIXTURES / "checkpoints", "turbo").load_null_condition()
+    batch = collate(run.songs, MicroBatch((Item(0, 0, 30), Item(1, 0, 30)), (0, 1)))
+    dropped = []
+    for step in range(400):
+        run.objective(model, batch, step, 2)
+        for condition, own in zip(model.calls[-1]["encoder_hidden_states"], batch.conditions, strict=True):
+            is_null = bool((condition == null[0]).all())
+            assert is_null or torch.equal(condition, own)
+            dropped.append(is_null)
+    assert sum(dropped) / len(dropped) == pytest.approx(0.15, abs=0.04)  # three standard deviations of 800 draws
+    pairs = {(a, b) for a, b in zip(dropped[::2], dropped[1::2], strict=True)}
+    assert len(pairs) == 4  # each sample by itself, not the batch as a whole
+
+
+def test_dropout_of_conditions_is_that_of_the_model_unless_it_is_typed(data, tmp_path):
+    config = settings(data, tmp_path)
+    base = Variant("base", is_turbo=False, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
+    turbo = Variant("turbo", is_turbo=True, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
+    assert (training_law(config, base).cfg_ratio, training_law(config, turbo).cfg_ratio) == (0.15, 0.0)
+    assert set_up_run(data, tmp_path, cfg_ratio=0.4).objective.law.cfg_ratio == 0.4
+
+
+@pytest.mark.parametrize("hints_ratio", [0.0, 1.0])
+def test_the_decoder_is_given_the_same_t_twice_noise_by_t_and_the_context_of_the_regime(data, tmp_path, hints_ratio):
+    run, model = set_up_run(data, tmp_path, hints_ratio=hints_ratio, batch_size=2), Recorder()
+    silence = torch.load(FIXTURES / "checkpoints/acestep-v15-turbo/silence_latent.pt").mT  # [1, 900, D]
+    for micro_batch in (m for step in run.plan(0) for m in step.micro_batches):
+        batch = collate(run.songs, micro_batch)
+        noise = run.objective.noise(7, batch)
+        _, loss, t = run.objective(model, batch, 7, 4)
+        given = model.calls[-1]
+        assert torch.equal(given["timestep"], t)
+        assert torch.equal(given["timestep_r"], t)
+        t_ = t[:, None, None]
+        torch.testing.assert_close(given["hidden_states"], (1 - t_) * batch.latents + t_ * noise)
+        torch.testing.assert_close(loss, (noise - batch.latents).square().mean((1, 2)))
+        songs, frames = [run.songs[item.song] for item in micro_batch.items], micro_batch.items[0].frames
+        source, ones = given["context_latents"].chunk(2, dim=-1)
+        assert torch.equal(ones, torch.ones_like(source))
+        expected = [song.hints[:frames] if hints_ratio else silence[0, :frames] for song in songs]
+        assert torch.equal(source, torch.stack(expected))
+        for condition, song in zip(given["encoder_hidden_states"], songs, strict=True):
+            own = song.hints_conditions if hints_ratio else song.conditions
+            assert torch.equal(condition[: len(own)], own)
+
+
+def test_pad_tokens_of_a_batch_change_no_sample_of_it(data, tmp_path):
+    run = set_up_run(data, tmp_path)
+    items = (Item(0, 0, 30), Item(1, 0, 30))  # of 12 and 13 condition tokens
+    together = collate(run.songs, MicroBatch(items, (0, 1)))
+    assert together.condition_mask is not None
+    _, losses, _ = run.objective(run.wrapped, together, 0, 2)
+    for slot, item in enumerate(items):
+        alone = collate(run.songs, MicroBatch((item,), (slot,)))
+        _, loss, _ = run.objective(run.wrapped, alone, 0, 2)
+        torch.testing.assert_close(losses[slot : slot + 1], loss)
+
+
+def test_draws_follow_from_seed_step_and_slot_alone(data, tmp_path):
+    objective = set_up_run(data, tmp_path / "a", seed=1, batch_size=2, cfg_ratio=0.5).objective
+    again = set_up_run(data, tmp_path / "b", seed=1, cfg_ratio=0.5).objective
+    other = set_up_run(data, tmp_path / "c", seed=2, cfg_ratio=0.5).objective
+    songs = set_up_run(data, tmp_path / "d").songs
+    pair = collate(songs, MicroBatch((Item(0, 0, 30), Item(1, 0, 30)), (2, 3)))
+    alone = collate(songs, MicroBatch((Item(1, 0, 30),), (3,)))
+    assert torch.equal(objective.noise(5, pair)[1:], again.noise(5, alone))
+    assert not torch.equal(objective.noise(5, pair)[0], objective.noise(5, pair)[1])
+    assert not torch.equal(objective.noise(5, alone), objective.noise(6, alone))
+    assert not torch.equal(objective.noise(5, alone), other.noise(5, alone))
+    assert torch.equal(objective.timesteps(5, 8), again.timesteps(5, 8))
+    assert not torch.equal(objective.timesteps(5, 8), objective.timesteps(6, 8))
+    assert not torch.equal(objective.timesteps(5, 8), other.timesteps(5, 8))
+    many = tuple(range(64))
+    assert torch.equal(objective.dropped(5, many), again.dropped(5, many))
+    assert not torch.equal(objective.dropped(5, many), objective.dropped(6, many))
+    assert not torch.equal(objective.dropped(5, many), other.dropped(5, many))
+
+
+def test_an_optimizer_step_of_eight_samples_visits_each_of_turbos_timesteps_once(data, tmp_path):
+    t = set_up_run(data, tmp_path).objective.timesteps(3, 8)
+    torch.testing.assert_close(t.sort().values, turbo_timesteps().sort().values.float())
+
+
+def untie(run: Run) -> None:
+    """Move the adapter away from the identity, so that its dropout changes the output."""
+    with torch.no_grad():
+        for parameter in run.parameters:
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+
+
+def test_validation_has_no_dropout_and_training_has(data, tmp_path):
+    run = set_up_run(data, tmp_path / "a", val_split=0.3)
+    config = settings(data, tmp_path / "b", val_split=0.3, dropout=0.5)
+    accelerator, precision = open_accelerator(config, Log())
+    dropping = set_up(config, Log(), accelerator, precision)
+    untie(run)
+    untie(dropping)
+    without = grid_loss(run, run.held_out)
+    assert grid_loss(dropping, dropping.held_out) == without == grid_loss(dropping, dropping.held_out)
+    batch = collate(run.songs, run.plan(0)[0].micro_batches[0])
+    losses = [one.objective(one.wrapped, batch, 0, 1)[1] for one in (run, dropping)]
+    assert (losses[0] - losses[1]).abs() > 1e-4
+
+
+def test_a_whole_run_validates_in_eval_mode_and_goes_on_in_train_mode(data, tmp_path):
+    run = set_up_run(data, tmp_path, val_split=0.3, epochs=3)
+    seen = []
+    run.model.register_forward_pre_hook(lambda model, *_: seen.append((torch.is_grad_enabled(), model.training)))
+    run_loop(run)
+    assert set(seen) == {(True, True), (False, False)}
+    assert seen[0] == (True, True)
+    assert seen[-1] == (False, False)  # the last epoch's validation
+    assert (False, False) in seen[: -run.total_steps]  # earlier epochs were validated as well
+
+
+@pytest.mark.parametrize("accumulation", [3, 4])
+def test_every_sample_of_an_optimizer_step_weighs_the_same(tmp_path, accumulation):
+    data = write_data(
+        tmp_path / "data", frames=(30, 30, 30, 44, 44)
+    )  # batches of 2, 1 and 2: one step, a full one or a short one
+    run = set_up_run(data, tmp_path / "run", batch_size=2, gradient_accumulation=accumulation, max_grad_norm=0.0)
+    plan = next(step for step in run.plan(0) if len({len(m.items) for m in step.micro_batches}) > 1)
+
+    total = [torch.zeros_like(p) for p in run.parameters]
+    for micro_batch in plan.micro_batches:
+        for item, slot in zip(micro_batch.items, micro_batch.slots, strict=True):
+            alone = collate(run.songs, MicroBatch((item,), (slot,)))
+            weighted, _, _ = run.objective(run.wrapped, alone, 0, plan.samples)
+            for mean, gradient in zip(total, torch.autograd.grad(weighted.sum(), run.parameters), strict=True):
+                mean += gradient / plan.samples
+
+    applied: list[list[torch.Tensor]] = []
+    run.optimizer.optimizer.register_step_pre_hook(lambda *_: applied.append([p.grad.clone() for p in run.parameters]))
+    optimizer_step(run, plan, Tally())
+    assert len(applied) == 1
+    assert any(gradient.abs().max() > 0 for gradient in total)
+    for found, mean in zip(applied[0], total, strict=True):
+        torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-7)
