@@ -15,7 +15,12 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from sidestep.errors import UserError
+
 TEMPORARY = re.compile(r"^\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+(-\d+)?$")
+HOLDER = ".lock-holder"  # beside the lock: on Windows a locked file cannot be read
 REPLACE_TRIES = 10  # Windows refuses to replace a file that a virus scanner or an indexer holds open for a moment
 
 _counter = itertools.count()
@@ -104,3 +109,51 @@ def _folder(xdg: str, default: Path, windows: str) -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "Side-Step"
     return Path(os.environ.get(xdg) or default) / "side-step"
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a folder of results while the block runs; the folder is made if need be.
+
+    The lock belongs to the process and goes with it, however it ends. Raises UserError naming the process that holds
+    it. Other files in the folder are not touched.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder / ".lock")
+    except Timeout:
+        raise UserError(
+            f"--output-dir {folder}: another process is writing there ({_read_holder(folder)}).",
+            "Wait for it or stop it (Ctrl-C there saves first), or choose another folder.",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder}: cannot be written ({error.strerror or error}).",
+            "Choose a folder on a disk with room where you may write.",
+        ) from None
+    holder = folder / HOLDER
+    try:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+        if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
+            (folder / ".lock").unlink()
+            folder.rmdir()
+
+
+def _acquire(path: Path) -> BaseFileLock:
+    """The lock at `path`, held. Raises Timeout where another process has it."""
+    try:
+        return FileLock(path).acquire(timeout=0).lock
+    except NotImplementedError:  # a file system without locks: a file that names its process has to do
+        return SoftFileLock(path).acquire(timeout=0).lock
+
+
+def _read_holder(folder: Path) -> str:
+    try:
+        return (folder / HOLDER).read_text(encoding="utf-8", errors="replace")[:200].splitlines()[0]
+    except (OSError, IndexError):
+        return "it has not said which yet"

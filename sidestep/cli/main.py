@@ -24,7 +24,7 @@ from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee
-from sidestep.files import state_folder
+from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
 from sidestep.terminal.lines import PlainView
@@ -179,8 +179,10 @@ def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> Exit
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
         return run(config, null, terminal)
     with ExitStack() as stack:
-        report = stack.enter_context(terminal.view())
         folder = output_folder(config)
+        if isinstance(config, TrainConfig):
+            stack.enter_context(one_writer(config.output_dir))
+        report = stack.enter_context(terminal.view())
         if folder is not None:
             log = LazyEventLog(folder / "events.jsonl")
             stack.callback(log.close)

@@ -1,0 +1,90 @@
+"""One writer for a folder of results: the others are refused before they touch anything."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sidestep.cli.main import main
+from sidestep.errors import UserError
+from sidestep.files import one_writer
+
+ROOT = Path(__file__).parent.parent
+HOLD = "import sys, time, pathlib\nfrom sidestep.files import one_writer\nwith one_writer(pathlib.Path(sys.argv[1])):\n"
+HOLD += "    print('held', flush=True)\n    time.sleep(60)\n"
+
+
+def holding(folder: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    process.stdout.close()
+    return process
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
+    process = holding(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    try:
+        with pytest.raises(UserError) as refused, one_writer(tmp_path / "run"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert f"process {process.pid} on " in refused.value.problem
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_training_into_the_folder_of_a_live_run_is_refused_before_anything_is_touched(tmp_path, capsys):
+    process = holding(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    arguments = ["--checkpoint-dir", tmp_path, "--dataset-dir", tmp_path, "--output-dir", tmp_path / "run"]
+    try:
+        for extra in ([], ["--resume-from", "latest"], ["--preset", "quick_test"]):
+            assert main(["--yes", "fixed", *map(str, arguments), *extra]) == 2
+            assert f"process {process.pid} on " in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_the_lock_of_a_dead_process_is_no_obstacle(tmp_path):
+    process = holding(tmp_path / "run")
+    process.kill()
+    process.wait()
+    with one_writer(tmp_path / "run"):
+        assert f"process {os.getpid()} on " in (tmp_path / "run" / ".lock-holder").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_the_lock_of_a_stopped_process_holds(tmp_path):
+    process = holding(tmp_path / "run")
+    try:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        with pytest.raises(UserError), one_writer(tmp_path / "run"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_folder_that_nothing_came_of_is_gone_again(tmp_path):
+    with one_writer(tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with one_writer(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be written"), one_writer(tmp_path / "file" / "run"):
+        pass
