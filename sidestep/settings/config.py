@@ -34,7 +34,7 @@ class ModelConfig:
         "auto",
         "how the sliding-window layers attend; all kinds give the same result",
         group="Speed",
-        choices=("auto", "sdpa", "local", "flash", "flex"),
+        choices=("auto", "sdpa", "local", "flash"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Windowed attention: what diffusers' dense mask computes, at a cost that grows with the length and not with its square."""
+"""Windowed attention: what diffusers' dense mask computes, at a cost that grows with the length, not its square."""
 
 import copy
 from functools import partial
@@ -13,12 +13,17 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.acestep import attention
-from sidestep.acestep import attention as window_attention
-from sidestep.acestep.attention import REQUESTS, MaskCache, block_mask, local_attention, use_attention
+from sidestep.acestep.attention import (
+    REQUESTS,
+    MaskCache,
+    difference_in_trial,
+    flash_attention,
+    local_attention,
+    use_attention,
+)
 from sidestep.acestep.blocks import compile_layers
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.errors import UserError
@@ -245,15 +250,13 @@ def test_a_step_runs_on_meta_tensors():
 
 def test_masks_are_built_once_per_length_and_bounded():
     masks = MaskCache(limit_bytes=500_000)
-    first = masks.get(block_mask, 100, 16, 6, torch.float32, CPU)
-    assert masks.get(block_mask, 100, 16, 6, torch.float32, CPU) is first
-    assert masks.get(block_mask, 100, 16, 6, torch.bfloat16, CPU) is not first
+    first = masks.get(100, 16, 6, torch.float32, CPU)
+    assert masks.get(100, 16, 6, torch.float32, CPU) is first
+    assert masks.get(100, 16, 6, torch.bfloat16, CPU) is not first
     for tokens in range(200, 3000, 100):
-        masks.get(block_mask, tokens, 16, 6, torch.float32, CPU)
+        masks.get(tokens, 16, 6, torch.float32, CPU)
         assert masks.nbytes <= 500_000
-    assert masks.get(block_mask, 2900, 16, 6, torch.float32, CPU) is masks.get(
-        block_mask, 2900, 16, 6, torch.float32, CPU
-    )
+    assert masks.get(2900, 16, 6, torch.float32, CPU) is masks.get(2900, 16, 6, torch.float32, CPU)
     assert len(copy.deepcopy(masks)) == 0
 
 
@@ -265,30 +268,21 @@ def test_a_mask_first_used_without_gradients_or_in_a_plan_does_not_spoil_trainin
     gradients(decoder, inputs)
     masks = MaskCache()
     with FakeTensorMode():
-        masks.get(block_mask, 300, 16, 6, torch.float32, CPU)
-    assert type(masks.get(block_mask, 300, 16, 6, torch.float32, CPU)) is torch.Tensor
+        masks.get(300, 16, 6, torch.float32, CPU)
+    assert type(masks.get(300, 16, 6, torch.float32, CPU)) is torch.Tensor
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_every_choice_gives_its_reason(request_):
     decoder = tiny_decoder()
-    if request_ in ("flash", "flex"):
-        with pytest.raises(UserError, match=f"--attention {request_}.*CUDA.*cpu") as error:
+    if request_ == "flash":
+        with pytest.raises(UserError, match="--attention flash.*CUDA.*cpu") as error:
             use_attention(decoder, request_)
         assert "--attention auto" in error.value.fix
     else:
         choice = use_attention(decoder, request_)
         assert choice.value == {"auto": "local"}.get(request_, request_)
         assert choice.reason
-
-
-def test_flex_attention_sees_the_same_window(monkeypatch):
-    monkeypatch.setattr(
-        window_attention, "_compiled_flex", flex_attention
-    )  # uncompiled it runs on CPUs too, forward only
-    inputs = [x.detach() for x in tensors(2, 140, 4, 2)]
-    found = window_attention.flex_window_attention(*inputs, 6, 0.3, 0.0, MaskCache())
-    torch.testing.assert_close(found, dense(*inputs, 6), atol=1e-5, rtol=1e-5)
 
 
 def test_songs_are_packed_for_torchs_flash_kernel_and_unpacked_again(monkeypatch):
@@ -300,11 +294,9 @@ def test_songs_are_packed_for_torchs_flash_kernel_and_unpacked_again(monkeypatch
         songs = [slice(a, b) for a, b in zip(starts_q.tolist(), starts_k.tolist()[1:], strict=False)]
         return torch.cat([dense(query[None, s], key[None, s], value[None, s], window_size[0])[0] for s in songs])
 
-    monkeypatch.setattr(window_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
     inputs = tensors(3, 140, 4, 2)
-    torch.testing.assert_close(
-        window_attention.flash_torch_attention(*inputs, 6, 0.3, 0.0), dense(*inputs, 6), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(flash_attention(*inputs, 6, 0.3, 0.0), dense(*inputs, 6), atol=1e-5, rtol=1e-5)
 
 
 def test_a_kernel_that_computes_something_else_is_found_in_the_trial():
@@ -312,7 +304,7 @@ def test_a_kernel_that_computes_something_else_is_found_in_the_trial():
     exact = partial(local_attention, masks=MaskCache())
 
     def verdict(kernel):
-        return attention._difference(kernel, exact, CPU, torch.float32, layer)
+        return difference_in_trial(kernel, exact, layer, CPU, torch.float32)
 
     def broken(*inputs):
         raise RuntimeError("no kernel image is available\nfor this device")
@@ -330,8 +322,9 @@ def test_a_model_without_sliding_layers_keeps_its_attention():
 
 
 def test_an_unknown_attention_is_refused():
-    with pytest.raises(UserError, match="--attention xformers"):
-        use_attention(tiny_decoder(), "xformers")
+    with pytest.raises(UserError, match="--attention flex") as error:
+        use_attention(tiny_decoder(), "flex")
+    assert "auto, sdpa, local, flash" in error.value.fix
 
 
 @pytest.mark.slow
