@@ -228,9 +228,6 @@ def test_an_offloaded_module_is_on_the_device_only_while_it_is_used(offload, sen
         with part.in_use() as inside:
             assert inside is model
     assert (model.sent, loaded) == (sent, ["meta"])
-    part.free()
-    with part.in_use():
-        assert loaded == ["meta", "meta"]
 
 
 def sample_config(checkpoints: Path, output: Path, **settings) -> SampleConfig:

@@ -111,7 +111,7 @@ def load_frozen(
     if training.gradient_checkpointing:
         recompute_layers(decoder, training.recompute_layers)
     if training.swap_blocks:
-        BlockSwap(device).install(decoder, training.swap_blocks)
+        BlockSwap(decoder, training.swap_blocks, device)
     return decoder, mask
 
 

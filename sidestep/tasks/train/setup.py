@@ -314,7 +314,7 @@ def _model(
     else:
         start_of(model, config, report)
     if config.swap_blocks:
-        BlockSwap(device).install(decoder, config.swap_blocks)
+        BlockSwap(decoder, config.swap_blocks, device)
     model.train()
     if config.compile:
         # Weights that come and go with each call, by swapping or sharding, do so around the compiled code; so must the recomputation.

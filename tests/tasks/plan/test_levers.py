@@ -76,20 +76,19 @@ def test_offloading_activations_changes_no_number(checkpoints, tmp_path, recompu
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_swapping_blocks_changes_no_number_and_leaves_no_copy(checkpoints, tmp_path, count):
-    swap = BlockSwap(CPU)
+    swaps = []
 
     def prepare(decoder):
         recompute_layers(decoder, count)
-        swap.install(decoder, count)
+        swaps.append(BlockSwap(decoder, count, CPU))
 
     plain, _ = run_steps(checkpoints, tmp_path)
     swapped, _model = run_steps(checkpoints, tmp_path, prepare)
     assert swapped == plain
-    for block in swap.blocks:
-        assert all(
-            module._parameters[name] is home for (module, name), home in zip(block.places, block.home, strict=True)
-        )
-    assert not swap.fetched
+    for block in swaps[0].blocks:
+        at_rest = [module._parameters[name] for module, name in block.owners]
+        assert all(there is own for there, own in zip(at_rest, block.parameters, strict=True))
+    assert not swaps[0].fetched
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("nf4", 0.35)])
