@@ -52,7 +52,7 @@ def paste(words: Iterable[str], shell: str = "") -> str:
 
 
 def train_py(*words: str) -> str:
-    """The line that runs a command of this program: `uv run train.py` and these words, each quoted as the shell needs it."""
+    """The line that runs a command of this program: `uv run train.py` and these words, quoted for the shell at hand."""
     return paste(("uv", "run", "train.py", *words))
 
 
@@ -61,7 +61,8 @@ def _shell_at_hand() -> str:
         return "posix"
     if "PROMPT" in os.environ:  # cmd hands it to what it starts, PowerShell does not
         return "cmd"
-    return "powershell" if "PowerShell\\7" in os.environ.get("PSModulePath", "") else "windows-powershell"
+    modules = os.environ.get("PSModulePath", "")  # noqa: SIM112 (its name on Windows)
+    return "powershell" if "PowerShell\\7" in modules else "windows-powershell"
 
 
 def _quoted(word: str, shell: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
-from sidestep.terminal.lines import as_typed
+from sidestep.terminal.terminal import as_typed
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -10,7 +10,7 @@ from sidestep.errors import UserError
 from sidestep.events import Event
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
-from sidestep.terminal.lines import as_lines
+from sidestep.terminal.terminal import as_lines
 from sidestep.wizard.questionnaire import Prompt
 from sidestep.wizard.session import Outside
 
@@ -63,6 +63,8 @@ class World:
                 "output_dir": self.root / "runs" / "new",
                 "tensor_output": self.root / "tensors" / "new",
                 "adapter": self.adapter,
+                "init_from": self.adapter,
+                "base": CHECKPOINTS,
                 "run": self.run,
                 "resume_from": self.run / "checkpoints" / "epoch_0010",
             }.get(name, self.root / "other")

@@ -27,8 +27,7 @@ from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, nu
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
-from sidestep.terminal.lines import PlainView
-from sidestep.terminal.terminal import Terminal, wants_plain
+from sidestep.terminal.terminal import PlainView, Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
 from sidestep.wizard.questionnaire import Ask
 from sidestep.wizard.session import Wizard
@@ -48,17 +47,15 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
     try:
         return int(job())
     except Interrupted as stopped:
-        terminal.complain(
-            "Stopped; what was done is saved.", f"Go on with:\n  {stopped.resume}" if stopped.resume else ""
-        )
+        terminal.error("Stopped; what was done is saved.", f"Go on with:\n  {stopped.resume}" if stopped.resume else "")
         return ExitStatus.INTERRUPTED
     except KeyboardInterrupt:
-        terminal.complain("Stopped.")
+        terminal.error("Stopped.")
         return ExitStatus.INTERRUPTED
     except UserError as error:
         if error.status == ExitStatus.FAILED and (folder := log_folder()) is not None and folder.is_dir():
             write_log(folder)
-        terminal.complain(error.problem, error.fix)
+        terminal.error(error.problem, error.fix)
         return error.status
     except BrokenPipeError:
         # The reader (head, less) has gone: point the stream elsewhere so that Python's own flush at exit stays quiet.
@@ -70,7 +67,7 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
 
 def _unexpected(error: Exception, terminal: Terminal, folder: Path | None) -> ExitStatus:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "torch":
-        terminal.complain(
+        terminal.error(
             "PyTorch is not installed.",
             f"Install the build for this machine, then run the command again:\n  {INSTALL_TORCH}",
         )
@@ -78,12 +75,12 @@ def _unexpected(error: Exception, terminal: Terminal, folder: Path | None) -> Ex
     log = write_log(folder)
     where = f"The details are in {log}." if log else "The log could not be written."
     if isinstance(error, OSError) and error.strerror:
-        terminal.complain(
+        terminal.error(
             f"{error.strerror}: {error.filename or 'no file named'}.", f"{RETYPE.get(error.errno, '')} {where}".strip()
         )
     else:
         first = str(error).strip().split("\n")[0][:200]
-        terminal.complain(
+        terminal.error(
             f"Something went wrong that Side-Step did not expect ({type(error).__name__}{': ' + first if first else ''}).",
             where,
         )
@@ -120,7 +117,7 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     try:
         call = parse(argv)
     except UserError as error:
-        (terminal or Terminal()).complain(error.problem, error.fix)
+        (terminal or Terminal()).error(error.problem, error.fix)
         return error.status
     except SystemExit as done:  # --help and --version have printed what was asked
         return int(done.code or 0)
@@ -219,8 +216,8 @@ def start_wizard(terminal: Terminal) -> int:
     """The wizard, where someone can answer; otherwise the help and what to do instead."""
     if terminal.interactive:
         return guarded(terminal, lambda: None, lambda: run_wizard(terminal))
-    terminal.say(global_parser().format_help())
-    terminal.complain(
+    terminal.print(global_parser().format_help())
+    terminal.error(
         "No command, and no terminal to ask in.",
         "The wizard needs a terminal; in a notebook or a script use a command from the list above.",
     )
@@ -234,15 +231,15 @@ def run_wizard(terminal: Terminal) -> ExitStatus:
     while (chosen := wizard.next()) is not None:
         status = guarded(terminal, partial(output_folder, chosen.config), partial(run_config, chosen.config, terminal))
         wizard.finished(chosen, status in (ExitStatus.OK, ExitStatus.SOME_FAILED))
-    terminal.say("Goodbye.")
+    terminal.print("Goodbye.")
     return ExitStatus.OK
 
 
 def asking(terminal: Terminal) -> tuple[Ask, Report]:
     """How questions are asked and lines shown on this terminal: with cursor keys where it can, numbered otherwise."""
     if terminal.plain or not can_draw():
-        return NumberedAsk(terminal), PlainView(terminal.say)
-    from sidestep.terminal.live import shown
+        return NumberedAsk(terminal), PlainView(terminal.print)
+    from sidestep.terminal.rich_terminal import shown
     from sidestep.wizard.prompts import QuestionaryAsk
 
     return QuestionaryAsk(terminal), lambda event: terminal.console.print(

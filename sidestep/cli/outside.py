@@ -22,7 +22,7 @@ WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes 
 
 def outside(here: Path = Path()) -> Outside:
     """The wizard's view of the world."""
-    return Outside(songs=_songs, machine=_machine, facts=_facts, here=here)
+    return Outside(songs=_songs, machine=_machine, about=_about, here=here)
 
 
 def _songs(folder: Path) -> str:
@@ -61,7 +61,7 @@ def _machine(checkpoint_dir: Path | None) -> Table | None:
     return Table(title="This machine", columns=("what", "value", "note"), rows=rows)
 
 
-def _facts(config: Any) -> list[str]:
+def _about(config: Any) -> list[str]:
     """Lines for the review: the data, and whether the run fits into memory."""
     lines = []
     if isinstance(config, TrainConfig):

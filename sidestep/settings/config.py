@@ -5,13 +5,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sidestep.errors import UserError
-from sidestep.settings.option import as_arguments, option, same_as
+from sidestep.settings.option import Answers, as_arguments, option, same_as
+from sidestep.settings.path_checks import models_offered, run_for, states_offered, tensors_for
 from sidestep.words import train_py
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
 SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup")
 NORMALIZATIONS = ("none", "peak", "lufs")
+
+
+def twice_the_rank(answers: Answers) -> float | None:
+    """The alpha that suits an answered rank: the ratio that the defaults have."""
+    return 2.0 * answers["rank"] if "rank" in answers else None
+
+
+def rate_of_prodigy(answers: Answers) -> float | None:
+    """The learning rate of prodigy: it finds its own, and multiplies it by this."""
+    return 1.0 if answers.get("optimizer_type") == "prodigy" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +33,33 @@ class ModelConfig:
         MISSING,
         "folder of the ACE-Step checkpoints (holds acestep-v15-turbo/, vae/, …), or ComfyUI's single .safetensors file",
         group="Model",
+        label="Folder of the checkpoints",
+        holds="checkpoints",
+        kept=True,
+        plain="where the ACE-Step models are: the folder with acestep-v15-turbo/, vae/ and others, or ComfyUI's file",
     )
     model_variant: str = option(
-        "turbo", "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir", group="Model"
+        "turbo",
+        "turbo, base, sft, xl-turbo, xl-base, xl-sft, or a folder name below --checkpoint-dir",
+        group="Model",
+        label="Model",
+        plain="which of the downloaded models to use; turbo is the fast one",
+        depends_on=("checkpoint_dir",),
+        offers=models_offered,
+        kept=True,
     )
-    device: str = option("auto", "auto, cuda, cuda:N, mps, xpu or cpu", group="Model")
+    device: str = option(
+        "auto",
+        "auto, cuda, cuda:N, mps, xpu or cpu",
+        group="Model",
+        plain="what computes; auto takes the fastest that this computer has",
+    )
     precision: str = option(
-        "auto", "numbers the frozen base computes in", group="Model", choices=("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "numbers the frozen base computes in",
+        group="Model",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        plain="how exactly the model's numbers are kept; auto takes what suits the device",
     )
     attention: str = option(
         "auto",
@@ -42,19 +73,40 @@ class ModelConfig:
 class PreprocessConfig(ModelConfig):
     """`preprocess`: audio into training tensors."""
 
-    audio_dir: Path | None = option(None, "folder of songs to preprocess", group="Preprocessing")
-    dataset_json: Path | None = option(
-        None, "dataset.json that lists the songs and what is known of them", group="Preprocessing"
+    audio_dir: Path | None = option(
+        None, "folder of songs to preprocess", group="Preprocessing", label="Folder of songs", holds="songs", kept=True
     )
-    tensor_output: Path = option(MISSING, "folder that receives the training tensors", group="Preprocessing")
+    dataset_json: Path | None = option(
+        None,
+        "dataset.json that lists the songs and what is known of them",
+        group="Preprocessing",
+        plain="the list that Build dataset made of your songs",
+        holds="dataset.json",
+        kept=True,
+    )
+    tensor_output: Path = option(
+        MISSING,
+        "folder that receives the training tensors",
+        group="Preprocessing",
+        label="Folder for the training tensors",
+        plain="where the prepared songs go; made once, used by every training",
+        depends_on=("songs", "audio_dir", "dataset_json"),
+        suggest=tensors_for,
+        holds="new folder",
+    )
     normalize: str = option(
         "none",
         "bring songs to one level: peak (-1 dBFS) or lufs (-14 LUFS, never clipping)",
         group="Preprocessing",
         choices=NORMALIZATIONS,
+        plain="make loud and quiet songs equally loud: peak goes by their peaks, lufs by how loud they sound",
     )
     max_duration: float = option(
-        0.0, "use only the first N seconds of a song; 0 uses all of it", group="Preprocessing", minimum=0
+        0.0,
+        "use only the first N seconds of a song; 0 uses all of it",
+        group="Preprocessing",
+        minimum=0,
+        plain="use only the first so many seconds of each song; 0 uses whole songs",
     )
     regimes: tuple[str, ...] = option(
         ("text2music",),
@@ -68,7 +120,8 @@ class PreprocessConfig(ModelConfig):
         if not self.audio_dir and not self.dataset_json:
             raise UserError(
                 "preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
-                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: uv run train.py build-dataset --input FOLDER_OF_SONGS",
+                "Add --audio-dir FOLDER_OF_SONGS, or build a list first: "
+                "uv run train.py build-dataset --input FOLDER_OF_SONGS",
             )
 
 
@@ -76,8 +129,25 @@ class PreprocessConfig(ModelConfig):
 class TrainConfig(ModelConfig):
     """`fixed`: train an adapter."""
 
-    dataset_dir: Path = option(MISSING, "folder of preprocessed .pt tensors", group="Data")
-    output_dir: Path = option(MISSING, "folder for adapters, training state and logs", group="Data")
+    dataset_dir: Path = option(
+        MISSING,
+        "folder of preprocessed .pt tensors",
+        group="Data",
+        label="Folder of training tensors",
+        plain="your songs as Preprocess audio has written them",
+        holds="tensors",
+        kept=True,
+    )
+    output_dir: Path = option(
+        MISSING,
+        "folder for adapters, training state and logs",
+        group="Data",
+        label="Folder for the results",
+        plain="where the adapter, its saved states and the report go",
+        depends_on=("dataset_dir",),
+        suggest=run_for,
+        holds="new run",
+    )
     run_name: str = option(
         "",
         "name of the run in TensorBoard and the report; default: the output folder's name",
@@ -85,7 +155,11 @@ class TrainConfig(ModelConfig):
         advanced=True,
     )
     chunk_duration: float = option(
-        0.0, "train on random windows of N seconds; 0 trains on whole songs", group="Data", minimum=0
+        0.0,
+        "train on random windows of N seconds; 0 trains on whole songs",
+        group="Data",
+        minimum=0,
+        plain="learn from random excerpts of so many seconds: less memory and time; 0 learns from whole songs",
     )
     hints_ratio: float = option(
         0.0,
@@ -96,18 +170,56 @@ class TrainConfig(ModelConfig):
         advanced=True,
     )
     val_split: float = option(
-        0.0, "share of the songs that is kept apart for validation", group="Data", minimum=0, maximum=0.5
+        0.0,
+        "share of the songs that is kept apart for validation",
+        group="Data",
+        minimum=0,
+        maximum=0.5,
+        plain="a share of the songs to test on instead of learning from, such as 0.1: shows when it starts to copy",
     )
 
-    adapter_type: str = option("lora", "kind of adapter", group="Adapter", choices=ADAPTER_TYPES)
-    rank: int = option(64, "LoRA rank, LoKr linear dimension", "--rank", "-r", group="Adapter", minimum=1)
-    alpha: float = option(128.0, "adapter scale is alpha / rank", group="Adapter", above=0)
-    dropout: float = option(0.1, "dropout inside the adapter", group="Adapter", minimum=0, maximum=0.95)
+    adapter_type: str = option(
+        "lora",
+        "kind of adapter",
+        group="Adapter",
+        choices=ADAPTER_TYPES,
+        plain="lora is what every program reads; dora, lokr, loha and oft are other forms of adapter",
+    )
+    rank: int = option(
+        64,
+        "LoRA rank, LoKr linear dimension",
+        "--rank",
+        "-r",
+        group="Adapter",
+        minimum=1,
+        plain="how much the adapter can learn: 16 is little, 64 usual, 128 much; more takes memory and a larger file",
+        kept=True,
+    )
+    alpha: float = option(
+        128.0,
+        "adapter scale is alpha / rank",
+        group="Adapter",
+        above=0,
+        depends_on=("rank",),
+        suggest=twice_the_rank,
+        kept=True,
+        plain="how strongly what is learnt acts: twice the rank is usual",
+    )
+    dropout: float = option(
+        0.1,
+        "dropout inside the adapter",
+        group="Adapter",
+        minimum=0,
+        maximum=0.95,
+        plain="leave out a random part of the adapter in each step, so that it learns the style and not the songs",
+    )
     init_from: Path | None = option(
         None,
         "adapter (file or folder, of any program) to start from instead of from nothing",
         group="Adapter",
         advanced=True,
+        plain="go on from an adapter that is there already, of any program",
+        holds="adapter",
     )
     target_modules: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -132,7 +244,12 @@ class TrainConfig(ModelConfig):
         choices=("q_proj", "k_proj", "v_proj", "o_proj"),
         advanced=True,
     )
-    target_mlp: bool = option(False, "adapt the MLP too", group="Adapter")
+    target_mlp: bool = option(
+        False,
+        "adapt the MLP too",
+        group="Adapter",
+        plain="let the adapter reach more of the model: learns more, and is larger",
+    )
     ignore_rank_map: bool = option(
         False, "do not use the rank map that estimate left in --dataset-dir", group="Adapter"
     )
@@ -148,22 +265,79 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         minimum=-1,
         advanced=True,
+        when=("adapter_type", "lokr"),
     )
-    lokr_decompose_both: bool = option(False, "LoKr: low rank on both factors", group="Adapter", advanced=True)
+    lokr_decompose_both: bool = option(
+        False, "LoKr: low rank on both factors", group="Adapter", advanced=True, when=("adapter_type", "lokr")
+    )
     lokr_weight_decompose: bool = option(
-        False, "LoKr: learn magnitude and direction apart (DoRA)", group="Adapter", advanced=True
+        False,
+        "LoKr: learn magnitude and direction apart (DoRA)",
+        group="Adapter",
+        advanced=True,
+        when=("adapter_type", "lokr"),
     )
 
-    epochs: int = option(100, "passes over the data", group="Training", minimum=1)
+    epochs: int = option(
+        100,
+        "passes over the data",
+        group="Training",
+        minimum=1,
+        plain="how often all songs are gone through; more comes closer to them, too often only copies them",
+        kept=True,
+    )
     max_steps: int = option(0, "stop after N optimizer steps; 0 trains all epochs", group="Training", minimum=0)
-    batch_size: int = option(1, "songs or windows in a micro-step", group="Training", minimum=1)
-    gradient_accumulation: int = option(4, "micro-steps in an optimizer step", group="Training", minimum=1)
-    seed: int = option(42, "seed of everything random", group="Training", minimum=0)
-    lr: float = option(1e-4, "learning rate", group="Training", above=0)
-    optimizer_type: str = option("adamw", "optimizer", group="Training", choices=OPTIMIZER_TYPES)
-    scheduler_type: str = option("cosine", "learning rate over time", group="Training", choices=SCHEDULER_TYPES)
+    batch_size: int = option(
+        1,
+        "songs or windows in a micro-step",
+        group="Training",
+        minimum=1,
+        plain="how many songs are learnt from at the same time; more takes more memory",
+    )
+    gradient_accumulation: int = option(
+        4,
+        "micro-steps in an optimizer step",
+        group="Training",
+        minimum=1,
+        plain="how many songs are heard before the adapter is changed: more is steadier and slower",
+    )
+    seed: int = option(
+        42,
+        "seed of everything random",
+        group="Training",
+        minimum=0,
+        plain="a run with the same seed and settings gives the same adapter",
+    )
+    lr: float = option(
+        1e-4,
+        "learning rate",
+        group="Training",
+        above=0,
+        label="Learning rate",
+        plain="how far each step of learning goes: 1e-4 is usual; more is faster and can spoil the sound",
+        depends_on=("optimizer_type",),
+        suggest=rate_of_prodigy,
+    )
+    optimizer_type: str = option(
+        "adamw",
+        "optimizer",
+        group="Training",
+        choices=OPTIMIZER_TYPES,
+        plain="adamw is usual, adamw8bit takes less memory, prodigy finds the learning rate itself",
+    )
+    scheduler_type: str = option(
+        "cosine",
+        "learning rate over time",
+        group="Training",
+        choices=SCHEDULER_TYPES,
+        plain="how the learning rate changes during the run; cosine lets it fade to the end",
+    )
     warmup_steps: int = option(
-        100, "optimizer steps of warm-up, at most a tenth of the run", group="Training", minimum=0
+        100,
+        "optimizer steps of warm-up, at most a tenth of the run",
+        group="Training",
+        minimum=0,
+        plain="begin with a small learning rate for so many steps",
     )
     weight_decay: float = option(0.01, "weight decay", group="Training", minimum=0)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 does not clip", group="Training", minimum=0)
@@ -173,15 +347,22 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=0,
         maximum=0.99999,
+        plain="also keep a smoothed average of the adapter; 0.99 is usual, 0 keeps none",
     )
     early_stop_patience: int = option(
-        0, "stop after N epochs (or validations) without a new best; 0 never does", group="Training", minimum=0
+        0,
+        "stop after N epochs (or validations) without a new best; 0 never does",
+        group="Training",
+        minimum=0,
+        plain="stop by itself after so many epochs without getting better; 0 never does",
     )
 
     loss_weighting: str = option(
         "none", "weight of a timestep in the loss", group="Flow matching", choices=("none", "min_snr")
     )
-    snr_gamma: float = option(5.0, "gamma of min_snr", group="Flow matching", above=0, advanced=True)
+    snr_gamma: float = option(
+        5.0, "gamma of min_snr", group="Flow matching", above=0, advanced=True, when=("loss_weighting", "min_snr")
+    )
     timestep_mode: str = option(
         "auto",
         "discrete (turbo's 8 steps) or logit-normal; auto asks the checkpoint",
@@ -190,10 +371,19 @@ class TrainConfig(ModelConfig):
         advanced=True,
     )
     timestep_mu: float | None = option(
-        None, "mean of the logit-normal law; default: the checkpoint's", group="Flow matching", advanced=True
+        None,
+        "mean of the logit-normal law; default: the checkpoint's",
+        group="Flow matching",
+        advanced=True,
+        when=("timestep_mode", "auto", "logit-normal"),
     )
     timestep_sigma: float | None = option(
-        None, "spread of the logit-normal law; default: the checkpoint's", group="Flow matching", above=0, advanced=True
+        None,
+        "spread of the logit-normal law; default: the checkpoint's",
+        group="Flow matching",
+        above=0,
+        advanced=True,
+        when=("timestep_mode", "auto", "logit-normal"),
     )
     cfg_ratio: float | None = option(
         None,
@@ -204,11 +394,17 @@ class TrainConfig(ModelConfig):
     )
 
     compile: bool = option(
-        False, "compile the model's layers: the first steps take minutes, the others less time", group="Speed"
+        False,
+        "compile the model's layers: the first steps take minutes, the others less time",
+        group="Speed",
+        plain="a slow start, then faster steps: for long runs",
     )
 
     gradient_checkpointing: bool = option(
-        True, "recompute layers in the backward pass: less memory, about a third more time", group="Memory"
+        True,
+        "recompute layers in the backward pass: less memory, about a third more time",
+        group="Memory",
+        plain="much less memory for about a third more time",
     )
     recompute_layers: int | None = option(
         None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True
@@ -221,6 +417,7 @@ class TrainConfig(ModelConfig):
         "frozen base in 8 or 4 bits (bitsandbytes); auto keeps --precision",
         group="Memory",
         choices=("auto", "int8", "nf4"),
+        plain="store the model smaller to save memory: int8 halves it, nf4 quarters it",
     )
     offload_activations: bool = option(
         False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True
@@ -235,16 +432,26 @@ class TrainConfig(ModelConfig):
         minimum=0,
         advanced=True,
     )
-    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Memory")
+    offload_encoder: bool = option(
+        False,
+        "VAE and text encoder live on the CPU between uses",
+        group="Memory",
+        plain="less memory on the card; previews and preparing take longer",
+    )
 
     preview_every: int = option(
         0,
-        "epochs between previews, audio with and without the adapter; 0 makes them only at the end, if there is a prompt",
+        "epochs between previews, audio with and without the adapter; "
+        "0 makes them only at the end, if there is a prompt",
         group="Previews",
         minimum=0,
+        plain="make music to listen to while training, every so many epochs; 0 only at the end",
     )
     preview_prompt: str = option(
-        "", "caption to listen to; default with --preview-every: those of the first two songs", group="Previews"
+        "",
+        "caption to listen to; default with --preview-every: those of the first two songs",
+        group="Previews",
+        plain="what that music should sound like; empty: as the first two songs",
     )
     preview_lyrics: str = option(
         "[Instrumental]", "lyrics of --preview-prompt; \\n begins a new line", group="Previews"
@@ -255,12 +462,28 @@ class TrainConfig(ModelConfig):
     preview_duration: float = option(30.0, "seconds of each preview", group="Previews", minimum=1, maximum=600)
     preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0)
 
-    save_every: int = option(10, "epochs between checkpoints", group="Saving", minimum=1)
-    resume_from: Path | None = option(None, "checkpoint folder to go on from, or 'latest'", group="Saving")
+    save_every: int = option(
+        10,
+        "epochs between checkpoints",
+        group="Saving",
+        minimum=1,
+        plain="every so many epochs, keep a state to listen to or to go on from",
+    )
+    resume_from: Path | None = option(
+        None,
+        "checkpoint folder to go on from, or 'latest'",
+        group="Saving",
+        label="Go on from",
+        plain="which saved state to go on from",
+        depends_on=("run",),
+        offers=states_offered,
+        holds="saved state",
+    )
     save_best: bool = option(
         True,
         "keep the adapter with the lowest validation loss (without --val-split: smoothed training loss) in best/",
         group="Saving",
+        plain="also keep the adapter of the moment that was best, in best/",
     )
     save_best_after: int = option(0, "look for the best only after N epochs", group="Saving", minimum=0)
     validate_every: int = option(1, "epochs between validations", group="Saving", minimum=1, advanced=True)
@@ -290,10 +513,24 @@ class TrainConfig(ModelConfig):
 class BuildDatasetConfig:
     """`build-dataset`: index a folder of audio and text."""
 
-    input: Path = option(MISSING, "folder of songs, searched with its subfolders", group="Dataset")
+    input: Path = option(
+        MISSING,
+        "folder of songs, searched with its subfolders",
+        group="Dataset",
+        label="Folder of songs",
+        plain="the folder with your songs; its subfolders are searched too",
+        holds="songs",
+        kept=True,
+    )
     output: Path | None = option(None, "where to write; default: dataset.json in --input", group="Dataset")
     name: str | None = option(None, "name of the dataset; default: the folder's name", group="Dataset")
-    tag: str | None = option(None, "trigger word that every prompt gets", group="Dataset")
+    tag: str | None = option(
+        None,
+        "trigger word that every prompt gets",
+        group="Dataset",
+        label="Trigger word",
+        plain="a word of your own that goes into every caption and calls the style up later; empty: none",
+    )
     tag_position: str | None = option(
         None, "where the tag goes; default: prepend", group="Dataset", choices=("prepend", "append", "replace")
     )
@@ -304,17 +541,26 @@ class BuildDatasetConfig:
         minimum=0,
         maximum=100,
     )
-    analyze: bool = option(False, "estimate missing tempo, key and time signature from the audio", group="Dataset")
+    analyze: bool = option(
+        False,
+        "estimate missing tempo, key and time signature from the audio",
+        group="Dataset",
+        plain="work out tempo, key and time signature from the audio where they are not known",
+    )
     audit: bool = option(
         False,
         "listen to every song: report length, level, clipping, duplicates, text that is missing or too long",
         group="Dataset",
+        plain="listen to every song for what harms training: clipping, silence, doubles, missing text",
     )
     checkpoint_dir: Path | None = option(
         None,
         "ACE-Step checkpoints, whose tokenizer --audit then counts with instead of estimating",
         group="Dataset",
         advanced=True,
+        label="Folder of the checkpoints",
+        holds="checkpoints",
+        kept=True,
     )
     overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
 
@@ -326,7 +572,15 @@ FOCUS_RANGES = {"balanced": (0.0, 1.0), "texture": (0.0, 0.4), "structure": (0.6
 class EstimateConfig(ModelConfig):
     """`estimate`: Preprocessing++, which modules respond to this music and what rank each deserves."""
 
-    dataset_dir: Path = option(MISSING, "folder of preprocessed .pt tensors", group="Data")
+    dataset_dir: Path = option(
+        MISSING,
+        "folder of preprocessed .pt tensors",
+        group="Data",
+        label="Folder of training tensors",
+        plain="your songs as Preprocess audio has written them",
+        holds="tensors",
+        kept=True,
+    )
     chunk_duration: float = option(
         0.0, "measure on windows of N seconds; 0 measures on whole songs", group="Data", minimum=0
     )
@@ -336,13 +590,28 @@ class EstimateConfig(ModelConfig):
     overwrite: bool = option(False, "replace a rank map that is already there", group="Data")
 
     rank: int = option(
-        64, "the budget is what this rank costs on all attention projections", "--rank", "-r", group="Ranks", minimum=1
+        64,
+        "the budget is what this rank costs on all attention projections",
+        "--rank",
+        "-r",
+        group="Ranks",
+        minimum=1,
+        plain="how much the adapter can learn on average; the measurement moves it to where it is worth most",
+        kept=True,
     )
-    alpha: float = option(128.0, "adapter scale is alpha / rank, the same in all modules", group="Ranks", above=0)
+    alpha: float = option(
+        128.0,
+        "adapter scale is alpha / rank, the same in all modules",
+        group="Ranks",
+        above=0,
+        depends_on=("rank",),
+        suggest=twice_the_rank,
+        kept=True,
+    )
     rank_min: int = option(
-        8, "a module gets at least this rank; 0 lets the budget leave modules out", group="Ranks", minimum=0
+        8, "a module gets at least this rank; 0 lets the budget leave modules out", group="Ranks", minimum=0, kept=True
     )
-    rank_max: int = option(128, "a module gets at most this rank", group="Ranks", minimum=1)
+    rank_max: int = option(128, "a module gets at most this rank", group="Ranks", minimum=1, kept=True)
     budget: int | None = option(
         None, "parameters to spend; default: those of --rank everywhere", group="Ranks", minimum=1
     )
@@ -411,17 +680,38 @@ class SampleConfig(ModelConfig):
         None,
         "adapter: a run's final/ or a checkpoint of it, or a file of any program; none samples the base model",
         group="Sample",
+        plain="the adapter to listen to: the final/ folder of a run, or a file of any program",
+        holds="adapter",
+        kept=True,
     )
-    prompt: str = option(MISSING, "caption of the music", group="Sample")
-    lyrics: str = option("[Instrumental]", "lyrics; \\n begins a new line", group="Sample")
+    prompt: str = option(
+        MISSING,
+        "caption of the music",
+        group="Sample",
+        label="Caption of the music",
+        plain="what the music should sound like, in a few words: style, instruments, mood",
+    )
+    lyrics: str = option(
+        "[Instrumental]",
+        "lyrics; \\n begins a new line",
+        group="Sample",
+        plain="the words that are sung, or [Instrumental]; \\n begins a new line",
+    )
     lyrics_file: Path | None = option(None, "text file with the lyrics, instead of --lyrics", group="Sample")
     language: str = option("unknown", "language code of the lyrics, such as en", group="Sample")
     bpm: int | None = option(None, "beats per minute", group="Sample", minimum=30, maximum=300)
     keyscale: str = option("", 'key, such as "A minor"', group="Sample")
     timesignature: str = option("", "2, 3, 4 or 6", group="Sample")
-    duration: float = option(30.0, "seconds of audio", group="Sample", minimum=1, maximum=600)
+    duration: float = option(
+        30.0, "seconds of audio", group="Sample", minimum=1, maximum=600, plain="how many seconds of music"
+    )
     strength: tuple[float, ...] = option(
-        (0.0, 1.0), "adapter strengths, one file each; 0 is the base model", group="Sample", minimum=-4, maximum=4
+        (0.0, 1.0),
+        "adapter strengths, one file each; 0 is the base model",
+        group="Sample",
+        minimum=-4,
+        maximum=4,
+        plain="how strongly the adapter acts, a recording each: 0 is without it, 1 as it was trained",
     )
     steps: int | None = option(
         None, "denoising steps; default: 8 for turbo, 32 otherwise", group="Sample", minimum=1, maximum=1000
@@ -439,7 +729,14 @@ class SampleConfig(ModelConfig):
 class DemoConfig:
     """`demo`: the whole pipeline on a tiny built-in model and built-in music."""
 
-    output_dir: Path = option(Path("side-step-demo"), "folder for the demo's files", group="Demo")
+    output_dir: Path = option(
+        Path("side-step-demo"),
+        "folder for the demo's files",
+        group="Demo",
+        label="Folder for the results",
+        plain="where the demo's files go; delete it when you like",
+        holds="new folder",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,24 +784,39 @@ class ExportConfig:
     """`export`: an adapter for another program."""
 
     adapter: Path = option(
-        MISSING, "adapter to export: a folder or a .safetensors file of any program", "adapter", group="Export"
+        MISSING,
+        "adapter to export: a folder or a .safetensors file of any program",
+        "adapter",
+        group="Export",
+        plain="the adapter to convert: the final/ folder of a run, or a file of any program",
+        holds="adapter",
+        kept=True,
     )
     format: str = option(
         "peft",
         "peft folder, single file for comfyui, diffusers or lycoris, or merged into the base",
         group="Export",
         choices=("peft", "comfyui", "diffusers", "lycoris", "merged"),
+        plain="the program it is for; merged makes a complete model that needs no adapter",
     )
-    output: Path = option(MISSING, "folder or .safetensors file to write", group="Export")
+    output: Path = option(
+        MISSING,
+        "folder or .safetensors file to write",
+        group="Export",
+        plain="the folder, or the .safetensors file, to write",
+    )
     strength: float = option(1.0, "strength at which the adapter is stored", group="Export")
     add: tuple[str, ...] = option(
         (), "further adapters to combine with it, each as PATH or PATH:STRENGTH", group="Export"
     )
     dtype: str = option("keep", "numbers to store", group="Export", choices=("keep", "fp32", "fp16", "bf16"))
     base: Path | None = option(
-        None, "folder of the ACE-Step checkpoints, where weights of the base are needed", group="Export"
+        None,
+        "folder of the ACE-Step checkpoints, where weights of the base are needed",
+        group="Export",
+        holds="checkpoints",
     )
-    model_variant: str = option("turbo", "variant or folder name below --base", group="Export")
+    model_variant: str = option("turbo", "variant or folder name below --base", group="Export", kept=True)
     overwrite: bool = option(False, "replace what --output already holds", group="Export")
 
 
@@ -520,9 +832,14 @@ class InspectConfig:
 class PlanConfig:
     """`plan`: say, before anything is loaded, how much memory a run takes and whether it fits."""
 
-    model_variant: str = same_as(ModelConfig, "model_variant")
+    model_variant: str = same_as(ModelConfig, "model_variant", offers=None)
     checkpoint_dir: Path | None = option(
-        None, "folder of the checkpoints; official variants are known without", group="Plan"
+        None,
+        "folder of the checkpoints; official variants are known without",
+        group="Plan",
+        label="Folder of the checkpoints",
+        holds="checkpoints",
+        kept=True,
     )
     vram: float | None = option(
         None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0
@@ -551,7 +868,8 @@ class PlanConfig:
 class Command(NamedTuple):
     """A command: its settings, one line of help, and the function that runs it.
 
-    `run` is `module:function` below `sidestep`, taking (config, report); it is imported when the command runs, so that help needs no torch.
+    `run` is `module:function` below `sidestep`, taking (config, report). It is imported when the command runs, so that
+    help needs no torch.
     """
 
     config: type

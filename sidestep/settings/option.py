@@ -1,36 +1,63 @@
-"""How a setting is declared, checked, written as a flag and read back. The settings themselves stand in `config`."""
+"""How a setting is declared, checked, written as a flag and read back. The settings themselves are in `config`."""
 
 import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep.errors import UserError
 
 C = TypeVar("C")
+Answers = Mapping[str, Any]  # values by setting name: what was answered so far
 
 
 @dataclass(frozen=True)
-class Option:
-    """One setting: everything that the parser, the wizard, the presets, the review and the README derive from."""
+class Choice:
+    """One of the values that are offered. `note`: a few words on what it means."""
 
-    name: str
-    type: type  # str, int, float, bool or Path: of one value
-    many: bool  # a tuple of values
-    optional: bool  # None is allowed
+    value: Any
+    title: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One setting: everything that the parser, the wizard, the presets, the review and the README derive from.
+
+    The first fields are declared with `option(...)`; name and type come from the dataclass field that it stands at.
+    """
+
     default: Any  # MISSING when required
-    help: str
+    help: str  # for the flag; `plain` says the same to a musician
     flags: tuple[str, ...]
     group: str
-    choices: tuple[str, ...]
-    minimum: float | None
-    maximum: float | None
-    above: float | None
-    advanced: bool
+    label: str = ""  # the question's words, where the flag's own would puzzle
+    plain: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    advanced: bool = False
+    when: tuple[Any, ...] = ()  # when it matters: the name of another setting, then the values of it
+    depends_on: tuple[str, ...] = ()  # settings whose change voids an earlier answer to this one
+    suggest: Callable[[Answers], Any] | None = None  # a default that follows other answers; None: the usual one
+    offers: Callable[[Answers], tuple[Choice, ...]] | None = None  # values found on disk; none found: it is typed
+    holds: str = ""  # what a path must hold: a key of path_checks.CONTENTS
+    kept: bool = False  # the value last used is suggested the next time
+
+    name: str = ""
+    type: type = str  # str, int, float, bool or Path: of one value
+    many: bool = False  # a tuple of values
+    optional: bool = False  # None is allowed
+
+    @property
+    def title(self) -> str:
+        """The setting's name as a person reads it."""
+        return self.label or self.name.replace("_", " ").capitalize()
 
     @property
     def required(self) -> bool:
@@ -91,35 +118,20 @@ class Option:
         return UserError(f"{self.flag} {value}: {why}.", f"Help: {self.help}")
 
 
-def option(
-    default: Any,
-    help: str,
-    *flags: str,
-    group: str,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    advanced: bool = False,
-) -> Any:
-    """Declare a setting as a dataclass field. `default=MISSING` makes it required; no flags: `--` and the field's name."""
-    metadata = {
-        "help": help,
-        "flags": flags,
-        "group": group,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "advanced": advanced,
-    }
-    return dataclasses.field(default=default, metadata={"option": metadata})
+def option(default: Any, help: str, *flags: str, group: str, **more: Any) -> Any:
+    """Declare a setting as a dataclass field; `more` are fields of Option.
+
+    `default=MISSING` makes it required; without flags its flag is `--` and the field's name.
+    """
+    declared = Option(default=default, help=help, flags=flags, group=group, **more)
+    return dataclasses.field(default=default, metadata={"option": declared})
 
 
-def same_as(config_class: type, name: str) -> Any:
-    """A setting that another config class declares: the same default, flag and help."""
-    declared = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    return dataclasses.field(default=declared.default, metadata=declared.metadata)
+def same_as(config_class: type, name: str, **changes: Any) -> Any:
+    """A setting that another config class declares: the same default, flag, help and all else, but for the changes."""
+    declared = next(f.metadata["option"] for f in dataclasses.fields(config_class) if f.name == name)
+    changed = replace(declared, **changes)
+    return dataclasses.field(default=changed.default, metadata={"option": changed})
 
 
 def options_of(config_class: type) -> dict[str, Option]:
@@ -138,19 +150,32 @@ def _options_of(config_class: type) -> dict[str, Option]:
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
         if typing.get_origin(kind) is tuple:
             many, kind = True, typing.get_args(kind)[0]
-        facts = dict(f.metadata["option"])
-        facts["flags"] = facts["flags"] or ("--" + f.name.replace("_", "-"),)
-        found[f.name] = Option(name=f.name, type=kind, many=many, optional=optional, default=f.default, **facts)
+        found[f.name] = replace(
+            f.metadata["option"],
+            name=f.name,
+            type=kind,
+            many=many,
+            optional=optional,
+            flags=f.metadata["option"].flags or ("--" + f.name.replace("_", "-"),),
+        )
     return found
 
 
+def matters(o: Option, answers: Answers, options: Mapping[str, Option]) -> bool:
+    """Whether a setting has a meaning under these answers; what was not answered has its default."""
+    if not o.when:
+        return True
+    name, *values = o.when
+    return answers.get(name, options[name].default) in values
+
+
 def splits_at_commas(o: Option) -> bool:
-    """True where `a,b` means two values: lists of numbers and of choices, but not of names and files, which may hold commas."""
+    """True where `a,b` means two values: in lists of numbers and of choices; names and files may hold commas."""
     return o.many and (o.type in (int, float) or bool(o.choices))
 
 
 def resolve(config_class: type[C], *layers: Mapping[str, Any]) -> C:
-    """A config from layers of named values; the later layer wins (carried over, preset, typed).
+    """A config from layers of named values; the later layer wins (last used, preset, typed).
 
     Raises UserError for an unknown name, a value out of range or a missing required setting.
     """
@@ -181,38 +206,25 @@ def changed_from_defaults(config: Any) -> dict[str, Any]:
 
 def as_arguments(config: Any) -> list[str]:
     """The words that give this config when parsed: positional ones first, then flags; defaults are left out."""
-    arguments: list[str] = []
-    options = options_of(type(config))
-    for name, value in changed_from_defaults(config).items():
-        o = options[name]
-        if not o.flag.startswith("-"):
-            continue
-        if o.type is bool:
-            arguments.append(o.flag if value else "--no-" + o.flag.removeprefix("--"))
-        elif value is None:
-            continue
-        elif o.many and splits_at_commas(o) and any(str(part).startswith("-") for part in value):
-            arguments.append(f"{o.flag}={','.join(map(str, value))}")  # -1e-3 alone would be read as a flag
-        elif o.many:
-            arguments += [o.flag, *map(str, value)]
-        elif str(value).startswith("-"):
-            arguments.append(f"{o.flag}={value}")
-        else:
-            arguments += [o.flag, str(value)]
-    return _positional(config) + arguments
-
-
-def _positional(config: Any) -> list[str]:
-    """The values without a flag, up to the last one that is not the default."""
-    words: list[str] = []
-    kept = 0
     changed = changed_from_defaults(config)
+    positional: list[str] = []
+    flags: list[str] = []
+    needed = 0  # positional words up to the last one that is not the default
     for name, o in options_of(type(config)).items():
+        value = getattr(config, name)
+        words = [str(part) for part in value] if o.many and value is not None else [str(value)]
         if not o.flag.startswith("-"):
-            value = getattr(config, name)
-            words += map(str, value) if o.many else [str(value)]
-            kept = len(words) if name in changed else kept
-    return words[:kept]
+            positional += words
+            needed = len(positional) if name in changed else needed
+        elif name not in changed or value is None:
+            continue
+        elif o.type is bool:
+            flags.append(o.flag if value else "--no-" + o.flag.removeprefix("--"))
+        elif words and any(word.startswith("-") for word in words) and (not o.many or splits_at_commas(o)):
+            flags.append(f"{o.flag}={','.join(words)}")  # -1e-3 alone would be read as a flag
+        else:
+            flags += [o.flag, *words]
+    return positional[:needed] + flags
 
 
 def as_json_values(config: Any) -> dict[str, Any]:

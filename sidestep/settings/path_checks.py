@@ -1,18 +1,17 @@
-"""What is on disk, read without torch: checkpoints, folders of tensors, past runs.
+"""What paths hold, read without torch: models, tensors, runs; the checks of an answer and the values to suggest."""
 
-What a folder or file should hold to be an answer, in a line: "12 tensors", "no .pt here: preprocess first".
-"""
-
+import itertools
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sidestep import variants
 from sidestep.errors import UserError
+from sidestep.settings.option import Choice
 from sidestep.words import count
 
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -20,7 +19,10 @@ LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model below a checkpoint folder. `parameters`: 0 where the weights could not be counted. `problem`: why it cannot be used, or empty."""
+    """A model below a checkpoint folder. `parameters`: 0 where the weights could not be counted.
+
+    `problem`: why it cannot be used, or empty.
+    """
 
     name: str  # what --model-variant takes
     variant: str
@@ -38,8 +40,7 @@ class FoundModel:
     @property
     def title(self) -> str:
         """`acestep-v15-turbo  (turbo, 2.4 B)`."""
-        facts = ", ".join(fact for fact in (self.variant, self.size, self.problem) if fact)
-        return f"{self.name}  ({facts})"
+        return f"{self.name}  ({', '.join(part for part in (self.variant, self.size, self.problem) if part)})"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FoundRun:
 
 
 def find_models(checkpoint_dir: Path) -> list[FoundModel]:
-    """The models that `--checkpoint-dir` offers: its own, or those of its subfolders; official ones first, each set by name.
+    """The models that `--checkpoint-dir` offers: its own, or those of its subfolders; official ones first.
 
     A single file does not say which official model it descends from: all of them are offered.
     """
@@ -75,14 +76,14 @@ def short_name(folder_name: str) -> str:
 
 
 def likely_checkpoint_dirs(start: Path) -> list[Path]:
-    """Folders near `start` and in the user's home that hold models; those near by relative to it, as `start` is given."""
+    """Folders near `start` and in the user's home that hold models; near ones relative to it, as `start` is given."""
     names = ("checkpoints", "ACE-Step-1.5/checkpoints", "ACE-Step/checkpoints", "Ace-Step1.5", "models/ACE-Step-1.5")
-    places = [root / name for root in (start, start / "..", Path.home()) for name in names]
-    return [place for place in dict.fromkeys(places) if find_models(place)]
+    folders = [root / name for root in (start, start / "..", Path.home()) for name in names]
+    return [folder for folder in dict.fromkeys(folders) if find_models(folder)]
 
 
 def count_tensors(folder: Path) -> int:
-    """How many `.pt` records stand in a folder and its subfolders."""
+    """How many `.pt` records a folder and its subfolders hold."""
     return sum(1 for path in folder.rglob("*.pt") if not path.name.startswith(".")) if folder.is_dir() else 0
 
 
@@ -98,27 +99,25 @@ def read_run(folder: Path) -> FoundRun | None:
     settings = _read_json(folder / "config.json")
     if settings is None or "dataset_dir" not in settings:
         return None
+    steps: list[tuple[int, str]] = []
+    for checkpoint in _folders(folder / "checkpoints"):
+        complete = _read_json(checkpoint / "complete.json") or {}  # the file that training writes last
+        position = complete.get("position")
+        if isinstance(position, dict) and isinstance(position.get("step"), int):
+            steps.append((position["step"], checkpoint.name))
     return FoundRun(
         folder,
         settings,
-        _complete_checkpoints(folder / "checkpoints"),
+        tuple(name for _, name in sorted(steps)),
         (folder / "final" / "adapter_config.json").is_file(),
     )
 
 
-def _complete_checkpoints(folder: Path) -> tuple[str, ...]:
-    steps: list[tuple[int, str]] = []
-    for checkpoint in _folders(folder):
-        position = (_read_json(checkpoint / "complete.json") or {}).get(
-            "position"
-        )  # the file that training writes last
-        if isinstance(position, dict) and isinstance(position.get("step"), int):
-            steps.append((position["step"], checkpoint.name))
-    return tuple(name for _, name in sorted(steps))
-
-
 def safetensors_parameters(path: Path) -> int:
-    """Numbers in a safetensors file, by its header. Raises ValueError when it is none (a Git LFS pointer, a cut download)."""
+    """Numbers in a safetensors file, by its header.
+
+    Raises ValueError when it is none (a Git LFS pointer, a cut download).
+    """
     with path.open("rb") as file:
         start = file.read(8)
         if start.startswith(b"version "):
@@ -128,13 +127,10 @@ def safetensors_parameters(path: Path) -> int:
             raise ValueError("not a safetensors file")
         header = json.loads(file.read(length))
         end = file.seek(0, 2)
-    tensors = [facts for name, facts in header.items() if name != "__metadata__"]
-    if tensors and end < 8 + length + max(facts["data_offsets"][1] for facts in tensors):
+    tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+    if tensors and end < 8 + length + max(tensor["data_offsets"][1] for tensor in tensors):
         raise ValueError("cut short")
-    total = 0
-    for facts in tensors:
-        total += math.prod(facts["shape"])
-    return total
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
 
 
 def _model(folder: Path) -> FoundModel | None:
@@ -191,12 +187,51 @@ def _read_json(path: Path) -> dict | None:
 
 DOWNLOAD = "uv run hf download ACE-Step/Ace-Step1.5 --local-dir checkpoints"
 
-Look = Callable[[Path], str]
+Songs = Callable[[Path], str]  # the songs of a folder in a line ("12 songs, 47:10 of music"); UserError where none are
 
 
-def checkpoints(folder: Path) -> str:
-    """A folder of models, or ComfyUI's single file. Raises UserError naming what is there instead."""
-    _there(folder, folder.is_dir() or (folder.suffix.lower() == ".safetensors" and folder.is_file()))
+@dataclass(frozen=True)
+class Content:
+    """What a path must hold. `folder`: a folder may hold it. `file`: the suffix of a file that may, * for any.
+
+    `new`: it is written to and need not exist yet. `verify`: the real check, which returns a line about the content.
+    """
+
+    verify: Callable[[Path, Songs], str]
+    folder: bool = True
+    file: str = ""
+    new: bool = False
+
+
+def glance(holds: str, path: Path) -> None:
+    """The cheap check, for every key that is typed: is there anything of the kind? Raises UserError."""
+    if not holds or (holds == "saved state" and str(path) == "latest"):
+        return
+    content = CONTENTS[holds]
+    try:
+        if content.new:
+            blocking = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
+            if blocking is not None:
+                raise UserError("That is a file." if blocking == path else f"{blocking} is a file.")
+            return
+        if (content.folder and path.is_dir()) or (path.is_file() and content.file in ("*", path.suffix.lower())):
+            return
+        if path.exists():
+            raise UserError(f"That is a {'folder' if path.is_dir() else 'file'}.")
+        parent = next((p for p in path.parents if p.is_dir()), None)
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{error.strerror}.") from None
+    known = f"; {parent} is there" if parent and parent not in (Path(), Path(path.anchor)) else ""
+    raise UserError(f"There is no such folder or file{known}.")
+
+
+def verify(holds: str, path: Path, songs: Songs) -> str:
+    """The real check, once a path is entered: a line about its content. Raises UserError with what is there instead."""
+    glance(holds, path)
+    return CONTENTS[holds].verify(path, songs) if holds else ""
+
+
+def _checkpoints(folder: Path, _songs: Songs) -> str:
     models = find_models(folder)
     usable = [model for model in models if not model.problem]
     if usable:
@@ -206,40 +241,32 @@ def checkpoints(folder: Path) -> str:
         raise UserError(
             f"No usable model here: {', '.join(model.title for model in models)}.", f"Download again: {DOWNLOAD}"
         )
-    inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:6])
+    inside = ", ".join(path.name for path in _folders(folder)[:6])
     raise UserError(f"No ACE-Step model here (folders: {inside or 'none'}).", f"Download one: {DOWNLOAD}")
 
 
-def tensors(folder: Path, songs: Look) -> str:
-    """A folder of training tensors. Raises UserError; songs without tensors get the advice to preprocess."""
-    _there(folder, folder.is_dir())
+def _tensors(folder: Path, songs: Songs) -> str:
     if found := count_tensors(folder):
         return count(found, "song") + " as tensors"
     try:
-        found = songs(folder)
+        music = songs(folder)
     except UserError:
         raise UserError(
             "No .pt tensors here.", "Preprocess some audio first, or choose the folder it was written to."
         ) from None
     raise UserError(
-        f"No .pt tensors here, but {found}: preprocess first?", "Go back to the menu and choose Preprocess audio."
+        f"No .pt tensors here, but {music}: preprocess first?", "Go back to the menu and choose Preprocess audio."
     )
 
 
-def songs_or_list(path: Path, songs: Look) -> str:
-    """A folder of audio, or a dataset.json. Raises UserError."""
-    if path.suffix.lower() == ".json":
-        return dataset_list(path)
-    _there(path, path.is_dir())
-    found = songs(path)
-    return found + (
-        "; choose its dataset.json to use the captions in there" if (path / "dataset.json").is_file() else ""
-    )
+def _songs_or_list(path: Path, songs: Songs) -> str:
+    if path.is_file():
+        return _dataset_list(path, songs)
+    listed = (path / "dataset.json").is_file()
+    return songs(path) + ("; choose its dataset.json to use the captions in there" if listed else "")
 
 
-def dataset_list(path: Path) -> str:
-    """A dataset.json. Raises UserError; its content is checked when it is used."""
-    _there(path, path.is_file())
+def _dataset_list(path: Path, _songs: Songs) -> str:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -250,32 +277,21 @@ def dataset_list(path: Path) -> str:
     return count(len(samples), "song") + " listed"
 
 
-def new_run(folder: Path) -> str:
-    """A folder for a new run. Raises UserError where one stands already."""
-    _writable(folder)
+def _new_run(folder: Path, _songs: Songs) -> str:
     if read_run(folder) is not None or (folder / "final").is_dir():
         raise UserError("A run stands there already.", "Choose another folder, or Resume a run in the menu.")
     return "" if folder.exists() else "a new folder"
 
 
-def new_folder(folder: Path) -> str:
-    """A folder to write to, new or not. Raises UserError."""
-    _writable(folder)
-    found = count_tensors(folder)
-    return (
-        f"{count(found, 'song')} there already: what is unchanged is kept"
-        if found
-        else ""
-        if folder.exists()
-        else "a new folder"
-    )
+def _new_folder(folder: Path, _songs: Songs) -> str:
+    if found := count_tensors(folder):
+        return f"{count(found, 'song')} there already: what is unchanged is kept"
+    return "" if folder.exists() else "a new folder"
 
 
-def adapter(path: Path) -> str:
-    """An adapter: a folder with its config, or a file of weights. Raises UserError."""
-    _there(path, path.exists())
+def _adapter(path: Path, _songs: Songs) -> str:
     if path.is_dir() and not (path / "adapter_config.json").is_file() and not any(path.glob("*.safetensors")):
-        inside = [place.parent.name for place in sorted(path.glob("*/adapter_config.json"))]
+        inside = [found.parent.name for found in sorted(path.glob("*/adapter_config.json"))]
         raise UserError(
             "No adapter here.",
             f"There is one in: {', '.join(inside)}." if inside else "Choose the final/ folder of a run.",
@@ -283,9 +299,7 @@ def adapter(path: Path) -> str:
     return ""
 
 
-def run(folder: Path) -> str:
-    """The output folder of a run that can go on. Raises UserError."""
-    _there(folder, folder.is_dir())
+def _run(folder: Path, _songs: Songs) -> str:
     found = read_run(folder)
     if found is None:
         raise UserError("No run here: no config.json of one.", "Choose the --output-dir of a run.")
@@ -294,28 +308,68 @@ def run(folder: Path) -> str:
     return f"saved: {', '.join(found.checkpoints[-5:])}"
 
 
-def fresh(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3, … that does not exist."""
-    number, candidate = 1, folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+def _saved_state(path: Path, songs: Songs) -> str:
+    if str(path) == "latest":
+        return ""
+    return _run(path.parent.parent if path.parent.name == "checkpoints" else path, songs)
 
 
-def _there(path: Path, ok: bool) -> None:
-    if ok:
-        return
-    if path.exists():
-        raise UserError(f"That is a {'folder' if path.is_dir() else 'file'}.")
-    parent = next((p for p in path.parents if p.is_dir()), None)
-    known = f"; {parent} is there" if parent and parent not in (Path(), Path(path.anchor)) else ""
-    raise UserError(f"There is no such folder or file{known}.")
+CONTENTS = {
+    "checkpoints": Content(_checkpoints, file=".safetensors"),
+    "songs": Content(lambda folder, songs: songs(folder)),
+    "dataset.json": Content(_dataset_list, folder=False, file="*"),
+    "songs or dataset.json": Content(_songs_or_list, file=".json"),
+    "tensors": Content(_tensors),
+    "adapter": Content(_adapter, file="*"),
+    "run": Content(_run),
+    "saved state": Content(_saved_state),
+    "new run": Content(_new_run, new=True),
+    "new folder": Content(_new_folder, new=True),
+}
 
 
-def _writable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError("That is a file.")
-    blocking = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
-    if blocking is not None:
-        raise UserError(f"{blocking} is a file.")
+# What the disk suggests for a question, under the answers so far
+
+
+def models_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """The usable models of the answered checkpoint folder."""
+    folder = answers.get("checkpoint_dir")
+    return tuple(
+        Choice(
+            short_name(model.name),
+            short_name(model.name),
+            ", ".join(part for part in (model.variant, model.size, model.layout) if part),
+        )
+        for model in (find_models(Path(folder)) if folder else [])
+        if not model.problem
+    )
+
+
+def states_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """The saved states of the run that is to go on, the newest first."""
+    if "run" not in answers:
+        return ()
+    run, folder = read_run(answers["run"]), answers["run"] / "checkpoints"
+    older = [Choice(folder / name, name) for name in reversed(run.checkpoints)] if run else []
+    return (Choice(Path("latest"), "latest", "the newest one that is complete"), *older)
+
+
+def tensors_for(answers: Mapping[str, Any]) -> Path | None:
+    """The folder that the tensors of the answered songs would be written to."""
+    songs = answers.get("songs") or answers.get("audio_dir") or answers.get("dataset_json")
+    return Path("tensors") / _name_of(songs) if songs else None
+
+
+def run_for(answers: Mapping[str, Any]) -> Path | None:
+    """A new folder for a run on the answered tensors: runs/NAME, or the first of runs/NAME-2, … that is not there."""
+    data = answers.get("dataset_dir")
+    if not data:
+        return None
+    folder = Path("runs") / _name_of(data)
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
+
+
+def _name_of(path: Path) -> str:
+    folder = path.parent if path.suffix.lower() == ".json" else path
+    return folder.resolve().name or "songs"

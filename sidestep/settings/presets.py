@@ -1,4 +1,4 @@
-"""Presets: partial configs as JSON files. Built-in ones are read-only; a user's own stand in the platform's config folder."""
+"""Presets: partial configs as JSON files. Built-in ones are read-only; a user's own are in the config folder."""
 
 import json
 import re
@@ -13,18 +13,10 @@ from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
 
 BUILT_IN = Path(__file__).resolve().parents[2] / "presets"
-COMMANDS_WITH_PRESETS = (
-    "fixed",
-    "preprocess",
-    "estimate",
-    "plan",
-)  # the others have no settings worth keeping under a name
-PROFILES = {
-    "comfortable": 24,
-    "standard": 16,
-    "tight": 12,
-    "minimal": 8,
-}  # GiB of the smallest card that each is made for
+# the others have no settings worth keeping under a name
+COMMANDS_WITH_PRESETS = ("fixed", "preprocess", "estimate", "plan")
+# GiB of the smallest card that each is made for
+PROFILES = {"comfortable": 24, "standard": 16, "tight": 12, "minimal": 8}
 USABLE = 0.93  # what a card of so many GB reports of them
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.\-]{0,60}[A-Za-z0-9]|[A-Za-z0-9]")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # names that Windows keeps for devices
@@ -49,23 +41,18 @@ class Preset:
 @cache
 def preset_options() -> dict[str, Option]:
     """Every setting that a preset may hold, by name. Folders and files are a machine's own and stay out."""
-    found: dict[str, Option] = {}
-    for command in COMMANDS_WITH_PRESETS:
-        found = {
-            name: o
-            for name, o in options_of(COMMANDS[command].config).items()
-            if o.type is not Path and o.flag.startswith("-")
-        } | found
-    return found
+    classes = [COMMANDS[name].config for name in COMMANDS_WITH_PRESETS]
+    options = {name: o for c in reversed(classes) for name, o in options_of(c).items()}  # the first class wins
+    return {name: o for name, o in options.items() if o.type is not Path and o.flag.startswith("-")}
 
 
 def user_folder() -> Path:
-    """Where the user's presets stand; may not exist yet."""
+    """The folder of the user's presets; may not exist yet."""
     return config_folder() / "presets"
 
 
 def list_presets() -> list[Preset]:
-    """All presets that can be read, built-in ones first, each set by name. A broken file is left out; `find` says what is wrong with it."""
+    """All presets that can be read, built-in ones first, by name. Of a broken file `find` says what is wrong."""
     presets = []
     for folder in (BUILT_IN, user_folder()):
         for path in sorted(folder.glob("*.json"), key=lambda p: (p.stem != "recommended", p.stem.lower())):
@@ -92,7 +79,7 @@ def find(name: str) -> Preset:
 
 
 def profile_for(gib: float, is_xl: bool) -> str:
-    """The preset for a card of so many GiB: the most comfortable profile that is made for it. On the smallest cards XL has one of its own."""
+    """The preset for a card of so many GiB: the most comfortable that is made for it; XL has one for the smallest."""
     name = next((name for name, least in PROFILES.items() if gib >= USABLE * least), "minimal")
     return f"{name}_xl" if is_xl and name == "minimal" else name
 
@@ -125,7 +112,7 @@ def read(path: Path) -> Preset:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What a preset made of this config holds: the settings that differ from the defaults, without folders and files."""
+    """What a preset made of this config holds: what differs from the defaults, without folders and files."""
     options = preset_options()
     return {
         name: getattr(config, name)
@@ -135,7 +122,10 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def save(name: str, values: dict[str, Any], description: str = "", replace: bool = False) -> Preset:
-    """Write a preset of the user's own. Raises UserError for a bad name, a built-in one, or one that exists and is not to be replaced."""
+    """Write a preset of the user's own.
+
+    Raises UserError for a bad name, a built-in one, or one that exists and is not to be replaced.
+    """
     path = _own_path(name)
     if path.exists() and not replace:
         raise UserError(f"There is a preset {name} already.", "Choose another name, or delete the old one first.")

@@ -1,17 +1,179 @@
-"""A terminal that Rich may draw on. Apart from `Terminal` so that help and plain mode never wait for Rich."""
+"""A terminal that Rich may draw on: colours, tables, and a live view where messages scroll by above what runs now."""
 
+import time
+from collections import deque
 from contextlib import AbstractContextManager
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from sidestep.events import Report
-from sidestep.terminal.live import LiveView
-from sidestep.terminal.terminal import Terminal, is_tty
+from sidestep.events import (
+    Decision,
+    EpochDone,
+    Event,
+    FileFailed,
+    Finished,
+    Notice,
+    Progress,
+    Report,
+    Saved,
+    StepDone,
+    StepSkipped,
+    Table,
+    Validated,
+)
+from sidestep.terminal.terminal import Terminal, as_lines, is_tty
+from sidestep.words import clock, gib
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The values as one line of block characters, averaged down to `width` of them."""
+    finite = [v for v in values if v == v and abs(v) != float("inf")]
+    if not finite:
+        return ""
+    size = max(1, -(-len(finite) // width))
+    means = [sum(part) / len(part) for part in (finite[i : i + size] for i in range(0, len(finite), size))]
+    low, high = min(means), max(means)
+    return "".join(BLOCKS[round((v - low) / (high - low) * 7)] if high > low else BLOCKS[3] for v in means)
+
+
+class LiveView:
+    """Shows events with Rich: messages as lines, tasks as bars, training as a panel with its loss curve."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.unicode = console.encoding.startswith("utf") and not console.legacy_windows
+        self.tasks: dict[str, Progress] = {}
+        self.losses: deque[float] = deque(maxlen=20_000)
+        self.step: StepDone | None = None
+        self.epoch: EpochDone | None = None
+        self.validated: Validated | None = None
+        self.best: Validated | None = None
+        self.began = time.monotonic()
+        self.live = Live(
+            console=console, refresh_per_second=4, transient=True, get_renderable=self.board, vertical_overflow="crop"
+        )
+
+    def __enter__(self):
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.live.__exit__(*raised)
+        if self.step is not None:
+            self.console.print(self.board())  # the last state of a training stays on the screen
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Progress(task=task, done=done, total=total):
+                self.tasks[task] = event
+                if total and done >= total:
+                    del self.tasks[task]
+                    self.console.print(Text.assemble(("done ", "green"), task, (f"  {done}/{total}", "dim")))
+            case StepDone(loss=loss):
+                self.step = event
+                self.losses.append(loss)
+            case EpochDone():
+                self.epoch = event
+            case Validated(best=best):
+                self.validated, self.best = event, event if best else self.best
+            case _:
+                self.console.print(shown(event, self.unicode), soft_wrap=not isinstance(event, Table))
+
+    def board(self) -> RenderableType:
+        """What runs now: a bar per task, and the training panel once there is a step."""
+        parts: list[RenderableType] = [self._bar(progress) for progress in self.tasks.values()]
+        if self.step is not None:
+            parts.append(self._training(self.step))
+        return Group(*parts)
+
+    def _bar(self, progress: Progress) -> RenderableType:
+        grid = RichTable.grid(padding=(0, 1))
+        done = f"{progress.done}/{progress.total}"
+        if progress.rate is not None:
+            done += f"  {progress.rate:.3g} {progress.unit}/s".replace(" /", "/")
+        if progress.eta_seconds is not None:
+            done += f"  {clock(progress.eta_seconds)} left"
+        room = max(8, self.console.width - len(progress.task) - len(done) - 6)
+        grid.add_row(
+            Text(progress.task, style="bold"),
+            ProgressBar(max(progress.total, 1), progress.done, width=min(30, room)),
+            Text(done),
+        )
+        if not progress.current:
+            return grid
+        return Group(grid, Text("  " + progress.current, style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _training(self, step: StepDone) -> RenderableType:
+        inner = min(self.console.width, 100) - 4
+        bar = RichTable.grid(padding=(0, 1))
+        count = f"{step.step}/{step.total_steps}"
+        epochs = f"epoch {step.epoch}" + (f" of {self.epoch.total_epochs}" if self.epoch else "")
+        bar.add_row(
+            ProgressBar(max(step.total_steps, 1), step.step, width=max(8, inner - len(count) - len(epochs) - 3)),
+            Text(count, style="bold"),
+            Text(epochs),
+        )
+        figures = RichTable.grid(padding=(0, 2))
+        rate = f"{step.steps_per_second:.3g} steps/s"
+        left = (
+            f"{clock(step.eta_seconds)} left"
+            if step.step < step.total_steps
+            else f"{clock(time.monotonic() - self.began)} in all"
+        )
+        figures.add_row(
+            Text.assemble("loss ", (f"{step.loss:.4f}", "bold")),
+            Text(f"lr {step.lr:.1e}"),
+            Text(f"grad {step.grad_norm:.3g}"),
+        )
+        figures.add_row(Text(rate), Text(left), Text(gib(step.memory_bytes)))
+        if self.validated is not None:
+            best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
+            figures.add_row(Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold")), Text(best), Text())
+        lines: list[RenderableType] = [bar, figures]
+        if self.unicode and len(self.losses) > 1:
+            lines.append(Text(sparkline(list(self.losses), inner), style="cyan", no_wrap=True))
+        return Panel(Group(*lines), title="Training", title_align="left", width=inner + 4, border_style="dim")
+
+
+def shown(event: Event, unicode: bool = True) -> RenderableType:
+    """A message, decision or result as Rich shows it; the words are those of plain mode."""
+    match event:
+        case Notice(level=level):
+            return Text(as_lines(event)[0], style=STYLES.get(level, ""))
+        case Decision(what=what, value=value, reason=reason):
+            return Text.assemble((f"{what}: ", "dim"), (value, "bold"), (f"  {reason}", "dim"))
+        case FileFailed() | StepSkipped():
+            return Text(as_lines(event)[0], style="yellow")
+        case Saved(what=what, path=path):
+            return Text.assemble((f"saved {what}: ", "green"), path)
+        case Table(title=title, columns=columns, rows=rows):
+            table = RichTable(show_header=any(columns), header_style="bold", safe_box=not unicode)
+            for column in columns or ("",) * max((len(row) for row in rows), default=0):
+                table.add_column(Text(column), overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            return (
+                Group(Text(title, style="bold"), table) if title else table
+            )  # a Rich title would wrap at a narrow table's width
+        case Finished(message=message, next_commands=commands):
+            text = Text(message, style="bold green")
+            return Text("\n").join(
+                [text, *([Text("Next:", style="dim")] if commands else []), *(Text("  " + c) for c in commands)]
+            )
+    return Text("\n".join(as_lines(event)))
 
 
 class RichTerminal(Terminal):
-    """Colours, tables, bars. Markup is off: a path such as `/songs/[x]/y` is printed as it is. NO_COLOR is Rich's to obey."""
+    """Colours, tables, bars. Without markup: a path such as `/songs/[x]/y` is printed as it is. Rich obeys NO_COLOR."""
 
     plain = False
 
@@ -28,12 +190,12 @@ class RichTerminal(Terminal):
         """True where block and box characters can be shown."""
         return self.console.encoding.startswith("utf") and not self.console.legacy_windows
 
-    def say(self, text: str = "", style: str = "") -> None:
+    def print(self, text: str = "", style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True)
 
-    def complain(self, problem: str, fix: str = "") -> None:
+    def error(self, problem: str, fix: str = "") -> None:
         if not is_tty(self.err):
-            super().complain(problem, fix)
+            super().error(problem, fix)
             return
         console = Console(file=self.err, markup=False, emoji=False, highlight=False)
         console.print(problem, style="bold red", soft_wrap=True)

@@ -1,13 +1,147 @@
-"""The terminal as an object that is passed in: its streams, how wide they are, and whether someone sits in front of them."""
+"""A plain terminal, passed in as an object, and events as lines of text: no escape sequences, a line every few seconds.
 
+Rich stays away from here: help and plain mode never wait for it. `rich_terminal` adds colours and the live view.
+"""
+
+import dataclasses
 import os
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TextIO
 
-from sidestep.events import Report
-from sidestep.terminal.lines import PlainView
+from sidestep.events import (
+    Decision,
+    EpochDone,
+    Event,
+    FileFailed,
+    Finished,
+    Notice,
+    Progress,
+    Report,
+    Saved,
+    StepDone,
+    StepSkipped,
+    Table,
+    Validated,
+)
+from sidestep.words import clock, gib
+
+SECONDS_BETWEEN_LINES = 3.0
+
+
+def as_typed(value: object) -> str:
+    """A setting's value as a person types it: on, off, 1e-04, a list in one line; a dash for none."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+
+
+def as_lines(event: Event) -> list[str]:
+    """An event as lines of text, in full."""
+    match event:
+        case Notice(message=message, level=level):
+            return [message if level == "info" else f"{level}: {message}"]
+        case Decision(what=what, value=value, reason=reason):
+            return [f"{what}: {value} ({reason})"]
+        case Progress():
+            return [progress_line(event)]
+        case FileFailed(path=path, reason=reason, stage=stage):
+            return [f"failed ({stage}): {path}: {reason}"]
+        case StepDone():
+            return [step_line(event)]
+        case StepSkipped(step=step, songs=songs, reason=reason, in_a_row=in_a_row):
+            return [
+                f"warning: step {step} skipped ({in_a_row} in a row): {reason}; songs: {', '.join(songs) or 'unknown'}"
+            ]
+        case EpochDone(epoch=epoch, total_epochs=total, loss=loss, seconds=seconds):
+            return [f"epoch {epoch}/{total} done: mean loss {loss:.4f}, {clock(seconds)}"]
+        case Validated(step=step, loss=loss, best=best):
+            return [f"validation at step {step}: loss {loss:.4f}" + (" (best so far)" if best else "")]
+        case Saved(what=what, path=path):
+            return [f"saved {what}: {path}"]
+        case Table():
+            return table_lines(event)
+        case Finished(message=message, next_commands=commands):
+            return [message] + (["Next:", *(f"  {command}" for command in commands)] if commands else [])
+    fields = ", ".join(f"{f.name}={getattr(event, f.name)}" for f in dataclasses.fields(event))
+    return [f"{type(event).__name__}: {fields}"]
+
+
+def progress_line(event: Progress) -> str:
+    """`preprocess 3/12 (25%), 4.1 s/s, 0:32 left, song.wav`."""
+    parts = [
+        f"{event.task} {event.done}/{event.total}" + (f" ({100 * event.done // event.total}%)" if event.total else "")
+    ]
+    if event.rate is not None:
+        parts.append(f"{event.rate:.3g} {event.unit}/s".replace(" /", "/"))
+    if event.eta_seconds is not None and event.done < event.total:
+        parts.append(f"{clock(event.eta_seconds)} left")
+    return ", ".join(parts + ([event.current] if event.current else []))
+
+
+def step_line(event: StepDone) -> str:
+    """`step 10/500, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 2.1 steps/s, 3:55 left, 3.2 GiB`."""
+    parts = [
+        f"step {event.step}/{event.total_steps}",
+        f"epoch {event.epoch}",
+        f"loss {event.loss:.4f}",
+        f"lr {event.lr:.1e}",
+    ]
+    parts += [f"grad norm {event.grad_norm:.3g}", f"{event.steps_per_second:.3g} steps/s"]
+    if event.step < event.total_steps:
+        parts.append(f"{clock(event.eta_seconds)} left")
+    return ", ".join(parts + ([gib(event.memory_bytes)] if event.memory_bytes is not None else []))
+
+
+def table_lines(event: Table) -> list[str]:
+    """A table in columns; the widest cell sets a column's width."""
+    rows = [event.columns, *event.rows] if any(event.columns) else list(event.rows)
+    count = max((len(row) for row in rows), default=0)
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    if any(event.columns):
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return [event.title, *(f"  {line}" for line in lines)] if event.title else lines
+
+
+class PlainView:
+    """Shows events as lines. Progress, steps and epochs come at most every few seconds; the last one always does."""
+
+    def __init__(self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic):
+        self._show, self._now = show, now
+        self._last: dict[str, float] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, event: Event) -> None:
+        if self._due(event):
+            for line in as_lines(event):
+                self._show(line)
+
+    def _due(self, event: Event) -> bool:
+        match event:
+            case Progress(task=task, done=done, total=total):
+                key, last = f"progress {task}", done >= total
+            case StepDone(step=step, total_steps=total):
+                key, last = "step", step >= total
+            case EpochDone(epoch=epoch, total_epochs=total):
+                key, last = "epoch", epoch >= total
+            case _:
+                return True
+        now = self._now()
+        if last or now - self._last.get(key, float("-inf")) >= SECONDS_BETWEEN_LINES:
+            self._last[key] = now
+            return True
+        return False
 
 
 class Terminal:
@@ -31,11 +165,11 @@ class Terminal:
         """Columns, at least 40."""
         return max(40, shutil.get_terminal_size((80, 24)).columns)
 
-    def say(self, text: str = "", style: str = "") -> None:
+    def print(self, text: str = "", style: str = "") -> None:  # noqa: ARG002 (for a terminal with colours)
         """A line or paragraph of output."""
         print(text, file=self.out, flush=True)
 
-    def complain(self, problem: str, fix: str = "") -> None:
+    def error(self, problem: str, fix: str = "") -> None:
         """An error, on the error stream: what is wrong, then what helps."""
         print(f"error: {problem}" + (f"\n{fix}" if fix else ""), file=self.err, flush=True)
 
@@ -46,7 +180,7 @@ class Terminal:
 
     def view(self) -> AbstractContextManager[Report]:
         """What shows a task's events while it runs."""
-        return PlainView(self.say)
+        return PlainView(self.print)
 
 
 def is_tty(stream: TextIO) -> bool:

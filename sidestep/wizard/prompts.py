@@ -10,8 +10,8 @@ from questionary.prompts.common import Choice as Line
 from rich.text import Text
 
 from sidestep.errors import UserError
-from sidestep.terminal.lines import as_typed
 from sidestep.terminal.rich_terminal import RichTerminal
+from sidestep.terminal.terminal import as_typed
 from sidestep.wizard.questionnaire import BACK, Prompt
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
@@ -23,10 +23,7 @@ STYLE = Style(
         ("answer", "fg:ansicyan"),
         ("pointer", "fg:ansicyan bold"),
         ("highlighted", "fg:ansicyan bold"),
-        (
-            "selected",
-            "noreverse",
-        ),  # the pointer marks the line; reversed, the suggestion would look chosen wherever the pointer is
+        ("selected", "noreverse"),  # the pointer marks the line; reversed, two lines would look chosen
     ]
 )
 MARK = "?"
@@ -37,7 +34,7 @@ class QuestionaryAsk:
 
     def __init__(self, terminal: RichTerminal):
         self.terminal = terminal
-        self._place = ""
+        self._typed = ""  # in the question before, to be put right where it was refused
 
     def __call__(self, prompt: Prompt) -> Any:
         self._show(prompt)
@@ -46,19 +43,18 @@ class QuestionaryAsk:
         app.key_bindings = merge_key_bindings([app.key_bindings, self._back_keys(prompt)])
         app.ttimeoutlen = app.timeoutlen = ESCAPE_SECONDS
         reply = question.unsafe_ask()
-        if reply is BACK or (isinstance(reply, str) and not prompt.choices and reply.strip() == "b"):
+        self._typed = reply if isinstance(reply, str) else ""
+        if reply is BACK or (not prompt.choices and self._typed.strip() == "b"):
             return BACK
-        if prompt.kind == "yes-no":
-            return reply
         return tuple(reply) if prompt.kind == "several" else reply
 
     def _show(self, prompt: Prompt) -> None:
         console = self.terminal.console
-        place = " / ".join(part for part in (prompt.title, prompt.section) if part)
+        heading = " / ".join(part for part in (prompt.title, prompt.section) if part)
         step = f"{prompt.step} of {prompt.steps}" if prompt.steps > 1 else ""
         console.print()
-        if place or step:
-            console.print(Text.assemble((place, "cyan"), (f"  {step}" if step else "", "dim")))
+        if heading or step:
+            console.print(Text.assemble((heading, "cyan"), (f"  {step}" if step else "", "dim")))
         if prompt.help:
             console.print(Text(prompt.help, style="dim"))
         if prompt.error:
@@ -93,7 +89,8 @@ class QuestionaryAsk:
             case "yes-no":
                 return questionary.confirm(prompt.text, default=bool(prompt.default), **look)
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
-        arguments = {"default": typed, "validate": lambda text: _judged(prompt, text)} | look
+        typed = self._typed if prompt.error else typed
+        arguments = {"default": typed, "validate": lambda text: _taken(prompt, text)} | look
         if prompt.kind == "path" and prompt.choices:
             return questionary.autocomplete(
                 prompt.text, [str(choice.value) for choice in prompt.choices], match_middle=True, **arguments
@@ -119,7 +116,7 @@ class QuestionaryAsk:
                 event.app.exit(result=BACK)
 
         def accept(event: KeyPressEvent) -> None:
-            """Enter takes what is typed, unless a completion is being picked; questionary's own wants a second Enter then."""
+            """Enter takes what is typed, unless a completion is being picked; questionary would need it twice."""
             buffer = event.current_buffer
             picking = buffer.complete_state is not None and buffer.complete_state.current_completion is not None
             buffer.complete_state = None
@@ -134,7 +131,7 @@ class QuestionaryAsk:
         return bindings
 
 
-def _judged(prompt: Prompt, text: str) -> bool | str:
+def _taken(prompt: Prompt, text: str) -> bool | str:
     """True, or the reason why this text is not taken; `b` is always taken, as the way back."""
     if text.strip() == "b":
         return True

@@ -1,18 +1,17 @@
-"""A question as data, and how one is made from a setting.
+"""Questions as data, how one is made from a setting, and the way through them, forwards and back.
 
-Going through questions, forwards and back: pure, so that it can be tested with a scripted `ask`.
+Pure: who asks is passed in, so that all of it can be tested with a scripted `ask`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.settings.option import Option, splits_at_commas
-
-Answers = Mapping[str, Any]
+from sidestep.settings.option import Answers, Choice, Option, splits_at_commas
+from sidestep.settings.path_checks import Songs, glance, verify
 
 
 class Move(Enum):
@@ -25,19 +24,11 @@ BACK = Move.BACK
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One line of a list. `note`: a few words on what it means."""
-
-    value: Any
-    title: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Prompt:
     """A question as it is asked now, complete: what a person sees and how the reply becomes a value.
 
-    `kind`: text, path, choice, several or yes-no. `read` takes what was typed or chosen and raises UserError with the reason why not.
+    `kind`: text, path, choice, several or yes-no. `read` takes what was typed or chosen and raises UserError with the
+    reason why not; it is cheap enough for every key.
     """
 
     name: str
@@ -57,16 +48,14 @@ class Prompt:
 Ask = Callable[[Prompt], Any]  # the reply as typed or chosen, or BACK; Ctrl-C raises KeyboardInterrupt
 
 
-def _as_is(reply: Any, _answers: Answers) -> Any:
-    return reply
-
-
 @dataclass(frozen=True)
 class Question:
     """A question of a flow. The functions see the answers given before it.
 
+    `typed`: the kind of question where there is nothing to choose from.
+    `verify`: the real check of a value, once it is entered: a line about it ("12 songs, 47:10"), or UserError.
     `depends_on`: answers that, when changed, make an earlier reply to this question void.
-    `tell`: one line about the value taken ("12 songs, 47 min").
+    `on_disk`: the answer is something found on disk, which one flow hands on to the next.
     """
 
     name: str
@@ -74,61 +63,70 @@ class Question:
     help: str = ""
     kind: str = "text"
     section: str = ""
-    default: Callable[[Answers], Any] = lambda answers: ""
-    choices: Callable[[Answers], tuple[Choice, ...]] = lambda answers: ()
-    read: Callable[[Any, Answers], Any] = _as_is
-    when: Callable[[Answers], bool] = lambda answers: True
-    tell: Callable[[Any, Answers], str] = lambda value, answers: ""
+    default: Callable[[Answers], Any] = lambda _answers: ""
+    choices: Callable[[Answers], tuple[Choice, ...]] = lambda _answers: ()
+    read: Callable[[Any, Answers], Any] = lambda reply, _answers: reply
+    verify: Callable[[Any, Answers], str] = lambda _value, _answers: ""
+    when: Callable[[Answers], bool] = lambda _answers: True
     depends_on: tuple[str, ...] = ()
+    typed: str = "choice"
+    on_disk: bool = False
 
     def asked(self, answers: Answers, default: Any, **place: Any) -> Prompt:
         """The prompt that asks this now."""
         choices = self.choices(answers)
-        return Prompt(
-            self.name,
-            self.text,
-            self.help,
-            self.kind,
-            default,
-            choices,
-            lambda reply: self.read(_within(self, choices, reply), answers),
-            section=self.section,
-            **place,
-        )
+        values = [choice.value for choice in choices]
+        kind = self.kind if choices or self.kind != "choice" else self.typed
+
+        def read(reply: Any) -> Any:
+            if kind == "choice" and reply not in values:
+                raise UserError(f"{reply} is not in the list.")
+            if kind == "several" and not set(reply) <= set(values):
+                raise UserError(f"{' '.join(map(str, reply))}: not all of these are in the list.")
+            return self.read(reply, answers)
+
+        return Prompt(self.name, self.text, self.help, kind, default, choices, read, section=self.section, **place)
 
 
-def _within(question: Question, choices: tuple[Choice, ...], reply: Any) -> Any:
-    values = [choice.value for choice in choices]
-    if question.kind == "choice" and reply not in values:
-        raise UserError(f"{reply} is not in the list.")
-    if question.kind == "several" and not set(reply) <= set(values):
-        raise UserError(f"{' '.join(map(str, reply))}: not all of these are in the list.")
-    return reply
+def choose(
+    name: str,
+    text: str,
+    choices: tuple[Choice, ...],
+    *,
+    default: Any = None,
+    section: str = "",
+    when: Callable[[Answers], bool] = lambda _answers: True,
+) -> Question:
+    """A question with these choices, by default the first."""
+    first = choices[0].value if default is None else default
+    return Question(
+        name, text, "", "choice", section, default=lambda _answers: first, choices=lambda _answers: choices, when=when
+    )
 
 
-LABELS = {  # where the flag's own words would puzzle
-    "checkpoint_dir": "Folder of the checkpoints",
-    "dataset_dir": "Folder of training tensors",
-    "tensor_output": "Folder for the training tensors",
-    "output_dir": "Folder for the results",
-    "input": "Folder of songs",
-    "audio_dir": "Folder of songs",
-    "tag": "Trigger word",
-    "prompt": "Caption of the music",
-    "lr": "Learning rate",
-}
-KINDS = {bool: "yes-no", Path: "path"}
+def needed(reply: Any, _answers: Answers) -> str:
+    """What was typed, without the quotes that a terminal puts around a dropped file. Raises UserError for nothing."""
+    text = str(reply).strip().strip("\"'")
+    if not text:
+        raise UserError("This one needs an answer.")
+    return text
 
 
-def from_option(o: Option, default: Callable[[Answers], Any], **more: Any) -> Question:
-    """The question that a setting asks. An empty reply means "none" where that is allowed."""
-    kind = ("several" if o.many else "choice") if o.choices else KINDS.get(o.type, "text")
-    if kind == "several" and o.optional:
-        kind = "text"  # a list of boxes has no box for "not set"
+def _kind(o: Option) -> str:
+    if o.choices or o.offers:
+        return "choice" if not o.many else "text" if o.optional else "several"  # boxes have none for "not set"
+    return {bool: "yes-no", Path: "path"}.get(o.type, "text")
+
+
+def from_option(
+    o: Option, default: Callable[[Answers], Any], songs: Songs = lambda _folder: "songs", **changes: Any
+) -> Question:
+    """The question that a setting asks; `changes` are fields of Question. An empty reply is none where that may be."""
+    kind = _kind(o)
 
     def read(reply: Any, _answers: Answers) -> Any:
         if isinstance(reply, str):
-            reply = reply.strip()
+            reply = reply.strip().strip("\"'" if o.type is Path else None)
             if reply in ("", "-") and (o.optional or (o.type is str and not o.choices and not o.required)):
                 return None if o.optional else ""
             if not reply and o.required:
@@ -138,31 +136,39 @@ def from_option(o: Option, default: Callable[[Answers], Any], **more: Any) -> Qu
                 if o.type is str and any(word.startswith("-") for word in reply):
                     raise UserError("A word that begins with - would be read as a flag.")
         try:
-            return o.check(reply)
+            value = o.check(reply)
         except UserError as error:
             raise UserError(error.problem.partition(": ")[2] or error.problem) from None
+        if o.holds and value is not None:
+            glance(o.holds, value)
+        return value
 
-    def choices(_answers: Answers) -> tuple[Choice, ...]:
+    def choices(answers: Answers) -> tuple[Choice, ...]:
+        if o.offers:
+            return o.offers(answers)
         unset = (Choice(None, "not set"),) if o.optional and kind == "choice" else ()
         return (*unset, *(Choice(value, value) for value in o.choices))
 
-    label = LABELS.get(o.name, o.name.replace("_", " "))
-    help = o.help + (f" ({', '.join(o.choices)}; empty: not set)" if o.many and o.choices and kind == "text" else "")
-    arguments = {
-        "text": label[:1].upper() + label[1:],
-        "help": help,
+    listed = f" ({', '.join(o.choices)}; empty: not set)" if o.many and o.choices and kind == "text" else ""
+    fields: dict[str, Any] = {
+        "text": o.title,
+        "help": (o.plain or o.help) + listed,
         "kind": kind,
         "section": o.group,
         "choices": choices,
         "read": read,
-    } | more
-    return Question(o.name, default=default, **arguments)
+        "verify": lambda value, _answers: verify(o.holds, value, songs) if o.holds and value is not None else "",
+        "depends_on": (*o.depends_on, *o.when[:1]),
+        "typed": "path" if o.type is Path else "text",
+        "on_disk": o.type is Path or o.offers is not None,
+    }
+    return Question(o.name, default=default, **(fields | changes))
 
 
-class Walk:
+class Questionnaire:
     """A path through questions.
 
-    `remembered` holds every reply ever given here, also those stepped back over: they are the defaults when asked again.
+    `remembered` holds every reply ever given here, also those stepped back over: the defaults when asked again.
     A reply that changes an answer drops the replies that depended on it. What is in `known` is not asked.
     """
 
@@ -171,9 +177,9 @@ class Walk:
         questions: list[Question],
         known: dict[str, Any] | None = None,
         title: str = "",
-        say: Callable[[str], None] = lambda line: None,
+        tell: Callable[[str], None] = lambda _line: None,
     ):
-        self.questions, self.known, self.title, self.say = questions, dict(known or {}), title, say
+        self.questions, self.known, self.title, self.tell = questions, dict(known or {}), title, tell
         self.remembered: dict[str, Any] = {}
         self._path: list[int] = []
         self._next = 0
@@ -184,15 +190,18 @@ class Walk:
         return self.known | {self.questions[i].name: self.remembered[self.questions[i].name] for i in self._path}
 
     def forward(self, ask: Ask) -> dict[str, Any] | None:
-        """Ask from where the path ends until there is nothing left to ask; the answers, or None for a step back over the first question."""
+        """Ask from where the path ends until there is nothing left to ask.
+
+        Returns the answers, or None for a step back over the first question.
+        """
         error = ""
         while self._next < len(self.questions):
             question, answers = self.questions[self._next], self.answers
-            if not self._open(question, answers):
+            if not self._is_open(question, answers):
                 self._next += 1
                 continue
             default = self.remembered[question.name] if question.name in self.remembered else question.default(answers)
-            left = sum(self._open(later, answers) for later in self.questions[self._next :])
+            left = sum(self._is_open(later, answers) for later in self.questions[self._next :])
             step = len(self._path) + 1
             prompt = question.asked(answers, default, title=self.title, step=step, steps=step - 1 + left, error=error)
             error = ""
@@ -203,12 +212,13 @@ class Walk:
                 continue
             try:
                 value = prompt.read(reply)
+                line = question.verify(value, answers)
             except UserError as refused:
                 error = f"{refused.problem} {refused.fix}".strip()
                 continue
             self._take(question, value)
-            if line := question.tell(value, answers):
-                self.say(line)
+            if line:
+                self.tell(line)
         return self.answers
 
     def back(self) -> bool:
@@ -218,7 +228,7 @@ class Walk:
         self._next = self._path.pop()
         return True
 
-    def _open(self, question: Question, answers: dict[str, Any]) -> bool:
+    def _is_open(self, question: Question, answers: dict[str, Any]) -> bool:
         return question.name not in self.known and question.when(answers)
 
     def _take(self, question: Question, value: Any) -> None:
@@ -231,3 +241,9 @@ class Walk:
         self.remembered[question.name] = value
         self._path.append(self._next)
         self._next += 1
+
+
+def ask_one(ask: Ask, question: Question, title: str = "") -> Any:
+    """The answer to a question that stands alone, or BACK."""
+    answers = Questionnaire([question], title=title).forward(ask)
+    return BACK if answers is None else answers[question.name]

@@ -1,22 +1,19 @@
-"""The review before anything runs: every setting, what differs from the defaults, and the command that does the same.
-
-Presets managed from the wizard: look at them, rename, delete, bring in, hand out.
-"""
+"""What is shown before anything runs: every setting, the command that does the same, and what to change or keep."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.events import Notice, Report, Table
+from sidestep.events import Event, Notice, Report, Table
 from sidestep.settings import presets
 from sidestep.settings.config import TrainConfig, command_line
-from sidestep.settings.option import changed_from_defaults, options_of
-from sidestep.terminal.lines import as_typed
-from sidestep.wizard.flows import Flow, Surroundings, config_of, questions_for, sections_of
-from sidestep.wizard.questionnaire import BACK, Ask, Choice, Question, Walk
+from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
+from sidestep.terminal.terminal import as_typed
+from sidestep.wizard.flows import Context, Flow, config_of, questions_for, sections_of
+from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, needed
 
-Facts = Callable[[Any], list[str]]
+About = Callable[[Any], list[str]]  # lines on a config that only the outside knows: its data, memory and time
 START, EDIT, ALL, SAVE, CANCEL = "start", "edit", "all", "save", "cancel"
 
 
@@ -35,26 +32,33 @@ def review_table(title: str, config: Any) -> Table:
 
 
 def review(
-    flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, around: Surroundings, facts: Facts
+    flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, context: Context, about: About
 ) -> tuple[str, Any]:
     """Show and let the user start, change or leave: (START, config), (CANCEL, None) or (BACK, None).
 
-    `answers` takes the changes. `facts`: lines about a config that only the outside knows: its data, memory and time.
+    `answers` takes the changes.
     """
     while True:
         config = None
         try:
-            config = config_of(flow, answers, around)
+            config = config_of(flow, answers, context)
         except UserError as error:
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
         else:
             show(review_table(f"Review: {flow.title}  (* differs from the default)", config))
             if type(config) is TrainConfig:
                 show(Notice(message="Working out the memory of this run (Ctrl-C: skip) ..."))
-            for line in facts(config):
+            for line in about(config):
                 show(Notice(message=line))
             show(Notice(message=f"The same as a command:\n  {command_line(config)}"))
-        action = ask_one(ask, _actions(flow, config is not None), flow.title)
+        start = [Choice(START, "Start", "run it now")] if config else []
+        change = [
+            Choice(EDIT, "Change a section", "and come back here"),
+            Choice(ALL, "Go through all settings", "the advanced ones too"),
+        ]
+        save = [Choice(SAVE, "Save as preset", "to use these settings again")] if config and flow.takes_preset else []
+        actions = (*start, *change, *save, Choice(CANCEL, "Cancel", "back to the menu"))
+        action = ask_one(ask, choose("review", "What now?", actions, section="Review"), flow.title)
         if action is BACK or action == CANCEL:
             return action, None
         if action == START:
@@ -62,52 +66,27 @@ def review(
         if action == SAVE:
             _save(ask, show, config, flow.title)
         else:
-            _edit(flow, answers, config, ask, show, around, every=action == ALL)
-
-
-def _actions(flow: Flow, ready: bool) -> Question:
-    choices = [Choice(START, "Start", "run it now")] if ready else []
-    choices += [
-        Choice(EDIT, "Change a section", "and come back here"),
-        Choice(ALL, "Go through all settings", "the advanced ones too"),
-    ]
-    if ready and flow.with_preset:
-        choices.append(Choice(SAVE, "Save as preset", "to use these settings again"))
-    choices.append(Choice(CANCEL, "Cancel", "back to the menu"))
-    return Question(
-        "review", "What now?", "", "choice", "Review", lambda answers: choices[0].value, lambda answers: tuple(choices)
-    )
+            _edit(flow, answers, config, ask, show, context, every=action == ALL)
 
 
 def _edit(
-    flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Report, around: Surroundings, every: bool
+    flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Report, context: Context, every: bool
 ) -> None:
     sections = sections_of(flow.config_class)
-    if every:
-        names = [name for section in sections.values() for name in section]
-    else:
+    names = [name for section in sections.values() for name in section]
+    if not every:
         choices = tuple(
-            Choice(section, section, ", ".join(n.replace("_", " ") for n in names[:4]))
-            for section, names in sections.items()
+            Choice(section, section, ", ".join(n.replace("_", " ") for n in held[:4]))
+            for section, held in sections.items()
         )
-        section = ask_one(
-            ask,
-            Question(
-                "section", "Which section?", "", "choice", "Review", lambda a: choices[0].value, lambda a: choices
-            ),
-            flow.title,
-        )
+        section = ask_one(ask, choose("section", "Which section?", choices, section="Review"), flow.title)
         if section is BACK:
             return
         names = sections[section]
-    current = answers | (
-        {name: getattr(config, name) for name in options_of(flow.config_class)} if config is not None else {}
-    )
+    current = answers | ({name: getattr(config, name) for name in options_of(flow.config_class)} if config else {})
     unasked = {name: value for name, value in current.items() if name not in names}
-    walk = Walk(
-        questions_for(flow, around, names, current), unasked, flow.title, lambda line: show(Notice(message=line))
-    )
-    changed = walk.forward(ask)
+    questions = questions_for(flow, context, names, current)
+    changed = Questionnaire(questions, unasked, flow.title, lambda line: show(Notice(message=line))).forward(ask)
     if changed is not None:
         answers.update({name: changed[name] for name in names if name in changed})
 
@@ -131,12 +110,6 @@ def _save(ask: Ask, show: Report, config: Any, title: str) -> None:
     show(Notice(message=f"Saved as preset {preset.name}: {preset.path}"))
 
 
-def ask_one(ask: Ask, question: Question, title: str = "") -> Any:
-    """The answer to a question that stands alone, or BACK."""
-    answers = Walk([question], title=title).forward(ask)
-    return BACK if answers is None else answers[question.name]
-
-
 TITLE = "Manage presets"
 
 
@@ -157,16 +130,16 @@ def preset_table(preset: presets.Preset) -> Table:
 def manage_presets(ask: Ask, show: Report) -> None:
     """Ask what to do with which preset until the user goes back."""
     while True:
-        answers = Walk(_questions(), title=TITLE).forward(ask)
+        answers = Questionnaire(_preset_questions(), title=TITLE).forward(ask)
         if answers is None or answers["action"] == "back":
             return
         try:
-            _do(answers, show)
+            show(_managed(answers))
         except UserError as error:
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
 
 
-def _questions() -> list[Question]:
+def _preset_questions() -> list[Question]:
     actions = (
         Choice("show", "Show a preset"),
         Choice("import", "Import a preset", "from a .json file"),
@@ -176,7 +149,7 @@ def _questions() -> list[Question]:
         Choice("back", "Back to the menu"),
     )
 
-    def which(answers: Any) -> tuple[Choice, ...]:
+    def presets_for(answers: Answers) -> tuple[Choice, ...]:
         own = answers.get("action") in ("rename", "delete")
         found = tuple(
             Choice(p.name, p.name, p.description or ("built in" if p.built_in else "yours"))
@@ -185,71 +158,47 @@ def _questions() -> list[Question]:
         )
         return found or (Choice("", "none of yours yet"),)
 
-    def words(name: str, text: str, help: str, kind: str, action: tuple[str, ...], default: Any = "") -> Question:
-        return Question(
-            name,
-            text,
-            help,
-            kind,
-            default=lambda a: default,
-            read=_needed,
-            when=lambda a: a.get("action") in action and a.get("name") != "",
-        )
+    def words(name: str, text: str, help: str, kind: str, action: str, default: str = "") -> Question:
+        return Question(name, text, help, kind, default=lambda _: default, read=needed, when=lambda a: to(a, action))
+
+    def to(answers: Answers, *wanted: str) -> bool:
+        return answers.get("action") in wanted and answers.get("name") != ""
 
     return [
-        Question(
-            "action", "What would you like to do?", "", "choice", default=lambda a: "show", choices=lambda a: actions
-        ),
+        choose("action", "What would you like to do?", actions),
         Question(
             "name",
             "Which preset?",
-            "",
-            "choice",
-            default=lambda a: which(a)[0].value,
-            choices=which,
-            when=lambda a: a.get("action") in ("show", "export", "rename", "delete"),
+            kind="choice",
+            default=lambda answers: presets_for(answers)[0].value,
+            choices=presets_for,
+            when=lambda answers: answers.get("action") in ("show", "export", "rename", "delete"),
         ),
-        words("file", "Which file?", "a preset as .json; nothing in it is ever executed", "path", ("import",)),
-        words("target", "Where to?", "a new .json file, or a folder", "path", ("export",), "."),
-        words("new_name", "New name", "letters, digits, spaces, - and _", "text", ("rename",)),
-        Question(
-            "sure",
-            "Delete it?",
-            "",
-            "yes-no",
-            default=lambda a: False,
-            when=lambda a: a.get("action") == "delete" and a.get("name") != "",
-        ),
+        words("file", "Which file?", "a preset as .json; nothing in it is ever executed", "path", "import"),
+        words("target", "Where to?", "a new .json file, or a folder", "path", "export", "."),
+        words("new_name", "New name", "letters, digits, spaces, - and _", "text", "rename"),
+        Question("sure", "Delete it?", kind="yes-no", default=lambda _: False, when=lambda a: to(a, "delete")),
     ]
 
 
-def _needed(reply: Any, _answers: Any) -> str:
-    text = str(reply).strip().strip("\"'")
-    if not text:
-        raise UserError("This one needs an answer.")
-    return text
-
-
-def _do(answers: dict[str, Any], show: Report) -> None:
-    name = answers.get("name")
+def _managed(answers: Answers) -> Event:
+    """Do what was answered; returns what to show of it."""
+    name = answers.get("name", "")
+    if "name" in answers and not name:
+        return Notice(message="There is none of yours yet: save one in a review, or import one.")
     match answers["action"]:
-        case _ if name == "":
-            show(Notice(message="There is none of yours yet: save one in a review, or import one."))
         case "show":
-            show(preset_table(presets.find(name)))
+            return preset_table(presets.find(name))
         case "import":
-            source = presets.read(Path(answers["file"]).expanduser())
             preset = presets.import_file(Path(answers["file"]))
-            ignored = (
-                f" Ignored, because no command has such a setting: {', '.join(source.unknown)}."
-                if source.unknown
-                else ""
-            )
-            show(Notice(message=f"Imported as {preset.name}.{ignored}"))
+            unknown = ", ".join(presets.read(Path(answers["file"]).expanduser()).unknown)
+            ignored = f" Ignored, because no command has such a setting: {unknown}." if unknown else ""
+            return Notice(message=f"Imported as {preset.name}.{ignored}")
         case "export":
-            show(Notice(message=f"Written to {presets.export_file(name, Path(answers['target']))}."))
+            return Notice(message=f"Written to {presets.export_file(name, Path(answers['target']))}.")
         case "rename":
-            show(Notice(message=f"{name} is now {presets.rename(name, answers['new_name']).name}."))
-        case "delete" if answers["sure"]:
-            presets.delete(name)
-            show(Notice(message=f"{name} is deleted."))
+            return Notice(message=f"{name} is now {presets.rename(name, answers['new_name']).name}.")
+    if not answers["sure"]:
+        return Notice(message="Nothing was deleted.")
+    presets.delete(name)
+    return Notice(message=f"{name} is deleted.")

@@ -299,7 +299,7 @@ def test_what_needs_no_torch_imports_none(argv):
 
 
 def test_the_wizard_with_its_prompts_imports_no_torch():
-    code = "import sys, sidestep.cli.main, sidestep.wizard.prompts, sidestep.terminal.live; print([m for m in ('torch', 'numpy', 'av') if m in sys.modules])"
+    code = "import sys, sidestep.cli.main, sidestep.wizard.prompts, sidestep.terminal.rich_terminal; print([m for m in ('torch', 'numpy', 'av') if m in sys.modules])"
     assert python(code).stdout.strip() == "[]"
 
 

@@ -21,10 +21,8 @@ from sidestep.events import (
     Table,
     Validated,
 )
-from sidestep.terminal.lines import PlainView, as_lines, as_typed
-from sidestep.terminal.live import LiveView, shown, sparkline
-from sidestep.terminal.rich_terminal import RichTerminal
-from sidestep.terminal.terminal import Terminal
+from sidestep.terminal.rich_terminal import LiveView, RichTerminal, shown, sparkline
+from sidestep.terminal.terminal import PlainView, Terminal, as_lines, as_typed
 
 STEP = StepDone(
     step=10,
@@ -159,14 +157,14 @@ def test_a_loss_curve_goes_down_when_the_loss_does():
 
 def test_a_path_with_brackets_is_printed_as_it_is():
     out = Tty()
-    RichTerminal(out, Tty(), Tty()).say("/songs/[x]/[/red] :smile:")
+    RichTerminal(out, Tty(), Tty()).print("/songs/[x]/[/red] :smile:")
     assert out.getvalue().strip() == "/songs/[x]/[/red] :smile:"
 
 
 def test_no_color_is_obeyed(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     out = Tty()
-    RichTerminal(out, Tty(), Tty()).say("x", style="red")
+    RichTerminal(out, Tty(), Tty()).print("x", style="red")
     assert "\x1b[31m" not in out.getvalue()
 
 
@@ -176,7 +174,7 @@ def test_a_plain_terminal_writes_no_escape_sequence():
     with terminal.view() as view:
         for event in EXAMPLES.values():
             view(event)
-    terminal.complain("problem", "fix")
+    terminal.error("problem", "fix")
     assert "\x1b" not in out.getvalue() + err.getvalue()
     assert err.getvalue() == "error: problem\nfix\n"
 
@@ -184,7 +182,7 @@ def test_a_plain_terminal_writes_no_escape_sequence():
 def test_a_name_that_the_console_cannot_show_stops_nothing():
     raw = io.BytesIO()
     terminal = Terminal(io.TextIOWrapper(raw, encoding="cp437"), Tty(), Tty())
-    terminal.say("日本.wav")
+    terminal.print("日本.wav")
     assert raw.getvalue().rstrip() == b"??.wav"
 
 

@@ -16,11 +16,11 @@ from sidestep.settings.config import (
     TrainConfig,
     command_words,
 )
-from sidestep.settings.option import options_of
+from sidestep.settings.option import Choice, options_of
 from sidestep.terminal.terminal import Terminal
-from sidestep.wizard.flows import FLOW_ORDER, FLOWS, Surroundings, questions_of
+from sidestep.wizard.flows import FLOWS, Context, questions_of
 from sidestep.wizard.numbered import NumberedAsk
-from sidestep.wizard.questionnaire import BACK, Choice, Prompt, Question, Walk
+from sidestep.wizard.questionnaire import BACK, Prompt, Question, Questionnaire
 from sidestep.wizard.session import Wizard
 from tests.wizard_world import CHECKPOINTS, Screen, Script, World, welcomed
 
@@ -46,18 +46,18 @@ def question(name, **more):
 
 
 def test_answers_come_in_order_and_questions_without_a_reason_are_left_out():
-    walk = Walk([question("a"), question("b", when=lambda answers: answers.get("a") == "yes"), question("c")])
-    assert walk.forward(Script({"a": "no"})) == {"a": "no", "c": "c?"}
+    path = Questionnaire([question("a"), question("b", when=lambda answers: answers.get("a") == "yes"), question("c")])
+    assert path.forward(Script({"a": "no"})) == {"a": "no", "c": "c?"}
 
 
 def test_a_step_back_offers_the_earlier_reply_again():
     script = Script({"a": ["one", lambda prompt: prompt.default], "b": [BACK, "two"]})
-    assert Walk([question("a"), question("b")]).forward(script) == {"a": "one", "b": "two"}
+    assert Questionnaire([question("a"), question("b")]).forward(script) == {"a": "one", "b": "two"}
     assert [(p.name, p.default) for p in script.asked] == [("a", "a?"), ("b", "b?"), ("a", "one"), ("b", "b?")]
 
 
 def test_a_step_back_over_the_first_question_leaves():
-    assert Walk([question("a")]).forward(Script({"a": BACK})) is None
+    assert Questionnaire([question("a")]).forward(Script({"a": BACK})) is None
 
 
 def test_a_changed_choice_drops_the_replies_that_depended_on_it_and_those_that_depended_on_them():
@@ -69,13 +69,15 @@ def test_a_changed_choice_drops_the_replies_that_depended_on_it_and_those_that_d
             "d": [BACK, "end"],
         }
     )
-    walk = Walk([question("a"), question("b", depends_on=("a",)), question("c", depends_on=("b",)), question("d")])
-    assert walk.forward(script) == {"a": "y", "b": "b?", "c": "c?", "d": "end"}
+    path = Questionnaire(
+        [question("a"), question("b", depends_on=("a",)), question("c", depends_on=("b",)), question("d")]
+    )
+    assert path.forward(script) == {"a": "y", "b": "b?", "c": "c?", "d": "end"}
 
 
 def test_the_same_choice_again_drops_nothing():
     script = Script({"a": ["x", "x"], "b": ["two", BACK, lambda p: p.default], "c": [BACK, "end"]})
-    assert Walk([question("a"), question("b", depends_on=("a",)), question("c")]).forward(script) == {
+    assert Questionnaire([question("a"), question("b", depends_on=("a",)), question("c")]).forward(script) == {
         "a": "x",
         "b": "two",
         "c": "end",
@@ -89,20 +91,20 @@ def test_a_reply_that_is_refused_is_asked_again_with_the_reason():
         return reply
 
     script = Script({"a": ["bad", "good"]})
-    assert Walk([question("a", read=read)]).forward(script) == {"a": "good"}
+    assert Questionnaire([question("a", read=read)]).forward(script) == {"a": "good"}
     assert script.asked[1].error == "Not this one. Another."
 
 
 def test_the_step_counter_counts_what_will_be_asked():
     script = Script({"a": "yes"})
-    Walk(
+    Questionnaire(
         [question("a"), question("b", when=lambda answers: answers.get("a") == "yes"), question("c")], {"known": 1}
     ).forward(script)
     assert [(p.step, p.steps) for p in script.asked] == [(1, 2), (2, 3), (3, 3)]
 
 
 def test_what_is_known_is_not_asked():
-    assert Walk([question("a"), question("b")], {"a": 1}).forward(Script({})) == {"a": 1, "b": "b?"}
+    assert Questionnaire([question("a"), question("b")], {"a": 1}).forward(Script({})) == {"a": 1, "b": "b?"}
 
 
 # The flows
@@ -174,14 +176,14 @@ def test_every_flow_is_in_the_menu(world):
     assert wizard.next() is None
     values = [choice.value for choice in script.asked[0].choices]
     assert set(FLOWS) <= set(values)
-    assert values == [key for key in FLOW_ORDER if key in FLOWS] + ["presets", "settings", "demo", "exit"]
+    assert values == [key for key in FLOWS if key != "demo"] + ["presets", "settings", "demo", "exit"]
 
 
 def test_in_the_advanced_depth_every_setting_can_be_reached():
     for flow in FLOWS.values():
         if flow.key in ("resume", "preprocess"):
             continue
-        names = {question.name for question in questions_of(flow, Surroundings(), advanced=True)}
+        names = {question.name for question in questions_of(flow, Context(), advanced=True)}
         assert set(options_of(flow.config_class)) <= names
 
 
@@ -287,9 +289,9 @@ def test_cancel_goes_back_to_the_menu(world):
     assert script.names == ["menu", "output_dir", "review", "menu"]
 
 
-def test_facts_about_a_run_are_in_the_review(world):
+def test_what_is_known_about_a_run_are_in_the_review(world):
     wizard, _, screen = session(world, menu="demo")
-    wizard.outside = type(wizard.outside)(facts=lambda config: ["Memory: 3.4 GiB at most"])
+    wizard.outside = type(wizard.outside)(about=lambda config: ["Memory: 3.4 GiB at most"])
     wizard.next()
     assert "Memory: 3.4 GiB at most" in screen.text()
 

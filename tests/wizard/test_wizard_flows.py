@@ -1,4 +1,4 @@
-"""Every flow of the wizard in a real pseudo-terminal: to its review, back through all of its questions, and out of each of them."""
+"""Every flow of the wizard in a real pseudo-terminal: to its review, back through its questions, and out of each."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FLOWS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoints) -> Path:
-    """A user's folder with checkpoints, a song, its tensors and a finished run; all of it known from the last session."""
+    """A user's folder with checkpoints, a song, its tensors and a finished run; all known from the last session."""
     home = tmp_path_factory.mktemp("user")
     shutil.copytree(checkpoints, home / "checkpoints")
     (home / "songs").mkdir()
@@ -59,7 +59,7 @@ def _name(line: str) -> str:
 
 
 class Walk(Session):
-    """A session that knows which question it stands at. `marks`: how many were asked up to the one that was returned last, and its line."""
+    """A session that knows which question it is at. `marks`: how many were asked up to the last one, and its line."""
 
     marks: tuple[int, str] = (0, "")
 
@@ -67,9 +67,9 @@ class Walk(Session):
         """The question that is asked next, once its screen has come to rest."""
         before, deadline = self.marks, time.monotonic() + seconds
         while not self._is_another(before):
-            assert self.read() and time.monotonic() < deadline, "nothing more was asked:\n" + "\n".join(
-                self.lines()[-30:]
-            )
+            shown = "\n".join(self.lines()[-30:])
+            assert time.monotonic() < deadline, f"nothing more was asked:\n{shown}"
+            assert self.read(), f"it ended:\n{shown}"
         quiet = 0
         while quiet < 4:
             length = len(self.raw)
@@ -93,7 +93,7 @@ class Walk(Session):
         self.keys(*(["clear", TYPED[question]] if question in TYPED else []), "enter")
 
     def walk_to(self, title: str, stop: str = REVIEW) -> list[str]:
-        """Through the menu to a flow and on by Enter until a question begins with `stop`; the questions on the way, that one included."""
+        """Through the menu to a flow and on by Enter up to a question that begins with `stop`; all these questions."""
         assert self.question().startswith(MENU)
         self.choose(title)
         self.marks = self.now()

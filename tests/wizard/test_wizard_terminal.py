@@ -44,7 +44,7 @@ def known(folder) -> Path:
 
 
 def compare(name: str, session: Session) -> None:
-    """The screen equals the stored one. SIDE_STEP_STORE_SCREENS=1 stores it anew, to be looked at before it is committed."""
+    """The screen equals the stored one. SIDE_STEP_STORE_SCREENS=1 stores it anew, to be looked at before a commit."""
     text = "\n".join(session.lines()) + "\n"
     path = SCREENS / f"{name}.txt"
     if os.environ.get("SIDE_STEP_STORE_SCREENS"):
