@@ -16,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sidestep.adapters.names import to_diffusers, to_original
-from sidestep.adapters.targets import adaptable_names
+from sidestep.adapters.names import adaptable_names, to_diffusers, to_original
 
 Weights = dict[str, Tensor]
 

@@ -1,13 +1,17 @@
 """An adapter apart from any model and any file: its factors by original module name, their strength folded in.
 
-Whatever a file said of alpha and rank is inside the factors: the change of a weight is their plain product. Every writer states alpha = r,
-so that programs which read alpha and programs which do not apply the same strength.
+Whatever a file said of alpha and rank is inside the factors: the change of a weight is their plain product. Every
+writer states alpha = r, so that programs which read alpha and programs which do not apply the same strength.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
 
@@ -22,36 +26,44 @@ FACTORS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "oft": ("oft_R",),
 }
+TITLES = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}
 MAGNITUDE = "magnitude"  # [out], DoRA: the norm that each row of the changed weight is given
+MERGE_INSTEAD = "Merge it into the base instead: --format merged --base CHECKPOINT_DIR"
 
 
 @dataclass(frozen=True)
 class Adapter:
     """kind: lora, lokr, loha or oft. modules: original module name -> factor name -> tensor, in model order.
 
-    ranks: the rank each module was trained with; of full LoKr factors it cannot be told from the shapes. facts: the `sidestep` header.
-    placeholder: factors that change nothing, of a q_proj that was not trained (see `export`).
+    ranks: the rank each module was trained with; of full LoKr factors it cannot be told from the shapes. metadata: the
+    `sidestep` header. placeholder: factors that change nothing, of a q_proj that was not trained (`write.save_peft`).
     """
 
     kind: str
     modules: dict[str, dict[str, Tensor]]
     ranks: dict[str, int]
-    facts: dict = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     placeholder: dict[str, Tensor] | None = None
 
     @property
     def has_magnitudes(self) -> bool:
+        """Whether it is weight-decomposed: a DoRA, or another kind with DoRA's magnitudes."""
         return any(MAGNITUDE in factors for factors in self.modules.values())
 
     @property
     def title(self) -> str:
-        if self.kind == "lora":
-            return "DoRA" if self.has_magnitudes else "LoRA"
-        name = {"lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}[self.kind]
-        return f"weight-decomposed {name}" if self.has_magnitudes else name
+        """Its kind in words."""
+        if not self.has_magnitudes:
+            return TITLES[self.kind]
+        return "DoRA" if self.kind == "lora" else f"weight-decomposed {TITLES[self.kind]}"
 
 
-def shape_of(factors: Factors) -> tuple[int, int | None]:
+def kind_of(factors: Factors) -> str | None:
+    """The kind of adapter whose factors these are, complete or not; None for a mixture."""
+    return next((kind for kind, names in FACTORS.items() if set(factors) - {MAGNITUDE} <= set(names)), None)
+
+
+def shape_of(factors: Factors) -> tuple[int, int]:
     """(out, in) of the weight that these factors change; OFT says nothing of the rows: (0, in)."""
     if "lora_A" in factors:
         return factors["lora_B"].shape[0], factors["lora_A"].shape[1]
@@ -65,14 +77,19 @@ def shape_of(factors: Factors) -> tuple[int, int | None]:
 
 
 def kronecker_shape(factors: Factors, part: str) -> tuple[int, int]:
-    """Shape of W1 or W2 of a LoKr, whether it is stored whole or as two factors."""
+    """Shape of W1 or W2 of a LoKr, whether it is stored as one matrix or as two."""
     if part in factors:
-        return tuple(factors[part].shape)
+        return factors[part].shape[0], factors[part].shape[1]
     return factors[f"{part}_a"].shape[0], factors[f"{part}_b"].shape[1]
 
 
+def kronecker_factor(factors: Factors, part: str) -> Tensor:
+    """W1 or W2 of a LoKr as one matrix; a product is taken in float32."""
+    return factors[part] if part in factors else factors[f"{part}_a"].float() @ factors[f"{part}_b"].float()
+
+
 def block_size(entries: int) -> int:
-    """b, of a skew-symmetric b × b matrix with b·(b−1)/2 free entries."""
+    """b, of a skew-symmetric b × b matrix with b·(b-1)/2 free entries."""
     return round((1 + (1 + 8 * entries) ** 0.5) / 2)
 
 
@@ -83,19 +100,14 @@ def change_of(factors: Factors) -> Tensor:
         return f["lora_B"] @ f["lora_A"]
     if "hada_w1_a" in f:
         return (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
-    return torch.kron(whole(f, "lokr_w1"), whole(f, "lokr_w2"))
-
-
-def whole(factors: Factors, part: str) -> Tensor:
-    """W1 or W2 of a LoKr as one float32 matrix."""
-    return factors[part].float() if part in factors else factors[f"{part}_a"].float() @ factors[f"{part}_b"].float()
+    return torch.kron(kronecker_factor(f, "lokr_w1"), kronecker_factor(f, "lokr_w2"))
 
 
 def changed_weight(weight: Tensor, factors: Factors, strength: float = 1.0) -> Tensor:
     """W + strength · (W' − W) in float32, W' being the weight under the adapter. weight: [out, in]."""
     weight = weight.float()
     if "oft_R" in factors:
-        changed = weight @ rotation(factors["oft_R"], weight.shape[1]).T
+        changed = weight @ rotation(factors["oft_R"]).T
     else:
         changed = weight + change_of(factors)
         if MAGNITUDE in factors:
@@ -103,13 +115,13 @@ def changed_weight(weight: Tensor, factors: Factors, strength: float = 1.0) -> T
     return changed if strength == 1.0 else weight + strength * (changed - weight)
 
 
-def rotation(entries: Tensor, width: int) -> Tensor:
-    """peft's block-diagonal orthogonal matrix [width, width] of an OFT."""
+@torch.no_grad()
+def rotation(entries: Tensor) -> Tensor:
+    """peft's block-diagonal orthogonal matrix [in, in] of an OFT. entries: [blocks, b·(b-1)/2]."""
     blocks, count = entries.shape
-    module = OFTRotationModule(blocks, count, block_size(count), width)
+    module = OFTRotationModule(blocks, count, block_size(count), blocks * block_size(count))
     module.weight.data = entries.float()
-    with torch.no_grad():
-        return module.get_weight()
+    return module.get_weight()
 
 
 def scaled(factors: Factors, scale: float) -> dict[str, Tensor]:
@@ -131,7 +143,8 @@ def with_strength(adapter: Adapter, strength: float) -> Adapter:
         return adapter
     if adapter.has_magnitudes or adapter.kind == "oft":
         raise UserError(
-            f"--strength {strength:g}: a {adapter.title} cannot be stored at another strength; its magnitudes or rotations are not a factor.",
+            f"--strength {strength:g}: a {adapter.title} cannot be stored at another strength; "
+            "its magnitudes or rotations are not a factor.",
             "Merge it into the base at that strength: --format merged --strength S --base CHECKPOINT_DIR",
         )
     return replace(adapter, modules={name: scaled(factors, strength) for name, factors in adapter.modules.items()})
@@ -149,33 +162,30 @@ def combined(adapters: list[Adapter]) -> Adapter:
             )
     modules: dict[str, dict[str, Tensor]] = {}
     for name in in_model_order({name for adapter in adapters for name in adapter.modules}):
-        parts = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
-        if len({shape_of(part) for part in parts}) > 1:
+        lora = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
+        if len({shape_of(factors) for factors in lora}) > 1:
             raise UserError(
                 f"--add: {name} has another shape in each of the adapters.",
                 "They were trained on models of different sizes and cannot be combined.",
             )
-        kept = {part["lora_A"].dtype for part in parts} | {part["lora_B"].dtype for part in parts}
-        dtype = kept.pop() if len(kept) == 1 else torch.float32
+        dtypes = {tensor.dtype for factors in lora for tensor in factors.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         modules[name] = {
-            "lora_A": torch.cat([part["lora_A"].to(dtype) for part in parts]),
-            "lora_B": torch.cat([part["lora_B"].to(dtype) for part in parts], dim=1),
+            "lora_A": torch.cat([factors["lora_A"].to(dtype) for factors in lora]),
+            "lora_B": torch.cat([factors["lora_B"].to(dtype) for factors in lora], dim=1),
         }
-    facts = {
-        "combined": [a.facts.get("name", "") for a in adapters],
-        **{k: v for k, v in adapters[0].facts.items() if k in ("base_model", "tag")},
-    }
+    first = {key: value for key, value in adapters[0].metadata.items() if key in ("base_model", "tag")}
     return Adapter(
-        "lora",
-        modules,
-        {name: f["lora_A"].shape[0] for name, f in modules.items()},
-        facts,
-        next((a.placeholder for a in adapters if a.placeholder), None),
+        kind="lora",
+        modules=modules,
+        ranks={name: factors["lora_A"].shape[0] for name, factors in modules.items()},
+        metadata={"combined": [adapter.metadata.get("name", "") for adapter in adapters], **first},
+        placeholder=next((adapter.placeholder for adapter in adapters if adapter.placeholder), None),
     )
 
 
 def cast(adapter: Adapter, dtype: torch.dtype | None) -> Adapter:
-    """The adapter in other numbers; None keeps them."""
+    """The adapter in another dtype; None keeps it."""
     if dtype is None:
         return adapter
     return replace(
@@ -189,3 +199,62 @@ def not_finite(adapter: Adapter) -> list[str]:
     return [
         name for name, factors in adapter.modules.items() if not all(torch.isfinite(t).all() for t in factors.values())
     ]
+
+
+def most_common(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """(the most common rank, the ranks of the modules that have another): `r` and `rank_pattern` of a file."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    return rank, {name: r for name, r in ranks.items() if r != rank}
+
+
+@dataclass(frozen=True)
+class LokrSettings:
+    """What peft and LyCORIS make LoKr factors of exactly the adapter's shapes from. ranks: by module."""
+
+    factor: int
+    decompose_both: bool
+    ranks: dict[str, int]
+
+
+def lokr_settings(adapter: Adapter) -> LokrSettings:
+    """The settings from which a program rebuilds the factors. Raises UserError for shapes that no settings give."""
+    shapes = {name: (shape_of(f), kronecker_shape(f, "lokr_w1")) for name, f in adapter.modules.items()}
+    sizes = {n for (o, i), (a, b) in shapes.values() for n in (a, b, o // a, i // b)}
+    fitting = (
+        f
+        for f in (-1, *sorted(sizes))
+        if all((factorization(o, f)[0], factorization(i, f)[0]) == w1 for (o, i), w1 in shapes.values())
+    )
+    factor = next(fitting, None)
+    decompose_both = any("lokr_w1_a" in factors for factors in adapter.modules.values())
+    ranks = {name: rank for name in adapter.modules if (rank := _lokr_rank(adapter, name, decompose_both))}
+    if factor is None or len(ranks) < len(adapter.modules):
+        raise UserError(
+            "The factors of this LoKr have shapes that no one set of LoKr settings gives; "
+            "programs that rebuild them from settings cannot load it.",
+            MERGE_INSTEAD,
+        )
+    return LokrSettings(factor, decompose_both, ranks)
+
+
+def _lokr_rank(adapter: Adapter, name: str, decompose_both: bool) -> int | None:
+    """A rank that makes the factors of a module full or low-rank just as they are; that of its training if it does."""
+    factors = adapter.modules[name]
+    larger = {part: max(kronecker_shape(factors, part)) for part in ("lokr_w1", "lokr_w2")}
+    widths = {factors[f"{part}_b"].shape[0] for part in larger if part not in factors}
+
+    def fits(rank: int) -> bool:  # a factor is low-rank where the rank is below half its larger side
+        low = {"lokr_w1": decompose_both and rank < larger["lokr_w1"] / 2, "lokr_w2": rank < larger["lokr_w2"] / 2}
+        return all((part not in factors) == low[part] for part in low) and widths <= {rank}
+
+    candidates = (adapter.ranks[name], math.ceil(larger["lokr_w2"] / 2), math.ceil(max(larger.values()) / 2))
+    return next((rank for rank in candidates if fits(rank)), None)
+
+
+def with_full_factors(adapter: Adapter) -> Adapter:
+    """The same LoKr with W1 and W2 as one matrix each: what LyCORIS' `full_matrix` loads whatever the ranks are."""
+    modules = {}
+    for name, factors in adapter.modules.items():
+        rest = {key: tensor for key, tensor in factors.items() if not key.startswith("lokr_")}
+        modules[name] = {part: kronecker_factor(factors, part) for part in ("lokr_w1", "lokr_w2")} | rest
+    return replace(adapter, modules=modules)

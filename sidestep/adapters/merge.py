@@ -1,13 +1,15 @@
 """Merge adapters into base weights, file by file and tensor by tensor, so that memory holds one weight at a time.
 
-safetensors' own writer needs all tensors at once; the format itself is a length, a JSON table and the bytes, which can be streamed.
+safetensors' own writer needs all tensors at once; the format itself is a length, a JSON table and the bytes, which can
+be streamed (https://github.com/huggingface/safetensors#format).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,17 +17,13 @@ from torch import Tensor
 
 from sidestep.adapters.adapter import Adapter, changed_weight, shape_of
 from sidestep.adapters.names import is_adaptable, to_original
+from sidestep.adapters.read import DTYPES
 from sidestep.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE_BYTES = 32 * 2**20
-PREFIXES = (
-    "model.diffusion_model.decoder.",
-    "diffusion_model.decoder.",
-    "decoder.",
-    "",
-)  # ComfyUI's files, the original layout, diffusers
+# Before a decoder's names: in ComfyUI's files, in the original layout, in diffusers'.
+PREFIXES = ("model.diffusion_model.decoder.", "diffusion_model.decoder.", "decoder.", "")
 OTHER_MODEL = "The adapter was trained on another model: choose that one with --model-variant, or another --base."
 
 
@@ -51,10 +49,10 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged or cut short ({error}).", "Download this file again.") from None
     texts = table.pop("__metadata__", None) or {}
-    entries = [
-        Entry(key, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1])
-        for key, t in table.items()
-    ]
+    entries = []
+    for key, tensor in table.items():
+        start, end = (8 + length + offset for offset in tensor["data_offsets"])
+        entries.append(Entry(key, tensor["dtype"], tuple(tensor["shape"]), start, end))
     return sorted(entries, key=lambda entry: (entry.start, entry.end)), texts
 
 
@@ -62,44 +60,44 @@ def weight_name(key: str) -> str | None:
     """The original module name whose weight a base file keeps under this key; None for any other tensor."""
     if not key.endswith(".weight"):
         return None
-    stem = next(key.removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)).removesuffix(".weight")
-    name = to_original(stem)
+    prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
+    name = to_original(key.removeprefix(prefix).removesuffix(".weight"))
     return name if is_adaptable(name) else None
 
 
 class BaseWeights:
     """The adaptable weights of a base, found in its files and read one by one."""
 
-    def __init__(self, files: list[Path]):
-        self.where: dict[str, tuple[Path, Entry]] = {}
+    def __init__(self, files: Sequence[Path]):
+        self.found: dict[str, tuple[Path, Entry]] = {}
         for file in files:
             for entry in read_header(file)[0]:
-                name = weight_name(entry.key)
-                if name:
-                    self.where[name] = (file, entry)
+                if name := weight_name(entry.key):
+                    self.found[name] = (file, entry)
+
+    def _find(self, name: str) -> tuple[Path, Entry]:
+        if name not in self.found:
+            raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
+        return self.found[name]
 
     def __call__(self, name: str) -> Tensor:
         """The weight [out, in] of an original module name, as it is stored. Raises UserError for a base without it."""
-        if name not in self.where:
-            raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
-        file, entry = self.where[name]
+        file, entry = self._find(name)
         with file.open("rb") as opened:
             return _read(opened, entry)
 
     def check(self, adapter: Adapter) -> None:
-        """Raises UserError unless every module of the adapter has its weight here, of the right shape and in plain numbers."""
+        """Raises UserError unless each module of the adapter has its weight here, of its shape and in a plain dtype."""
         for name, factors in adapter.modules.items():
-            if name not in self.where:
-                raise UserError(f"The base has no weight for {name}.", OTHER_MODEL)
-            entry, (rows, columns) = self.where[name][1], shape_of(factors)
+            entry, (rows, columns) = self._find(name)[1], shape_of(factors)
             if len(entry.shape) != 2 or columns != entry.shape[1] or (rows and rows != entry.shape[0]):
+                shape = [rows or entry.shape[0], columns]
                 raise UserError(
-                    f"{name} has shape {list(entry.shape)} in the base and {[rows or entry.shape[0], columns]} in the adapter.",
-                    OTHER_MODEL,
+                    f"{name} has shape {list(entry.shape)} in the base and {shape} in the adapter.", OTHER_MODEL
                 )
             if entry.dtype not in DTYPES:
                 raise UserError(
-                    f"{name} is stored in {entry.dtype} numbers, into which nothing can be merged.",
+                    f"{name} is stored in {entry.dtype}, into which nothing can be merged.",
                     "Use a base in bfloat16, float16 or float32.",
                 )
 
@@ -107,20 +105,21 @@ class BaseWeights:
 def merge_file(
     source: Path,
     target: Path,
-    adapters: list[tuple[Adapter, float]],
+    adapters: Sequence[tuple[Adapter, float]],
     dtype: torch.dtype | None = None,
-    note: dict[str, str] | None = None,
-    done: Callable[[str, int], None] = lambda key, size: None,
+    note: Mapping[str, str] | None = None,
+    done: Callable[[str, int], object] | None = None,
 ) -> None:
-    """Write `source` with the adapters, each at its strength, merged in. dtype: of all floating-point tensors; None keeps each one's.
+    """Write `source` with the adapters, each at its strength, merged in.
 
-    done(key, bytes read) is called after each tensor. The change is computed in float32 and rounded once.
+    dtype: of all floating-point tensors; None keeps each one's. note: texts for the header. done(key, bytes read) is
+    called after each tensor. The change is computed in float32 and rounded once.
     """
     entries, texts = read_header(source)
-    names = [NAMES[dtype] if dtype is not None and entry.dtype in DTYPES else entry.dtype for entry in entries]
+    dtypes = [NAMES[dtype] if dtype is not None and entry.dtype in DTYPES else entry.dtype for entry in entries]
     table: dict[str, object] = {"__metadata__": {**texts, **(note or {})}}
     position = 0
-    for entry, name in zip(entries, names, strict=True):
+    for entry, name in zip(entries, dtypes, strict=True):
         size = math.prod(entry.shape) * DTYPES[name].itemsize if name in DTYPES else entry.end - entry.start
         table[entry.key] = {"dtype": name, "shape": list(entry.shape), "data_offsets": [position, position + size]}
         position += size
@@ -128,15 +127,16 @@ def merge_file(
     header += b" " * (-len(header) % 8)
     with source.open("rb") as reading, target.open("wb") as writing:
         writing.write(len(header).to_bytes(8, "little") + header)
-        for entry, name in zip(entries, names, strict=True):
+        for entry, name in zip(entries, dtypes, strict=True):
             for piece in _merged(reading, entry, adapters, DTYPES.get(name)):
                 writing.write(piece)
-            done(entry.key, entry.end - entry.start)
+            if done:
+                done(entry.key, entry.end - entry.start)
 
 
 def _merged(
-    reading, entry: Entry, adapters: list[tuple[Adapter, float]], dtype: torch.dtype | None
-) -> Iterator[memoryview]:
+    reading: BinaryIO, entry: Entry, adapters: Sequence[tuple[Adapter, float]], dtype: torch.dtype | None
+) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor as it is to be written."""
     name = weight_name(entry.key)
     changes = [(adapter.modules[name], strength) for adapter, strength in adapters if name in adapter.modules]
@@ -147,22 +147,21 @@ def _merged(
             merged += changed_weight(weight, factors, strength) - weight
         yield _bytes(merged.to(dtype))
         return
+    reading.seek(entry.start)
     for start in range(entry.start, entry.end, PIECE_BYTES):
-        reading.seek(start)
         piece = reading.read(min(PIECE_BYTES, entry.end - start))
-        yield (
-            memoryview(piece)
-            if dtype is None or DTYPES[entry.dtype] == dtype
-            else _bytes(torch.frombuffer(bytearray(piece), dtype=DTYPES[entry.dtype]).to(dtype))
-        )
+        if dtype is None or DTYPES[entry.dtype] == dtype:
+            yield piece
+        else:
+            yield _bytes(torch.frombuffer(bytearray(piece), dtype=DTYPES[entry.dtype]).to(dtype))
 
 
-def _read(reading, entry: Entry) -> Tensor:
+def _read(reading: BinaryIO, entry: Entry) -> Tensor:
     reading.seek(entry.start)
     data = bytearray(entry.end - entry.start)
-    reading.readinto(data)
+    reading.readinto(data)  # pyrefly: ignore[missing-attribute]  # a file opened in binary has it
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

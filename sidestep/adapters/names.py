@@ -1,32 +1,38 @@
-"""Module names of the decoder in its two spellings: the original code's (in every adapter file) and diffusers' (in memory).
+"""The one map between the names of a projection of the decoder: the original code's, diffusers' and those in files.
 
-The key of an adapter tensor, in any program's spelling, as (original module name, factor).
+Original names (`layers.0.self_attn.o_proj`) are in every adapter file and in all of our own tables; diffusers' names
+(`layers.0.self_attn.to_out.0`) are those of the decoder in memory; each program spells a file's keys its own way.
 """
 
 import re
+from collections.abc import Iterable
+
+from torch import nn
 
 ATTENTIONS = ("self_attn", "cross_attn")
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+DIFFUSERS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0"}
+ATTENTION_PROJECTIONS = tuple(DIFFUSERS)
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ORDER = [(part, projection) for part in ATTENTIONS for projection in ATTENTION_PROJECTIONS]
+ORDER += [("mlp", projection) for projection in MLP_PROJECTIONS]  # of one layer, as the data flows through it
 
-_TO_DIFFUSERS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0"}
-_TO_ORIGINAL = {new: old for old, new in _TO_DIFFUSERS.items()}
 _ORIGINAL = re.compile(
-    r"layers\.(0|[1-9][0-9]{0,3})\.(?:(self_attn|cross_attn)\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
+    rf"layers\.(0|[1-9][0-9]{{0,3}})\."
+    rf"(?:({'|'.join(ATTENTIONS)})\.({'|'.join(ATTENTION_PROJECTIONS)})|mlp\.({'|'.join(MLP_PROJECTIONS)}))"
 )
-_DIFFUSERS = re.compile(r"(layers\.[0-9]+\.(?:self_attn|cross_attn)\.)(to_q|to_k|to_v|to_out\.0)")
+_DIFFUSERS = re.compile(rf"(layers\.[0-9]+\.(?:{'|'.join(ATTENTIONS)})\.)(to_q|to_k|to_v|to_out\.0)")
 
 
 def to_diffusers(name: str) -> str:
     """`layers.0.self_attn.o_proj` -> `layers.0.self_attn.to_out.0`; other names stay as they are."""
     head, _, last = name.rpartition(".")
-    return f"{head}.{_TO_DIFFUSERS[last]}" if last in _TO_DIFFUSERS and _ORIGINAL.fullmatch(name) else name
+    return f"{head}.{DIFFUSERS[last]}" if last in DIFFUSERS and is_adaptable(name) else name
 
 
 def to_original(name: str) -> str:
     """`layers.0.self_attn.to_out.0` -> `layers.0.self_attn.o_proj`; other names stay as they are."""
     match = _DIFFUSERS.fullmatch(name)
-    return match[1] + _TO_ORIGINAL[match[2]] if match else name
+    return match[1] + next(old for old, new in DIFFUSERS.items() if new == match[2]) if match else name
 
 
 def is_adaptable(name: str) -> bool:
@@ -35,62 +41,66 @@ def is_adaptable(name: str) -> bool:
 
 
 def parts(name: str) -> tuple[int, str, str]:
-    """(layer, `self_attn` | `cross_attn` | `mlp`, projection) of an original name. Raises ValueError for any other name."""
+    """(layer, `self_attn` | `cross_attn` | `mlp`, projection) of an original name. Raises ValueError for any other."""
     match = _ORIGINAL.fullmatch(name)
     if match is None:
         raise ValueError(f"not a projection of the decoder: {name!r}")
     return int(match[1]), match[2] or "mlp", match[3] or match[4]
 
 
-def in_model_order(names) -> list[str]:
+def in_model_order(names: Iterable[str]) -> list[str]:
     """Original names sorted by layer, then as the data flows through it."""
-    flow = {"self_attn": 0, "cross_attn": 1, "mlp": 2}
-    projections = {p: i for i, p in enumerate(ATTENTION_PROJECTIONS + MLP_PROJECTIONS)}
-
-    def place(name: str) -> tuple[int, int, int]:
-        layer, part, projection = parts(name)
-        return layer, flow[part], projections[projection]
-
-    return sorted(names, key=place)
+    return sorted(names, key=lambda name: (parts(name)[0], ORDER.index(parts(name)[1:])))
 
 
+def adaptable_names(decoder: nn.Module) -> list[str]:
+    """Original names of every projection of this decoder that an adapter could sit on, in model order."""
+    found = (to_original(name) for name, module in decoder.named_modules() if isinstance(module, nn.Linear))
+    return in_model_order(name for name in found if is_adaptable(name))
+
+
+# What begins a key, and the format of file that it tells.
+FORMATS = {
+    "base_model.model.": "peft",
+    "transformer.": "diffusers",
+    "diffusion_model.": "comfyui",
+    "lycoris_": "lycoris",
+    "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",
+}
 # What may stand before the module's own path, again and again: peft, ComfyUI, diffusers, kohya, LyCORIS, ai-toolkit.
-_DOTTED_PREFIXES = (
-    "base_model.model.",
-    "base_model.",
-    "diffusion_model.",
-    "transformer.",
-    "decoder.",
-    "unet.",
-    "model.",
+_PREFIXES = (
+    *("base_model.model.", "base_model.", "diffusion_model.", "transformer.", "decoder.", "unet.", "model."),
+    *("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model_", "decoder_"),
 )
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "diffusion_model_", "decoder_")
-_SPELLINGS = ("base_model.model.", "transformer.", "diffusion_model.", "lycoris_", "lora_unet_", "lora_transformer_")
-
-_FACTOR = re.compile(
+_KEY = re.compile(
     r"""(?P<module>[A-Za-z0-9_.]{1,200}?)\.
-    (?:(?P<a>lora_A(?:\.\w+)?\.weight|lora_A|lora_down\.weight|lora\.down\.weight)
-      |(?P<b>lora_B(?:\.\w+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)
+    (?:(?P<lora_A>lora_A(?:\.\w+)?\.weight|lora_A|lora_down\.weight|lora\.down\.weight)
+      |(?P<lora_B>lora_B(?:\.\w+)?\.weight|lora_B|lora_up\.weight|lora\.up\.weight)
       |(?P<magnitude>lora_magnitude_vector(?:\.\w+){0,2}|lokr_magnitude_vector(?:\.\w+)?|dora_scale)
       |(?P<alpha>alpha)
-      |(?P<oft>oft_R(?:\.\w+)?\.weight)
+      |(?P<oft_R>oft_R(?:\.\w+)?\.weight)
       |(?P<same>lokr_w[12](?:_[ab])?|hada_w[12]_[ab])(?:\.default)?)""",
     re.VERBOSE,
 )
-_FLAT = re.compile(r"layers_(\d{1,4})_(self_attn|cross_attn|mlp)_([a-z]+_[a-z]+(?:_0)?)")
+_FLAT = re.compile(r"layers_(\d{1,4})_(self_attn|cross_attn|mlp)_([a-z]+_[a-z]+?)(_0)?")
+
+
+def prefix_of(key: str) -> str:
+    """The one of `FORMATS` that a key begins with; empty when there is none."""
+    return next((prefix for prefix in FORMATS if key.startswith(prefix)), "")
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """(original module name, factor name as in `adapter.FACTORS`, `magnitude` or `alpha`), or None for a key that is no adapter's of this model."""
-    match = _FACTOR.fullmatch(key)
-    if match is None:
+    """(original module name, factor as in `adapter.FACTORS`, `magnitude` or `alpha`) of a tensor in any program's file.
+
+    None for a key that is no adapter's of this model.
+    """
+    match = _KEY.fullmatch(key)
+    name = module_name(match["module"]) if match else None
+    if match is None or name is None:
         return None
-    name = module_name(match["module"])
-    if name is None:
-        return None
-    kind = match.lastgroup
-    factor = {"a": "lora_A", "b": "lora_B", "oft": "oft_R"}.get(kind, match["same"] if kind == "same" else kind)
-    return name, factor
+    return name, match["same"] or str(match.lastgroup)
 
 
 def module_name(spelled: str) -> str | None:
@@ -98,15 +108,38 @@ def module_name(spelled: str) -> str | None:
     name, before = spelled, None
     while name != before:
         before = name
-        for prefix in _DOTTED_PREFIXES + _FLAT_PREFIXES:
+        for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
-    flat = _FLAT.fullmatch(name)
-    if flat:
-        name = f"layers.{flat[1]}.{flat[2]}.{flat[3].removesuffix('_0') + '.0' if flat[3].endswith('_0') else flat[3]}"
+    if flat := _FLAT.fullmatch(name):
+        name = f"layers.{flat[1]}.{flat[2]}.{flat[3]}{'.0' if flat[4] else ''}"
     name = to_original(name)
     return name if is_adaptable(name) else None
 
 
-def spelling(key: str) -> str:
-    """The prefix that tells which program wrote a key; empty when there is none."""
-    return next((prefix for prefix in _SPELLINGS if key.startswith(prefix)), "")
+def peft_key(name: str, factor: str) -> str:
+    """The key of a factor in a PEFT file: original name, peft's name of the factor. `parse_key` reads it."""
+    return f"base_model.model.{name}.{_PEFT_FACTORS.get(factor, factor)}"
+
+
+def diffusers_key(name: str, factor: str) -> str:
+    """The key of a factor in diffusers' own file."""
+    return f"transformer.{to_diffusers(name)}.{_PEFT_FACTORS.get(factor, factor)}"
+
+
+def comfyui_key(name: str, factor: str) -> str:
+    """The key of a factor in a file for ComfyUI, old or new."""
+    return f"diffusion_model.decoder.{name}.{_LYCORIS_FACTORS.get(factor, factor)}"
+
+
+def lycoris_key(name: str, factor: str) -> str:
+    """The key of a factor in LyCORIS' files."""
+    return f"lycoris_{name.replace('.', '_')}.{_LYCORIS_FACTORS.get(factor, factor)}"
+
+
+_PEFT_FACTORS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "oft_R": "oft_R.weight",
+    "magnitude": "lora_magnitude_vector",
+}
+_LYCORIS_FACTORS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "magnitude": "dora_scale"}

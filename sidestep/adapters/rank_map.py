@@ -17,7 +17,10 @@ DIRECTIONS_NAME = "rank_map.safetensors"  # right singular vectors for --init gr
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One measured module. `spectrum`: energy σ² of its mean gradient; `confirmed`: energy that holds on the other half of the songs."""
+    """One measured module.
+
+    spectrum: energy σ² of its mean gradient; confirmed: energy that holds on the other half of the songs.
+    """
 
     shape: tuple[int, int]  # out, in features
     rank: int  # 0: no adapter
@@ -50,53 +53,49 @@ class RankMap:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
+        """The rank of every module that gets an adapter."""
         return {name: module.rank for name, module in self.modules.items() if module.rank}
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """alpha of each module, such that alpha/r is the same everywhere."""
-        return {name: rank * self.scale for name, rank in self.rank_pattern.items()}
+        return self.patterns()["alpha_pattern"]
 
     @property
     def excluded(self) -> list[str]:
+        """The modules that get no adapter."""
         return [name for name, module in self.modules.items() if not module.rank]
 
     @property
     def scale(self) -> float:
+        """alpha/r of the settings that it was made with."""
         return self.settings["alpha"] / self.settings["rank"]
 
     def patterns(self, scale: float | None = None) -> dict[str, dict[str, Any]]:
         """`rank_pattern` and `alpha_pattern`; with `scale` (alpha/r of the run) in place of the map's own."""
-        ranks = self.rank_pattern
-        return {
-            "rank_pattern": ranks,
-            "alpha_pattern": {name: rank * (scale or self.scale) for name, rank in ranks.items()},
-        }
+        alphas = {name: rank * (scale or self.scale) for name, rank in self.rank_pattern.items()}
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": alphas}
 
     def summary(self) -> str:
         """One sentence: what the map does and where it came from."""
         ranks = self.rank_pattern.values()
         left_out = f", {len(self.excluded)} left out" if self.excluded else ""
         return (
-            f"{len(self.rank_pattern)} modules get ranks {min(ranks)} to {max(ranks)}{left_out}: {self.spent:,} parameters, measured on {self.data['songs']} songs "
-            f"with {self.model['variant']}, focus {self.settings['focus']}, {self.created[:10]}"
+            f"{len(ranks)} modules get ranks {min(ranks)} to {max(ranks)}{left_out}: {self.spent:,} parameters, "
+            f"measured on {self.data['songs']} songs with {self.model['variant']}, focus {self.settings['focus']}, "
+            f"{self.created[:10]}"
         )
 
 
 def write(path: Path, rank_map: RankMap) -> None:
     """Write the map whole or not at all."""
     content = {"format": FORMAT, "version": VERSION, **asdict(rank_map)}
-    content["rank_pattern"], content["alpha_pattern"], content["excluded"] = (
-        rank_map.rank_pattern,
-        rank_map.alpha_pattern,
-        rank_map.excluded,
-    )
-    for name, module in rank_map.modules.items():
-        content["modules"][name] |= {
-            key: [float(f"{v:.6g}") for v in getattr(module, key)] for key in ("spectrum", "confirmed")
-        }
-    patterns = {key: content.pop(key) for key in ("rank_pattern", "alpha_pattern", "excluded", "modules")}
-    write_text(path, json.dumps({**content, **patterns}, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    modules = content.pop("modules")
+    for module in modules.values():
+        for key in ("spectrum", "confirmed"):
+            module[key] = [float(f"{value:.6g}") for value in module[key]]
+    content |= {**rank_map.patterns(), "excluded": rank_map.excluded, "modules": modules}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> RankMap:
@@ -119,72 +118,68 @@ def read(path: Path) -> RankMap:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: a damaged rank map ({what}).", again) from None
-    problem = _contradiction(rank_map, content)
-    if problem:
-        raise UserError(f"{path}: {problem}.", again)
+    for name, module in rank_map.modules.items():
+        most = min(module.shape)
+        if module.rank > most:
+            raise UserError(f"{path}: {name} has rank {module.rank}, more than its {most} dimensions.", again)
+    if not rank_map.rank_pattern:
+        raise UserError(f"{path}: it leaves out every module.", again)
+    if content.get("rank_pattern") != rank_map.rank_pattern:
+        raise UserError(f"{path}: rank_pattern and the ranks of its modules differ.", again)
+    spent = sum(module.rank * module.cost for module in rank_map.modules.values())
+    if spent != rank_map.spent:
+        raise UserError(f"{path}: its ranks take {spent} parameters, it says {rank_map.spent}.", again)
     return rank_map
 
 
 def _parse(content: Mapping[str, Any]) -> RankMap:
+    """The map that a file's table describes. Raises KeyError, TypeError, ValueError or AttributeError for damage."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{value!r} where a whole number was expected")
+        return value
+
     modules = {}
-    for name, m in content["modules"].items():
-        out_features, in_features = m["shape"]
+    for name, module in content["modules"].items():
+        out_features, in_features = module["shape"]
         modules[str(name)] = Module(
-            shape=(_whole(out_features), _whole(in_features)),
-            rank=_whole(m["rank"]),
-            score=float(m["score"]),
-            confidence=float(m["confidence"]),
-            spectrum=tuple(map(float, m["spectrum"])),
-            confirmed=tuple(map(float, m["confirmed"])),
+            shape=(count(out_features), count(in_features)),
+            rank=count(module["rank"]),
+            score=float(module["score"]),
+            confidence=float(module["confidence"]),
+            spectrum=tuple(map(float, module["spectrum"])),
+            confirmed=tuple(map(float, module["confirmed"])),
         )
-    model, data, settings = (dict(content[key]) for key in ("model", "data", "settings"))
     for block, keys in (
-        (model, ("variant", "identity")),
-        (data, ("fingerprint", "songs")),
-        (settings, ("rank", "alpha", "focus", "seed")),
+        ("model", ("variant", "identity")),
+        ("data", ("fingerprint", "songs")),
+        ("settings", ("rank", "alpha", "focus", "seed")),
     ):
         for key in keys:
-            block[key]
-    if not (settings["rank"] > 0 and settings["alpha"] > 0):
+            dict(content[block])[key]
+    if not (content["settings"]["rank"] > 0 and content["settings"]["alpha"] > 0):
         raise ValueError("rank and alpha must be above 0")
     return RankMap(
-        model=model,
-        data=data,
-        settings=settings,
-        budget=_whole(content["budget"]),
-        spent=_whole(content["spent"]),
-        batches=_whole(content["batches"]),
+        model=dict(content["model"]),
+        data=dict(content["data"]),
+        settings=dict(content["settings"]),
+        budget=count(content["budget"]),
+        spent=count(content["spent"]),
+        batches=count(content["batches"]),
         converged=bool(content["converged"]),
         agreement=float(content["agreement"]),
         modules=modules,
-        curve=tuple((_whole(p), float(share)) for p, share in content["curve"]),
+        curve=tuple((count(parameters), float(share)) for parameters, share in content["curve"]),
         created=str(content["created"]),
     )
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} where a whole number was expected")
-    return value
-
-
-def _contradiction(rank_map: RankMap, content: Mapping[str, Any]) -> str:
-    """What an edit by hand broke; empty when the file agrees with itself."""
-    if not rank_map.rank_pattern:
-        return "it leaves out every module"
-    too_high = [name for name, m in rank_map.modules.items() if m.rank > min(m.shape)]
-    if too_high:
-        return f"{too_high[0]} has rank {rank_map.modules[too_high[0]].rank}, more than its {min(rank_map.modules[too_high[0]].shape)} dimensions"
-    if content.get("rank_pattern") != rank_map.rank_pattern:
-        return "rank_pattern and the ranks of its modules differ"
-    spent = sum(m.rank * m.cost for m in rank_map.modules.values())
-    if spent != rank_map.spent:
-        return f"its ranks take {spent} parameters, it says {rank_map.spent}"
-    return ""
-
-
 def check_fit(rank_map: RankMap, path: Path, variant: str, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError unless the map was made for such a model. shapes: (out, in) of the decoder's Linears by diffusers' names."""
+    """Raises UserError unless the map was made for such a model.
+
+    shapes: (out, in) of the decoder's Linears by diffusers' names.
+    """
     fix = "Run uv run train.py estimate for this model, or train without the map: --ignore-rank-map"
     if rank_map.model["variant"] != variant:
         raise UserError(f"{path} was made for the variant {rank_map.model['variant']}, this run uses {variant}.", fix)
@@ -198,7 +193,10 @@ def check_fit(rank_map: RankMap, path: Path, variant: str, shapes: Mapping[str, 
 
 
 def doubts(rank_map: RankMap, path: Path, identity: str, fingerprint: str) -> list[str]:
-    """Warnings where the map fits, but what it was measured on has changed. identity: of the decoder's weights; fingerprint: of the training data."""
+    """Warnings where the map fits, but what it was measured on has changed.
+
+    identity: of the decoder's weights; fingerprint: of the training data.
+    """
     found = []
     if rank_map.model["identity"] != identity:
         found.append(f"{path} was measured on other weights of the variant {rank_map.model['variant']}.")

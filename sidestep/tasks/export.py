@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sidestep import __version__
 from sidestep.acestep.layout import find_layout
@@ -33,7 +32,6 @@ from sidestep.settings.config import ExportConfig
 from sidestep.words import gib
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WRITERS: dict[str, Callable] = {"comfyui": save_comfyui, "diffusers": save_diffusers, "lycoris": save_lycoris}
 
 
 @dataclass(frozen=True)
@@ -45,50 +43,63 @@ class Base:
 
 
 def export(config: ExportConfig, report: Report) -> Path:
-    """Write the adapter of `config` and return where it is. Raises UserError for what cannot be done, JobError for a broken adapter."""
-    parts = [(config.adapter, config.strength), *(_with_strength(text) for text in config.add)]
-    adapters = [(read_adapter(path), strength) for path, strength in parts]
-    for (path, _), (adapter, _) in zip(parts, adapters, strict=True):
+    """Write the adapter of `config` and return where it is.
+
+    Raises UserError for what cannot be done, JobError for a broken adapter.
+    """
+    sources = [(config.adapter, config.strength), *map(_path_and_strength, config.add)]
+    adapters = []
+    for path, strength in sources:
+        adapter = read_adapter(path)
         bad = not_finite(adapter)
         if bad:
             raise JobError(
                 f"{path}: holds numbers that are not finite in {len(bad)} modules, first in {bad[0]}.",
                 "Use another checkpoint of that run.",
             )
+        adapters.append((adapter, strength))
     base = _base(config)
-    target = _target(config, adapters[0][0], [adapter_file(path) for path, _ in parts], base)
-    if config.format == "merged":
+    target = _target(config, adapters[0][0].kind, [adapter_file(path) for path, _ in sources], base)
+    if base and config.format == "merged":
         _merge(config, adapters, base, target, report)
         return target
-    adapter = cast(combined([with_strength(adapter, strength) for adapter, strength in adapters]), DTYPES[config.dtype])
-    if base:
-        BaseWeights(base.files).check(adapter)
-    card = Card(
-        name=str(adapter.facts.get("name", "")),
-        base_model=str(adapter.facts.get("base_model", "")),
-        tag=str(adapter.facts.get("tag", "")),
-    )
-    if config.format == "peft":
-        if needs_placeholder(adapter) and adapter.placeholder is None and base:
-            adapter = with_placeholder(adapter, _layer(BaseWeights(base.files)(PLACEHOLDER)))
-        save_folder(adapter, target, card)
-    elif config.format == "comfyui":
-        save_comfyui(adapter, target, card, BaseWeights(base.files) if base else None)
-    else:
-        WRITERS[config.format](adapter, target, card)
-    _say_what_is_lost(config, adapter, report)
+    adapter = cast(combined([with_strength(*pair) for pair in adapters]), DTYPES[config.dtype])
+    weights = BaseWeights(base.files) if base else None
+    if weights:
+        weights.check(adapter)
+    name, base_model, tag = (str(adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
+    card = Card(name=name, base_model=base_model, tag=tag)
+    match config.format:
+        case "comfyui":
+            save_comfyui(adapter, target, card, weights)
+        case "diffusers":
+            save_diffusers(adapter, target, card)
+        case "lycoris":
+            save_lycoris(adapter, target, card)
+        case _:
+            if weights and needs_placeholder(adapter) and adapter.placeholder is None:
+                layer = weights(PLACEHOLDER)
+                adapter = with_placeholder(adapter, (layer.shape[0], layer.shape[1]), lambda: layer)
+            save_folder(adapter, target, card)
+    if config.dtype in ("fp16", "bf16"):
+        report(Notice(message=f"Stored in {config.dtype}: the strength may differ by rounding from what was trained."))
+    if config.format == "peft" and adapter.has_magnitudes:
+        message = (
+            "ComfyUI ignores DoRA's magnitudes in this form; for ComfyUI use --format comfyui --base CHECKPOINT_DIR."
+        )
+        report(Notice(message=message, level="warning"))
     report(Saved(what=f"{adapter.title} for {config.format}", path=str(target)))
     return target
 
 
-def _with_strength(text: str) -> tuple[Path, float]:
+def _path_and_strength(text: str) -> tuple[Path, float]:
     """`OTHER` or `OTHER:0.5`; a colon that belongs to the path (a drive, a name that exists) stays in it."""
-    path, colon, strength = text.rpartition(":")
-    if not colon or not path or Path(text).expanduser().exists():
-        return Path(text).expanduser(), 1.0
+    path, _, strength = text.rpartition(":")
     try:
-        value = float(strength)
+        value = float(strength) if path and not Path(text).expanduser().exists() else None
     except ValueError:
+        value = None
+    if value is None:
         return Path(text).expanduser(), 1.0
     if not abs(value) <= 1000:
         raise UserError(f"--add {text}: {strength} is no strength.", "Write it as --add FOLDER:0.5")
@@ -109,63 +120,29 @@ def _base(config: ExportConfig) -> Base | None:
     return Base(layout.folder, Weights(layout.part("transformer")).files)
 
 
-def _target(config: ExportConfig, adapter: Adapter, sources: list[Path], base: Base | None) -> Path:
-    """Where to write. Raises UserError rather than touch an input, or anything that stands there without --overwrite."""
-    is_file = config.output.suffix.lower() == ".safetensors"
-    if config.format in WRITERS:
-        name = {
-            "comfyui": "comfyui.safetensors",
-            "diffusers": DIFFUSERS_WEIGHTS,
-            "lycoris": LOKR_WEIGHTS if adapter.kind == "lokr" else "lycoris.safetensors",
-        }
-        target = config.output if is_file else config.output / name[config.format]
-    else:
-        target = config.output
-        wants_file = config.format == "merged" and base is not None and base.root.is_file()
-        if is_file != wants_file:
-            kind = "a file, such as merged.safetensors, because --base is one" if wants_file else "a folder"
-            raise UserError(
-                f"--output {config.output}: --format {config.format} writes {kind}.", "Choose another --output."
-            )
-    inputs = {path.resolve() for source in sources for path in (source, source.parent)} | (
-        {base.root.resolve()} if base else set()
-    )
-    where = target.resolve()
-    if where in inputs or (base and base.root.is_dir() and base.root.resolve() in where.parents):
-        raise UserError(
-            f"--output {config.output}: this is one of the inputs, which are never changed.", "Choose another --output."
-        )
-    occupied = (
-        target.is_file()
-        or (target.is_dir() and any(target.iterdir()))
-        or (config.format in WRITERS and target.is_dir())
-    )
-    if occupied and (not config.overwrite or (config.format == "merged" and target.is_dir())):
-        fix = (
-            "Choose another --output, or remove it first."
-            if config.format == "merged"
-            else "Choose another --output, or add --overwrite."
-        )
-        raise UserError(f"--output {config.output}: there is something already.", fix)
+def _target(config: ExportConfig, kind: str, sources: list[Path], base: Base | None) -> Path:
+    """Where to write. Raises UserError rather than touch an input, or anything that is there without --overwrite."""
+    where, other = f"--output {config.output}", "Choose another --output."
+    files = {
+        "comfyui": "comfyui.safetensors",
+        "diffusers": DIFFUSERS_WEIGHTS,
+        "lycoris": LOKR_WEIGHTS if kind == "lokr" else "lycoris.safetensors",
+    }
+    merged, is_file = config.format == "merged", config.output.suffix.lower() == ".safetensors"
+    single = merged and base is not None and base.root.is_file()
+    target = config.output if is_file or config.format not in files else config.output / files[config.format]
+    if config.format not in files and is_file != single:
+        form = "a file, such as merged.safetensors, because --base is one" if single else "a folder"
+        raise UserError(f"{where}: --format {config.format} writes {form}.", other)
+    inputs = {path.resolve() for source in sources for path in (source, source.parent)}
+    root = base.root.resolve() if base else None
+    if target.resolve() in inputs or (root and root in (target.resolve(), *target.resolve().parents)):
+        raise UserError(f"{where}: this is one of the inputs, which are never changed.", other)
+    folder = target.is_dir() and (config.format in files or any(target.iterdir()))
+    if (folder or target.is_file()) and (not config.overwrite or (merged and target.is_dir())):
+        fix = "or remove it first." if merged else "or add --overwrite."
+        raise UserError(f"{where}: there is something already.", f"Choose another --output, {fix}")
     return target
-
-
-def _say_what_is_lost(config: ExportConfig, adapter: Adapter, report: Report) -> None:
-    if config.dtype in ("fp16", "bf16"):
-        report(Notice(message=f"Stored in {config.dtype}: the strength may differ by rounding from what was trained."))
-    if config.format == "peft" and adapter.has_magnitudes:
-        report(
-            Notice(
-                message="ComfyUI ignores DoRA's magnitudes in this form; for ComfyUI use --format comfyui --base CHECKPOINT_DIR.",
-                level="warning",
-            )
-        )
-
-
-def _layer(weight: torch.Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 def _merge(
@@ -175,21 +152,19 @@ def _merge(
     weights = BaseWeights(base.files)
     for adapter, _ in adapters:
         weights.check(adapter)
-    others = (
-        []
-        if base.root.is_file()
-        else [Path(folder) / name for folder, _, names in os.walk(base.root) for name in names]
-    )
-    others = [path for path in others if path not in base.files and path.is_file()]
+    is_folder = base.root.is_dir()
+    others = [path for path in base.root.rglob("*") if path not in base.files and path.is_file()] if is_folder else []
     total = sum(path.stat().st_size for path in (*base.files, *others))
-    _check_space(target, total * (2 if config.dtype == "fp32" else 1))
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        report(
-            Notice(
-                message=f"Left by a merge that was killed, or still running: {leftover}. If none is running, delete it.",
-                level="warning",
-            )
+    needed = total * (2 if config.dtype == "fp32" else 1)
+    free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.is_dir())).free
+    if free < needed:
+        raise UserError(
+            f"--output {target}: {gib(needed)} are needed and {gib(free)} are free.",
+            "Free some space, or choose an --output on another disk.",
         )
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        message = f"Left by a merge that was killed, or still running: {leftover}. If none is running, delete it."
+        report(Notice(message=message, level="warning"))
     merged = {"adapters": [{"kind": adapter.title, "strength": strength} for adapter, strength in adapters]}
     note = {HEADER: json.dumps({"program": f"Side-Step {__version__}", "merged": merged}, sort_keys=True)}
     done = 0
@@ -199,32 +174,26 @@ def _merge(
         done += size
         report(Progress(task="Merging", done=done, total=total, current=what, unit="bytes"))
 
-    with _appearing(target, folder=base.root.is_dir()) as temporary:
-        for file in base.files:
-            place = temporary / file.relative_to(base.root) if base.root.is_dir() else temporary
-            place.parent.mkdir(parents=True, exist_ok=True)
+    with _appearing(target) as temporary:
+        for path in (*base.files, *others):
+            copy = temporary / path.relative_to(base.root) if is_folder else temporary
             before = done
-            merge_file(file, place, adapters, DTYPES[config.dtype], note, advance)
-            advance(file.name, file.stat().st_size - (done - before))  # its header
-            _flush(place)
-        for path in others:
-            place = temporary / path.relative_to(base.root)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
-            if place.name.endswith(".safetensors.index.json"):
-                _correct_index(place)
-            advance(path.name, path.stat().st_size)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if path in base.files:
+                merge_file(path, copy, adapters, DTYPES[config.dtype], note, advance)
+                with copy.open("rb+") as written:
+                    os.fsync(written.fileno())
+            else:
+                shutil.copyfile(path, copy)
+                if copy.name.endswith(".safetensors.index.json"):
+                    _correct_index(copy)
+            advance(path.name, path.stat().st_size - (done - before))  # of a weight file that is its header
     report(Saved(what="merged base", path=str(target)))
     if target.is_dir():
+        if not (target / "vae").is_dir() and not (target.parent / "vae").is_dir():
+            message = f"To use it, put it beside the vae and the text encoder: move it into {base.root.parent}."
+            report(Notice(message=message, level="warning"))
         command = f"uv run train.py sample --checkpoint-dir {target.parent} --model-variant {target.name} --prompt '…'"
-        missing = [name for name in ("vae",) if not (target / name).is_dir() and not (target.parent / name).is_dir()]
-        if missing:
-            report(
-                Notice(
-                    message=f"To use it, put it beside the vae and the text encoder: move it into {base.root.parent}.",
-                    level="warning",
-                )
-            )
         report(Finished(message=f"Merged into a checkpoint of {gib(total, digits=2)}.", next_commands=(command,)))
 
 
@@ -234,9 +203,8 @@ def _correct_index(index: Path) -> None:
         said = json.loads(index.read_text(encoding="utf-8"))
         shards = {index.parent / Path(str(name)).name for name in said["weight_map"].values()}
         if "total_size" in (said.get("metadata") or {}):
-            said["metadata"]["total_size"] = sum(
-                shard.stat().st_size - 8 - int.from_bytes(shard.open("rb").read(8), "little") for shard in shards
-            )
+            headers = {shard: 8 + int.from_bytes(shard.open("rb").read(8), "little") for shard in shards}
+            said["metadata"]["total_size"] = sum(shard.stat().st_size - size for shard, size in headers.items())
             index.write_text(json.dumps(said, indent=2), encoding="utf-8")
     except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise JobError(
@@ -245,44 +213,30 @@ def _correct_index(index: Path) -> None:
 
 
 @contextmanager
-def _appearing(target: Path, folder: bool) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes it when the block ends well, and is removed when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _appearing(target: Path) -> Generator[Path]:
+    """A temporary path beside `target` that becomes it when the block ends well, and is removed when it does not.
+
+    It may become a file or a folder. Raises JobError for a disk that is full or cannot be written.
+    """
     temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
-    _remove(temporary)
+
+    def remove() -> None:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+    remove()
     try:
-        if folder:
-            temporary.mkdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if target.is_dir():
             target.rmdir()  # empty, or it would have been refused
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise JobError(
             f"{target}: could not be written ({error.strerror or error}).",
             "Free some space or choose another --output.",
         ) from None
     finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _check_space(target: Path, needed: int) -> None:
-    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"--output {target}: {gib(needed)} are needed and {gib(free)} are free.",
-            "Free some space, or choose an --output on another disk.",
-        )
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as opened:
-        os.fsync(opened.fileno())
+        remove()

@@ -20,7 +20,7 @@ from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt, context_latents, encode_texts, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import decode, frames_per_second
-from sidestep.adapters.load import at_strength, put_on
+from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
 from sidestep.data.fields import NotUnderstood, understand
@@ -164,12 +164,12 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     decoder = checkpoint.load_decoder(device.value, precision.value)
     attention = use_attention(decoder, config.attention)
     report(Decision(what="attention", value=attention.value, reason=attention.reason))
-    model = put_on(decoder, adapter) if adapter else None
+    model = load_adapter(decoder, adapter) if adapter else None
     sampler = open_sampler(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
     stem = _free_stem(config.output, f"{slug(prompt.caption)}-seed{prompt.seed}", strengths)
     files = []
     for number, strength in enumerate(strengths):
-        with at_strength(model, strength) if model else nullcontext():
+        with adapter_scale(model, strength) if model else nullcontext():
             latents = sampler.latents(prompt, conditions.states)
         path = config.output / f"{stem}-strength{strength:g}.flac"
         metadata = {

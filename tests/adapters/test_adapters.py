@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.adapters.attach import adapter_state, attach, load_adapter_state
-from sidestep.adapters.names import in_model_order, is_adaptable, parts, to_diffusers, to_original
-from sidestep.adapters.targets import adaptable_names, target_names
+from sidestep.adapters.attach import adapter_state, attach, load_adapter_state, target_names
+from sidestep.adapters.names import adaptable_names, in_model_order, is_adaptable, parts, to_diffusers, to_original
 from sidestep.errors import JobError, UserError
 from sidestep.settings.config import ADAPTER_TYPES, TrainConfig
 from tests.conftest import FIXTURES

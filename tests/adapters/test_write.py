@@ -12,13 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters.adapter import Adapter, changed_weight
-from sidestep.adapters.attach import adapter_state, attach
-from sidestep.adapters.load import start_from
+from sidestep.adapters.attach import adapter_of, adapter_state, attach, start_from
 from sidestep.adapters.names import in_model_order, to_diffusers
 from sidestep.adapters.read import find_adapter, read_adapter
 from sidestep.adapters.write import (
     Card,
-    adapter_of,
     save_comfyui,
     save_diffusers,
     save_final,

@@ -46,7 +46,7 @@ def test_a_final_folder_has_strength_one_in_every_program(tmp_path):
         [],
     )
     assert found.program.startswith("Side-Step")
-    assert found.facts["config_fingerprint"]
+    assert found.metadata["config_fingerprint"]
     assert {program: said["strength"] for program, said in found.programs.items()} == dict.fromkeys(
         ("Side-Step", "ACE-Step's app", "ComfyUI", "diffusers"), [1.0, 1.0]
     )

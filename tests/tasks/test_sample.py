@@ -16,8 +16,7 @@ from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Prompt, encode_texts
 from sidestep.adapters.adapter import changed_weight
-from sidestep.adapters.attach import attach
-from sidestep.adapters.load import at_strength, put_on
+from sidestep.adapters.attach import adapter_scale, attach, load_adapter
 from sidestep.adapters.names import to_diffusers
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
@@ -167,13 +166,13 @@ def test_strength_0_is_the_base_model_and_1_the_trained_one_bit_for_bit(adapter_
     model = trained(decoder(), adapter_type=adapter_type, **settings)
     own = latents(model.get_base_model())
     save_final(model, tmp_path / "final", config(adapter_type=adapter_type, **settings))
-    loaded = put_on(decoder(), read_adapter(tmp_path / "final"))
-    with at_strength(loaded, 1.0) as inner:
+    loaded = load_adapter(decoder(), read_adapter(tmp_path / "final"))
+    with adapter_scale(loaded, 1.0) as inner:
         assert torch.equal(latents(inner), own)
-    with at_strength(loaded, 0.0) as inner:
+    with adapter_scale(loaded, 0.0) as inner:
         assert torch.equal(latents(inner), base)
     assert not torch.equal(base, own)
-    with at_strength(loaded, 1.0) as inner:
+    with adapter_scale(loaded, 1.0) as inner:
         assert torch.equal(latents(inner), own)
 
 
@@ -191,7 +190,7 @@ def test_other_strengths_go_between_and_beyond_the_two_weights(adapter_type, set
         for name, factors in adapter.modules.items():
             weight = merged.get_submodule(to_diffusers(name)).weight
             weight.copy_(changed_weight(weight, factors, strength))
-    with at_strength(put_on(decoder(), adapter), strength) as inner:
+    with adapter_scale(load_adapter(decoder(), adapter), strength) as inner:
         torch.testing.assert_close(latents(inner), latents(merged), rtol=0, atol=1e-4)
 
 

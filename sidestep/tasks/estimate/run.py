@@ -11,8 +11,8 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, recompute_layers
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.adapters import rank_map as maps
+from sidestep.adapters.attach import target_names
 from sidestep.adapters.rank_map import RankMap
-from sidestep.adapters.targets import target_names
 from sidestep.data.records import fingerprint
 from sidestep.errors import UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved

@@ -15,7 +15,7 @@ import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt, encode_texts
-from sidestep.adapters.load import at_strength
+from sidestep.adapters.attach import adapter_scale
 from sidestep.data.batches import Song
 from sidestep.data.lyrics import without_time_marks
 from sidestep.errors import JobError, UserError
@@ -174,7 +174,7 @@ class Previews:
         with undisturbed(run):
             for done, (folder, strength, number) in enumerate(takes):
                 run.report(Progress(task="Previews", done=done, total=len(takes), current=self.names[number]))
-                with at_strength(run.model, strength):
+                with adapter_scale(run.model, strength):
                     latents = sampler.latents(self.prompts[number], self.conditions[number].states)
                 if run.is_main:
                     self._keep(

@@ -23,8 +23,7 @@ from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.adapters import rank_map as maps
-from sidestep.adapters.attach import attach, load_adapter_state, start_along_gradient
-from sidestep.adapters.load import start_from
+from sidestep.adapters.attach import attach, load_adapter_state, start_along_gradient, start_from
 from sidestep.data.batches import Song
 from sidestep.data.records import fingerprint
 from sidestep.errors import JobError, UserError

@@ -7,8 +7,7 @@ from diffusers import AceStepTransformer1DModel
 from sidestep.acestep.blocks import BlockSwap, offload_activations, recompute_layers
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
-from sidestep.adapters.attach import attach
-from sidestep.adapters.load import put_on
+from sidestep.adapters.attach import attach, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
 from sidestep.settings.config import TrainConfig
@@ -147,7 +146,7 @@ def test_an_adapter_trained_on_a_quantised_base_does_the_same_on_the_bf16_one(tm
         optimizer.step()
         optimizer.zero_grad()
     save_final(trained, tmp_path / "final", config)
-    exported = put_on(base.bfloat16(), read_adapter(tmp_path / "final"))
+    exported = load_adapter(base.bfloat16(), read_adapter(tmp_path / "final"))
     with torch.no_grad():
         expected = trained.eval()(*inputs, return_dict=False)[0]
         with torch.autocast("cpu", torch.bfloat16):

@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters import rank_map
 from sidestep.adapters.adapter import changed_weight
-from sidestep.adapters.attach import adapter_state
+from sidestep.adapters.attach import adapter_of, adapter_state
 from sidestep.adapters.names import to_original
 from sidestep.adapters.read import read_adapter
-from sidestep.adapters.write import adapter_of
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
