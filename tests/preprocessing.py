@@ -1,4 +1,4 @@
-"""What the preprocessing tests share: small libraries of songs, jobs over the tiny checkpoint, and a look at what a folder holds."""
+"""What the preprocessing tests share: small libraries of songs, jobs over the tiny checkpoint, what a folder holds."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def job(library: Path, output: Path, **settings) -> PreprocessConfig:
 
 
 def contents(output: Path) -> dict[str, tuple]:
-    """Everything in a folder of records, for comparison: tensors as bytes, metadata but for the times of the audio file."""
+    """Everything in a folder of records: tensors as bytes, metadata but for the times of the audio file."""
 
     def plain(tensor: torch.Tensor | None) -> tuple | None:
         return (

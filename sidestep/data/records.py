@@ -47,9 +47,9 @@ class RecordError(JobError):
 class Record:
     """One song as training sees it. T latent frames, L condition tokens.
 
-    target_latents: [T, D], the mean of the VAE's posterior. encoder_hidden_states: [L, C], conditions without one pad token.
-    With `--regimes hints` also audio_codes [ceil(T/5), Q], cover_hints [T, D] and hints_encoder_hidden_states [L', C],
-    the conditions under the cover instruction. metadata: plain values, made by `sidestep.tasks.preprocess`.
+    target_latents: [T, D], the mean of the VAE's posterior. encoder_hidden_states: [L, C], conditions without one pad
+    token. With `--regimes hints` also audio_codes [ceil(T/5), Q], cover_hints [T, D] and hints_encoder_hidden_states
+    [L', C], the conditions under the cover instruction. metadata: plain values, made by `sidestep.tasks.preprocess`.
     """
 
     target_latents: Tensor
@@ -65,7 +65,7 @@ class Record:
 
 
 def save_record(path: Path, record: Record) -> None:
-    """Write a record whole or not at all. Raises RecordError when a tensor is not finite: that would poison a run, OSError."""
+    """Write a record whole or not at all. Raises OSError, and RecordError for a tensor that would poison a run."""
     content: dict[str, Any] = {}
     for name in TENSORS:
         tensor = getattr(record, name)
@@ -85,10 +85,10 @@ def save_record(path: Path, record: Record) -> None:
 
 
 def load_record(path: Path) -> Record:
-    """Read a record: this program's, or one of ACE-Step's own and older tools with six keys, padded and with a stored context.
+    """Read a record: this program's, or one of ACE-Step's own and older tools, padded and with a stored context.
 
-    Those are trimmed by their masks, because the model attends every position it is given. Nothing but tensors and plain
-    values is ever unpickled. Raises RecordError.
+    Those are trimmed by their masks, because the model attends every position it is given. Nothing but tensors and
+    plain values is ever unpickled. Raises RecordError.
     """
     content = _open(path)
     try:

@@ -1,8 +1,8 @@
-"""What a training record depends on, in two parts: the audio part decides over its latents, the text part over its conditions.
+"""What holds for a preprocessing job: checkpoint and precision, what records depend on, what each song still needs.
 
-Room on the disk: asked for before the start and watched on the way.
-The hidden work folder: what the first pass leaves for the second, and which songs failed. Everything in it can be lost without harm.
-What holds for a whole preprocessing job: its checkpoint, its numbers, what every song's tensors depend on, and what each song still needs.
+A record carries a fingerprint of all that its tensors follow from, in two parts: `audio` for its latents, `text` for
+its conditions. A part that is as a new record's would be is up to date. The hidden work folder holds what the first
+pass leaves for the second, and which songs failed; all of it can be lost without harm.
 """
 
 import errno
@@ -10,20 +10,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import tiled_silence
+from sidestep.acestep.conditions import Text, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import frames_per_second, samples_per_frame
 from sidestep.audio.io import AudioError, content_hash, probe
@@ -32,10 +31,9 @@ from sidestep.errors import JobError
 from sidestep.events import Decision, Report
 from sidestep.files import replacing, write_text
 from sidestep.settings.config import PreprocessConfig
-from sidestep.tasks.preprocess.songs import Prompts, Song
+from sidestep.tasks.preprocess.locks import SongLocks
+from sidestep.tasks.preprocess.songs import Song
 from sidestep.words import size
-
-Part = Mapping[str, str]
 
 NAMES = {  # how a difference is told to the user
     "content": "audio file",
@@ -54,119 +52,19 @@ NAMES = {  # how a difference is told to the user
 ANY_PRECISION = "auto"
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Everything that the tensors of one song depend on, as plain text by name, so that a difference can be named."""
+def differences(stored: object, wanted: Mapping[str, str]) -> tuple[str, ...]:
+    """What differs between a stored part of a fingerprint and the wanted one, in the user's words.
 
-    audio: Part
-    text: Part
-
-    def as_values(self) -> dict[str, dict[str, str]]:
-        """Plain values for a record's metadata."""
-        return {"audio": dict(self.audio), "text": dict(self.text)}
-
-
-def differences(stored: object, now: Part) -> tuple[str, ...]:
-    """What differs between a stored part and the present one, in the user's words; nothing stored differs in its format.
-
-    A precision counts only when it was typed: `auto` takes what another machine made.
+    Where nothing is stored, the format differs. A precision counts only when it was typed: `auto` takes what another
+    machine made.
     """
     if not isinstance(stored, Mapping):
         return (NAMES["schema"],)
-    wrong = [
-        name
-        for name, value in now.items()
+    return tuple(
+        NAMES[name]
+        for name, value in wanted.items()
         if stored.get(name) != value and not (name == "precision" and value == ANY_PRECISION)
-    ]
-    return tuple(NAMES[name] for name in wrong)
-
-
-def audio_part(*, content: str, normalize: str, max_duration: float, vae: str, schema: int, precision: str) -> Part:
-    """What latents follow from. content, vae: digests of the audio file and of the VAE's weights. precision: what was asked for, or used."""
-    return {
-        "content": content,
-        "normalize": normalize,
-        "max_duration": f"{max_duration:g}",
-        "vae": vae,
-        "schema": str(schema),
-        "precision": precision,
-    }
-
-
-def text_part(
-    *,
-    prompt: str,
-    lyrics: str,
-    condition_encoder: str,
-    text_encoder: str,
-    silence: str,
-    regimes: tuple[str, ...],
-    schema: int,
-    precision: str,
-) -> Part:
-    """What conditions follow from beside the latents. prompt, lyrics: the two texts as the tokenizer gets them; the rest are digests."""
-    return {
-        "prompt": prompt,
-        "lyrics": lyrics,
-        "condition_encoder": condition_encoder,
-        "text_encoder": text_encoder,
-        "silence": silence,
-        "regimes": " ".join(sorted({"text2music", *regimes})),
-        "schema": str(schema),
-        "precision": precision,
-    }
-
-
-RESERVE_BYTES = 64 * 1024**2  # never used, so that the system and the last record have room
-TEXT_TOKENS_PER_CHARACTER = 0.5  # generous for European languages, fair for Japanese
-FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
-
-
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk of a folder that need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def record_bytes(
-    *, seconds: float, frames_per_second: float, channels: int, characters: int, condition_width: int, with_hints: bool
-) -> int:
-    """About what a song's record takes while it is made: latents and states of the first pass, which the record then replaces."""
-    latents = seconds * frames_per_second * channels * 4
-    conditions = (200 + characters * TEXT_TOKENS_PER_CHARACTER) * condition_width * 4
-    return int((latents + conditions) * (2 if with_hints else 1)) + 16 * 1024
-
-
-def require(folder: Path, needed_bytes: int, songs: int) -> None:
-    """Raises JobError when the disk of `folder` has not room for so much more."""
-    free = free_bytes(folder)
-    if needed_bytes + RESERVE_BYTES > free:
-        raise JobError(
-            f"--tensor-output {folder}: {songs} songs need about {size(needed_bytes)} and the disk has {size(free)} free.",
-            f"Free {size(needed_bytes + RESERVE_BYTES - free)}, or give --tensor-output a folder on another disk.",
-        )
-
-
-def watch(folder: Path) -> None:
-    """Raises JobError before the disk of `folder` is full to the brim."""
-    free = free_bytes(folder)
-    if free < RESERVE_BYTES:
-        raise disk_full(folder, free)
-
-
-def disk_full(folder: Path, free: int | None = None) -> JobError:
-    """The error for a disk that filled up on the way."""
-    left = f" ({size(free)} free)" if free is not None else ""
-    return JobError(
-        f"--tensor-output {folder}: the disk is full{left}.",
-        "Free some space and give the same command again: it goes on where it stopped.",
     )
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an operating system's error says that there is no room."""
-    return error.errno in FULL
 
 
 FOLDER = ".pass1"
@@ -183,35 +81,34 @@ class Failure:
 
 
 class WorkFolder:
-    """Intermediate files by the key of their song. `facts` are plain values that stand in a file's header."""
+    """Intermediate files by the key of their song: tensors, and metadata (plain values) in their header."""
 
     def __init__(self, tensor_output: Path):
         self.folder = tensor_output / FOLDER
+        self.locks = self.folder / ".locks"
 
-    def save(self, key: str, kind: str, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write tensors and facts, whole or not at all. kind: LATENTS or TEXT."""
+    def save(self, key: str, kind: str, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write tensors and metadata, whole or not at all. kind: LATENTS or TEXT. Raises OSError."""
         with replacing(self.folder / f"{key}{kind}") as temporary:
             # Through Python, because a full disk is then an OSError with its number and not a library's text.
-            temporary.write_bytes(
-                as_bytes(
-                    {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"facts": json.dumps(facts)}
-                )
-            )
+            own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            temporary.write_bytes(as_bytes(own, {"metadata": json.dumps(metadata)}))
 
-    def facts(self, key: str, kind: str) -> dict[str, Any] | None:
-        """The facts in a file's header, or None when there is no whole file."""
+    def metadata(self, key: str, kind: str) -> dict[str, Any] | None:
+        """The metadata in a file's header, or None when there is no whole file."""
         try:
             with safe_open(self.folder / f"{key}{kind}", framework="pt") as f:
-                return json.loads((f.metadata() or {})["facts"])
+                return json.loads((f.metadata() or {})["metadata"])
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError):
             return None
 
-    def load(self, key: str, kind: str) -> dict[str, Tensor]:
-        """The tensors of a file. Raises OSError or SafetensorError."""
-        return load_file(self.folder / f"{key}{kind}")
+    def load(self, key: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, metadata) of a file. Raises OSError or SafetensorError."""
+        with safe_open(self.folder / f"{key}{kind}", framework="pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["metadata"])
 
     def drop(self, key: str) -> None:
-        """Remove a song's intermediate files and its failure: its record stands."""
+        """Remove a song's intermediate files and its failure: its record is up to date."""
         for kind in (LATENTS, TEXT, FAILED):
             (self.folder / f"{key}{kind}").unlink(missing_ok=True)
 
@@ -219,72 +116,78 @@ class WorkFolder:
         """Tell the other processes of this job that the song failed, so that each says so but none tries again."""
         write_text(self.folder / f"{key}{FAILED}", json.dumps(asdict(failure), ensure_ascii=False))
 
-    def failure(self, key: str, since: float = 0.0) -> Failure | None:
-        """The song's failure, if it was noted after `since` (a file time)."""
-        path = self.folder / f"{key}{FAILED}"
+    def failure(self, key: str) -> Failure | None:
+        """The song's failure, if one was noted."""
         try:
-            if path.stat().st_mtime < since:
-                return None
-            return Failure(**json.loads(path.read_text(encoding="utf-8")))
+            return Failure(**json.loads((self.folder / f"{key}{FAILED}").read_text(encoding="utf-8")))
         except (OSError, json.JSONDecodeError, TypeError):
             return None
 
+    def forget_failures(self, keys: Collection[str]) -> None:
+        """Forget which of these songs failed before: a job that starts tries each of them again."""
+        for path in self.folder.glob(f"*{FAILED}"):
+            if path.name.removesuffix(FAILED) in keys:
+                path.unlink(missing_ok=True)
+
     def keys(self) -> set[str]:
         """Keys of the songs that have any file here."""
-        return {
-            path.name.partition(".")[0]
-            for path in self.folder.iterdir()
-            if path.is_file() and not path.name.startswith(".")
-        }
+        return {path.name.partition(".")[0] for path in self.folder.glob("[!.]*")}
 
     def remove_if_empty(self) -> None:
         """Leave no empty folder behind."""
-        for folder in (self.folder / "owners", self.folder):
+        for folder in (self.locks, self.folder):
             try:
                 folder.rmdir()
             except OSError:
                 return  # something is left, or another process works here
 
 
-UNKNOWN_SECONDS = 240.0  # for a song that does not say how long it is
-
-
-class Need(IntEnum):
-    """What is left to do for a song, from nothing to everything."""
+class Stage(IntEnum):
+    """What a song needs next, from nothing to everything."""
 
     NOTHING = 0
-    METADATA = 1  # facts that reach no tensor changed: the record is written anew with the old ones
-    CONDITIONS = 2  # text and second pass; the latents stand in the old record or the work folder
-    LATENTS = 3
+    METADATA = 1  # what reaches no tensor changed: the record is written anew with the old ones
+    CONDITIONS = 2  # the second pass; latents and text states are there
+    TEXT = 3  # text states; the latents are in the old record or the work folder
+    LATENTS = 4
+
+
+UNKNOWN_SECONDS = 240.0  # for a song that does not say how long it is
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a song needs and why. seconds: of audio, exact once its latents stand. latents_in_record: they stand in its old record.
+    """What a song needs and why. seconds: of audio, exact once it has latents.
 
-    foreign: its record is another program's.
+    latents_in_record: they are in its old record. foreign: its record is another program's.
     """
 
-    need: Need
+    stage: Stage
     seconds: float
     reasons: tuple[str, ...] = ()
-    problem: str = ""  # why its audio cannot be read
     latents_in_record: bool = False
     foreign: bool = False
-    stored_content: str = ""  # digest of the audio that the old record was made from
+
+
+RESERVE_BYTES = 64 * 1024**2  # never used, so that the system and the last record have room
+TEXT_TOKENS_PER_CHARACTER = 0.5  # generous for European languages, fair for Japanese
+FULL = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 
 @dataclass
 class Job:
-    """Built once per process. Opening reads no weights, only headers."""
+    """Built once per process. identities: digests of the checkpoint's parts by name, and of the silence latent."""
 
     config: PreprocessConfig
     checkpoint: Checkpoint
     device: torch.device
     vae_dtype: torch.dtype
     dtype: torch.dtype
-    work: WorkFolder
-    identities: dict[str, str] = field(default_factory=dict)
+    identities: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.work = WorkFolder(self.config.tensor_output)
+        self.locks = SongLocks(self.work.locks)
 
     @property
     def with_hints(self) -> bool:
@@ -298,114 +201,137 @@ class Job:
     def samples_per_frame(self) -> int:
         return samples_per_frame(self.checkpoint.vae_config())
 
-    def audio_part(self, content: str, *, made: bool = False) -> Part:
-        """The audio part of a fingerprint: as asked for, or as made now."""
-        c = self.config
-        precision = precision_name(self.vae_dtype) if made else c.precision
-        return audio_part(
-            content=content,
-            normalize=c.normalize,
-            max_duration=c.max_duration,
-            vae=self.identities["vae"],
-            schema=SCHEMA,
-            precision=precision,
-        )
+    def audio_part(self, content: str, *, made: bool = False) -> dict[str, str]:
+        """What latents follow from: as asked for, or as `made` now. content: digest of the audio file."""
+        return {
+            "content": content,
+            "normalize": self.config.normalize,
+            "max_duration": f"{self.config.max_duration:g}",
+            "vae": self.identities["vae"],
+            "schema": str(SCHEMA),
+            "precision": precision_name(self.vae_dtype) if made else self.config.precision,
+        }
 
-    def text_part(self, prompts: Prompts, *, made: bool = False) -> Part:
-        """The text part of a fingerprint: as asked for, or as made now."""
-        return text_part(
-            prompt=prompts.text,
-            lyrics=prompts.lyrics,
-            condition_encoder=self.identities["condition_encoder"],
-            text_encoder=self.identities["text_encoder"],
-            silence=self.identities["silence"],
-            regimes=self.config.regimes,
-            schema=SCHEMA,
-            precision=precision_name(self.dtype) if made else self.config.precision,
-        )
+    def text_part(self, text: Text, *, made: bool = False) -> dict[str, str]:
+        """What conditions follow from beside the latents: as asked for, or as `made` now."""
+        return {
+            "prompt": text.prompt,
+            "lyrics": text.lyrics,
+            "condition_encoder": self.identities["condition_encoder"],
+            "text_encoder": self.identities["text_encoder"],
+            "silence": self.identities["silence"],
+            "regimes": " ".join(sorted({"text2music", *self.config.regimes})),
+            "schema": str(SCHEMA),
+            "precision": precision_name(self.dtype) if made else self.config.precision,
+        }
 
-    def timbre_silence(self) -> torch.Tensor:
+    def inspect(self, song: Song) -> Inspection:
+        """What a song needs now.
+
+        Reads no tensors, and the audio only where a record or intermediate must be compared with it.
+        """
+        record, foreign = None, False
+        if song.record.exists():
+            try:
+                record = read_metadata(song.record)
+                foreign = not isinstance(record.get("fingerprint"), dict)
+            except RecordError:
+                pass  # damaged: made anew
+        latents = self.work.metadata(song.key, LATENTS)
+        if foreign or (record is None and latents is None):
+            return self._without_latents(song, ("new",), foreign)
+        stored = record["fingerprint"] if record else {}
+        stat = audio_stat(song.source)
+        known = next(
+            (metadata for metadata in (record, latents) if metadata and metadata.get("audio_stat") == stat), None
+        )
+        try:
+            content = known["fingerprint"]["audio"]["content"] if known else content_hash(song.source)
+        except AudioError:
+            return self._without_latents(song, ())
+        wanted = self.audio_part(content)
+        reasons = differences(stored.get("audio"), wanted)
+        if record and not reasons:
+            seconds, in_record = float(record["duration"]), True
+        elif latents and not differences(latents.get("fingerprint", {}).get("audio"), wanted):
+            seconds, in_record, reasons = float(latents["seconds"]), False, ("interrupted",)
+        else:
+            return self._without_latents(song, reasons)
+        text_part = self.text_part(song.text(seconds))
+        if record and in_record:
+            reasons = differences(stored.get("text"), text_part)
+            if not reasons:
+                changed = [name for name, value in song.described().items() if record.get(name) != value]
+                names = tuple(name.replace("_", " ") for name in changed)
+                return Inspection(Stage.METADATA if changed else Stage.NOTHING, seconds, names)
+        states = self.work.metadata(song.key, TEXT) or {}
+        missing = differences(states.get("fingerprint", {}).get("text"), text_part)
+        return Inspection(Stage.TEXT if missing else Stage.CONDITIONS, seconds, reasons, in_record)
+
+    def _without_latents(self, song: Song, reasons: tuple[str, ...], foreign: bool = False) -> Inspection:
+        try:
+            seconds = probe(song.source).seconds or UNKNOWN_SECONDS
+        except AudioError:
+            seconds = 0.0  # it fails by name when it is decoded
+        if self.config.max_duration:
+            seconds = min(seconds, self.config.max_duration)
+        return Inspection(Stage.LATENTS, seconds, reasons, foreign=foreign)
+
+    def timbre_silence(self) -> Tensor:
         """What stands for a timbre reference when there is none: silence, fp32 [1, T, D]."""
         return tiled_silence(self.checkpoint.silence_latent(), self.checkpoint.timbre_frames)
 
-    def inspect(self, song: Song) -> Inspection:
-        """What a song needs now. Reads no tensors, and the audio only where a record or intermediate must be compared with it."""
-        metadata, foreign = self._stored(song)
-        facts = self.work.facts(song.key, LATENTS)
-        if foreign or (metadata is None and facts is None):
-            return self._unmade(song, ("new",), foreign=foreign)
-        fingerprint = (metadata or {}).get("fingerprint", {})
-        stat = audio_stat(song.source)
-        stored_content = str(fingerprint.get("audio", {}).get("content", ""))
-        try:
-            known = next((m for m in (metadata, facts) if m and m.get("audio_stat") == stat), None)
-            content = known["fingerprint"]["audio"]["content"] if known else content_hash(song.source)
-        except AudioError as error:
-            return Inspection(Need.LATENTS, 0.0, problem=error.reason, stored_content=stored_content)
-        wanted = self.audio_part(content)
-        audio_reasons = differences(fingerprint.get("audio"), wanted)
-        if not audio_reasons:
-            seconds = float(metadata["duration"])
-        elif facts and not differences(facts.get("fingerprint", {}).get("audio"), wanted):
-            return Inspection(Need.CONDITIONS, float(facts["seconds"]), ("interrupted",), stored_content=stored_content)
-        else:
-            return self._unmade(song, audio_reasons, stored_content=stored_content)
-        text_reasons = differences(fingerprint.get("text"), self.text_part(song.prompts(seconds)))
-        if text_reasons:
-            return Inspection(Need.CONDITIONS, seconds, text_reasons, latents_in_record=True)
-        described = song.described()
-        changed = tuple(name.replace("_", " ") for name, value in described.items() if metadata.get(name) != value)
-        return Inspection(Need.METADATA if changed else Need.NOTHING, seconds, changed)
-
-    def _stored(self, song: Song) -> tuple[dict | None, bool]:
-        """(metadata of the song's record, whether it is another program's)."""
-        if not song.record.exists():
-            return None, False
-        try:
-            metadata = read_metadata(song.record)
-        except RecordError:
-            return None, False  # damaged: made anew
-        return (metadata, False) if isinstance(metadata.get("fingerprint"), dict) else (None, True)
-
-    def _unmade(
-        self, song: Song, reasons: tuple[str, ...], *, foreign: bool = False, stored_content: str = ""
-    ) -> Inspection:
-        try:
-            seconds = probe(song.source).seconds
-        except AudioError as error:
-            return Inspection(
-                Need.LATENTS, 0.0, reasons, problem=error.reason, foreign=foreign, stored_content=stored_content
+    def require_space(self, found: Sequence[tuple[Song, Inspection]]) -> None:
+        """Raises JobError when the disk cannot hold what these songs take: first-pass files, then records instead."""
+        width = int(self.checkpoint.config.get("encoder_hidden_size") or self.checkpoint.config["hidden_size"])
+        needed, songs = RESERVE_BYTES, 0
+        for song, what in found:
+            if what.stage > Stage.METADATA:
+                latents = what.seconds * self.frames_per_second * self.checkpoint.latent_channels * 4
+                characters = len(song.lyrics) + len(song.caption)
+                conditions = (200 + characters * TEXT_TOKENS_PER_CHARACTER) * width * 4
+                needed += int((latents + conditions) * (2 if self.with_hints else 1)) + 16 * 1024
+                songs += 1
+        output = self.config.tensor_output
+        free = free_bytes(output)
+        if needed > free:
+            raise JobError(
+                f"--tensor-output {output}: {songs} songs need about {size(needed - RESERVE_BYTES)} "
+                f"and the disk has {size(free)} free.",
+                f"Free {size(needed - free)}, or give --tensor-output a folder on another disk.",
             )
-        limit = self.config.max_duration or seconds
-        return Inspection(
-            Need.LATENTS,
-            min(seconds or UNKNOWN_SECONDS, limit or UNKNOWN_SECONDS),
-            reasons,
-            foreign=foreign,
-            stored_content=stored_content,
-        )
+
+    def watch_disk(self) -> None:
+        """Raises JobError before the disk is full to the brim."""
+        free = free_bytes(self.config.tensor_output)
+        if free < RESERVE_BYTES:
+            raise disk_full(self.config.tensor_output, f" ({size(free)} free)")
 
 
 def open_job(config: PreprocessConfig, report: Report) -> Job:
-    """Open the checkpoint and settle device and precision, saying both. Raises UserError."""
+    """Open the checkpoint, of which only headers are read; say which device and precision it is. Raises UserError."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device.value)
-    place = _own_device(device.value)
-    report(Decision(what="device", value=str(place), reason=device.reason))
+    chosen = choose_device(config.device)
+    precision = choose_precision(config.precision, chosen.value)
+    device = chosen.value
+    if device.type in ("cuda", "xpu") and device.index is None and "LOCAL_RANK" in os.environ:
+        # Each process of a machine takes a GPU of its own, unless one was named.
+        count = getattr(torch, device.type).device_count()
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) % count)
+    report(Decision(what="device", value=str(device), reason=chosen.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
-    # Latents are made once and learnt from ever after, and the VAE is small: it computes in fp32 unless the user says otherwise.
+    # Latents are made once and learnt from ever after, and the VAE is small: fp32 unless the user says otherwise.
     vae_dtype = precision.value if config.precision != ANY_PRECISION else torch.float32
     if vae_dtype != precision.value:
         report(Decision(what="VAE precision", value="fp32", reason="latents are made once; --precision changes it"))
-    job = Job(config, checkpoint, place, vae_dtype, precision.value, WorkFolder(config.tensor_output))
-    job.identities = {part: checkpoint.identity(part) for part in ("vae", "text_encoder", "condition_encoder")}
-    job.identities["silence"] = hashlib.blake2b(job.timbre_silence().numpy().tobytes(), digest_size=16).hexdigest()
+    identities = {part: checkpoint.identity(part) for part in ("vae", "text_encoder", "condition_encoder")}
+    job = Job(config, checkpoint, device, vae_dtype, precision.value, identities)
+    identities["silence"] = hashlib.blake2b(job.timbre_silence().numpy().tobytes(), digest_size=16).hexdigest()
     return job
 
 
 def audio_stat(path: Path) -> list[int]:
-    """Size and times of a file: as long as they stand still, its content need not be read again. Empty when it is not there."""
+    """Size and times of a file, empty when it is not there: while they stay, its content need not be read again."""
     try:
         stat = path.stat()
     except OSError:
@@ -413,13 +339,16 @@ def audio_stat(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def share() -> tuple[int, int]:
-    """(rank, number of processes) under torchrun or accelerate launch; (0, 1) alone."""
-    return int(os.environ.get("RANK", "0")), max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder that need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
-def _own_device(device: torch.device) -> torch.device:
-    """Each process of a machine takes a GPU of its own, unless one was named."""
-    if device.type not in ("cuda", "xpu") or device.index is not None or "LOCAL_RANK" not in os.environ:
-        return device
-    return torch.device(device.type, int(os.environ["LOCAL_RANK"]) % getattr(torch, device.type).device_count())
+def disk_full(folder: Path, left: str = "") -> JobError:
+    """The error for a disk that filled up on the way."""
+    return JobError(
+        f"--tensor-output {folder}: the disk is full{left}.",
+        "Free some space and give the same command again: it goes on where it stopped.",
+    )

@@ -1,203 +1,182 @@
-"""Preprocessing from end to end: look at what stands, make what is missing, wait for what others make, say what became of it."""
+"""Preprocessing from end to end: see what is up to date, make the rest, wait for what others make, say the result."""
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 from sidestep.data.records import find_records
-from sidestep.errors import Interrupted, UserError
+from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report
 from sidestep.files import write_text
 from sidestep.settings.config import PreprocessConfig, command_line
-from sidestep.tasks.preprocess.claims import Claims
 from sidestep.tasks.preprocess.first_pass import encode_songs, encode_texts
-from sidestep.tasks.preprocess.job import Inspection, Job, Need, WorkFolder, open_job, record_bytes, require, share
-from sidestep.tasks.preprocess.results import Summary, Tally, require_some
+from sidestep.tasks.preprocess.job import Inspection, Job, Stage, open_job
+from sidestep.tasks.preprocess.locks import remove_temporary_files
+from sidestep.tasks.preprocess.passes import Results, Summary
 from sidestep.tasks.preprocess.second_pass import write_records
 from sidestep.tasks.preprocess.songs import Song, read_songs
-from sidestep.words import train_py
+from sidestep.words import count, train_py
 
 FAILURES_NAME = "failures.json"
-LOOKERS = 8  # threads that compare songs with what stands
+INSPECTORS = 8  # threads that see what each song needs
 POLL_SECONDS = (0.5, 10.0)  # how often to ask whether other processes are done: at first, at last
-Found = list[tuple[Song, Inspection]]
 
 
 def preprocess(config: PreprocessConfig, report: Report) -> Summary:
-    """Turn songs into training records below `config.tensor_output`; what already stands and is not out of date is left alone.
+    """Turn songs into training records below `config.tensor_output`; a record that is up to date is left alone.
 
-    Two passes: VAE and text encoder, one after the other, then the condition encoder. Killed at any time and started again it goes on where
-    it stopped. Other processes may work on the same folder: under torchrun or accelerate launch each takes its share, started by hand
-    they divide the songs as they go; either way it returns when every song of its share stands or failed.
+    Two passes: VAE and text encoder, one after the other, then the condition encoder. Killed at any time and started
+    again it goes on where it stopped, and has lost at most one stage of the songs at hand. Other processes may work on
+    the same folder (see `locks`): under torchrun or accelerate launch each takes its share, started by hand they divide
+    the songs as they go; either way it returns when every song of its share is up to date or failed.
 
-    Raises UserError for a wrong call, JobError when no song could be used or the disk is full, Interrupted after Ctrl-C.
+    Raises UserError for a wrong call, JobError when no song could be used or the disk is full, Interrupted at Ctrl-C.
     """
     try:
-        return _preprocess(config, report)
+        songs = read_songs(config, report)
+        job = open_job(config, report)
+        rank, processes = int(os.environ.get("RANK", "0")), max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+        own = songs[rank::processes]
+        results = Results(report, job.work)
+        with job.locks:
+            remove_temporary_files(config.tensor_output)
+            job.work.forget_failures({song.key for song in own})
+            found = inspect_all(job, own, results)
+            share = f" (share {rank + 1} of {processes})" if processes > 1 else ""
+            report(Notice(message=f"{count(len(found), 'song')}{share}: {what_is_left(found)}."))
+            job.require_space(found)
+            make(job, [(song, what) for song, what in found if what.stage != Stage.NOTHING], results)
+            remove_temporary_files(config.tensor_output)
+            drop_leftovers(job, own, results)
+            if processes > 1:
+                wait_for_ranks(job, report)
+            write_failures(job, songs, results)
+        job.work.remove_if_empty()
+        conclude(config, songs, results.summary(), report)
+        return results.summary()
     except KeyboardInterrupt:
         raise Interrupted(command_line(config)) from None
 
 
-def _preprocess(config: PreprocessConfig, report: Report) -> Summary:
-    songs = read_songs(config, report)
-    job = open_job(config, report)
-    rank, processes = share()
-    own = songs[rank::processes]
-    with Claims(job.work.folder) as claims:
-        tally = Tally(report, job.work, claims)
-        claims.clean(config.tensor_output)
-        found = _look(job, own, tally)
-        _say_what_is_left(found, tally, rank, processes)
-        _require_space(job, [(song, what) for song, what in found if what.need >= Need.CONDITIONS])
-        _make(job, found, tally)
-        _clear_up(job, own, tally)
-        if processes > 1:
-            _wait_for_others(claims, report)
-        write_failures(config.tensor_output, job.work, songs)
-    summary = tally.summary()
-    job.work.remove_if_empty()
-    _finish(config, songs, summary, report)
-    return require_some(summary, str(config.tensor_output / FAILURES_NAME))
+def inspect_all(job: Job, songs: Sequence[Song], results: Results) -> list[tuple[Song, Inspection]]:
+    """What each song needs; those that need nothing are settled.
 
-
-def _look(job: Job, songs: Sequence[Song], tally: Tally) -> Found:
-    """What each song needs; those that need nothing are settled. Raises UserError rather than overwrite what is not this job's."""
-    found: Found = []
-    with ThreadPoolExecutor(LOOKERS, thread_name_prefix="look") as pool:
-        for done, (song, what) in enumerate(zip(songs, pool.map(job.inspect, songs), strict=True), start=1):
-            tally.report(Progress(task="Comparing with what stands", done=done, total=len(songs), current=song.name))
+    Raises UserError when a record would overwrite another program's.
+    """
+    found = []
+    with ThreadPoolExecutor(INSPECTORS, thread_name_prefix="inspect") as pool:
+        for song, what in zip(songs, pool.map(job.inspect, songs), strict=True):
+            found.append((song, what))
+            task = "Looking for what is up to date"
+            results.report(Progress(task=task, done=len(found), total=len(songs), current=song.name))
             if what.foreign:
                 raise UserError(
-                    f"--tensor-output {job.config.tensor_output}: {song.record.name} there was made by another program and would be overwritten.",
+                    f"--tensor-output {job.config.tensor_output}: {song.record.name} there was made by another program "
+                    "and would be overwritten.",
                     "Give --tensor-output a folder of its own.",
                 )
-            if what.need == Need.NOTHING:
-                tally.standing.add(song.key)
-            found.append((song, what))
+            if what.stage == Stage.NOTHING:
+                results.up_to_date.add(song.key)
     return found
 
 
-def _say_what_is_left(found: Found, tally: Tally, rank: int, processes: int) -> None:
-    reasons = Counter(
-        reason
-        for _, what in found
-        for reason in what.reasons
-        if what.need != Need.NOTHING and reason not in ("new", "interrupted")
-    )
-    redone = ", ".join(f"{reason} changed ({count})" for reason, count in reasons.most_common())
-    standing = sum(what.need == Need.NOTHING for _, what in found)
-    of = f" (share {rank + 1} of {processes})" if processes > 1 else ""
-    tally.report(
-        Notice(
-            message=f"{len(found)} songs{of}: {standing} stand, {len(found) - standing} to make{f'; {redone}' if redone else ''}."
-        )
-    )
+def what_is_left(found: Sequence[tuple[Song, Inspection]]) -> str:
+    """How many songs are up to date, how many are to make, and what made those of before outdated."""
+    ready = sum(what.stage == Stage.NOTHING for _, what in found)
+    reasons = Counter(reason for _, what in found for reason in what.reasons if reason not in ("new", "interrupted"))
+    redone = ", ".join(f"{reason} changed ({number})" for reason, number in reasons.most_common())
+    return f"{ready} up to date, {len(found) - ready} to make" + (f"; {redone}" if redone else "")
 
 
-def _require_space(job: Job, found: Found) -> None:
-    """Raises JobError when the disk cannot hold what is about to be made."""
-    width = int(job.checkpoint.config.get("encoder_hidden_size") or job.checkpoint.config["hidden_size"])
-    needed = sum(
-        record_bytes(
-            seconds=what.seconds,
-            frames_per_second=job.frames_per_second,
-            channels=job.checkpoint.latent_channels,
-            characters=len(song.lyrics) + len(song.caption),
-            condition_width=width,
-            with_hints=job.with_hints,
-        )
-        for song, what in found
-    )
-    require(job.config.tensor_output, needed, len(found))
-
-
-def _make(job: Job, found: Found, tally: Tally) -> None:
-    """Make every song that is not settled; wait for those that other processes have, and take them over if these die."""
-    left = [(song, what) for song, what in found if not tally.is_settled(song)]
-    mine, told, pause = left, False, POLL_SECONDS[0]
+def make(job: Job, left: list[tuple[Song, Inspection]], results: Results) -> None:
+    """Make these songs, stage by stage. What other processes have is waited for, and taken over when they die."""
+    total, free, waiting, pause = len(left), left, 0, POLL_SECONDS[0]
     while left:
-        if mine:
-            with_audio = {
-                song.key
-                for song in encode_songs(job, [(song, what) for song, what in mine if what.need == Need.LATENTS], tally)
-            }
-            texts = encode_texts(
-                job, [song for song, what in mine if song.key in with_audio or what.need < Need.LATENTS], tally
-            )
-            write_records(job, texts, tally)
-        left = [(song, what) for song, what in left if not tally.is_settled(song) and not tally.failed_elsewhere(song)]
-        mine = [(song, job.inspect(song)) for song, _ in left if tally.claims.take(song.key)]
-        if left and not mine:
-            if not told:
-                tally.report(Notice(message=f"Waiting for {len(left)} songs that other processes are working on."))
-            told = True
+        encode_songs(job, [(song, what) for song, what in free if what.stage == Stage.LATENTS], results)
+        free = [(song, what) for song, what in free if not results.is_settled(song)]
+        encode_texts(job, [song for song, what in free if what.stage >= Stage.TEXT], results)
+        write_records(job, free, results)
+        unsettled, left = [song for song, _ in left if not results.is_settled(song)], []
+        for song in unsettled:
+            what, failure = job.inspect(song), job.work.failure(song.key)
+            if what.stage == Stage.NOTHING:
+                results.up_to_date.add(song.key)
+            elif failure:
+                results.note(song, failure)
+            else:
+                left.append((song, what))
+        free = [(song, what) for song, what in left if job.locks.is_free(song.key)]
+        if left and not free:
+            if not waiting:
+                songs = count(len(left), "song")
+                results.report(Notice(message=f"Waiting for {songs} that other processes are working on."))
+            task, current = "Waiting for other processes", left[0][0].name
+            results.report(Progress(task=task, done=total - len(left), total=total, current=current))
+            pause = min(pause * 1.5, POLL_SECONDS[1]) if len(left) == waiting else POLL_SECONDS[0]
+            waiting = len(left)
             time.sleep(pause)
-            pause = min(pause * 1.5, POLL_SECONDS[1])
 
 
-def _clear_up(job: Job, songs: Sequence[Song], tally: Tally) -> None:
-    """Remove what dead processes left, be it before this run or during it."""
-    tally.claims.clean(job.config.tensor_output)
-    left = job.work.keys()
+def drop_leftovers(job: Job, songs: Sequence[Song], results: Results) -> None:
+    """Remove what dead processes left in the work folder for songs that are up to date."""
+    keys = job.work.keys()
     for song in songs:
-        if song.key in left and song.key not in tally.failures and tally.claims.take(song.key):
+        if song.key in keys and song.key not in results.failures and job.locks.take(song.key):
             job.work.drop(song.key)
-            tally.claims.release(song.key)
+            job.locks.release(song.key)
 
 
-def write_failures(tensor_output: Path, work: WorkFolder, songs: Sequence[Song]) -> None:
-    """`failures.json`: every song of the job that could not be used, by all processes; no file when there is none."""
-    failures = [asdict(failure) for song in songs if (failure := work.failure(song.key))]
-    path = tensor_output / FAILURES_NAME
-    if failures:
-        write_text(path, json.dumps({"failures": failures}, ensure_ascii=False, indent=2) + "\n")
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _wait_for_others(claims: Claims, report: Report) -> None:
-    """Under a launcher: return when the other ranks are done too, so that a status other than 0 does not end them, and training finds all songs."""
-    claims.rest()
+def wait_for_ranks(job: Job, report: Report) -> None:
+    """Wait until the other ranks are done too: a status other than 0 would end them, and training wants all songs."""
+    job.locks.rest()
     told = False
-    while claims.others_working():
+    while job.locks.others_at_work():
         if not told:
             report(Notice(message="This process is done; waiting for the others."))
         told = True
         time.sleep(POLL_SECONDS[0])
 
 
-def _finish(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, report: Report) -> None:
+def write_failures(job: Job, songs: Sequence[Song], results: Results) -> None:
+    """`failures.json`: every song of the job that could not be used, by all processes; no file when there is none."""
+    failures = (results.failures.get(song.key) or job.work.failure(song.key) for song in songs)
+    listed = [asdict(failure) for failure in failures if failure]
+    path = job.config.tensor_output / FAILURES_NAME
+    if listed:
+        write_text(path, json.dumps({"failures": listed}, ensure_ascii=False, indent=2) + "\n")
+    else:
+        path.unlink(missing_ok=True)
+
+
+def conclude(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, report: Report) -> None:
+    """Say what became of the songs and what to do next. Raises JobError when not one could be used."""
+    output = config.tensor_output
     if summary.failed:
-        report(
-            Notice(
-                message=f"{summary.failed} songs failed; the reasons stand in {config.tensor_output / FAILURES_NAME}.",
-                level="warning",
-            )
-        )
+        message = f"{count(summary.failed, 'song')} failed; the reasons are in {output / FAILURES_NAME}."
+        report(Notice(message=message, level="warning"))
     own = {song.record for song in songs}
-    others = [path for path in find_records(config.tensor_output) if path not in own]
+    others = [path.relative_to(output).as_posix() for path in find_records(output) if path not in own]
     if others:
-        names = ", ".join(path.relative_to(config.tensor_output).as_posix() for path in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        report(
-            Notice(
-                message=f"{config.tensor_output} also holds {len(others)} records of songs that this job does not have ({names}{more}); training uses them too.",
-                level="warning",
-            )
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        message = (
+            f"{output} also holds {count(len(others), 'record')} of songs that this job does not have ({names}); "
+            "training uses them too."
         )
-    if not summary.done and not summary.skipped:
-        return
+        report(Notice(message=message, level="warning"))
+    if summary.failed and not summary.done and not summary.skipped:
+        raise JobError(
+            f"None of {count(summary.failed, 'song')} could be preprocessed; {output / FAILURES_NAME} has the reasons.",
+            "Put the files right and give the same command again.",
+        )
     train = train_py(
         *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
-        *("--dataset-dir", str(config.tensor_output), "--output-dir", "OUTPUT_FOLDER"),
+        *("--dataset-dir", str(output), "--output-dir", "OUTPUT_FOLDER"),
     )
-    report(
-        Finished(
-            message=f"{summary.done} songs preprocessed, {summary.skipped} stood already, {summary.failed} failed.",
-            next_commands=(train,),
-        )
+    message = (
+        f"{count(summary.done, 'song')} preprocessed, {summary.skipped} up to date already, {summary.failed} failed."
     )
+    report(Finished(message=message, next_commands=(train,)))

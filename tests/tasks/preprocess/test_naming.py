@@ -1,6 +1,5 @@
 """Where records go: every song one of its own, inside the output folder, on every file system."""
 
-import os
 import unicodedata
 from pathlib import Path, PurePosixPath
 
@@ -8,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.tasks.preprocess.songs import key_of, record_names, relative_name
+from sidestep.data.manifest import relative_path
+from sidestep.tasks.preprocess.songs import absolute, key_of, record_names
 
 
 def folded(path: PurePosixPath) -> str:
@@ -54,7 +54,7 @@ def test_songs_that_would_share_a_record_get_one_each(names: list[str]):
     "name", ["../../etc/passwd.wav", "/etc/x.wav", "C:\\x.wav", "a/../../x.wav", "\\\\server\\x.wav"]
 )
 def test_no_path_leaves_the_output_folder(tmp_path: Path, name: str):
-    path = Path(os.path.abspath(tmp_path / record_names([name])[0]))
+    path = absolute(tmp_path / record_names([name])[0])
     assert path.is_relative_to(tmp_path)
 
 
@@ -79,6 +79,6 @@ def test_names_are_relative_to_the_base_folder_without_following_links(tmp_path:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     base = tmp_path / "base"
-    assert relative_name(base / "link" / "a.wav", base) == "link/a.wav"
-    assert relative_name(base / "x" / ".." / "a.wav", base) == "a.wav"
-    assert relative_name(tmp_path / "else" / "a.wav", base) == "../else/a.wav"
+    assert relative_path(base / "link" / "a.wav", base) == "link/a.wav"
+    assert relative_path(base / "x" / ".." / "a.wav", base) == "a.wav"
+    assert relative_path(tmp_path / "else" / "a.wav", base) == "../else/a.wav"

@@ -53,12 +53,12 @@ def library(tmp_path: Path) -> Path:
     return make_library(tmp_path / "lib", ["a.wav", "deep/a.wav", "a.flac"])
 
 
-# --- the original model's numbers ------------------------------------------------------------------------------------------------------------
+# --- the original model's numbers -----------------------------------------------------------------
 
 
 @pytest.fixture
 def golden_library(tmp_path: Path, golden_cases: list[dict]) -> Path:
-    """The songs of the goldens. Their audio is shorter than the duration in their prompts, so silence follows to make it true."""
+    """The songs of the goldens. Their audio is shorter than the duration in their prompts, so silence follows it."""
     samples = []
     for i, case in enumerate(golden_cases):
         audio = golden_audio(i, case["seconds"])
@@ -114,7 +114,7 @@ def test_latents_in_tiles_equal_latents_in_one_piece(tmp_path: Path, monkeypatch
     torch.testing.assert_close(tiles, whole, atol=1e-5, rtol=0)
 
 
-# --- what a record says ----------------------------------------------------------------------------------------------------------------------
+# --- what a record says ---------------------------------------------------------------------------
 
 
 def test_records_are_nested_like_the_songs_and_say_all_that_is_known(library: Path, tmp_path: Path):
@@ -204,7 +204,7 @@ def test_songs_outside_the_base_folder_stay_inside_the_output_folder(tmp_path: P
     assert {p.name for p in tmp_path.iterdir()} == {"far.wav", "lib", "out"}
 
 
-# --- nothing is done twice -------------------------------------------------------------------------------------------------------------------
+# --- nothing is done twice ------------------------------------------------------------------------
 
 
 def test_unchanged_songs_are_left_alone_and_no_model_is_loaded(library: Path, tmp_path: Path, loaded: list[str]):
@@ -289,7 +289,7 @@ def test_what_changed_is_said(library: Path, tmp_path: Path):
     edit_library(library, 0, caption="new")
     events = Events()
     preprocess(job(library, tmp_path / "out"), events)
-    assert any("2 stand, 1 to make; caption or facts changed (1)" in e.message for e in events.of(Notice))
+    assert any("2 up to date, 1 to make; caption or facts changed (1)" in e.message for e in events.of(Notice))
 
 
 def test_a_damaged_record_is_made_anew(library: Path, tmp_path: Path):
@@ -339,7 +339,7 @@ def test_an_interrupted_second_pass_goes_on_where_it_stopped(
     monkeypatch.setattr(
         running,
         "write_records",
-        lambda job, songs, tally: real(job, songs[:1], tally) or (_ for _ in ()).throw(KeyboardInterrupt),
+        lambda job, songs, results: real(job, songs[:1], results) or (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(Interrupted):
         preprocess(job(library, tmp_path / "out"), null)
@@ -349,7 +349,7 @@ def test_an_interrupted_second_pass_goes_on_where_it_stopped(
     assert loaded == ["condition_encoder"]
 
 
-# --- each pass holds only its parts ----------------------------------------------------------------------------------------------------------
+# --- each pass holds only its parts ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["turbo", "xl-turbo"])
@@ -392,7 +392,7 @@ def test_vae_and_text_encoder_are_gone_before_the_second_pass(library: Path, tmp
     assert alive == []
 
 
-# --- failures --------------------------------------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_one_bad_file_is_reported_and_the_others_go_on(library: Path, tmp_path: Path):
@@ -465,7 +465,7 @@ def test_a_disk_that_fills_up_stops_the_job_and_keeps_what_is_done(library: Path
     assert summary.done + summary.skipped == 3
 
 
-# --- what the user hears ---------------------------------------------------------------------------------------------------------------------
+# --- what the user hears --------------------------------------------------------------------------
 
 
 def test_text_that_is_cut_is_said_with_the_number_of_tokens(library: Path, tmp_path: Path):

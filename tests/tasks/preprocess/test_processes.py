@@ -1,10 +1,11 @@
-"""Preprocessing that is killed, and preprocessing by several processes at once: the same records, nothing done twice."""
+"""Preprocessing that is killed or stopped, and by several processes at once: the same records, nothing done twice."""
 
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow  # importing torch in one more process takes longe
 # One process imports torch; each job is a fork of it, which costs a few hundredths of a second instead of seconds.
 processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 if sys.platform != "win32":
-    processes.set_forkserver_preload(["tests.test_preprocess_processes"])
+    processes.set_forkserver_preload(["tests.tasks.preprocess.test_processes"])
 
 
 def digest(audio) -> str:
@@ -34,7 +35,10 @@ def digest(audio) -> str:
 
 
 def work(library: Path, output: Path, log: Path, environment: dict[str, str]) -> None:
-    """A job in a process of its own. The log gets a line for each song encoded, with whether its record stood already, and its summary."""
+    """A job in a process of its own.
+
+    The log gets a line for each song encoded, with whether its record was there already, and its summary.
+    """
     os.environ.update(environment)
     names = {digest(decode(library / name)): name for name in SONGS}
 
@@ -101,7 +105,7 @@ def files(folder: Path) -> set[str]:
 
 def assert_complete(output: Path, reference: dict) -> None:
     assert contents(output) == reference
-    assert files(output) == {f"{name}.pt" for name in SONGS}  # no temporary file, no claim, no intermediate
+    assert files(output) == {f"{name}.pt" for name in SONGS}  # no temporary file, no lock, no intermediate
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL; terminate() is not as sudden")
@@ -141,7 +145,7 @@ def test_two_processes_over_one_folder_make_the_same_set_and_no_song_twice(libra
     assert sum(done for _, done, _, _ in summaries) == len(SONGS)
     assert all(
         done + skipped == len(SONGS) for _, done, skipped, _ in summaries
-    )  # each returns when the whole set stands
+    )  # each returns when the whole set is there
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -154,6 +158,59 @@ def test_a_killed_processs_songs_are_taken_over_by_the_one_that_lives(library: P
     finish(both[1])
     assert_complete(tmp_path / "out", reference[0])
     assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_a_stopped_process_keeps_its_songs_and_the_others_wait_for_it(library: Path, reference, tmp_path: Path):
+    log = tmp_path / "log"
+    stopped = start(library, tmp_path / "out", log)
+    wait_for(lambda: lines(log, "encoded"))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    other = start(library, tmp_path / "out", log)
+    wait_for(lambda: len(files(tmp_path / "out")) > len(SONGS) // 2)
+    other.join(3)
+    assert other.exitcode is None  # it waits: a stopped process holds songs
+    os.kill(stopped.pid, signal.SIGCONT)
+    finish(stopped, other)
+    assert_complete(tmp_path / "out", reference[0])
+    assert Counter(name for _, name, _ in lines(log, "encoded")) == Counter(SONGS)
+    summaries = lines(log, "summary")
+    assert sum(done for _, done, _, _ in summaries) == len(SONGS)
+    assert all(done + skipped == len(SONGS) for _, done, skipped, _ in summaries)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_a_stopped_process_that_is_killed_is_taken_over_by_the_one_that_waits(library: Path, reference, tmp_path: Path):
+    log = tmp_path / "log"
+    stopped = start(library, tmp_path / "out", log)
+    wait_for(lambda: lines(log, "encoded"))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    other = start(library, tmp_path / "out", log)
+    other.join(3)
+    assert other.exitcode is None
+    stopped.kill()
+    stopped.join()
+    finish(other)
+    assert_complete(tmp_path / "out", reference[0])
+    assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_a_process_that_waits_stops_at_ctrl_c(library: Path, tmp_path: Path):
+    log = tmp_path / "log"
+    stopped = start(library, tmp_path / "out", log)
+    wait_for(lambda: lines(log, "encoded"))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    other = start(library, tmp_path / "out", log)
+    other.join(3)
+    assert other.exitcode is None
+    began = time.monotonic()
+    os.kill(other.pid, signal.SIGINT)
+    other.join(30)
+    assert other.exitcode == 1  # Interrupted, which nobody catches here
+    assert time.monotonic() - began < 5
+    stopped.kill()
+    stopped.join()
 
 
 def test_ranks_split_the_songs_and_each_returns_when_all_are_done(library: Path, reference, tmp_path: Path):
