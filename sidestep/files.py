@@ -1,6 +1,6 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, then renamed.
 
-Where this platform keeps a program's settings and its logs.
+And the lock of a folder with one writer, and the folders in which this platform keeps a program's settings and logs.
 """
 
 import hashlib
@@ -10,11 +10,12 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import platformdirs
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from sidestep.errors import UserError
@@ -30,7 +31,7 @@ _counter = itertools.count()
 def host_id() -> str:
     """Eight hex digits for this machine, or this container: where process ids mean the same."""
     try:
-        namespace = os.stat("/proc/self/ns/pid").st_ino
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         namespace = 0
     return hashlib.blake2b(f"{socket.gethostname()}:{namespace}".encode(), digest_size=4).hexdigest()
@@ -38,7 +39,7 @@ def host_id() -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` (made if need be) to write to; it becomes `path` when the block ends well.
+    """A temporary path beside `path` (its folder is made if need be) that becomes `path` when the block ends well.
 
     The name says which process of which machine writes, so that leftovers of dead ones can be told from work under way.
     """
@@ -46,7 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".tmp-{host_id()}-{os.getpid()}-{next(_counter)}"
     try:
         yield temporary
-        _flush(temporary)
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
         _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -59,15 +61,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as f:
-        os.fsync(f.fileno())
-
-
 def _replace(temporary: Path, path: Path) -> None:
     for attempt in range(REPLACE_TRIES):
         try:
-            os.replace(temporary, path)
+            temporary.replace(path)
             return
         except PermissionError:
             if sys.platform != "win32" or attempt == REPLACE_TRIES - 1:
@@ -88,27 +85,24 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-OVERRIDE = "SIDE_STEP_HOME"  # one folder for everything: portable installs and tests
-
-
 def config_folder() -> Path:
-    """Folder of the settings file and of the user's presets; may not exist yet."""
-    return _folder("XDG_CONFIG_HOME", Path.home() / ".config", "APPDATA")
+    """Folder of the settings file and of the user's presets; may not exist yet. SIDE_STEP_HOME overrides it."""
+    return _folder(platformdirs.user_config_path)
 
 
 def state_folder() -> Path:
-    """Folder of the log of what went wrong outside any run; may not exist yet."""
-    return _folder("XDG_STATE_HOME", Path.home() / ".local" / "state", "LOCALAPPDATA")
+    """Folder of the log of what went wrong outside any run; may not exist yet. SIDE_STEP_HOME overrides it."""
+    return _folder(platformdirs.user_state_path)
 
 
-def _folder(xdg: str, default: Path, windows: str) -> Path:
-    if os.environ.get(OVERRIDE):
-        return Path(os.environ[OVERRIDE]).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get(windows) or Path.home()) / "Side-Step"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "Side-Step"
-    return Path(os.environ.get(xdg) or default) / "side-step"
+def _folder(path_of: Callable[..., Path]) -> Path:
+    if home := os.environ.get("SIDE_STEP_HOME"):  # one folder for everything: portable installs and tests
+        return Path(home).expanduser()
+    if sys.platform == "darwin":  # XDG variables move it since 0.2.0; what stands in the old place stays there
+        old = Path.home() / "Library" / "Application Support" / "Side-Step"
+        return old if old.is_dir() else path_of("Side-Step", appauthor=False)
+    name = "Side-Step" if sys.platform == "win32" else "side-step"
+    return path_of(name, appauthor=False, roaming=path_of is platformdirs.user_config_path)
 
 
 @contextmanager

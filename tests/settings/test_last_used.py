@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from sidestep import files as folders
 from sidestep.settings import last_used
 
 
@@ -56,19 +55,3 @@ def test_a_folder_that_cannot_be_written_to_is_only_mentioned(home, monkeypatch)
     (home / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("SIDE_STEP_HOME", str(home / "file"))
     assert "could not be kept" in last_used.write({"rank": 8})
-
-
-@pytest.mark.parametrize(
-    ("platform", "env", "end"),
-    [
-        ("linux", {"XDG_CONFIG_HOME": "/x"}, Path("/x/side-step")),
-        ("darwin", {}, Path("Library/Application Support/Side-Step")),
-        ("win32", {"APPDATA": "/roaming"}, Path("/roaming/Side-Step")),
-    ],
-)
-def test_each_platform_has_its_own_folder(monkeypatch, platform, env, end):
-    monkeypatch.delenv("SIDE_STEP_HOME")
-    monkeypatch.setattr(folders.sys, "platform", platform)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert folders.config_folder().as_posix().endswith(end.as_posix())

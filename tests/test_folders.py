@@ -1,0 +1,70 @@
+"""The folders of settings and logs on each platform, and files that are whole or absent."""
+
+import contextlib
+from pathlib import Path
+
+import platformdirs
+import pytest
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
+
+from sidestep import files
+from sidestep.files import config_folder, replacing, state_folder, write_text
+
+
+@pytest.fixture
+def platform(monkeypatch, tmp_path):
+    """Puts the test on a platform, with an empty home folder."""
+    for name in ("SIDE_STEP_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def put(name: str, folders: type) -> Path:
+        monkeypatch.setattr(files.sys, "platform", name)
+        monkeypatch.setattr(platformdirs, "PlatformDirs", folders)
+        return tmp_path
+
+    return put
+
+
+def test_linux_keeps_settings_and_state_where_xdg_says(platform, monkeypatch):
+    home = platform("linux", Unix)
+    assert (config_folder(), state_folder()) == (home / ".config/side-step", home / ".local/state/side-step")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "c"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "s"))
+    assert (config_folder(), state_folder()) == (home / "c/side-step", home / "s/side-step")
+
+
+def test_macos_keeps_both_in_application_support_and_stays_there_when_xdg_says_otherwise(platform, monkeypatch):
+    home = platform("darwin", MacOS)
+    usual = home / "Library/Application Support/Side-Step"
+    assert (config_folder(), state_folder()) == (usual, usual)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "c"))
+    assert config_folder() == home / "c/Side-Step"
+    usual.mkdir(parents=True)
+    assert config_folder() == usual
+
+
+def test_windows_keeps_settings_in_the_roaming_folder_and_state_in_the_local_one(platform):
+    class Windows:
+        def __init__(self, appname, appauthor, roaming, **_):
+            assert appauthor is False
+            self.user_config_path = self.user_state_path = Path("Roaming" if roaming else "Local") / appname
+
+    platform("win32", Windows)
+    assert (config_folder(), state_folder()) == (Path("Roaming/Side-Step"), Path("Local/Side-Step"))
+
+
+def test_one_variable_holds_everything_in_one_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "all"))
+    assert config_folder() == state_folder() == tmp_path / "all"
+
+
+def test_a_file_is_whole_or_what_was_there(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one\n")
+    with contextlib.suppress(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"one\n"
+    assert list(path.parent.iterdir()) == [path]
