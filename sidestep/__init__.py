@@ -1,3 +1,3 @@
 """Side-Step: train LoRA and LoKr adapters for ACE-Step 1.5."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

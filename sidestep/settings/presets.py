@@ -12,7 +12,7 @@ from sidestep.files import config_folder, write_text
 from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
 
-BUILT_IN = Path(__file__).resolve().parents[2] / "presets"
+BUILT_IN = Path(__file__).resolve().parent / "built_in"
 # the others have no settings worth keeping under a name
 COMMANDS_WITH_PRESETS = ("fixed", "preprocess", "estimate", "plan")
 # GiB of the smallest card that each is made for
