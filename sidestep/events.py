@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +134,25 @@ def as_json(event: Event) -> str:
 
 
 class EventLog:
-    """Appends every event to a file, one JSON line each; use as `report` or beside one."""
+    """Appends every event to a file, one JSON line each; use as `report` or beside one.
+
+    The file is made at the first event: a call that is refused leaves nothing behind.
+    """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open(
-            "a", encoding="utf-8", errors="backslashreplace", buffering=1
-        )  # a Linux file name may be no UTF-8
+        self._path = path
+        self._file: TextIO | None = None
 
     def __call__(self, event: Event) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # a Linux file name may be no UTF-8
+            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._file.write(as_json(event) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def tee(first: Report, second: Report) -> Report:

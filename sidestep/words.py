@@ -6,6 +6,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+# How this program is called: from its folder, or as the installed command.
+PROGRAM = ("uv", "run", "train.py") if (Path(__file__).parents[1] / "train.py").is_file() else ("side-step",)
 
 
 def clock(seconds: float | None) -> str:
@@ -53,7 +57,7 @@ def paste(words: Iterable[str], shell: str = "") -> str:
 
 def train_py(*words: str) -> str:
     """The line that runs a command of this program: `uv run train.py` and these words, quoted for the shell at hand."""
-    return paste(("uv", "run", "train.py", *words))
+    return paste((*PROGRAM, *words))
 
 
 def _shell_at_hand() -> str:

@@ -1,7 +1,7 @@
-"""Runs the command of a config: finds its function, turns what it returns and reports into JSON and an exit status.
+"""Runs the command of a config: finds its function, and turns what that returns into output and an exit status.
 
-Most commands are a task and nothing else; the functions below are those that do more. A task is imported when it runs, so that help and the
-wizard start without torch.
+Most commands are a task and nothing else; the functions below are those that do more. A task is imported when it runs,
+so that help and the wizard start without torch.
 """
 
 import dataclasses
@@ -27,7 +27,10 @@ from sidestep.wizard.review import preset_table
 
 
 def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
-    """Run a config's command. Files that had to be left out have a status of their own; `--json` prints what the command returns."""
+    """Run a config's command. Text that it returns is printed, with `--json` any result.
+
+    Files that had to be left out have an exit status of their own.
+    """
     module, function = COMMANDS[command_of(type(config))].run.split(":")
     left_out: list[FileFailed] = []
 
@@ -39,7 +42,9 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
     result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     if isinstance(result, ExitStatus):
         return result
-    if getattr(config, "json", False):
+    if isinstance(result, str):
+        terminal.out.write(result)
+    elif getattr(config, "json", False):
         terminal.out.write(json.dumps(result, default=_plain, ensure_ascii=False) + "\n")
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
 

@@ -1,18 +1,19 @@
-"""The only error boundary: what a job raises becomes a message, a log and an exit status.
+"""From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept.
 
-From argv to exit status: read the call, make the terminal, run the commands with their events shown and kept.
+The only error boundary stands here: what a job raises becomes a message, a log and an exit status.
 """
 
 import errno
 import logging
 import os
+import platform
 import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -39,73 +40,6 @@ RETYPE = {
 }
 
 
-def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Callable[[], int]) -> int:
-    """Run a job and return its exit status; whatever it raises is told in the user's words.
-
-    `log_folder`: the run's output folder, where a traceback goes (None: the platform's folder for logs).
-    """
-    try:
-        return int(job())
-    except Interrupted as stopped:
-        terminal.error("Stopped; what was done is saved.", f"Go on with:\n  {stopped.resume}" if stopped.resume else "")
-        return ExitStatus.INTERRUPTED
-    except KeyboardInterrupt:
-        terminal.error("Stopped.")
-        return ExitStatus.INTERRUPTED
-    except UserError as error:
-        if error.status == ExitStatus.FAILED and (folder := log_folder()) is not None and folder.is_dir():
-            write_log(folder)
-        terminal.error(error.problem, error.fix)
-        return error.status
-    except BrokenPipeError:
-        # The reader (head, less) has gone: point the stream elsewhere so that Python's own flush at exit stays quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.OK
-    except Exception as error:  # noqa: BLE001  this is the boundary
-        return _unexpected(error, terminal, log_folder())
-
-
-def _unexpected(error: Exception, terminal: Terminal, folder: Path | None) -> ExitStatus:
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "torch":
-        terminal.error(
-            "PyTorch is not installed.",
-            f"Install the build for this machine, then run the command again:\n  {INSTALL_TORCH}",
-        )
-        return ExitStatus.FAILED
-    log = write_log(folder)
-    where = f"The details are in {log}." if log else "The log could not be written."
-    if isinstance(error, OSError) and error.strerror:
-        terminal.error(
-            f"{error.strerror}: {error.filename or 'no file named'}.", f"{RETYPE.get(error.errno, '')} {where}".strip()
-        )
-    else:
-        first = str(error).strip().split("\n")[0][:200]
-        terminal.error(
-            f"Something went wrong that Side-Step did not expect ({type(error).__name__}{': ' + first if first else ''}).",
-            where,
-        )
-    return ExitStatus.FAILED
-
-
-def write_log(folder: Path | None) -> Path | None:
-    """Append the current exception's traceback to `sidestep.log`; the file, or None where no folder takes it."""
-    text = (
-        f"{time.strftime('%Y-%m-%d %H:%M:%S')} Side-Step {__version__} Python {sys.version.split()[0]} {sys.platform}\n"
-    )
-    text += f"{' '.join(sys.argv)}\n{traceback.format_exc()}\n"
-    for place in [folder, state_folder(), Path.cwd()]:
-        if place is None:
-            continue
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            with (place / "sidestep.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
-                log.write(text)
-        except OSError:
-            continue
-        return place / "sidestep.log"
-    return None
-
-
 def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
     """Run one command line and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -124,12 +58,16 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     terminal = terminal or open_terminal(call.plain)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _as_ctrl_c)
-    if call.command is None:
+    if not call.command:
         return start_wizard(terminal)
     configs: list[Any] = []
     return guarded(
         terminal, lambda: output_folder(configs[-1]) if configs else None, lambda: run_call(call, configs, terminal)
     )
+
+
+def _as_ctrl_c(_signum: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def open_terminal(plain: bool) -> Terminal:
@@ -154,12 +92,8 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     preset = presets.find(name) if name else None
     configs = configs_of(call, preset.values if preset else {})
     if preset and preset.unknown:
-        notes.append(
-            Notice(
-                message=f"Preset {preset.name}: ignored, because no command has such a setting: {', '.join(preset.unknown)}.",
-                level="warning",
-            )
-        )
+        unknown = f"ignored, because no command has such a setting: {', '.join(preset.unknown)}."
+        notes.append(Notice(message=f"Preset {preset.name}: {unknown}", level="warning"))
     worst = ExitStatus.OK
     for config in configs:
         running.append(config)
@@ -170,7 +104,7 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     return worst
 
 
-def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> ExitStatus:
+def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> ExitStatus:
     """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
     one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
@@ -181,7 +115,7 @@ def run_config(config: Any, terminal: Terminal, notes: list[Event] = ()) -> Exit
             stack.enter_context(one_writer(config.output_dir))
         report = stack.enter_context(terminal.view())
         if folder is not None:
-            log = LazyEventLog(folder / "events.jsonl")
+            log = EventLog(folder / "events.jsonl")
             stack.callback(log.close)
             report = tee(log, report)
         for note in notes:
@@ -195,21 +129,6 @@ def output_folder(config: Any) -> Path | None:
         case TrainConfig(output_dir=folder) | PreprocessConfig(tensor_output=folder) | DemoConfig(output_dir=folder):
             return folder
     return None
-
-
-class LazyEventLog:
-    """An EventLog that makes its file at the first event: a call that is refused leaves nothing behind."""
-
-    def __init__(self, path: Path):
-        self._path, self._log = path, None
-
-    def __call__(self, event: Event) -> None:
-        self._log = self._log or EventLog(self._path)
-        self._log(event)
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
 
 
 def start_wizard(terminal: Terminal) -> int:
@@ -239,18 +158,80 @@ def asking(terminal: Terminal) -> tuple[Ask, Report]:
     """How questions are asked and lines shown on this terminal: with cursor keys where it can, numbered otherwise."""
     if terminal.plain or not can_draw():
         return NumberedAsk(terminal), PlainView(terminal.print)
-    from sidestep.terminal.rich_terminal import shown
+    from sidestep.terminal.rich_terminal import RichTerminal, shown
     from sidestep.wizard.prompts import QuestionaryAsk
 
-    return QuestionaryAsk(terminal), lambda event: terminal.console.print(
-        shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table)
-    )
+    assert isinstance(terminal, RichTerminal)
+
+    def show(event: Event) -> None:
+        terminal.console.print(shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table))
+
+    return QuestionaryAsk(terminal), show
 
 
 def can_draw() -> bool:
-    """False in the one kind of window that claims to be a terminal and is none: a Windows program inside mintty (Git Bash)."""
+    """False in the one window that says it is a terminal and is none: a Windows program in mintty (Git Bash)."""
     return not (sys.platform == "win32" and os.environ.get("MSYSTEM") and os.environ.get("TERM_PROGRAM") == "mintty")
 
 
-def _as_ctrl_c(_signum: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Callable[[], int]) -> int:
+    """Run a job and return its exit status; whatever it raises is told in the user's words.
+
+    `log_folder`: the run's output folder, where a traceback goes (None: the platform's folder for logs).
+    """
+    try:
+        return int(job())
+    except Interrupted as stopped:
+        fix = f"Go on with:\n  {stopped.resume}" if stopped.resume else ""
+        terminal.error("Stopped; what was done is saved.", fix)
+        return ExitStatus.INTERRUPTED
+    except KeyboardInterrupt:
+        terminal.error("Stopped.")
+        return ExitStatus.INTERRUPTED
+    except UserError as error:
+        if error.status == ExitStatus.FAILED and (folder := log_folder()) is not None and folder.is_dir():
+            write_log(folder)
+        terminal.error(error.problem, error.fix)
+        return error.status
+    except BrokenPipeError:
+        # The reader (head, less) has gone: point the stream elsewhere so that Python's own flush at exit stays quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+    except Exception as error:  # noqa: BLE001  this is the boundary
+        return _unexpected(error, terminal, log_folder())
+
+
+def _unexpected(error: Exception, terminal: Terminal, folder: Path | None) -> ExitStatus:
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "torch":
+        terminal.error(
+            "PyTorch is not installed.",
+            f"Install the build for this machine, then run the command again:\n  {INSTALL_TORCH}",
+        )
+        return ExitStatus.FAILED
+    log = write_log(folder)
+    where = f"The details are in {log}." if log else "The log could not be written."
+    if isinstance(error, OSError) and error.strerror:
+        fix = f"{RETYPE.get(error.errno or 0, '')} {where}".strip()
+        terminal.error(f"{error.strerror}: {error.filename or 'no file named'}.", fix)
+    else:
+        first = str(error).strip().split("\n")[0][:200]
+        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        terminal.error(f"Something went wrong that Side-Step did not expect ({what}).", where)
+    return ExitStatus.FAILED
+
+
+def write_log(folder: Path | None) -> Path | None:
+    """Append the current exception's traceback to `sidestep.log`; the file, or None where no folder takes it."""
+    versions = f"Side-Step {__version__} Python {platform.python_version()} {sys.platform}"
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {versions}\n{' '.join(sys.argv)}\n{traceback.format_exc()}\n"
+    for place in [folder, state_folder(), Path.cwd()]:
+        if place is None:
+            continue
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with (place / "sidestep.log").open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+        except OSError:
+            continue
+        return place / "sidestep.log"
+    return None

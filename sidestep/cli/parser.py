@@ -15,18 +15,19 @@ from sidestep.settings.option import Option, options_of, resolve, splits_at_comm
 from sidestep.settings.path_checks import find_models
 from sidestep.settings.presets import COMMANDS_WITH_PRESETS, PROFILES, profile_for
 from sidestep.variants import OFFICIAL_FOLDERS
+from sidestep.words import PROGRAM
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A command line, read: the command (None: none was given) and what was typed for it, by setting name.
+    """A command line, read: the command (empty: none was given) and what was typed for it, by setting name.
 
     preprocess: `fixed --preprocess` was typed, which preprocesses and, with an output folder, trains afterwards.
     """
 
-    command: str | None = None
+    command: str = ""
     typed: dict[str, Any] = field(default_factory=dict)
     preprocess: bool = False
     preset: str = ""
@@ -68,9 +69,9 @@ def parse(argv: list[str]) -> Call:
     if extra:
         raise _unknown(typed_command, parser, extra)
     typed = vars(found)
-    flags = {"plain": False, "yes": False, "preset": "", "vram_profile": "", "preprocess": False}
-    flags |= {name: typed.pop(name) for name in flags if name in typed}
-    flags |= {"plain": namespace.plain or flags["plain"], "yes": namespace.yes or flags["yes"]}
+    preprocess, preset = typed.pop("preprocess", False), typed.pop("preset", "")
+    vram_profile = typed.pop("vram_profile", "")
+    plain, yes = typed.pop("plain", namespace.plain), typed.pop("yes", namespace.yes)
     options = options_for(command)
     values = {}
     for name, value in typed.items():
@@ -80,7 +81,7 @@ def parse(argv: list[str]) -> Call:
         if isinstance(value, list) and splits_at_commas(o):
             value = [part for word in value for part in word.split(",") if part]
         values[name] = value
-    return Call(command, values, **flags)
+    return Call(command, values, preprocess, preset, vram_profile, plain, yes)
 
 
 def configs_of(call: Call, preset: dict[str, Any]) -> list[Any]:
@@ -139,7 +140,7 @@ def options_for(command: str) -> dict[str, Option]:
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of one command, by any of its spellings: a group per section, nothing in the namespace but what is typed."""
+    """The parser of one command, by any of its spellings; its namespace holds only what is typed."""
     options, name = options_for(command), SPELLINGS[command]
 
     def needed(config_class: type) -> str:
@@ -149,19 +150,20 @@ def command_parser(command: str) -> argparse.ArgumentParser:
         ]
         return " ".join([*words, "[FLAGS]"])
 
-    usage = f"train.py {command} {needed(COMMANDS[name].config)}"
+    prog = f"{PROGRAM[-1]} {command}"
+    usage = f"{prog} {needed(COMMANDS[name].config)}"
     if name == "fixed":
-        usage += f"\n       train.py {command} --preprocess --audio-dir PATH {needed(PreprocessConfig)}"
+        usage += f"\n       {prog} --preprocess --audio-dir PATH {needed(PreprocessConfig)}"
     others = [other for other in (name, *COMMANDS[name].spellings) if other != command]
     also = f" Also spelled: {', '.join(others)}." if others else ""
-    parser = _Parser(f"train.py {command}", usage=usage, description=f"{COMMANDS[name].help}.{also}")
+    parser = _Parser(prog, usage=usage, description=f"{COMMANDS[name].help}.{also}")
     parser.add_argument("--plain", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--yes", "-y", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     if name == "fixed":
         help = "turn audio into training tensors; with --output-dir too, train on them afterwards"
         parser.add_argument("--preprocess", action="store_true", default=argparse.SUPPRESS, help=help)
     if name in COMMANDS_WITH_PRESETS:
-        help = "start from a preset (see: train.py presets list); typed flags win"
+        help = f"start from a preset (see: {PROGRAM[-1]} presets list); typed flags win"
         parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help=help)
         help = "start from the preset for this GPU (auto), or for a card of that kind; typed flags win"
         parser.add_argument("--vram-profile", choices=("auto", *PROFILES), default=argparse.SUPPRESS, help=help)
@@ -201,23 +203,24 @@ def _default_note(o: Option) -> str:
     return f" (default: {' '.join(map(str, o.default)) if o.many else o.default})"
 
 
-def global_parser() -> argparse.ArgumentParser:
-    """The parser of the words before and including the command; its help is that of `train.py` itself."""
+def global_parser(with_command: bool = True) -> argparse.ArgumentParser:
+    """The parser of the words before and including the command; its help is that of the program itself."""
     names = {name: ", ".join([name, *command.spellings]) for name, command in COMMANDS.items()}
     width = max(map(len, names.values()))
     commands = "\n".join(f"  {names[name]:<{width}}  {command.help}" for name, command in COMMANDS.items())
     parser = _Parser(
-        "train.py",
-        usage="train.py [--plain] [--yes] [--version] [COMMAND ...]",
+        PROGRAM[-1],
+        usage=f"{PROGRAM[-1]} [--plain] [--yes] [--version] [COMMAND ...]",
         description="Side-Step: train adapters for ACE-Step 1.5.\nWithout a command, in a terminal, the wizard starts.",
-        epilog=f"commands:\n{commands}\n\ntrain.py COMMAND --help lists the flags of a command.",
+        epilog=f"commands:\n{commands}\n\n{PROGRAM[-1]} COMMAND --help lists the flags of a command.",
     )
     plain = "plain text only: no colours, no live view, numbered questions"
     parser.add_argument("--plain", action="store_true", help=plain)
     parser.add_argument("--yes", "-y", action="store_true", help="ask for no confirmation")
     parser.add_argument("--version", action="version", version=f"Side-Step {__version__}")
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if with_command:
+        parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+        parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 

@@ -13,6 +13,7 @@ ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
 SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup")
 NORMALIZATIONS = ("none", "peak", "lufs")
+SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
 
 def twice_the_rank(answers: Answers) -> float | None:
@@ -865,6 +866,13 @@ class PlanConfig:
     swap_blocks: int = same_as(TrainConfig, "swap_blocks")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """`completion`: what a shell needs to complete commands and flags."""
+
+    shell: str = option(MISSING, "shell to print the script for", "shell", group="Completion", choices=SHELLS)
+
+
 class Command(NamedTuple):
     """A command: its settings, one line of help, and the function that runs it.
 
@@ -911,6 +919,11 @@ COMMANDS = {
     "presets": Command(PresetsConfig, "list, show, import or export presets", "cli.commands:presets"),
     "doctor": Command(
         DoctorConfig, "show device, memory, precision and versions, for a bug report", "tasks.doctor:doctor"
+    ),
+    "completion": Command(
+        CompletionConfig,
+        "print the script with which a shell completes commands and flags of side-step",
+        "cli.completion:completion",
     ),
 }
 SPELLINGS = {other: name for name, command in COMMANDS.items() for other in (name, *command.spellings)}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import AceStepTransformer1DModel
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention

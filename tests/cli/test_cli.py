@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sidestep.cli import commands
+from sidestep.cli import commands, outside
 from sidestep.cli import main as cli_main
-from sidestep.cli.main import LazyEventLog, main, output_folder
+from sidestep.cli.main import main, output_folder
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
-from sidestep.events import Notice, Saved
+from sidestep.events import EventLog, Notice, Saved
 from sidestep.settings import presets
 from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig, command_of
 from sidestep.tasks.plan.device import Device
@@ -137,7 +137,7 @@ def test_events_are_shown_and_kept_beside_the_run(task, tmp_path, capsys):
 
 
 def test_a_log_of_events_without_events_makes_no_folder(tmp_path):
-    LazyEventLog(tmp_path / "new" / "events.jsonl").close()
+    EventLog(tmp_path / "new" / "events.jsonl").close()
     assert not (tmp_path / "new").exists()
 
 
@@ -290,17 +290,30 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+def loaded_of(*modules: str) -> str:
+    """Code that prints which of these modules were imported."""
+    return f"print([m for m in {modules} if m in sys.modules])"
+
+
 @pytest.mark.parametrize(
     "argv", [["--help"], ["build-dataset", "--help"], ["fixed", "--help"], ["--version"], ["presets", "list"], []]
 )
 def test_what_needs_no_torch_imports_none(argv):
-    code = f"import sys; from sidestep.cli.main import main; main({argv!r}); print([m for m in ('torch', 'numpy', 'rich', 'questionary') if m in sys.modules])"
+    run = f"import sys; from sidestep.cli.main import main; main({argv!r})"
+    code = f"{run}; {loaded_of('torch', 'numpy', 'rich', 'questionary')}"
     assert python(code).stdout.splitlines()[-1] == "[]"
 
 
 def test_the_wizard_with_its_prompts_imports_no_torch():
-    code = "import sys, sidestep.cli.main, sidestep.wizard.prompts, sidestep.terminal.rich_terminal; print([m for m in ('torch', 'numpy', 'av') if m in sys.modules])"
+    imports = "import sys, sidestep.cli.main, sidestep.wizard.prompts, sidestep.terminal.rich_terminal"
+    code = f"{imports}; {loaded_of('torch', 'numpy', 'av')}"
     assert python(code).stdout.strip() == "[]"
+
+
+def test_the_wizard_asks_this_program_for_what_needs_torch_from_any_folder(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the user')", encoding="utf-8")
+    assert outside.json_of("history", str(tmp_path), "--json") == {"runs": []}
+    assert outside.json_of("history", str(tmp_path / "none"), "--json") is None
 
 
 def test_a_missing_torch_prints_the_command_that_installs_it():

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -19,6 +20,7 @@ from sidestep.acestep.vae import encode_mean
 from sidestep.variants import CONFIG_2B, OFFICIAL_FOLDERS
 
 END = "<|endoftext|>"
+RATE = 48000
 CHANNELS = 8
 WIDTH = 32
 SIZES = CONFIG_2B | {
@@ -54,7 +56,7 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
             decoder_channels=8,
             decoder_input_channels=CHANNELS,
             downsampling_ratios=[2, 4, 4, 6, 10],
-            sampling_rate=48000,
+            sampling_rate=RATE,
         )
         vae.eval().save_pretrained(folder / "vae")
         _write_text_encoder(folder / TEXT_ENCODER_FOLDER)
@@ -124,7 +126,7 @@ def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    silence = encode_mean(vae, torch.zeros(1, 2, round(SILENCE_SECONDS * vae.config.sampling_rate)))
+    silence = encode_mean(vae, torch.zeros(1, 2, round(SILENCE_SECONDS * RATE)))
     torch.save(silence.transpose(1, 2).contiguous(), folder / "silence_latent.pt")
 
 
