@@ -290,25 +290,25 @@ def _opened(path: Path) -> Iterator[_Source]:
     with ExitStack() as stack:
         try:
             if path.suffix.lower() in _MPEG:
-                raise _NotUnderstood
+                raise _NotSndfile
             source = stack.enter_context(_sndfile(path))
-        except _NotUnderstood:
+        except _NotSndfile:
             source = stack.enter_context(_ffmpeg(path))
         yield source
 
 
-class _NotUnderstood(Exception):
+class _NotSndfile(Exception):
     """libsndfile does not know this kind of file, or is not to be asked."""
 
 
 @contextmanager
 def _sndfile(path: Path) -> Iterator[_Source]:
     if path.suffix.lower() == ".raw":  # soundfile would ask for a format; a raw file has none to give
-        raise _NotUnderstood
+        raise _NotSndfile
     try:
         file = soundfile.SoundFile(str(path) if sys.platform == "win32" else os.fsencode(path))
     except (soundfile.LibsndfileError, UnicodeError) as error:
-        raise _NotUnderstood from error
+        raise _NotSndfile from error
 
     def blocks() -> Iterator[np.ndarray]:
         done = 0

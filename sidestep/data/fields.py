@@ -1,17 +1,17 @@
-"""What may be known of a song, under which names people write it, and the one form in which it reaches a prompt.
+"""The fields of a song: the names people write them under, and the one form in which each reaches a prompt.
 
 bpm           whole number 30–300: 120, "120.4", "120 BPM", "120,5"
-keyscale      "A minor", "F# major", "Bb minor": also "Am", "a min", "F♯maj", a bare "C" (major), Camelot "8A", Open Key "1m"
+keyscale      "A minor", "F# major", "Bb minor": also "Am", "a min", "F♯maj", a bare "C" (major), Camelot "8A",
+              Open Key "1m"
 timesignature "2", "3", "4" or "6": also "4/4", "6/8"
-language      the model's code: also "English", "eng", "en-US"
+language      a code of the languages that the model sings: also "English", "eng", "en-US"
 duration      seconds: also "3:25"; only ever compared with the file, which has the last word
 caption, genre, custom_tag   one line: line breaks and runs of spaces become one space
-lyrics        as they are, but for trailing spaces, the blank lines around them and, with LRC time marks, LRC headers such as [ar: artist]
+lyrics        as they are, but for trailing spaces, the blank lines around them and, with LRC time marks, LRC headers
+              such as [ar: artist]
 
-Ways of saying "not known" ("", "N/A", "unknown", "none", "-", null; 0 as a bpm) give nothing and are no mistake. Whatever cannot be understood gives a
-NotUnderstood, whose words go to the user; the value never reaches a prompt.
-
-Languages the model was taught to sing, and the ways people and programs write them.
+Ways of saying "not known" ("", "N/A", "unknown", "none", "-", null; 0 as a bpm) give nothing and are no mistake.
+Whatever else has no meaning raises a FieldError, whose words go to the user; the value never reaches a prompt.
 """
 
 import math
@@ -64,185 +64,12 @@ _LRC_TIME = re.compile(r"^\s*\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]")
 _LRC_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 _LINE_ENDS = re.compile("\\r\\n?|[\\x85\\u2028\\u2029]")
-_UNUSUAL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _UNPAIRED = re.compile("[\\ud800-\\udfff]")
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
-_SHARPS_OR_FLATS = (
-    "C",
-    "G",
-    "D",
-    "A",
-    "E",
-    "B",
-    "F#",
-    "Db",
-    "Ab",
-    "Eb",
-    "Bb",
-    "F",
-)  # the circle of fifths, clockwise from C
+_CIRCLE_OF_FIFTHS = ("C", "G", "D", "A", "E", "B", "F#", "Db", "Ab", "Eb", "Bb", "F")  # clockwise from C
 _RELATIVE_MINORS = ("A", "E", "B", "F#", "C#", "G#", "D#", "Bb", "F", "C", "G", "D")
 
-
-class NotUnderstood(Exception):
-    """A value that means nothing here; the text says what would."""
-
-
-@lru_cache(maxsize=4096)
-def field_named(key: str) -> str | None:
-    """The field that a written key stands for ("Tempo", "time signature", "Custom-Tag"), or None."""
-    return _BY_NAME.get(re.sub(r"[\s_-]+", "", key).casefold())
-
-
-def understand(field: str, value: Any) -> Any:
-    """`value` in the field's one form; None when it says nothing. Raises NotUnderstood."""
-    if isinstance(value, str):
-        value = _clean(value)
-        if field != "lyrics" and value.strip().casefold() in _NOTHING:
-            return None
-    elif value is None:
-        return None
-    if isinstance(value, list) and field in ("genre", "lyrics", "caption") and all(isinstance(v, str) for v in value):
-        value = _clean(("\n" if field == "lyrics" else ", ").join(value))
-    if isinstance(value, dict | list):
-        raise NotUnderstood(f"{_short(value)} is no {field}")
-    return _READERS[field](value)
-
-
-def _clean(text: str) -> str:
-    """Without control characters and unpaired surrogates, which no tokenizer and no file takes; line breaks as \\n."""
-    if text.isprintable():
-        return text
-    if not _UNUSUAL.search(text):
-        return text
-    return _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", _LINE_ENDS.sub("\n", text)))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f'"{text if len(text) <= 60 else text[:57] + "…"}"'
-
-
-def _line(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise NotUnderstood(f"{_short(value)} is no text")
-    return " ".join(str(value).split()) or None
-
-
-def _lyrics(value: Any) -> str | None:
-    if not isinstance(value, str):
-        raise NotUnderstood(f"{_short(value)} is no text")
-    lines = [line.rstrip() for line in value.split("\n")]
-    if "[" in value and any(_LRC_TIME.match(line) for line in lines):
-        lines = [line for line in lines if not _LRC_HEADER.match(line)]
-    text = "\n".join(lines).strip("\n")
-    return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, str):
-        match = _NUMBER.match(value.strip())
-        value = float(match[1].replace(",", ".")) if match else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e12 < value < 1e12 or math.isnan(value):
-        raise NotUnderstood(f"{_short(value)} is no {what}")
-    return float(value)
-
-
-def _bpm(value: Any) -> int | None:
-    number = _number(value, "tempo; a number of beats per minute is, such as 120")
-    if number == 0:
-        return None
-    bpm = math.floor(number + 0.5)
-    if not BPM_RANGE[0] <= bpm <= BPM_RANGE[1]:
-        raise NotUnderstood(f"a tempo of {number:g} is outside {BPM_RANGE[0]}–{BPM_RANGE[1]}")
-    return bpm
-
-
-def _keyscale(value: Any) -> str:
-    text = str(value).strip()
-    if match := _CAMELOT.match(text):
-        number, letter = int(match[1]), match[2].lower()
-        if 1 <= number <= 12:
-            around = (number - 8) % 12 if letter in "ab" else number - 1  # 8B and 1d are C major
-            return f"{_RELATIVE_MINORS[around]} minor" if letter in "am" else f"{_SHARPS_OR_FLATS[around]} major"
-    match = _KEY.match(text) or _KEY.match(text[:1] + text[1:].casefold())
-    if not match:
-        raise NotUnderstood(f'{_short(value)} is no key; "A minor", "F# major" or "Bbm" is')
-    accidental = {"♯": "#", "#": "#", "♭": "b", "b": "b"}.get(
-        match[2] or "", "#" if "sharp" in (match[2] or "") else "b" if match[2] else ""
-    )
-    mode = match[3] or ""
-    minor = mode == "m" or mode.casefold() in ("minor", "min", "moll")
-    return f"{match[1].upper()}{accidental} {'minor' if minor else 'major'}"
-
-
-def _timesignature(value: Any) -> str:
-    text = re.sub(r"\s", "", str(int(value) if isinstance(value, float) and value.is_integer() else value))
-    upper = re.sub(r"[/:](2|4|8|16)$", "", text)
-    if isinstance(value, bool) or upper not in TIME_SIGNATURES:
-        raise NotUnderstood(f"{_short(value)} is no time signature that the model knows (2, 3, 4 or 6)")
-    return upper
-
-
-def _duration(value: Any) -> float | None:
-    if isinstance(value, str) and (match := _CLOCK.match(value.strip())):
-        value = int(match[1] or 0) * 3600 + int(match[2]) * 60 + float(match[3])
-    seconds = _number(value, "duration; a number of seconds is")
-    if seconds < 0:
-        raise NotUnderstood(f"a duration of {seconds:g} seconds is negative")
-    return seconds or None
-
-
-def _language(value: Any) -> str | None:
-    text = str(value).strip()
-    if text.casefold() in ("instrumental", "und", "zxx", "xxx", "mul", "unk"):
-        return None
-    code = language_code(text)
-    if not code:
-        raise NotUnderstood(f"{_short(value)} is no language that the model knows; a code such as en, ja or es is")
-    return code
-
-
-def _yes_or_no(value: Any) -> bool:
-    word = str(value).strip().casefold()
-    if word in ("true", "yes", "y", "1", "on"):
-        return True
-    if word in ("false", "no", "n", "0", "off"):
-        return False
-    raise NotUnderstood(f"{_short(value)} is neither true nor false")
-
-
-def _prompt_override(value: Any) -> str:
-    word = str(value).strip().casefold()
-    if word not in ("caption", "genre"):
-        raise NotUnderstood(f"{_short(value)} is neither caption nor genre")
-    return word
-
-
-def _repeat(value: Any) -> int:
-    number = _number(value, "number of repeats")
-    if not number.is_integer() or not 1 <= number <= 10_000:
-        raise NotUnderstood(f"{_short(value)} repeats: a whole number from 1 to 10000 is needed")
-    return int(number)
-
-
-_READERS = {
-    "caption": _line,
-    "genre": _line,
-    "custom_tag": _line,
-    "lyrics": _lyrics,
-    "bpm": _bpm,
-    "keyscale": _keyscale,
-    "timesignature": _timesignature,
-    "duration": _duration,
-    "language": _language,
-    "is_instrumental": _yes_or_no,
-    "prompt_override": _prompt_override,
-    "repeat": _repeat,
-}
-
-
-# code: ISO 639-2/3 codes and names, in English and in the language itself
+# The languages that the model sings: code → ISO 639-2/3 codes and names, in English and in the language itself
 _WRITTEN = {
     "ar": "ara arabic العربية",
     "az": "aze azerbaijani azərbaycan",
@@ -299,7 +126,124 @@ LANGUAGES = tuple(_WRITTEN)
 _CODE_OF = {name: code for code, names in _WRITTEN.items() for name in (code, *names.split())}
 
 
+class FieldError(Exception):
+    """A value that means nothing in its field; the text says what would."""
+
+
+@lru_cache(maxsize=4096)
+def field_named(key: str) -> str | None:
+    """The field that a written key stands for ("Tempo", "time signature", "Custom-Tag"), or None."""
+    return _BY_NAME.get(re.sub(r"[\s_-]+", "", key).casefold())
+
+
 def language_code(text: str) -> str | None:
-    """The model's code of a language: "EN", "eng", "English", "en-US" → "en"; None where the model has no such language."""
+    """The model's code of a language: "EN", "eng", "English", "en-US" → "en"; None where it has no such language."""
     text = text.strip().casefold().replace("_", "-")
     return _CODE_OF.get(text) or _CODE_OF.get(text.split("-")[0])
+
+
+def parse_field(name: str, value: Any) -> Any:
+    """`value`, as written, in the one form of the field `name`; None where it says nothing. Raises FieldError."""
+    if isinstance(value, list) and name in ("genre", "lyrics", "caption") and all(isinstance(v, str) for v in value):
+        value = ("\n" if name == "lyrics" else ", ").join(value)
+    elif isinstance(value, dict | list):
+        raise FieldError(f"{_quoted(value)} is no {name}")
+    if isinstance(value, str):
+        if not value.isprintable():  # control characters and unpaired surrogates: no tokenizer and no file takes them
+            value = _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", _LINE_ENDS.sub("\n", value)))
+        if name != "lyrics" and value.strip().casefold() in _NOTHING:
+            return None
+    if value is None:
+        return None
+    match name:
+        case "caption" | "genre" | "custom_tag":
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise FieldError(f"{_quoted(value)} is no text")
+            return " ".join(str(value).split()) or None
+        case "lyrics":
+            return _lyrics(value)
+        case "bpm":
+            number = _number(value, "tempo; a number of beats per minute is, such as 120")
+            bpm = math.floor(number + 0.5)
+            if number and not BPM_RANGE[0] <= bpm <= BPM_RANGE[1]:
+                raise FieldError(f"a tempo of {number:g} is outside {BPM_RANGE[0]}–{BPM_RANGE[1]}")
+            return bpm if number else None
+        case "keyscale":
+            return _keyscale(value)
+        case "timesignature":
+            text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+            beats = re.sub(r"[/:](2|4|8|16)$", "", re.sub(r"\s", "", text))
+            if isinstance(value, bool) or beats not in TIME_SIGNATURES:
+                raise FieldError(f"{_quoted(value)} is no time signature that the model knows (2, 3, 4 or 6)")
+            return beats
+        case "duration":
+            if isinstance(value, str) and (match := _CLOCK.match(value.strip())):
+                value = int(match[1] or 0) * 3600 + int(match[2]) * 60 + float(match[3])
+            seconds = _number(value, "duration; a number of seconds is")
+            if seconds < 0:
+                raise FieldError(f"a duration of {seconds:g} seconds is negative")
+            return seconds or None
+        case "repeat":
+            number = _number(value, "number of repeats")
+            if not number.is_integer() or not 1 <= number <= 10_000:
+                raise FieldError(f"{_quoted(value)} repeats: a whole number from 1 to 10000 is needed")
+            return int(number)
+    word = str(value).strip().casefold()
+    match name:
+        case "language" if word in ("instrumental", "und", "zxx", "xxx", "mul", "unk"):
+            return None
+        case "language" if code := language_code(word):
+            return code
+        case "language":
+            example = "a code such as en, ja or es is"
+            raise FieldError(f"{_quoted(value)} is no language that the model knows; {example}")
+        case "is_instrumental" if word in ("true", "yes", "y", "1", "on"):
+            return True
+        case "is_instrumental" if word in ("false", "no", "n", "0", "off"):
+            return False
+        case "is_instrumental":
+            raise FieldError(f"{_quoted(value)} is neither true nor false")
+        case "prompt_override" if word in ("caption", "genre"):
+            return word
+        case "prompt_override":
+            raise FieldError(f"{_quoted(value)} is neither caption nor genre")
+    raise KeyError(name)
+
+
+def _lyrics(value: Any) -> str | None:
+    if not isinstance(value, str):
+        raise FieldError(f"{_quoted(value)} is no text")
+    lines = [line.rstrip() for line in value.split("\n")]
+    if "[" in value and any(_LRC_TIME.match(line) for line in lines):
+        lines = [line for line in lines if not _LRC_HEADER.match(line)]
+    text = "\n".join(lines).strip("\n")
+    return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
+
+
+def _keyscale(value: Any) -> str:
+    text = str(value).strip()
+    if match := _CAMELOT.match(text):
+        number, letter = int(match[1]), match[2].lower()
+        if 1 <= number <= 12:
+            fifths = (number - 8) % 12 if letter in "ab" else number - 1  # 8B and 1d are C major
+            return f"{_RELATIVE_MINORS[fifths]} minor" if letter in "am" else f"{_CIRCLE_OF_FIFTHS[fifths]} major"
+    match = _KEY.match(text) or _KEY.match(text[:1] + text[1:].casefold())
+    if not match:
+        raise FieldError(f'{_quoted(value)} is no key; "A minor", "F# major" or "Bbm" is')
+    sign, mode = match[2] or "", match[3] or ""
+    accidental = "#" if sign in ("♯", "#") or "sharp" in sign else "b" if sign else ""
+    minor = mode == "m" or mode.casefold() in ("minor", "min", "moll")
+    return f"{match[1].upper()}{accidental} {'minor' if minor else 'major'}"
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, str) and (match := _NUMBER.match(value.strip())):
+        value = float(match[1].replace(",", "."))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e12 < value < 1e12:
+        raise FieldError(f"{_quoted(value)} is no {what}")
+    return float(value)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return f'"{text if len(text) <= 60 else text[:57] + "…"}"'

@@ -38,8 +38,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import FIELDS, INSTRUMENTAL, NotUnderstood, field_named, understand
-from sidestep.data.sidecars import decode_text
+from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, parse_field
+from sidestep.data.text import decode_text
 from sidestep.errors import UserError
 from sidestep.files import write_text
 from sidestep.words import count
@@ -284,8 +284,8 @@ class _Reading:
                 extra[key] = value
                 continue
             try:
-                understood = understand(name, value)
-            except NotUnderstood as mistake:
+                understood = parse_field(name, value)
+            except FieldError as mistake:
                 self.mistakes.append(f"{where}.{key}: {mistake}")
                 continue
             if understood is not None:

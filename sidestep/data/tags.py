@@ -7,7 +7,7 @@ from typing import Any
 
 import mutagen
 
-from sidestep.data.fields import NotUnderstood, understand
+from sidestep.data.fields import FieldError, parse_field
 from sidestep.data.sidecars import Known
 
 _KEYS = {  # field → its names in the various kinds of tags, compared without regard to case
@@ -56,8 +56,8 @@ def read_tags(path: Path) -> Tags:
             continue
         if name in ("title", "artist"):
             try:
-                setattr(tags, name, understand("caption", value) or "")
-            except NotUnderstood:
+                setattr(tags, name, parse_field("caption", value) or "")
+            except FieldError:
                 continue
         else:
             tags.add(name, value)

@@ -23,8 +23,8 @@ from sidestep.acestep.vae import decode, frames_per_second
 from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
-from sidestep.data.fields import NotUnderstood, understand
-from sidestep.data.sidecars import decode_text
+from sidestep.data.fields import FieldError, parse_field
+from sidestep.data.text import decode_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
@@ -227,8 +227,8 @@ def prompt_of(values: Mapping[str, Any], where: str) -> Prompt:
     read: dict[str, Any] = {}
     for name in ("caption", "lyrics", "language", "bpm", "keyscale", "timesignature"):
         try:
-            value = understand(name, values.get(name))
-        except NotUnderstood as error:
+            value = parse_field(name, values.get(name))
+        except FieldError as error:
             raise wrong(name, str(error)) from None
         if value is not None:
             read[name] = value
@@ -291,11 +291,14 @@ def _typed_prompt(config: SampleConfig) -> dict[str, Any]:
     if config.lyrics != options_of(SampleConfig)["lyrics"].default:
         raise UserError("--lyrics and --lyrics-file are both given.", "Leave one of them away.")
     try:
-        return values | {"lyrics": decode_text(config.lyrics_file.read_bytes())[0]}
+        lyrics, problem = decode_text(config.lyrics_file.read_bytes())
     except OSError as error:
         raise UserError(
             f"--lyrics-file {config.lyrics_file}: cannot be read ({error.strerror}).", "Give a text file."
         ) from None
+    if problem and not lyrics:
+        raise UserError(f"--lyrics-file {config.lyrics_file} {problem}.")
+    return values | {"lyrics": lyrics}
 
 
 def _strengths(config: SampleConfig) -> tuple[float, ...]:

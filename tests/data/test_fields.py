@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.data.fields import FIELDS, LANGUAGES, NotUnderstood, field_named, understand
+from sidestep.data.fields import FIELDS, LANGUAGES, FieldError, field_named, parse_field
 
 UNDERSTOOD = [
     ("bpm", "120", 120),
@@ -89,13 +89,13 @@ NOT_UNDERSTOOD = [
 
 @pytest.mark.parametrize(("field", "written", "meant"), UNDERSTOOD)
 def test_a_value_is_brought_into_one_form(field, written, meant):
-    assert understand(field, written) == meant
+    assert parse_field(field, written) == meant
 
 
 @pytest.mark.parametrize(("field", "written"), NOT_UNDERSTOOD)
 def test_a_value_that_means_nothing_is_told(field, written):
-    with pytest.raises(NotUnderstood):
-        understand(field, written)
+    with pytest.raises(FieldError):
+        parse_field(field, written)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_field_goes_by_the_names_people_give_it(key, field):
 
 def test_every_language_the_model_knows_is_its_own_code():
     assert len(LANGUAGES) == 50
-    assert all(understand("language", code) == code for code in LANGUAGES)
+    assert all(parse_field("language", code) == code for code in LANGUAGES)
 
 
 json_values = st.recursive(
@@ -135,11 +135,11 @@ json_values = st.recursive(
 @given(field=st.sampled_from(FIELDS), value=json_values)
 def test_any_value_at_all_is_understood_or_told_and_understood_twice_the_same(field, value):
     try:
-        understood = understand(field, value)
-    except NotUnderstood as error:
+        understood = parse_field(field, value)
+    except FieldError as error:
         assert str(error)
         return
     if understood is not None:
-        assert understand(field, understood) == understood
+        assert parse_field(field, understood) == understood
         if isinstance(understood, str):
             understood.encode("utf-8")

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.data.fields import understand
-from sidestep.data.sidecars import Sidecars, decode_text, has_section_mark, parse_json, parse_txt
+from sidestep.data.fields import parse_field
+from sidestep.data.sidecars import Sidecars, has_section_mark, parse_json, parse_txt
+from sidestep.data.text import decode_text
 
 EVERYTHING = """Caption: a dreamy song: slow
 Genre: pop
@@ -153,10 +154,10 @@ any_text = st.lists(line, max_size=12).map("\n".join)
 @settings(deadline=None, max_examples=300)
 @given(any_text)
 def test_no_lyrics_ever_become_a_field(lyrics):
-    expected = {} if understand("lyrics", lyrics) is None else {"lyrics": understand("lyrics", lyrics)}
+    expected = {} if parse_field("lyrics", lyrics) is None else {"lyrics": parse_field("lyrics", lyrics)}
     header = {"caption": "c", "bpm": 100}
     assert parse_txt(f"caption: c\nbpm: 100\nlyrics:\n{lyrics}").values == header | expected
-    marked = understand("lyrics", f"[Verse]\n{lyrics}")
+    marked = parse_field("lyrics", f"[Verse]\n{lyrics}")
     assert parse_txt(f"caption: c\nbpm: 100\n[Verse]\n{lyrics}").values == header | {"lyrics": marked}
     assert parse_txt(f"[Verse]\n{lyrics}").values == {"lyrics": marked}
 
@@ -172,7 +173,7 @@ def test_a_file_that_does_not_begin_with_a_field_has_none(text):
 @given(any_text)
 def test_every_value_of_any_file_is_in_its_one_form(text):
     for name, value in parse_txt(text).values.items():
-        assert understand(name, value) == value
+        assert parse_field(name, value) == value
 
 
 ENCODINGS = [

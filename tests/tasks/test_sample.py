@@ -294,6 +294,12 @@ def test_a_wrong_call_is_told_what_is_wrong_before_anything_is_loaded(checkpoint
     assert not (tmp_path / "out").exists()
 
 
+def test_a_lyrics_file_that_is_no_text_is_refused(checkpoints, tmp_path):
+    (tmp_path / "lyrics.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"lyrics.txt is in no encoding"):
+        sample(sample_config(checkpoints, tmp_path / "out", lyrics_file=tmp_path / "lyrics.txt"), null)
+
+
 def test_an_adapter_of_another_size_is_refused(checkpoints, tmp_path, adapter_folder):
     with pytest.raises(UserError, match="does not fit this model"):
         sample(sample_config(checkpoints, tmp_path, adapter=adapter_folder, model_variant="xl-turbo"), null)
