@@ -52,7 +52,7 @@ def paste(words: Iterable[str], shell: str = "") -> str:
     `shell`: posix, cmd, powershell (7 and later) or windows-powershell (5), whose rules for quotes differ.
     """
     shell = shell or _shell_at_hand()
-    return " ".join(_quoted(str(word), shell) for word in words)
+    return " ".join(_quoted(word, shell) for word in words)
 
 
 def train_py(*words: str) -> str:

@@ -89,30 +89,26 @@ class Option:
         }.get(self.type, "text")
 
     def _check_one(self, value: Any) -> Any:
-        if self.type is bool:
-            if not isinstance(value, bool):
-                raise self._wrong(value, "must be true or false")
-            return value
-        if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
+        if not isinstance(value, str | int | float | Path) or isinstance(value, bool) != (self.type is bool):
             raise self._wrong(value, f"must be {self._kind()}")
-        if self.type is int and isinstance(value, float) and not value.is_integer():
+        if self.type is int and isinstance(value, float) and value % 1 != 0:
             raise self._wrong(value, "must be a whole number")
         try:
-            value = self.type(value).expanduser() if self.type is Path else self.type(value)
+            checked: Any = Path(str(value)).expanduser() if self.type is Path else self.type(value)
         except (ValueError, OverflowError):
             raise self._wrong(value, f"must be {self._kind()}") from None
-        if self.choices and value not in self.choices:
-            raise self._wrong(value, f"must be one of {', '.join(self.choices)}")
+        if self.choices and checked not in self.choices:
+            raise self._wrong(checked, f"must be one of {', '.join(self.choices)}")
         if self.type in (int, float):
-            if value != value or value in (float("inf"), float("-inf")):
-                raise self._wrong(value, "must be a finite number")
-            if self.minimum is not None and value < self.minimum:
-                raise self._wrong(value, f"must be at least {self.minimum:g}")
-            if self.maximum is not None and value > self.maximum:
-                raise self._wrong(value, f"must be at most {self.maximum:g}")
-            if self.above is not None and value <= self.above:
-                raise self._wrong(value, f"must be above {self.above:g}")
-        return value
+            if checked != checked or checked in (float("inf"), float("-inf")):
+                raise self._wrong(checked, "must be a finite number")
+            if self.minimum is not None and checked < self.minimum:
+                raise self._wrong(checked, f"must be at least {self.minimum:g}")
+            if self.maximum is not None and checked > self.maximum:
+                raise self._wrong(checked, f"must be at most {self.maximum:g}")
+            if self.above is not None and checked <= self.above:
+                raise self._wrong(checked, f"must be above {self.above:g}")
+        return checked
 
     def _wrong(self, value: Any, why: str) -> UserError:
         return UserError(f"{self.flag} {value}: {why}.", f"Help: {self.help}")

@@ -192,22 +192,35 @@ Songs = Callable[[Path], str]  # the songs of a folder in a line ("12 songs, 47:
 
 @dataclass(frozen=True)
 class Content:
-    """What a path must hold. `folder`: a folder may hold it. `file`: the suffix of a file that may, * for any.
+    """Where a path's content may be: in a folder, or in a file of this suffix (* for any).
 
-    `new`: it is written to and need not exist yet. `verify`: the real check, which returns a line about the content.
+    `new`: it is written to and need not exist yet.
     """
 
-    verify: Callable[[Path, Songs], str]
     folder: bool = True
     file: str = ""
     new: bool = False
 
 
+CONTENTS = {  # what a setting's path may have to hold
+    "checkpoints": Content(file=".safetensors"),
+    "songs": Content(),
+    "dataset.json": Content(folder=False, file="*"),
+    "songs or dataset.json": Content(file=".json"),
+    "tensors": Content(),
+    "adapter": Content(file="*"),
+    "run": Content(),
+    "saved state": Content(),
+    "new run": Content(new=True),
+    "new folder": Content(new=True),
+}
+
+
 def glance(holds: str, path: Path) -> None:
     """The cheap check, for every key that is typed: is there anything of the kind? Raises UserError."""
-    if not holds or (holds == "saved state" and str(path) == "latest"):
-        return
     content = CONTENTS[holds]
+    if holds == "saved state" and str(path) == "latest":
+        return
     try:
         if content.new:
             blocking = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
@@ -228,10 +241,41 @@ def glance(holds: str, path: Path) -> None:
 def verify(holds: str, path: Path, songs: Songs) -> str:
     """The real check, once a path is entered: a line about its content. Raises UserError with what is there instead."""
     glance(holds, path)
-    return CONTENTS[holds].verify(path, songs) if holds else ""
+    match holds:
+        case "checkpoints":
+            return _verify_checkpoints(path)
+        case "tensors":
+            return _verify_tensors(path, songs)
+        case "dataset.json":
+            return _verify_list(path)
+        case "songs":
+            return songs(path)
+        case "songs or dataset.json":
+            if path.is_file():
+                return _verify_list(path)
+            listed = (path / "dataset.json").is_file()
+            return songs(path) + ("; choose its dataset.json to use the captions in there" if listed else "")
+        case "run":
+            return _verify_run(path)
+        case "saved state" if str(path) != "latest":
+            return _verify_run(path.parent.parent if path.parent.name == "checkpoints" else path)
+        case "adapter" if path.is_dir():
+            if not any(path.glob("adapter_config.json")) and not any(path.glob("*.safetensors")):
+                inside = ", ".join(found.parent.name for found in sorted(path.glob("*/adapter_config.json")))
+                fix = f"There is one in: {inside}." if inside else "Choose the final/ folder of a run."
+                raise UserError("No adapter here.", fix)
+        case "new run":
+            if read_run(path) is not None or (path / "final").is_dir():
+                raise UserError("A run stands there already.", "Choose another folder, or Resume a run in the menu.")
+            return "" if path.exists() else "a new folder"
+        case "new folder":
+            if found := count_tensors(path):
+                return f"{count(found, 'song')} there already: what is unchanged is kept"
+            return "" if path.exists() else "a new folder"
+    return ""
 
 
-def _checkpoints(folder: Path, _songs: Songs) -> str:
+def _verify_checkpoints(folder: Path) -> str:
     models = find_models(folder)
     usable = [model for model in models if not model.problem]
     if usable:
@@ -245,7 +289,7 @@ def _checkpoints(folder: Path, _songs: Songs) -> str:
     raise UserError(f"No ACE-Step model here (folders: {inside or 'none'}).", f"Download one: {DOWNLOAD}")
 
 
-def _tensors(folder: Path, songs: Songs) -> str:
+def _verify_tensors(folder: Path, songs: Songs) -> str:
     if found := count_tensors(folder):
         return count(found, "song") + " as tensors"
     try:
@@ -259,14 +303,7 @@ def _tensors(folder: Path, songs: Songs) -> str:
     )
 
 
-def _songs_or_list(path: Path, songs: Songs) -> str:
-    if path.is_file():
-        return _dataset_list(path, songs)
-    listed = (path / "dataset.json").is_file()
-    return songs(path) + ("; choose its dataset.json to use the captions in there" if listed else "")
-
-
-def _dataset_list(path: Path, _songs: Songs) -> str:
+def _verify_list(path: Path) -> str:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -277,55 +314,13 @@ def _dataset_list(path: Path, _songs: Songs) -> str:
     return count(len(samples), "song") + " listed"
 
 
-def _new_run(folder: Path, _songs: Songs) -> str:
-    if read_run(folder) is not None or (folder / "final").is_dir():
-        raise UserError("A run stands there already.", "Choose another folder, or Resume a run in the menu.")
-    return "" if folder.exists() else "a new folder"
-
-
-def _new_folder(folder: Path, _songs: Songs) -> str:
-    if found := count_tensors(folder):
-        return f"{count(found, 'song')} there already: what is unchanged is kept"
-    return "" if folder.exists() else "a new folder"
-
-
-def _adapter(path: Path, _songs: Songs) -> str:
-    if path.is_dir() and not (path / "adapter_config.json").is_file() and not any(path.glob("*.safetensors")):
-        inside = [found.parent.name for found in sorted(path.glob("*/adapter_config.json"))]
-        raise UserError(
-            "No adapter here.",
-            f"There is one in: {', '.join(inside)}." if inside else "Choose the final/ folder of a run.",
-        )
-    return ""
-
-
-def _run(folder: Path, _songs: Songs) -> str:
+def _verify_run(folder: Path) -> str:
     found = read_run(folder)
     if found is None:
         raise UserError("No run here: no config.json of one.", "Choose the --output-dir of a run.")
     if not found.checkpoints:
         raise UserError("This run has no checkpoint to go on from.", "Start it again: choose Train.")
     return f"saved: {', '.join(found.checkpoints[-5:])}"
-
-
-def _saved_state(path: Path, songs: Songs) -> str:
-    if str(path) == "latest":
-        return ""
-    return _run(path.parent.parent if path.parent.name == "checkpoints" else path, songs)
-
-
-CONTENTS = {
-    "checkpoints": Content(_checkpoints, file=".safetensors"),
-    "songs": Content(lambda folder, songs: songs(folder)),
-    "dataset.json": Content(_dataset_list, folder=False, file="*"),
-    "songs or dataset.json": Content(_songs_or_list, file=".json"),
-    "tensors": Content(_tensors),
-    "adapter": Content(_adapter, file="*"),
-    "run": Content(_run),
-    "saved state": Content(_saved_state),
-    "new run": Content(_new_run, new=True),
-    "new folder": Content(_new_folder, new=True),
-}
 
 
 # What the disk suggests for a question, under the answers so far

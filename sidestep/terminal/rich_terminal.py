@@ -63,11 +63,11 @@ class LiveView:
         )
 
     def __enter__(self):
-        self.live.__enter__()
+        self.live.start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        self.live.__exit__(*raised)
+    def __exit__(self, *_raised: object) -> None:
+        self.live.stop()
         if self.step is not None:
             self.console.print(self.board())  # the last state of a training stays on the screen
 

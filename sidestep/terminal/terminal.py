@@ -185,7 +185,7 @@ class Terminal:
 
 def is_tty(stream: TextIO) -> bool:
     """True for a stream that leads to a terminal."""
-    return bool(getattr(stream, "isatty", lambda: False)())
+    return getattr(stream, "isatty", lambda: False)()
 
 
 def wants_plain(out: TextIO) -> bool:

@@ -303,7 +303,7 @@ def _preset_question(context: Context) -> Question:
 
     def first(answers: Answers) -> str:
         names = [choice.value for choice in choices(answers)]
-        return next((name for name in (context.last_used.get("preset"), "recommended") if name in names), "")
+        return next((name for name in (str(context.last_used.get("preset")), "recommended") if name in names), "")
 
     help = "a preset fills in the settings; the review shows them all and lets you change each"
     return Question("preset", "Preset", help, "choice", "Preset", default=first, choices=choices)

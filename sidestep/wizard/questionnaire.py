@@ -112,17 +112,13 @@ def needed(reply: Any, _answers: Answers) -> str:
     return text
 
 
-def _kind(o: Option) -> str:
-    if o.choices or o.offers:
-        return "choice" if not o.many else "text" if o.optional else "several"  # boxes have none for "not set"
-    return {bool: "yes-no", Path: "path"}.get(o.type, "text")
-
-
 def from_option(
     o: Option, default: Callable[[Answers], Any], songs: Songs = lambda _folder: "songs", **changes: Any
 ) -> Question:
     """The question that a setting asks; `changes` are fields of Question. An empty reply is none where that may be."""
-    kind = _kind(o)
+    kind = {bool: "yes-no", Path: "path"}.get(o.type, "text")
+    if o.choices or o.offers:
+        kind = "choice" if not o.many else "text" if o.optional else "several"  # boxes have none for "not set"
 
     def read(reply: Any, _answers: Answers) -> Any:
         if isinstance(reply, str):

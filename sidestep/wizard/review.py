@@ -11,7 +11,7 @@ from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
 from sidestep.terminal.terminal import as_typed
 from sidestep.wizard.flows import Context, Flow, config_of, questions_for, sections_of
-from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, needed
+from sidestep.wizard.questionnaire import BACK, Ask, Move, Question, Questionnaire, ask_one, choose, needed
 
 About = Callable[[Any], list[str]]  # lines on a config that only the outside knows: its data, memory and time
 START, EDIT, ALL, SAVE, CANCEL = "start", "edit", "all", "save", "cancel"
@@ -33,7 +33,7 @@ def review_table(title: str, config: Any) -> Table:
 
 def review(
     flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, context: Context, about: About
-) -> tuple[str, Any]:
+) -> tuple[str | Move, Any]:
     """Show and let the user start, change or leave: (START, config), (CANCEL, None) or (BACK, None).
 
     `answers` takes the changes.

@@ -1,5 +1,6 @@
 """What is on disk, read without torch."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sidestep.settings import path_checks as workspace
+from sidestep.errors import UserError
+from sidestep.settings import path_checks
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
 
 
 def test_the_models_of_a_download_are_found_with_variant_and_size(checkpoints):
-    found = workspace.find_models(checkpoints)
+    found = path_checks.find_models(checkpoints)
     assert [(m.name, m.variant, m.is_turbo, m.problem) for m in found] == [
         ("acestep-v15-turbo", "turbo", True, ""),
         ("acestep-v15-xl-turbo", "xl-turbo", True, ""),
@@ -22,28 +24,28 @@ def test_the_models_of_a_download_are_found_with_variant_and_size(checkpoints):
 
 
 def test_a_model_folder_itself_is_a_checkpoint_folder_too(checkpoints):
-    assert [m.name for m in workspace.find_models(checkpoints / "acestep-v15-turbo")] == ["acestep-v15-turbo"]
+    assert [m.name for m in path_checks.find_models(checkpoints / "acestep-v15-turbo")] == ["acestep-v15-turbo"]
 
 
 def test_a_fine_tune_is_known_by_its_config_and_listed_after_the_official_ones(checkpoints, tmp_path):
     for name in ("aa-mine", "acestep-v15-turbo"):
         shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / name)
-    assert [(m.name, m.variant) for m in workspace.find_models(tmp_path)] == [
+    assert [(m.name, m.variant) for m in path_checks.find_models(tmp_path)] == [
         ("acestep-v15-turbo", "turbo"),
         ("aa-mine", "turbo"),
     ]
-    assert [workspace.short_name(n) for n in ("acestep-v15-turbo", "aa-mine")] == ["turbo", "aa-mine"]
+    assert [path_checks.short_name(n) for n in ("acestep-v15-turbo", "aa-mine")] == ["turbo", "aa-mine"]
 
 
 def test_the_diffusers_layout_is_found(checkpoints, tmp_path):
     shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / "mine" / "transformer")
     (tmp_path / "mine" / "model_index.json").write_text("{}", encoding="utf-8")
-    assert [(m.name, m.layout) for m in workspace.find_models(tmp_path)] == [("mine", "diffusers")]
+    assert [(m.name, m.layout) for m in path_checks.find_models(tmp_path)] == [("mine", "diffusers")]
 
 
 def test_a_single_file_offers_every_model_it_may_descend_from_or_the_one_beside_it(checkpoints, tmp_path):
     file = Path(shutil.copy(checkpoints / "acestep-v15-turbo" / "model.safetensors", tmp_path / "aio.safetensors"))
-    assert [model.variant for model in workspace.find_models(file)] == [
+    assert [model.variant for model in path_checks.find_models(file)] == [
         "turbo",
         "base",
         "sft",
@@ -52,9 +54,9 @@ def test_a_single_file_offers_every_model_it_may_descend_from_or_the_one_beside_
         "xl-sft",
     ]
     shutil.copy(checkpoints / "acestep-v15-turbo" / "config.json", tmp_path / "aio.json")
-    assert [(model.variant, model.problem) for model in workspace.find_models(file)] == [("turbo", "")]
+    assert [(model.variant, model.problem) for model in path_checks.find_models(file)] == [("turbo", "")]
     file.write_bytes(b"version https://git-lfs")
-    assert "LFS" in workspace.find_models(file)[0].problem
+    assert "LFS" in path_checks.find_models(file)[0].problem
 
 
 @pytest.mark.parametrize(
@@ -75,20 +77,20 @@ def test_weights_that_cannot_be_used_are_said_so(checkpoints, tmp_path, content,
         content = (source / "model.safetensors").read_bytes()[:-100]
     if content is not None:
         (folder / "model.safetensors").write_bytes(content)
-    assert problem in workspace.find_models(tmp_path)[0].problem
+    assert problem in path_checks.find_models(tmp_path)[0].problem
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "llama"}'])
 def test_other_folders_are_no_models(tmp_path, text):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text(text, encoding="utf-8")
-    assert workspace.find_models(tmp_path) == []
-    assert workspace.find_models(tmp_path / "nowhere") == []
+    assert path_checks.find_models(tmp_path) == []
+    assert path_checks.find_models(tmp_path / "nowhere") == []
 
 
 def test_checkpoints_near_by_are_found(checkpoints, tmp_path):
     shutil.copytree(checkpoints / "acestep-v15-turbo", tmp_path / "checkpoints" / "acestep-v15-turbo")
-    assert workspace.likely_checkpoint_dirs(tmp_path)[0] == tmp_path / "checkpoints"
+    assert path_checks.likely_checkpoint_dirs(tmp_path)[0] == tmp_path / "checkpoints"
 
 
 def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
@@ -104,16 +106,119 @@ def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
         (folder / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
         os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
     whole = ("step_000005", "epoch_0010")
-    runs = workspace.find_runs(tmp_path)
+    runs = path_checks.find_runs(tmp_path)
     assert [(run.folder.name, run.checkpoints, run.finished) for run in runs] == [
         ("new", whole, False),
         ("old", whole, False),
     ]
-    assert workspace.find_runs(tmp_path / "nowhere") == []
+    assert path_checks.find_runs(tmp_path / "nowhere") == []
 
 
 def test_tensors_are_counted_in_subfolders_too(tmp_path):
     (tmp_path / "a").mkdir()
     for path in (tmp_path / "1.pt", tmp_path / "a" / "2.pt", tmp_path / ".tmp-x.pt"):
         path.write_bytes(b"")
-    assert workspace.count_tensors(tmp_path) == 2
+    assert path_checks.count_tensors(tmp_path) == 2
+
+
+# What a path must hold
+
+
+def no_songs(folder):
+    raise UserError("No audio files in there.")
+
+
+@pytest.fixture
+def home(tmp_path, checkpoints, monkeypatch) -> Path:
+    """Songs, their list, tensors, a run with one saved state, a run without, and other things."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoints, tmp_path / "models")
+    for folder in ("songs", "tensors", "empty", "run/checkpoints/epoch_0010", "run/final", "fresh", "lora"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "songs" / "dataset.json").write_text('{"samples": [{}, {}]}', encoding="utf-8")
+    (tmp_path / "nothing.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "tensors" / "a.pt").write_bytes(b"")
+    (tmp_path / "lora" / "x.safetensors").write_bytes(b"")
+    (tmp_path / "run" / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "run" / "checkpoints" / "epoch_0010" / "complete.json").write_text(
+        '{"position": {"step": 10}}', encoding="utf-8"
+    )
+    for name in ("run", "fresh"):
+        (tmp_path / name / "config.json").write_text('{"dataset_dir": "tensors"}', encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("holds", "path", "line"),
+    [
+        ("checkpoints", "models", "2 models"),
+        ("songs", "songs", "2 songs"),
+        ("songs or dataset.json", "songs", "2 songs; choose its dataset.json to use the captions in there"),
+        ("songs or dataset.json", "songs/dataset.json", "2 songs listed"),
+        ("dataset.json", "songs/dataset.json", "2 songs listed"),
+        ("tensors", "tensors", "1 song as tensors"),
+        ("adapter", "run/final", ""),
+        ("adapter", "lora", ""),
+        ("adapter", "lora/x.safetensors", ""),
+        ("run", "run", "saved: epoch_0010"),
+        ("saved state", "latest", ""),
+        ("saved state", "run", "saved: epoch_0010"),
+        ("saved state", "run/checkpoints/epoch_0010", "saved: epoch_0010"),
+        ("new run", "runs/new", "a new folder"),
+        ("new run", "empty", ""),
+        ("new folder", "other/new", "a new folder"),
+        ("new folder", "tensors", "1 song there already: what is unchanged is kept"),
+    ],
+)
+def test_a_path_that_holds_what_it_must_is_taken_with_a_line_about_it(home, holds, path, line):
+    path_checks.glance(holds, Path(path))
+    assert path_checks.verify(holds, Path(path), lambda folder: "2 songs") == line
+
+
+@pytest.mark.parametrize(
+    ("holds", "path", "problem"),
+    [
+        ("checkpoints", "empty", "No ACE-Step model here"),
+        ("songs", "empty", "No audio files"),
+        ("dataset.json", "nothing.json", "No songs are listed"),
+        ("dataset.json", "tensors/a.pt", "Not readable as JSON|No songs are listed"),
+        ("tensors", "empty", "No .pt tensors here"),
+        ("adapter", "run", "No adapter here"),
+        ("run", "empty", "No run here"),
+        ("run", "fresh", "no checkpoint to go on from"),
+        ("new run", "run", "A run stands there already"),
+    ],
+)
+def test_a_path_that_holds_something_else_is_refused_once_it_is_entered(home, holds, path, problem):
+    path_checks.glance(holds, Path(path))
+    with pytest.raises(UserError, match=problem):
+        path_checks.verify(holds, Path(path), no_songs)
+
+
+@pytest.mark.parametrize(
+    ("holds", "path", "problem"),
+    [
+        ("checkpoints", "nowhere", "There is no such folder or file"),
+        ("checkpoints", "nothing.json", "That is a file"),
+        ("dataset.json", "songs", "That is a folder"),
+        ("tensors", "tensors/a.pt", "That is a file"),
+        ("new run", "nothing.json", "That is a file"),
+        ("new folder", "nothing.json/below", "is a file"),
+        ("songs", "x" * 5000, "too long"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_refused_while_it_is_typed(home, holds, path, problem):
+    with pytest.raises(UserError, match=problem):
+        path_checks.glance(holds, Path(path))
+
+
+def test_while_a_path_is_typed_nothing_is_read(home, monkeypatch):
+    def read(*_):
+        raise AssertionError("a file was opened")
+
+    for name in ("open", "read_text", "read_bytes", "rglob", "glob", "iterdir"):
+        monkeypatch.setattr(Path, name, read)
+    for holds in path_checks.CONTENTS:
+        for path in ("models", "songs", "run", "tensors", "nothing.json", "nowhere"):
+            with contextlib.suppress(UserError):
+                path_checks.glance(holds, Path(path))
