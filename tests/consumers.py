@@ -1,6 +1,6 @@
-"""What other programs make of an adapter file: each function gives the weights [out, in] that the program would compute with.
+"""What other programs make of an adapter file: each function gives the weights [out, in] that a program computes with.
 
-peft, diffusers and lycoris-lora are run themselves; ComfyUI's formulas are written out as its documentation and code state them.
+peft, diffusers and lycoris-lora are run themselves; ComfyUI's formulas are written out as its documentation states them.
 """
 
 import copy
@@ -83,7 +83,7 @@ def diffusers_weights(pipeline: AceStepPipeline, path: Path) -> Weights:
 
 
 def app_lokr_weights(decoder: nn.Module, file: Path, config: dict) -> Weights:
-    """A LoKr file in ACE-Step's own app: the network is rebuilt from `lokr_config`, then the tensors are loaded by name."""
+    """A LoKr file in ACE-Step's app: the network is rebuilt from `lokr_config`, then the tensors are loaded by name."""
     model = OriginalNames(decoder)
     LycorisNetwork.apply_preset({"unet_target_name": config["target_modules"], "target_name": config["target_modules"]})
     options = {
@@ -129,7 +129,7 @@ def lycoris_weights(decoder: nn.Module, file: Path) -> Weights:
 
 
 def comfyui_weights(decoder: nn.Module, file: Path) -> Weights:
-    """ComfyUI: `alpha/rank · up·down`, 1.0 without alpha; a Kronecker product for LoKr; DoRA over the norms of the base's rows."""
+    """ComfyUI: `alpha/rank · up·down`, 1.0 without alpha; a Kronecker product for LoKr; DoRA over the base's norms."""
     tensors = load_file(file)
     used: set[str] = set()
     weights = base_weights(decoder)

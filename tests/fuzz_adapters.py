@@ -1,10 +1,13 @@
-"""Feed `inspect` and the exporter hostile adapters until the time is up: only a UserError may come out, and only inside --output may anything appear.
+"""Feed `inspect` and the exporter hostile adapters until the time is up.
+
+Only a UserError may come out, and only inside --output may anything appear.
 
     uv run python -m tests.fuzz_adapters [SECONDS]      default 600
 
 Each failure is shrunk to its smallest form by hypothesis, printed, and ends the run with status 1.
 """
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -30,13 +33,12 @@ def use(files: dict[str, bytes], root: Path) -> bool:
     try:
         inspect_adapter(InspectConfig(path=folder), null)
     except UserError as error:
-        assert error.problem and "\n" not in error.problem, repr(error.problem)
+        if not error.problem or "\n" in error.problem:
+            raise AssertionError(f"not one line: {error.problem!r}") from error
         return False
     for form in FORMATS:
-        try:
+        with contextlib.suppress(UserError):
             export(ExportConfig(adapter=folder, output=root / form, format=form, strength=0.5), null)
-        except UserError:
-            pass
     assert {p.name for p in root.iterdir()} <= {"adapter", *FORMATS}
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == files
     return True

@@ -6,8 +6,11 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 NUMBERS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
-FACTORS = ["lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "lora_magnitude_vector", "lokr_w1", "lokr_w2",
-           "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "oft_R.weight", "lokr_t2", "diff", "lora_B.bias"]  # fmt: skip
+FACTORS = [
+    *("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_down.weight", "lora_up.weight", "alpha"),
+    *("dora_scale", "lora_magnitude_vector", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "oft_R.weight", "lokr_t2", "diff", "lora_B.bias"),
+]
 PREFIXES = [
     "base_model.model.",
     "transformer.",
@@ -18,8 +21,11 @@ PREFIXES = [
     "../../",
     "model.decoder.",
 ]
-MODULES = ["layers.0.self_attn.q_proj", "layers.1.cross_attn.to_out.0", "layers_0_self_attn_q_proj", "layers.2.mlp.up_proj", "layers.9999.self_attn.k_proj", "layers.-1.mlp.up_proj",
-           "proj_in", "text_model.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj" * 40, "a" * 500, "/etc/passwd"]  # fmt: skip
+MODULES = [
+    *("layers.0.self_attn.q_proj", "layers.1.cross_attn.to_out.0", "layers_0_self_attn_q_proj", "layers.2.mlp.up_proj"),
+    *("layers.9999.self_attn.k_proj", "layers.-1.mlp.up_proj", "proj_in", "/etc/passwd", "a" * 500),
+    *("text_model.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj" * 40),
+]
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20),

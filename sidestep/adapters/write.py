@@ -238,7 +238,7 @@ def needs_placeholder(adapter: Adapter) -> bool:
 
 @torch.no_grad()
 def with_placeholder(adapter: Adapter, shape: tuple[int, int], weight: Callable[[], Tensor]) -> Adapter:
-    """The adapter with factors that change nothing of the base's `PLACEHOLDER`. weight(): [out, in], of a DoRA only."""
+    """The adapter with factors that change nothing of the base's `PLACEHOLDER`. weight(): [out, in], for a DoRA."""
     first = next(iter(adapter.modules.values()))["lora_A"]
     rank = most_common(adapter.ranks)[0]
     factors = {"lora_A": first.new_zeros(rank, shape[1]), "lora_B": first.new_zeros(shape[0], rank)}

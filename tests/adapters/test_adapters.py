@@ -84,7 +84,7 @@ def velocity(decoder: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Te
 
 @torch.no_grad()
 def close_velocities(actual: nn.Module, expected: nn.Module) -> None:
-    """Both decoders compute the same. In double precision: what is compared is the weights, not the order in which a processor adds."""
+    """Both decoders compute the same. In double precision: what is compared is the weights, not an order of adding."""
     mine, other = (velocity(model.double(), torch.float64) for model in (actual, expected))
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
 
@@ -155,10 +155,13 @@ def test_dropout_is_used_in_training_only(adapter_type, settings):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"self_attn.to_q", "self_attn.to_k", "self_attn.to_v", "self_attn.to_out.0", "cross_attn.to_q", "cross_attn.to_k", "cross_attn.to_v", "cross_attn.to_out.0"}),
+        ({}, {f"{part}_attn.to_{p}" for part in ("self", "cross") for p in ("q", "k", "v", "out.0")}),
         ({"attention_type": "self", "target_modules": ("q_proj", "o_proj")}, {"self_attn.to_q", "self_attn.to_out.0"}),
         ({"attention_type": "cross", "target_modules": ("k_proj",)}, {"cross_attn.to_k"}),
-        ({"self_target_modules": ("q_proj",), "cross_target_modules": ("v_proj",)}, {"self_attn.to_q", "cross_attn.to_v"}),
+        (
+            {"self_target_modules": ("q_proj",), "cross_target_modules": ("v_proj",)},
+            {"self_attn.to_q", "cross_attn.to_v"},
+        ),
         ({"target_modules": (), "target_mlp": True}, {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
     ],
 )  # fmt: skip
@@ -308,7 +311,7 @@ def test_the_factors_of_lokr_give_the_kronecker_product():
 
 
 def test_parameter_counts_are_those_of_the_spec():
-    """Rank 64 on q, k, v, o of both attentions of the 2B decoder: 44,040,192 parameters in 384 tensors; with the MLP 264 modules."""
+    """Rank 64 on q, k, v, o of both attentions of 2B: 44,040,192 parameters in 384 tensors; with the MLP 264 modules."""
     with torch.device("meta"):
         sizes = SimpleNamespace(plain=AceStepTransformer1DModel(), mlp=AceStepTransformer1DModel())
     plain = adapter_state(attach(sizes.plain, config(rank=64)))

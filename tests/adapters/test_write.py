@@ -38,9 +38,15 @@ from tests.consumers import (
 )
 
 RANK_MAP = {
-    "rank_pattern": {"layers.0.self_attn.q_proj": 4, "layers.1.self_attn.q_proj": 2, "layers.1.cross_attn.v_proj": 3, "layers.2.mlp.down_proj": 1, "layers.2.self_attn.o_proj": 4},
+    "rank_pattern": {
+        "layers.0.self_attn.q_proj": 4,
+        "layers.1.self_attn.q_proj": 2,
+        "layers.1.cross_attn.v_proj": 3,
+        "layers.2.mlp.down_proj": 1,
+        "layers.2.self_attn.o_proj": 4,
+    },
     "alpha_pattern": {"layers.1.self_attn.q_proj": 1.0},
-}  # fmt: skip
+}
 CASES = {
     "uniform": {},
     "rank map": {"rank_map": RANK_MAP},
@@ -346,31 +352,32 @@ def lora_tensors() -> Adapter:
     return adapter_of(trained("lora", "uniform")[1])
 
 
-FOREIGN = {
-    "kohya": ("lora_unet_decoder_{flat}.lora_down.weight", "lora_unet_decoder_{flat}.lora_up.weight", "lora_unet_decoder_{flat}.alpha"),
-    "kohya, short": ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight", "lora_unet_{flat}.alpha"),
-    "ai-toolkit": ("diffusion_model.{name}.lora_A.weight", "diffusion_model.{name}.lora_B.weight", None),
-    "ai-toolkit, with alpha": ("diffusion_model.decoder.{name}.lora_A.weight", "diffusion_model.decoder.{name}.lora_B.weight", "diffusion_model.decoder.{name}.alpha"),
-    "comfyui": ("diffusion_model.decoder.{name}.lora_down.weight", "diffusion_model.decoder.{name}.lora_up.weight", "diffusion_model.decoder.{name}.alpha"),
-    "diffusers": ("transformer.{diffusers}.lora_A.weight", "transformer.{diffusers}.lora_B.weight", None),
-    "a raw peft state": ("base_model.model.{name}.lora_A.default.weight", "base_model.model.{name}.lora_B.default.weight", None),
-    "peft on the whole model": ("base_model.model.decoder.{name}.lora_A.weight", "base_model.model.decoder.{name}.lora_B.weight", None),
-    "LyCORIS": ("lycoris_{flat}.lora_down.weight", "lycoris_{flat}.lora_up.weight", "lycoris_{flat}.alpha"),
-    "no prefix": ("{name}.lora_A.weight", "{name}.lora_B.weight", None),
-}  # fmt: skip
+PEFT, KOHYA = ("lora_A.weight", "lora_B.weight", None), ("lora_down.weight", "lora_up.weight", "alpha")
+FOREIGN = {  # how a program spells a module, and its names of A, B and alpha
+    "kohya": ("lora_unet_decoder_{flat}", KOHYA),
+    "kohya, short": ("lora_unet_{flat}", KOHYA),
+    "ai-toolkit": ("diffusion_model.{name}", PEFT),
+    "ai-toolkit, with alpha": ("diffusion_model.decoder.{name}", (*PEFT[:2], "alpha")),
+    "comfyui": ("diffusion_model.decoder.{name}", KOHYA),
+    "diffusers": ("transformer.{diffusers}", PEFT),
+    "a raw peft state": ("base_model.model.{name}", ("lora_A.default.weight", "lora_B.default.weight", None)),
+    "peft on the whole model": ("base_model.model.decoder.{name}", PEFT),
+    "LyCORIS": ("lycoris_{flat}", KOHYA),
+    "no prefix": ("{name}", PEFT),
+}
 
 
 @pytest.mark.parametrize("program", FOREIGN)
 def test_files_of_other_programs_are_read(program, tmp_path):
-    down, up, alpha = FOREIGN[program]
+    spelled, (down, up, alpha) = FOREIGN[program]
     own = lora_tensors()
     tensors = {}
     for name, factors in own.modules.items():
-        words = {"name": name, "flat": name.replace(".", "_"), "diffusers": to_diffusers(name)}
-        tensors[down.format(**words)] = factors["lora_A"]
-        tensors[up.format(**words)] = factors["lora_B"] * (2 if alpha else 1)
+        module = spelled.format(name=name, flat=name.replace(".", "_"), diffusers=to_diffusers(name))
+        tensors[f"{module}.{down}"] = factors["lora_A"]
+        tensors[f"{module}.{up}"] = factors["lora_B"] * (2 if alpha else 1)
         if alpha:
-            tensors[alpha.format(**words)] = torch.tensor(2.0)  # of rank 4: half strength
+            tensors[f"{module}.{alpha}"] = torch.tensor(2.0)  # of rank 4: half strength
     save_file(tensors, tmp_path / "foreign.safetensors")
     found = read_adapter(tmp_path / "foreign.safetensors")
     assert list(found.modules) == list(own.modules) == in_model_order(own.modules)

@@ -252,7 +252,12 @@ def test_a_broken_adapter_is_not_exported(tmp_path):
 
 
 def test_a_merge_reads_and_writes_any_dtype(tmp_path):
-    tensors = {"decoder.layers.0.self_attn.q_proj.weight": torch.randn(4, 4).half(), "steps": torch.tensor(7), "mask": torch.ones(3, dtype=torch.bool), "odd": torch.randn(5).bfloat16()}  # fmt: skip
+    tensors = {
+        "decoder.layers.0.self_attn.q_proj.weight": torch.randn(4, 4).half(),
+        "steps": torch.tensor(7),
+        "mask": torch.ones(3, dtype=torch.bool),
+        "odd": torch.randn(5).bfloat16(),
+    }
     save_file(tensors, tmp_path / "in.safetensors")
     for dtype in (None, torch.float32, torch.bfloat16):
         merge.merge_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", [], dtype)
@@ -291,7 +296,10 @@ def measured_merge(adapter: Path, output: Path, checkpoint: Path) -> tuple[float
 
 
 def random_checkpoint(folder: Path, hidden: int, wide: int, layers: int, filler: int) -> None:
-    """A checkpoint of the original layout with random bf16 weights, written in a stream. filler: parameters outside the decoder's layers."""
+    """A checkpoint of the original layout with random bf16 weights, written in a stream.
+
+    filler: parameters outside the decoder's layers.
+    """
     table, shapes, position = {}, {}, 0
     kv = hidden // 2
     for layer in range(layers):
@@ -340,7 +348,7 @@ def random_lora(file: Path, hidden: int, layers: int, rank: int) -> None:
     ],
 )
 def test_merging_is_bounded_in_memory_whatever_the_size_of_the_base(hidden, wide, layers, filler, most, tmp_path):
-    """The whole process stays below 3 GiB at the size of the 2B model; `most`: GiB above what Python with torch takes by itself."""
+    """The whole process stays below 3 GiB at the size of 2B; `most`: GiB above what Python with torch takes by itself."""
     random_checkpoint(tmp_path / "c" / "acestep-v15-turbo", hidden, wide, layers, filler)
     random_lora(tmp_path / "adapter.safetensors", hidden, layers, 64)
     source = tmp_path / "c" / "acestep-v15-turbo" / "model.safetensors"
