@@ -1,6 +1,6 @@
 """What other programs make of an adapter file: each function gives the weights [out, in] that a program computes with.
 
-peft, diffusers and lycoris-lora are run themselves; ComfyUI's formulas are written out as its documentation states them.
+peft, diffusers and lycoris-lora are run themselves; ComfyUI's formulas are written out as its code states them.
 """
 
 import copy

@@ -311,7 +311,7 @@ def test_the_factors_of_lokr_give_the_kronecker_product():
 
 
 def test_parameter_counts_are_those_of_the_spec():
-    """Rank 64 on q, k, v, o of both attentions of 2B: 44,040,192 parameters in 384 tensors; with the MLP 264 modules."""
+    """Rank 64 on q, k, v, o of both attentions: 44,040,192 parameters in 384 tensors; with the MLP 264 modules."""
     with torch.device("meta"):
         sizes = SimpleNamespace(plain=AceStepTransformer1DModel(), mlp=AceStepTransformer1DModel())
     plain = adapter_state(attach(sizes.plain, config(rank=64)))

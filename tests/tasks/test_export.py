@@ -348,7 +348,7 @@ def random_lora(file: Path, hidden: int, layers: int, rank: int) -> None:
     ],
 )
 def test_merging_is_bounded_in_memory_whatever_the_size_of_the_base(hidden, wide, layers, filler, most, tmp_path):
-    """The whole process stays below 3 GiB at the size of 2B; `most`: GiB above what Python with torch takes by itself."""
+    """The whole process stays below 3 GiB at the size of 2B; `most`: GiB above what Python with torch takes."""
     random_checkpoint(tmp_path / "c" / "acestep-v15-turbo", hidden, wide, layers, filler)
     random_lora(tmp_path / "adapter.safetensors", hidden, layers, 64)
     source = tmp_path / "c" / "acestep-v15-turbo" / "model.safetensors"
