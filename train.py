@@ -1,8 +1,6 @@
-"""Side-Step: train adapters for ACE-Step 1.5. `uv run train.py` starts the wizard, `uv run train.py --help` lists the commands."""
+"""Side-Step: train adapters for ACE-Step 1.5. `uv run train.py` is the wizard, `uv run train.py --help` the commands."""
 
-import sys
-
-from sidestep.cli.main import main
+from sidestep.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

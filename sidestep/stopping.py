@@ -1,5 +1,6 @@
 """Asking a running job to stop: what terminals, launchers and systems send, as one flag that the job looks at."""
 
+import math
 import signal
 import socket
 import threading
@@ -7,6 +8,8 @@ import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from sidestep.errors import Interrupted
 
 GRACE_SECONDS = 2.0  # launchers send a key's signal again; only a later Ctrl-C is a second one
 ANSWER = (
@@ -30,6 +33,8 @@ class StopRequest:
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP") if hasattr(signal, name)
     )
 
+    obeyed_at = -math.inf  # when a job of this process last ended because it was asked to
+
     def __init__(self, answer: Callable[[str], None]) -> None:
         self.requested = False
         self._answer = answer
@@ -51,6 +56,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and issubclass(kind, Interrupted):
+            StopRequest.obeyed_at = time.monotonic()
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)

@@ -8,16 +8,16 @@ from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from sidestep.cli.main import main
+from sidestep.cli.main import entry
 from sidestep.settings import presets
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_the_installed_command_is_the_main_of_train_py():
+def test_the_installed_command_is_what_train_py_runs():
     module, function = PROJECT["project"]["scripts"]["side-step"].split(":")
-    assert getattr(import_module(module), function) is main
+    assert getattr(import_module(module), function) is entry
 
 
 def test_the_changelog_has_an_entry_for_this_version():

@@ -1,8 +1,6 @@
 """`python -m sidestep.cli`: the command line, for processes that this program starts itself."""
 
-import sys
-
-from sidestep.cli.main import main
+from sidestep.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -13,8 +13,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,16 +28,27 @@ from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, nu
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
+from sidestep.stopping import GRACE_SECONDS, StopRequest
 from sidestep.terminal.terminal import PlainView, Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
 from sidestep.wizard.questionnaire import Ask
 from sidestep.wizard.session import Wizard
 
+STOP_SIGNALS = [number for number in StopRequest.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 INSTALL_TORCH = "uv --no-config pip install torch --torch-backend=auto"
 RETYPE = {
     errno.ENOSPC: "Free some space, then run the same command again: what is complete is kept.",
     errno.EACCES: "Check who may write there.",
 }
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process and leave it."""
+    status = main()
+    if status == ExitStatus.INTERRUPTED:
+        for number in STOP_SIGNALS:  # on its way out Python would take a repeated one for a reason to die by it
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int:
@@ -56,8 +67,7 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     except SystemExit as done:  # --help and --version have printed what was asked
         return int(done.code or 0)
     terminal = terminal or open_terminal(call.plain)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
+    catch_signals()
     if not call.command:
         return start_wizard(terminal)
     configs: list[Any] = []
@@ -66,8 +76,16 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     )
 
 
-def _as_ctrl_c(_signum: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def catch_signals() -> None:
+    """Ctrl-C, a launcher's SIGTERM and a closed window stop what runs; what was ignored from the start (nohup) stays so."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, _as_ctrl_c)
+
+
+def _as_ctrl_c(_signum: int, _frame: object) -> None:
+    if time.monotonic() - StopRequest.obeyed_at > GRACE_SECONDS:  # what a launcher sends again has nothing left to stop
+        raise KeyboardInterrupt
 
 
 def open_terminal(plain: bool) -> Terminal:
@@ -113,7 +131,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
         folder = output_folder(config)
         if isinstance(config, TrainConfig):
             stack.enter_context(one_writer(config.output_dir))
-        report = stack.enter_context(terminal.view())
+        report = stack.enter_context(showing(terminal))
         if folder is not None:
             log = EventLog(folder / "events.jsonl")
             stack.callback(log.close)
@@ -121,6 +139,35 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
         for note in notes:
             report(note)
         return run(config, report, terminal)
+
+
+@contextmanager
+def showing(terminal: Terminal) -> Iterator[Report]:
+    """The terminal's view of events, which may go away: a closed pipe or a lost terminal ends the showing, not the job."""
+    view = terminal.view()
+    show: Report | None = view.__enter__()
+
+    def report(event: Event) -> None:
+        nonlocal show
+        if show is not None:
+            try:
+                show(event)
+            except OSError:
+                show = None
+                silence_stdout()
+
+    try:
+        yield report
+    finally:
+        try:
+            view.__exit__(None, None, None)  # it may draw a last time
+        except OSError:
+            silence_stdout()
+
+
+def silence_stdout() -> None:
+    """Point the stream elsewhere, so that Python's own flush at exit stays quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def output_folder(config: Any) -> Path | None:
@@ -193,9 +240,8 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
             write_log(folder)
         terminal.error(error.problem, error.fix)
         return error.status
-    except BrokenPipeError:
-        # The reader (head, less) has gone: point the stream elsewhere so that Python's own flush at exit stays quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of an answer (head, less) has what it wanted
+        silence_stdout()
         return ExitStatus.OK
     except Exception as error:  # noqa: BLE001  this is the boundary
         return _unexpected(error, terminal, log_folder())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sidestep.acestep.device import GpuMemory
 from sidestep.cli import commands, outside
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main, output_folder
@@ -17,7 +18,6 @@ from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import EventLog, Notice, Saved
 from sidestep.settings import presets
 from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig, command_of
-from sidestep.tasks.plan.device import Device
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
@@ -244,7 +244,7 @@ def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, 
         lambda config, report: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK,
         TrainConfig,
     )
-    monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: gib and Device(round(gib * 2**30), "a card"))
+    monkeypatch.setattr("sidestep.acestep.device.gpu_memory", lambda: gib and GpuMemory(round(gib * 2**30), "a card"))
     assert main(f"--plain fixed --checkpoint-dir c --dataset-dir d --output-dir o --seed 7 {typed}".split()) == 0
     values = presets.find(profile).values
     assert {name: getattr(seen[0], name) for name in values} == values
@@ -253,7 +253,7 @@ def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, 
 
 
 def test_a_profile_cannot_be_chosen_without_a_gpu_or_beside_a_preset(monkeypatch, capsys):
-    monkeypatch.setattr("sidestep.tasks.plan.device.this_device", lambda: None)
+    monkeypatch.setattr("sidestep.acestep.device.gpu_memory", lambda: None)
     required = ["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "o"]
     assert main([*required, "--vram-profile", "auto"]) == ExitStatus.USAGE
     assert "no GPU was found here" in capsys.readouterr().err
@@ -353,4 +353,4 @@ def test_sigterm_stops_like_ctrl_c(task):
 
 def test_cli_main_is_what_train_py_runs():
     assert cli_main.main is main
-    assert "from sidestep.cli.main import main" in (ROOT / "train.py").read_text(encoding="utf-8")
+    assert "from sidestep.cli.main import entry" in (ROOT / "train.py").read_text(encoding="utf-8")

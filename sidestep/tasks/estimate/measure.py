@@ -19,9 +19,9 @@ from sidestep.errors import Interrupted, JobError
 from sidestep.events import Notice, Progress, Report
 from sidestep.files import replacing
 from sidestep.settings.config import EstimateConfig, command_line
+from sidestep.stopping import StopRequest
 from sidestep.tasks.estimate.allocate import allocate, rank_correlation
 from sidestep.tasks.estimate.sketch import Layout, Sketch, Spectrum, spectrum, watch
-from sidestep.tasks.train.loop import StopRequest
 
 QUARTERS = 4  # two halves, each in two parts, so that a half can be cross-checked on its own like the whole
 SAMPLES = 8  # of one quarter in one round: each timestep of turbo once, or one from each eighth of the law
@@ -268,7 +268,7 @@ def run_rounds(
     decision, decided_at, bad, next_look = None, -1, 0, 2
     while next_look <= sums.rounds:
         next_look = _later(next_look)
-    with StopRequest() as stop, watch(measurement.model, measurement.sketch):
+    with StopRequest(lambda text: report(Notice(message=text))) as stop, watch(measurement.model, measurement.sketch):
         while sums.batches < limit:
             finite = one_round(measurement, meter, stop, report)
             if finite is None:

@@ -5,15 +5,11 @@ The training loop, the only one. Rare events are one guarded line each; the host
 """
 
 import math
-import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from types import FrameType
 
 import torch
 
@@ -22,6 +18,7 @@ from sidestep.data.batches import MicroBatch, StepPlan, collate
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
+from sidestep.stopping import StopRequest
 from sidestep.tasks.train.checkpoints import Position, resume_command
 from sidestep.tasks.train.evaluation import has_waited_enough, judge
 from sidestep.tasks.train.processes import whole
@@ -99,36 +96,6 @@ class Tally:
             first = last
 
 
-SAME_KEY_SECONDS = 1.0  # under a launcher one Ctrl-C arrives twice: from the terminal and from the launcher
-
-
-class StopRequest:
-    """A flag that SIGINT and SIGTERM set while the context is open. Outside the main thread it stays unset."""
-
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._first = 0.0
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
-            self.requested, self._first = True, now
-        elif "WORLD_SIZE" not in os.environ or now - self._first > SAME_KEY_SECONDS:
-            raise KeyboardInterrupt
-
-
 SKIPS_THAT_STOP = (
     10  # so many optimizer steps in a row without a finite gradient end a run; the host looks at least that often
 )
@@ -149,7 +116,7 @@ class Progress:
 def run_loop(run: Run) -> None:
     """Train from `run.position` to the end. Raises Interrupted after a save when asked to stop, JobError when the run goes astray."""
     progress = Progress()
-    with StopRequest() as stop, warnings.catch_warnings():
+    with StopRequest(lambda text: run.report(Notice(message=text))) as stop, warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Detected call of `lr_scheduler.step"
         )  # a first step that was skipped
@@ -195,7 +162,7 @@ def leave(run: Run, progress: Progress) -> None:
     """Save and stop. Raises Interrupted."""
     look(run, progress)
     add_up(run)
-    run.report(Notice(message=f"Asked to stop: saving optimizer step {run.position.step}. Ask again to quit without."))
+    run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
     save_checkpoint(run, f"step_{run.position.step:06d}")
     run.writer.wait()
     run.processes.wait()  # a launcher ends all processes when one of them leaves

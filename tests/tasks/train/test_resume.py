@@ -84,7 +84,9 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(data, tmp_path):
     assert [p.name for p in complete_checkpoints(tmp_path / "a run")] == ["step_000002"]
 
 
-def test_a_second_ctrl_c_quits_at_once(data, tmp_path):
+def test_a_second_ctrl_c_after_the_grace_period_quits_at_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep.stopping.GRACE_SECONDS", -1.0)
+
     def twice(event) -> None:
         if isinstance(event, StepDone):
             signal.raise_signal(signal.SIGINT)
