@@ -15,6 +15,9 @@ C = TypeVar("C")
 Answers = Mapping[str, Any]  # values by setting name: what was answered so far
 
 
+LARGEST = 2**63 - 1  # of a whole number, in files and in random generators
+
+
 @dataclass(frozen=True)
 class Choice:
     """One of the values that are offered. `note`: a few words on what it means."""
@@ -93,10 +96,18 @@ class Option:
             raise self._wrong(value, f"must be {self._kind()}")
         if self.type is int and isinstance(value, float) and value % 1 != 0:
             raise self._wrong(value, "must be a whole number")
+        if self.type is Path and not str(value).strip():  # Path("") is the working folder, which nobody has named
+            raise self._wrong('""', "is empty; name a path (. is the folder you are in)")
+        if self.type is str and any("\ud800" <= character <= "\udfff" for character in str(value)):
+            raise self._wrong(ascii(value), "holds bytes that are no text in UTF-8")
         try:
             checked: Any = Path(str(value)).expanduser() if self.type is Path else self.type(value)
         except (ValueError, OverflowError):
             raise self._wrong(value, f"must be {self._kind()}") from None
+        except RuntimeError:  # no HOME, and a user that the system does not know
+            raise self._wrong(value, "~ has no meaning here, there is no home folder; write the whole path") from None
+        if self.type is int and abs(checked) > LARGEST:
+            raise self._wrong(value, f"must be at most {LARGEST}")
         if self.choices and checked not in self.choices:
             raise self._wrong(checked, f"must be one of {', '.join(self.choices)}")
         if self.type in (int, float):

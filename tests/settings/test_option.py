@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sidestep.errors import UserError
 from sidestep.settings.config import COMMANDS, TrainConfig
 from sidestep.settings.option import matters, option, options_of, same_as
 from sidestep.settings.path_checks import CONTENTS
@@ -29,6 +30,7 @@ class Garden:
         minimum=1,
     )
     seeds: Path = option(MISSING, "folder of seeds", group="Garden", holds="songs")
+    name: str = option("", "what it is called", group="Garden")
 
 
 def test_the_question_says_what_the_declaration_says():
@@ -58,6 +60,35 @@ def test_a_setting_of_another_config_may_be_taken_over_with_changes():
 
     o = options_of(Park)["hours"]
     assert (Park().hours, o.default, o.help, o.flag, o.when) == (5, 5, "hours of water", "--hours", ())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("seeds", "", "is empty"),
+        ("seeds", "  ", "is empty"),
+        ("hours", "1e23", "a whole number"),
+        ("hours", 1e23, "at most 9223372036854775807"),
+        ("hours", 10**400, "at most 9223372036854775807"),
+        ("hours", "9" * 5000, "a whole number"),
+        ("hours", float("nan"), "a whole number"),
+        ("name", "caf\udce9", "no text"),
+    ],
+)
+def test_what_no_program_can_mean_is_refused_with_the_flag(name, value, problem):
+    with pytest.raises(UserError, match=problem) as refused:
+        options_of(Garden)[name].check(value)
+    assert refused.value.problem.startswith(f"--{name} ")
+    refused.value.problem.encode("utf-8")
+
+
+def test_a_tilde_without_a_home_is_refused(monkeypatch):
+    def nobody(_path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(UserError, match="there is no home folder"):
+        options_of(Garden)["seeds"].check("~/music")
 
 
 @pytest.mark.parametrize("o", ALL.values(), ids=map("-".join, ALL))
