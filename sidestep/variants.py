@@ -1,4 +1,4 @@
-"""Facts about each model variant. Detected from `config.json`, never from a folder's name."""
+"""The model variants: their folders, sizes and training laws. Detected from `config.json`, not a folder's name."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The README's flag tables, made from the settings. `python -m tests.flag_tables` writes them between their marks in README.md."""
+"""The README's flag tables, made from the settings. `python -m tests.flag_tables` writes them between their marks."""
 
 import re
 from pathlib import Path

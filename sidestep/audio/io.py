@@ -225,14 +225,11 @@ def is_cut_short(info: AudioInfo, decoded_seconds: float) -> bool:
 
 def content_hash(path: Path) -> str:
     """Hex digest of the file's bytes (blake2b, 32 digits). Raises AudioError when it cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
     try:
         with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
         raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 class _Growing:

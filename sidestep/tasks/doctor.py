@@ -37,47 +37,40 @@ class Finding:
 
 def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     """Look at this machine and report it as one table; the findings."""
-    device, findings = choose_device("auto"), []
+    device, memory = choose_device("auto"), psutil.virtual_memory()
     precision = choose_precision("auto", device.value)
-    findings.append(Finding("device", str(device.value), device.reason))
-    findings.append(_memory(device.value))
-    findings.append(Finding("precision", precision_name(precision.value), precision.reason))
-    findings.append(_attention(device.value, precision.value))
-    findings += _models(config)
-    memory = psutil.virtual_memory()
-    findings.append(Finding("main memory", gib(memory.total), f"{gib(memory.available)} free"))
-    findings.append(Finding("free disk", gib(shutil.disk_usage(Path.cwd()).free), "where this command was started"))
-    findings.append(
-        Finding(
-            "Side-Step",
-            __version__,
-            f"Python {platform.python_version()}, {platform.system()} {platform.release()} {platform.machine()}",
-        )
-    )
-    findings.append(Finding("torch", torch.__version__, _build()))
-    findings += [
-        Finding("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES[i : i + 3]))
-        for i in range(0, len(PACKAGES), 3)
+    if device.value.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device.value)
+        device_memory = Finding("device memory", gib(total), f"{gib(free)} free")
+    else:
+        device_memory = Finding("device memory", gib(memory.total), "shared with the rest of the system")
+    findings = [
+        Finding("device", str(device.value), device.reason),
+        device_memory,
+        Finding("precision", precision_name(precision.value), precision.reason),
+        _attention(device.value, precision.value),
     ]
+    if config.checkpoint_dir is not None:
+        models = [model.title.replace("  ", " ") for model in find_models(config.checkpoint_dir)]
+        where = str(config.checkpoint_dir) if config.paths else ""
+        findings.append(Finding("checkpoints", ", ".join(models) or "none found", where))
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    findings += [
+        Finding("main memory", gib(memory.total), f"{gib(memory.available)} free"),
+        Finding("free disk", gib(shutil.disk_usage(Path.cwd()).free), "where this command was started"),
+        Finding("Side-Step", __version__, f"Python {platform.python_version()}, {system}"),
+        Finding("torch", torch.__version__, f"ROCm {torch.version.hip}" if torch.version.hip else cuda),
+    ]
+    for i in range(0, len(PACKAGES), 3):
+        findings.append(Finding("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES[i : i + 3])))
     if config.paths:
-        folders = (("settings", config_folder()), ("log", state_folder()), ("Python", Path(sys.executable)))
-        findings += [Finding(what, str(folder)) for what, folder in folders]
-    report(
-        Table(
-            title="This machine",
-            columns=("what", "value", "note"),
-            rows=tuple((f.what, f.value, f.note) for f in findings),
-        )
-    )
+        findings.append(Finding("settings", str(config_folder())))
+        findings.append(Finding("log", str(state_folder())))
+        findings.append(Finding("Python", sys.executable))
+    rows = tuple((finding.what, finding.value, finding.note) for finding in findings)
+    report(Table(title="This machine", columns=("what", "value", "note"), rows=rows))
     return findings
-
-
-def _memory(device: torch.device) -> Finding:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return Finding("device memory", gib(total), f"{gib(free)} free")
-    memory = psutil.virtual_memory()
-    return Finding("device memory", gib(memory.total), "shared with the rest of the system")
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> Finding:
@@ -88,22 +81,6 @@ def _attention(device: torch.device, dtype: torch.dtype) -> Finding:
         layer = AceStepTransformer1DModel(**{name: value for name, value in sizes.items() if name in parameters})
     choice = use_attention(layer, "auto", device, dtype)
     return Finding("attention", choice.value, choice.reason)
-
-
-def _models(config: DoctorConfig) -> list[Finding]:
-    if config.checkpoint_dir is None:
-        return []
-    models = find_models(config.checkpoint_dir)
-    where = str(config.checkpoint_dir) if config.paths else ""
-    return [
-        Finding("checkpoints", ", ".join(model.title.replace("  ", " ") for model in models) or "none found", where)
-    ]
-
-
-def _build() -> str:
-    if torch.version.hip:
-        return f"ROCm {torch.version.hip}"
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,7 @@ from sidestep.events import Finished, Notice, Report, Table
 from sidestep.settings.config import HistoryConfig, TrainConfig, command_line
 from sidestep.settings.option import resolve
 from sidestep.settings.path_checks import FoundRun, read_run
-from sidestep.words import count, hours
+from sidestep.words import count, hours, train_py
 
 SMOOTHED_EPOCHS = 5  # what a run without validation is judged by: the mean loss of so many epochs
 DEEPEST = 3  # folders below the given one in which runs are looked for
@@ -22,7 +22,10 @@ KEPT_EVENTS = ('"event": "EpochDone"', '"event": "Validated"', '"event": "StepDo
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run as it is listed. best_by: `validation`, `training` (smoothed over epochs) or empty. started: ISO time. seconds: in epochs that ended."""
+    """A run as it is listed.
+
+    started: ISO time. seconds: in epochs that ended. best_by: `validation`, `training` (smoothed over epochs) or empty.
+    """
 
     folder: str
     name: str
@@ -47,23 +50,17 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     if not config.folder.is_dir():
         raise UserError(
             f"{config.folder}: no such folder.",
-            "Give a run's --output-dir, or a folder that holds runs: uv run train.py history FOLDER",
+            f"Give a run's --output-dir, or a folder that holds runs: {train_py('history', 'FOLDER')}",
         )
-    found = {
-        str(run.folder): run for run in sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())
-    }
+    in_order = sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())
+    found = {str(run.folder): run for run in in_order}
     runs = sorted((past_run(run) for run in found.values()), key=lambda run: run.started, reverse=True)
     if not runs:
         report(Notice(message=f"No runs in {config.folder}, nor in the folders below it.", level="warning"))
         return {"runs": []}
     columns = ("run", "started", "model", "adapter", "epochs", "time", "best loss", "judged by", "state")
-    report(
-        Table(
-            title=f"{count(len(runs), 'run')} in {config.folder}",
-            columns=columns,
-            rows=tuple(_row(run, config.folder) for run in runs),
-        )
-    )
+    rows = tuple(_row(run, config.folder) for run in runs)
+    report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=rows))
     resumable = next((run.folder for run in runs if not run.finished and found[run.folder].checkpoints), None)
     if resumable is not None and (command := _resume(found[resumable])):
         report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
@@ -73,9 +70,8 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
 def past_run(run: FoundRun) -> PastRun:
     """What a run's folder says of it."""
     settings = run.settings
-    epochs: dict[
-        int, tuple[float, float]
-    ] = {}  # by number: (loss, seconds); what a resumed run did again counts once, as it ended
+    # by number: (loss, seconds); what a resumed run did again counts once, as it ended
+    epochs: dict[int, tuple[float, float]] = {}
     validations: dict[int, tuple[float, int]] = {}  # by step: (loss, epoch)
     steps = (0, 0)
     for event in read_events(run.folder / "events.jsonl"):
@@ -89,7 +85,8 @@ def past_run(run: FoundRun) -> PastRun:
                     steps = (int(event["step"]), int(event["total_steps"]))
         except (KeyError, TypeError, ValueError):
             continue
-    best = _best(epochs, validations)
+    best_loss, best_epoch, best_by = _best(epochs, validations)
+    last_loss = epochs[max(epochs)][0] if epochs else math.nan
     return PastRun(
         folder=str(run.folder),
         name=str(settings.get("run_name") or run.folder.resolve().name),
@@ -102,10 +99,10 @@ def past_run(run: FoundRun) -> PastRun:
         steps_done=steps[0],
         steps=steps[1],
         seconds=sum(seconds for _, seconds in epochs.values()),
-        best_loss=best[0],
-        best_epoch=best[1],
-        best_by=best[2],
-        last_loss=_finite(epochs[max(epochs)][0]) if epochs else None,
+        best_loss=best_loss,
+        best_epoch=best_epoch,
+        best_by=best_by,
+        last_loss=last_loss if math.isfinite(last_loss) else None,
         finished=run.finished,
     )
 
@@ -144,15 +141,12 @@ def _find(folder: Path, deeper: int) -> Iterator[FoundRun]:
         yield run
     elif deeper:
         try:
-            below = [
-                path
-                for path in folder.iterdir()
-                if path.is_dir() and not path.name.startswith(".") and not path.is_symlink()
-            ]
+            below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
         except OSError:
             return
         for path in below:
-            yield from _find(path, deeper - 1)
+            if not path.name.startswith("."):
+                yield from _find(path, deeper - 1)
 
 
 def _started(folder: Path) -> float:
@@ -164,33 +158,22 @@ def _started(folder: Path) -> float:
         return (folder / "config.json").stat().st_mtime
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _row(run: PastRun, folder: Path) -> tuple[str, ...]:
     path = Path(run.folder)
     place = path.relative_to(folder).as_posix() if path.is_relative_to(folder) and path != folder else run.name
     adapter = f"{run.adapter} {run.rank}" if run.rank else run.adapter
-    time = hours(run.seconds)
     best = "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})"
-    state = (
-        "finished"
-        if run.finished
-        else f"stopped at step {run.steps_done} of {run.steps}"
-        if run.steps
-        else "no step logged"
-    )
+    state = f"stopped at step {run.steps_done} of {run.steps}" if run.steps else "no step logged"
     return (
         place,
         run.started[:16].replace("T", " "),
         run.model,
         adapter,
         f"{run.epochs_done}/{run.epochs}",
-        time,
+        hours(run.seconds),
         best,
         run.best_by or "-",
-        state,
+        "finished" if run.finished else state,
     )
 
 

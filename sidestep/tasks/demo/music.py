@@ -53,22 +53,19 @@ PIECES = {
 def write_music(folder: Path) -> list[Path]:
     """Write the pieces as 48 kHz stereo wav with a text file beside each, and return the audio files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_write(folder, name, *facts) for name, facts in PIECES.items()]
-
-
-def _write(
-    folder: Path, name: str, bpm: int, key: str, chords: tuple, beats: float, brightness: int, caption: str, lyrics: str
-) -> Path:
-    path = folder / f"{name}.wav"
-    soundfile.write(path, piece(bpm, chords, beats, brightness).T, RATE, subtype="PCM_16")
-    text = f"caption: {caption}\nbpm: {bpm}\nkey: {key}\nsignature: 4/4\n"
-    text += f"language: en\nlyrics:\n{lyrics}\n" if lyrics else "is_instrumental: true\n"
-    path.with_suffix(".txt").write_text(text, encoding="utf-8")
-    return path
+    paths = []
+    for name, (bpm, key, chords, beats, brightness, caption, lyrics) in PIECES.items():
+        path = folder / f"{name}.wav"
+        soundfile.write(path, piece(bpm, chords, beats, brightness).T, RATE, subtype="PCM_16")
+        text = f"caption: {caption}\nbpm: {bpm}\nkey: {key}\nsignature: 4/4\n"
+        text += f"language: en\nlyrics:\n{lyrics}\n" if lyrics else "is_instrumental: true\n"
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+        paths.append(path)
+    return paths
 
 
 def piece(bpm: int, chords: tuple[tuple[str, int], ...], beats: float, brightness: int) -> np.ndarray:
-    """A bar of each chord in turn: a broken chord, its bass and a noise drum on every beat. → float32 [2, S] at 48 kHz"""
+    """A bar of each chord in turn: a broken chord, its bass, a noise drum on every beat. → float32 [2, S] at 48 kHz"""
     beat = 60 / bpm
     audio = np.zeros((2, round(SECONDS * RATE)), dtype=np.float32)
     noise = np.random.default_rng(bpm)
@@ -86,7 +83,7 @@ def piece(bpm: int, chords: tuple[tuple[str, int], ...], beats: float, brightnes
 
 
 def note(midi: int, seconds: float, brightness: int) -> np.ndarray:
-    """A decaying tone of `brightness` partials."""
+    """A decaying tone of `brightness` partials. → [S]"""
     time = np.arange(round(seconds * RATE)) / RATE
     frequency = 440 * 2 ** ((midi - 69) / 12)
     tone = sum(np.sin(2 * np.pi * frequency * n * time) / n**1.5 for n in range(1, brightness + 1))

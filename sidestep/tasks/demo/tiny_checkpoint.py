@@ -1,5 +1,9 @@
-"""A checkpoint in the original layout with the real architecture at a hundred-thousandth of its size. Its weights are random: it makes noise, not music."""
+"""A checkpoint in the original layout: the real architecture at a hundred-thousandth of its size.
 
+Its weights are random: it makes noise, not music.
+"""
+
+import inspect
 import json
 from pathlib import Path
 
@@ -89,35 +93,15 @@ def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SIZES, indent=2), encoding="utf-8")
     parts = {
-        "decoder.": AceStepTransformer1DModel(
-            **_of(
-                SIZES,
-                "hidden_size intermediate_size num_hidden_layers in_channels audio_acoustic_hidden_dim sliding_window layer_types is_turbo",
-            )
-        ),
-        "encoder.": AceStepConditionEncoder(
-            **_of(
-                SIZES,
-                "hidden_size intermediate_size text_hidden_dim timbre_hidden_dim num_lyric_encoder_hidden_layers num_timbre_encoder_hidden_layers sliding_window",
-            )
-        ),
-        "tokenizer.": AceStepAudioTokenizer(
-            **_of(
-                SIZES,
-                "hidden_size intermediate_size audio_acoustic_hidden_dim fsq_dim num_attention_pooler_hidden_layers sliding_window",
-            )
-        ),
-        "detokenizer.": AceStepAudioTokenDetokenizer(
-            **_of(
-                SIZES,
-                "hidden_size intermediate_size audio_acoustic_hidden_dim num_attention_pooler_hidden_layers sliding_window",
-            )
-        ),
+        "decoder.": AceStepTransformer1DModel,
+        "encoder.": AceStepConditionEncoder,
+        "tokenizer.": AceStepAudioTokenizer,
+        "detokenizer.": AceStepAudioTokenDetokenizer,
     }
     tensors = {
         prefix + original_key(name): tensor
         for prefix, part in parts.items()
-        for name, tensor in part.state_dict().items()
+        for name, tensor in _with_sizes(part).state_dict().items()
     }
     tensors["null_condition_emb"] = tensors.pop("encoder.null_condition_emb")
     del tensors["encoder.silence_latent"]  # stands in a file of its own
@@ -130,6 +114,6 @@ def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
     torch.save(silence.transpose(1, 2).contiguous(), folder / "silence_latent.pt")
 
 
-def _of(sizes: dict, names: str) -> dict:
-    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return {name: sizes[name] for name in (*names.split(), *heads)}
+def _with_sizes(part: type[torch.nn.Module]) -> torch.nn.Module:
+    """A part of the model made with those of SIZES that it takes."""
+    return part(**{name: SIZES[name] for name in inspect.signature(part).parameters if name in SIZES})
