@@ -1,4 +1,4 @@
-"""Which device and which numbers a run uses, each with the reason that is shown to the user."""
+"""Which device and dtype a run uses, each with the reason that is shown to the user, and how much memory there is."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,12 @@ from typing import Any
 import torch
 
 from sidestep.errors import UserError
+
+GIB = 1 << 30
+# Assumed, not measured here: a CUDA context with its libraries' workspaces, and what the caching allocator holds in
+# pieces too small to use.
+CONTEXT_BYTES = round(0.5 * GIB)
+SLACK = 0.06
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,9 +94,39 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Highest memory that tensors took on the device so far, or None where there is no counter. Reads no device value."""
+    """Highest memory that tensors took on the device so far, None where there is no counter. Reads no device value."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return None
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes to plan for. source: where the number comes from. taken: what other programs hold of it."""
+
+    bytes: int
+    source: str
+    taken: int = 0
+
+    @property
+    def free(self) -> int:
+        """Bytes that a run can have while the other programs go on."""
+        return self.bytes - self.taken
+
+
+def gpu_memory() -> GpuMemory | None:
+    """The memory of the first CUDA GPU, None on a machine without one.
+
+    Asking makes this process's context. Not run here.
+    """
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return GpuMemory(total, torch.cuda.get_device_name(), max(0, total - free - CONTEXT_BYTES))
+
+
+def with_overhead(tensor_bytes: int) -> int:
+    """Bytes a GPU needs for a peak of so many tensor bytes."""
+    return round(tensor_bytes * (1 + SLACK)) + CONTEXT_BYTES

@@ -66,10 +66,10 @@ def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
 
 def train(config: TrainConfig, report: Report) -> None:
     """`fixed`: train, if it fits into memory."""
-    from sidestep.tasks.plan.plan import fitted
+    from sidestep.tasks.plan.plan import check_memory
     from sidestep.tasks.train import train
 
-    train(fitted(config, report), report)
+    train(check_memory(config, report), report)
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> None:

@@ -258,9 +258,9 @@ def profile_of(call: Call) -> tuple[str, str]:
         return profile_for(PROFILES[call.vram_profile], is_xl), "asked for"
     gib, card = call.typed.get("vram"), "--vram"
     if not gib:
-        from sidestep.tasks.plan.device import GIB, this_device
+        from sidestep.acestep.device import GIB, gpu_memory
 
-        device = this_device()
+        device = gpu_memory()
         if device is None:
             raise UserError(
                 "--vram-profile auto: no GPU was found here.", f"Name a profile: --vram-profile {'|'.join(PROFILES)}"

@@ -1,10 +1,11 @@
-"""Peaks of the two preprocessing passes and of a preview, on fake tensors like the training step.
+"""Memory of the two preprocessing passes and of a preview, on fake tensors like the training step.
 
-Without gradients a layer leaves nothing behind, so few layers show the peak of many; the weights of the others are added.
+Without gradients a layer leaves nothing behind: few layers show the peak of many, the weights of the others are added.
 """
 
 import torch
-from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
@@ -23,7 +24,7 @@ from sidestep.acestep.vae import (
 )
 from sidestep.adapters.attach import attach
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.plan.step import LiveBytes, bytes_of, fake_mode, make_fake, unpack_weights
+from sidestep.tasks.plan.step import CPU, LiveBytes, bytes_of, fake_mode, make_fake, unpack_weights
 from sidestep.variants import detect
 
 FEW_LAYERS = 2
@@ -47,11 +48,16 @@ TEXT_ENCODER = {
 
 
 def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_FRAMES) -> int:
-    """Peak bytes of the first pass: the VAE's encoder (fp32) on one tile of a song of so many seconds, later the text encoder (`dtype`); never both."""
+    """Peak bytes of the first pass.
+
+    First the VAE's encoder (fp32) on one tile of a song of so many seconds, then the text encoder (`dtype`); never
+    both.
+    """
     vae = _vae(torch.float32)
-    vae.decoder = nn.Identity()
+    del vae.decoder
     with torch.device("meta"):
-        text_encoder = _frozen(Qwen3Model(Qwen3Config(**TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS})), dtype)
+        text_encoder = Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS}))
+    _freeze(text_encoder, dtype)
     others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
     samples = round(seconds * VAE["sampling_rate"])
     tile_samples = samples_per_frame(VAE) * (tile_frames + 2 * ENCODER_HALO_FRAMES)
@@ -73,19 +79,16 @@ def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
         if name in ("num_lyric_encoder_hidden_layers", "num_timbre_encoder_hidden_layers")
     }
     with torch.device("meta"):
-        encoder = _frozen(AceStepConditionEncoder(**accepted(AceStepConditionEncoder, whole | few)), dtype)
-    others = sum(
-        _other_layers(getattr(encoder, part).layers, whole[f"num_{part}_hidden_layers"])
-        for part in ("lyric_encoder", "timbre_encoder")
-    )
+        encoder = AceStepConditionEncoder(**accepted(AceStepConditionEncoder, whole | few))
+    _freeze(encoder, dtype)
+    others = _other_layers(encoder.lyric_encoder.layers, whole["num_lyric_encoder_hidden_layers"])
+    others += _other_layers(encoder.timbre_encoder.layers, whole["num_timbre_encoder_hidden_layers"])
     with fake_mode():
         memory = _loaded(encoder)
         text, lyrics = (torch.empty(1, n, sizes["text_hidden_dim"], dtype=dtype) for n in (TEXT_TOKENS, LYRIC_TOKENS))
         # the original counts references on the host, which fake tensors cannot; here there is one
-        encoder.timbre_encoder.unpack_timbre_embeddings = lambda packed, order: (
-            packed[:, None],
-            torch.ones(packed.shape[0], 1, dtype=torch.bool),
-        )
+        # pyrefly: ignore[bad-assignment] (its arguments have names, by which nobody calls it)
+        encoder.timbre_encoder.unpack_timbre_embeddings = lambda packed, _: (packed[:, None], torch.ones(1, 1).bool())
         timbre = torch.empty(1, sizes.get("timbre_fix_frame", 750), sizes["timbre_hidden_dim"], dtype=dtype)
         with memory:
             encode_conditions(encoder, text, lyrics, timbre)
@@ -93,53 +96,49 @@ def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
 
 
 def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_per_second: float, tokens: int) -> int:
-    """Bytes that a preview takes beside the weights, the adapter and the optimizer: the denoising DiT with the VAE waiting, or the VAE at work."""
+    """Bytes that a preview takes beside the weights, the adapter and the optimizer.
+
+    The denoising DiT with the VAE waiting, or the VAE at work.
+    """
     # but for turbo, guidance denoises with and without the condition at once
     few = sizes | {"num_hidden_layers": FEW_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
     batch, frames = 1 if detect(sizes).is_turbo else 2, round(config.preview_duration * frames_per_second)
     vae = _vae(dtype)
     with torch.device("meta"):
-        decoder = _frozen(AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few)), dtype)
+        decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few))
+        _freeze(decoder, dtype)
         model = attach(decoder, config).eval()
-    use_attention(decoder, config.attention, torch.device("cpu"), dtype)
+    use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":
         unpack_weights(model, dtype)
     with fake_mode():
-        playing, waiting = _loaded(vae), 0 if config.offload_encoder else bytes_of(vae.parameters())
-        with playing:
-            decode(
-                vae,
-                torch.empty(
-                    1,
-                    min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES),
-                    VAE["decoder_input_channels"],
-                    dtype=dtype,
-                ),
-                0,
-            )
+        decoding, waiting = _loaded(vae), 0 if config.offload_encoder else bytes_of(vae.parameters())
+        tile = min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES)
+        with decoding:
+            decode(vae, torch.empty(1, tile, VAE["decoder_input_channels"], dtype=dtype), 0)
         denoising = _loaded(model)
         loaded = denoising.now
-        latents, t = (
-            torch.empty(batch, frames, sizes["audio_acoustic_hidden_dim"], dtype=dtype),
-            torch.empty(batch, dtype=dtype),
-        )
+        latents = torch.empty(batch, frames, sizes["audio_acoustic_hidden_dim"], dtype=dtype)
+        t = torch.empty(batch, dtype=dtype)
         conditions = torch.empty(batch, tokens, sizes.get("encoder_hidden_size") or sizes["hidden_size"], dtype=dtype)
         with denoising, torch.no_grad():
             denoising.count([latents, conditions])
             decoder(latents, t, t, conditions, torch.cat([latents, latents], dim=-1), return_dict=False)
-    return max(playing.peak, waiting + denoising.peak - loaded)
+    return max(decoding.peak, waiting + denoising.peak - loaded)
 
 
 def _vae(dtype: torch.dtype) -> AutoencoderOobleck:
     """The VAE on `meta`."""
     with torch.device("meta"):
-        return _frozen(AutoencoderOobleck(**VAE), dtype)
+        vae = AutoencoderOobleck(**VAE)
+    _freeze(vae, dtype)
+    return vae
 
 
-def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _freeze(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
 def _other_layers(layers: nn.ModuleList, count: int) -> int:

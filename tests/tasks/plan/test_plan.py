@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute_layers
 from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.device import GIB, GpuMemory, with_overhead
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
@@ -22,20 +23,19 @@ from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
 from sidestep.settings.config import PlanConfig, TrainConfig
 from sidestep.settings.presets import find
-from sidestep.tasks.plan.device import GIB, Device, on_device
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
-from sidestep.tasks.plan.plan import Planner, fitted, fitted_to, plan
+from sidestep.tasks.plan.plan import Planner, check_memory, fit_into, plan
 from sidestep.tasks.plan.step import (
     BlockKind,
     LiveBytes,
+    Segment,
     Shape,
     StepModel,
-    Stretch,
     joined,
     optimizer_bytes,
-    put_together,
     run_step,
     step_peak,
+    whole_step,
 )
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import official_config
@@ -104,7 +104,7 @@ def measured_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.d
     )
     with memory:
         for _ in range(2):
-            memory.restart_peak()
+            memory.cut()
             for _ in range(config.gradient_accumulation):
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     weighted, _, _ = objective(model, batch, 0, shape.batch)
@@ -153,9 +153,11 @@ def test_the_predicted_peak_of_a_95_m_model_is_within_5_percent_of_the_measured_
         ({"base_precision": "int8"}, Shape(1, 1000, 60), torch.float32),
         ({"base_precision": "int8", "gradient_checkpointing": False}, Shape(1, 500, 60), torch.float32),
         ({"base_precision": "nf4"}, Shape(1, 1000, 60), torch.float32),
+        ({"adapter_type": "loha"}, Shape(1, 500, 60), torch.float32),
+        ({"adapter_type": "oft"}, Shape(1, 500, 60), torch.float32),
     ],
 )
-def test_each_lever_and_adapter_is_predicted_within_5_percent(tmp_path, changes, shape, dtype):
+def test_each_option_and_adapter_is_predicted_within_5_percent(tmp_path, changes, shape, dtype):
     check_prediction(SMALLER, config_of(tmp_path, **{"gradient_accumulation": 2} | changes), shape, dtype)
 
 
@@ -167,15 +169,32 @@ def test_each_lever_and_adapter_is_predicted_within_5_percent(tmp_path, changes,
 def test_a_step_put_together_from_a_block_of_each_kind_is_the_whole_step(tmp_path, recomputed, changes):
     config, shape = config_of(tmp_path, recompute_layers=recomputed, **changes), Shape(1, 1500, 500)
     kinds = [BlockKind(("sliding_attention", "full_attention")[index % 2], index < recomputed) for index in range(24)]
-    blocks, around = run_step(official_config("turbo"), config, shape, BF16, kinds)
+    blocks, others = run_step(official_config("turbo"), config, shape, BF16, kinds)
     model = StepModel(official_config("turbo"), config, shape, BF16)
-    assert model._whole(kinds).peak == pytest.approx(put_together(around, blocks).peak, rel=0.01)
+    assert model.segment(recomputed).peak == pytest.approx(whole_step(others, blocks).peak, rel=0.01)
 
 
-def test_stretches_are_joined_to_the_highest_point_of_the_whole():
-    assert joined([Stretch(10, 15), Stretch(-5, 3), Stretch(20, 21)]) == Stretch(25, 26)
-    assert joined([]) == Stretch(0, 0)
-    assert joined([Stretch(-5, 0), Stretch(3, 4)]) == Stretch(-2, 0)
+@pytest.mark.parametrize("base_precision", ["auto", "int8"])
+@pytest.mark.parametrize("adapter_type", ["lora", "dora", "lokr", "loha", "oft"])
+def test_every_kind_of_adapter_is_planned_on_every_base(tmp_path, adapter_type, base_precision):
+    config = config_of(tmp_path, rank=4, adapter_type=adapter_type, base_precision=base_precision)
+    peak = step_peak(SMALLER, config, Shape(1, 250, 60), BF16)
+    assert 0 < peak.adapter < peak.activations
+
+
+def test_settings_that_recompute_all_layers_are_named_so_that_they_can_be_typed(tmp_path):
+    planner = Planner(SMALLER, BF16, 30.0, 60)
+    for asked in (config_of(tmp_path, gradient_checkpointing=False), config_of(tmp_path, recompute_layers=2)):
+        option = next(planner.memory_options(asked))
+        assert option.flags == (
+            ("--recompute-layers 4",) if asked.gradient_checkpointing else ("--gradient-checkpointing",)
+        )
+
+
+def test_segments_are_joined_to_the_highest_point_of_the_whole():
+    assert joined([Segment(10, 15), Segment(-5, 3), Segment(20, 21)]) == Segment(25, 26)
+    assert joined([]) == Segment(0, 0)
+    assert joined([Segment(-5, 0), Segment(3, 4)]) == Segment(-2, 0)
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -238,7 +257,9 @@ print(imported - started, time.process_time() - imported)
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["turbo", "xl-turbo"])
 def test_the_planner_answers_in_less_than_5_seconds(variant):
-    """With every lever and the settings that fit, in a process that has computed nothing before. Where even the imports, seven seconds of computing on
+    """With every option and the settings that fit, in a process that has computed nothing before.
+
+    Where even the imports, seven seconds of computing on
     the machine this was written on, take longer: in less than their share of it."""
     done = subprocess.run([sys.executable, "-c", ANSWER, variant], capture_output=True, text=True, check=True)
     imports, answer = map(float, done.stdout.split())
@@ -266,7 +287,7 @@ def test_a_preview_is_planned_with_the_vae_beside_the_model(tmp_path):
     offloaded = dataclasses.replace(config, preview_duration=600.0, offload_encoder=True)
     assert preview_peak(sizes, offloaded, BF16, 25, 512) < long
     planner = Planner(sizes, BF16, 240.0, 512)
-    assert planner.preview(config) == on_device(planner.peak(config).between_steps + short)
+    assert planner.preview(config) == with_overhead(planner.peak(config).between_steps + short)
 
 
 def test_the_8bit_state_has_bitsandbytes_own_size():
@@ -305,8 +326,8 @@ def test_a_plan_for_xl_on_8_gib_finds_settings_that_fit():
     assert answer.best is not None
     assert answer.best.needed <= 8 * GIB
     assert "--base-precision int8" in answer.best.flags
-    for lever in answer.levers:
-        assert lever.needed <= answer.asked.needed
+    for option in answer.options:
+        assert option.needed <= answer.asked.needed
 
 
 def test_a_model_of_unknown_size_needs_its_files():
@@ -321,13 +342,13 @@ def small_run(tmp_path, checkpoints) -> TrainConfig:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_settings_or_the_override(small_run):
-    tiny = Device(GIB // 4, "a very small card")
+    tiny = GpuMemory(GIB // 4, "a very small card")
     with pytest.raises(UserError, match="would run out of memory") as caught:
-        fitted_to(tiny, small_run, null)
+        fit_into(tiny, small_run, null)
     assert "--even-if-it-does-not-fit" in caught.value.fix
     events = []
-    fitted_to(tiny, dataclasses.replace(small_run, even_if_it_does_not_fit=True), events.append)
-    fitted_to(Device(8 * GIB, "a card"), small_run, events.append)
+    fit_into(tiny, dataclasses.replace(small_run, even_if_it_does_not_fit=True), events.append)
+    fit_into(GpuMemory(8 * GIB, "a card"), small_run, events.append)
     assert [event.what for event in events if isinstance(event, Decision)] == ["memory", "memory"]
     assert not [event for event in events if isinstance(event, Notice)]
 
@@ -339,8 +360,8 @@ def test_what_other_programs_hold_is_said_and_a_preview_that_will_not_fit(small_
         .candidate(small_run)
         .needed
     )
-    fitted_to(
-        Device(2 * needed, "a card", taken=round(1.5 * needed)),
+    fit_into(
+        GpuMemory(2 * needed, "a card", taken=round(1.5 * needed)),
         dataclasses.replace(small_run, preview_every=1),
         events.append,
     )
@@ -370,11 +391,11 @@ def test_as_many_layers_are_recomputed_as_the_free_memory_needs(tmp_path):
 
 def test_recompute_as_needed_becomes_a_number_before_the_run(small_run, monkeypatch):
     asked, events = dataclasses.replace(small_run, recompute_as_needed=True), []
-    enough = fitted_to(Device(8 * GIB, "a card"), asked, events.append)
+    enough = fit_into(GpuMemory(8 * GIB, "a card"), asked, events.append)
     assert (enough.recompute_layers, enough.recompute_as_needed) == (0, False)
     assert (events[0].what, events[0].value) == ("recomputation", "0 of 3 layers")
-    monkeypatch.setattr("sidestep.tasks.plan.plan.this_device", lambda: None)
-    unknown = fitted(asked, events.append)
+    monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda: None)
+    unknown = check_memory(asked, events.append)
     assert (unknown.recompute_layers, unknown.recompute_as_needed) == (None, False)
     assert "only the memory of CUDA GPUs" in events[-1].reason
 
@@ -401,4 +422,4 @@ def test_each_profile_fits_the_smallest_card_it_names(tmp_path, name, variant):
     peak = step_peak(
         official_config(variant), planner_config, Shape(planner_config.batch_size, 25 * seconds, 512), BF16
     )
-    assert on_device(peak.total) <= gib * GIB, json.dumps(dataclasses.asdict(peak))
+    assert with_overhead(peak.total) <= gib * GIB, json.dumps(dataclasses.asdict(peak))
