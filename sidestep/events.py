@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from sidestep.words import visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,3 +169,16 @@ def tee(first: Report, second: Report) -> Report:
 
 def null(event: Event) -> None:
     """A report that nobody reads."""
+
+
+def visible_event(event: Event) -> Event:
+    """The event as it may be shown: names, captions and reasons from files cannot act on the terminal or forge lines."""
+    return dataclasses.replace(
+        event, **{field.name: _visible(getattr(event, field.name)) for field in dataclasses.fields(event)}
+    )
+
+
+def _visible(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_visible, value))
+    return visible(value) if isinstance(value, str) else value

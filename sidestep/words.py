@@ -11,6 +11,9 @@ from pathlib import Path
 # How this program is called: from its folder, or as the installed command.
 PROGRAM = ("uv", "run", "train.py") if (Path(__file__).parents[1] / "train.py").is_file() else ("side-step",)
 
+# Control characters but for the tab, marks that reverse the direction of text, line separators, and halves of pairs.
+INVISIBLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def clock(seconds: float | None) -> str:
     """A duration as a player shows it: 0:42, 12:03, 3:05:00; a question mark where it is not known."""
@@ -44,6 +47,14 @@ def gib(number: float | None, digits: int = 1) -> str:
 def count(number: int, thing: str, things: str = "") -> str:
     """A number of things: 1 song, 1,204 songs, 2 entries (`things` where the plural is not made with an s)."""
     return f"{number:,} {thing if number == 1 else things or thing + 's'}"
+
+
+def visible(text: str, lines: bool = False) -> str:
+    r"""Text that does nothing to a terminal but appear: what would move, colour, retitle or reorder is shown as \x1b….
+
+    `lines`: line breaks are the text's own and stay; else they too come from a name and are shown.
+    """
+    return INVISIBLE.sub(lambda found: found[0] if lines and found[0] == "\n" else ascii(found[0])[1:-1], text)
 
 
 def paste(words: Iterable[str], shell: str = "") -> str:

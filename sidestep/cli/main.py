@@ -24,7 +24,7 @@ from sidestep.cli.commands import run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
-from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee
+from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee, visible_event
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
@@ -211,7 +211,7 @@ def asking(terminal: Terminal) -> tuple[Ask, Report]:
     assert isinstance(terminal, RichTerminal)
 
     def show(event: Event) -> None:
-        terminal.console.print(shown(event, terminal.unicode), soft_wrap=not isinstance(event, Table))
+        terminal.console.print(shown(visible_event(event), terminal.unicode), soft_wrap=not isinstance(event, Table))
 
     return QuestionaryAsk(terminal), show
 

@@ -26,9 +26,10 @@ from sidestep.events import (
     StepSkipped,
     Table,
     Validated,
+    visible_event,
 )
 from sidestep.terminal.terminal import Terminal, as_lines, is_tty
-from sidestep.words import clock, gib
+from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
@@ -72,6 +73,7 @@ class LiveView:
             self.console.print(self.board())  # the last state of a training stays on the screen
 
     def __call__(self, event: Event) -> None:
+        event = visible_event(event)
         match event:
             case Progress(task=task, done=done, total=total):
                 self.tasks[task] = event
@@ -191,16 +193,16 @@ class RichTerminal(Terminal):
         return self.console.encoding.startswith("utf") and not self.console.legacy_windows
 
     def print(self, text: str = "", style: str = "") -> None:
-        self.console.print(text, style=style, soft_wrap=True)
+        self.console.print(visible(text, lines=True), style=style, soft_wrap=True)
 
     def error(self, problem: str, fix: str = "") -> None:
         if not is_tty(self.err):
             super().error(problem, fix)
             return
         console = Console(file=self.err, markup=False, emoji=False, highlight=False)
-        console.print(problem, style="bold red", soft_wrap=True)
+        console.print(visible(problem), style="bold red", soft_wrap=True)
         if fix:
-            console.print(fix, soft_wrap=True)
+            console.print(visible(fix, lines=True), soft_wrap=True)
 
     def view(self) -> AbstractContextManager[Report]:
         return LiveView(self.console)

@@ -26,8 +26,9 @@ from sidestep.events import (
     StepSkipped,
     Table,
     Validated,
+    visible_event,
 )
-from sidestep.words import clock, gib
+from sidestep.words import clock, gib, visible
 
 SECONDS_BETWEEN_LINES = 3.0
 
@@ -124,7 +125,7 @@ class PlainView:
 
     def __call__(self, event: Event) -> None:
         if self._due(event):
-            for line in as_lines(event):
+            for line in as_lines(visible_event(event)):
                 self._show(line)
 
     def _due(self, event: Event) -> bool:
@@ -167,11 +168,12 @@ class Terminal:
 
     def print(self, text: str = "", style: str = "") -> None:  # noqa: ARG002 (for a terminal with colours)
         """A line or paragraph of output."""
-        print(text, file=self.out, flush=True)
+        print(visible(text, lines=True), file=self.out, flush=True)
 
     def error(self, problem: str, fix: str = "") -> None:
         """An error, on the error stream: what is wrong, then what helps."""
-        print(f"error: {problem}" + (f"\n{fix}" if fix else ""), file=self.err, flush=True)
+        text = f"error: {visible(problem)}" + (f"\n{visible(fix, lines=True)}" if fix else "")
+        print(text, file=self.err, flush=True)
 
     def confirm(self, question: str) -> bool:
         """A yes/no question on one line; Enter and the end of input mean no."""

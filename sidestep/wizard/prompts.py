@@ -14,6 +14,7 @@ from sidestep.settings.option import Choice
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import as_typed
 from sidestep.wizard.questionnaire import BACK, Prompt
+from sidestep.words import visible
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
@@ -44,9 +45,9 @@ class QuestionaryAsk:
         if heading or step:
             console.print(Text.assemble((heading, "cyan"), (step, "dim")))
         if prompt.help:
-            console.print(Text(prompt.help, style="dim"))
+            console.print(Text(visible(prompt.help), style="dim"))
         if prompt.error:
-            console.print(Text(f"Not taken: {prompt.error}", style="yellow"))
+            console.print(Text(f"Not taken: {visible(prompt.error)}", style="yellow"))
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
         question = asked(prompt, self._typed if prompt.error else typed, self.terminal.width)
         app = question.application

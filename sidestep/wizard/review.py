@@ -50,7 +50,8 @@ def review(
                 show(Notice(message="Working out the memory of this run (Ctrl-C: skip) ..."))
             for line in about(config):
                 show(Notice(message=line))
-            show(Notice(message=f"The same as a command:\n  {command_line(config)}"))
+            show(Notice(message="The same as a command:"))
+            show(Notice(message=f"  {command_line(config)}"))
         start = [Choice(START, "Start", "run it now")] if config else []
         change = [
             Choice(EDIT, "Change a section", "and come back here"),
