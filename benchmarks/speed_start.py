@@ -17,8 +17,8 @@ from benchmarks.speed_model import sizes, train_config
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.layout import diffusers_key
 from sidestep.settings.option import as_arguments
+from sidestep.tasks.train.checkpoints import save_checkpoint
 from sidestep.tasks.train.loop import run_loop
-from sidestep.tasks.train.saving import save_checkpoint
 from sidestep.variants import OFFICIAL_FOLDERS
 
 

@@ -21,7 +21,7 @@ from sidestep.adapters.attach import attach
 from sidestep.data.batches import Song, collate, plan_epoch
 from sidestep.flow_matching.timesteps import discrete
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.train.loop import Tally
+from sidestep.tasks.train.loop import Metrics
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 
 CHANNELS, CONDITION_TOKENS = 64, 200
@@ -63,13 +63,13 @@ def main() -> None:
     objective = Objective(config, TrainingLaw("discrete", discrete, 0.0, ""), silence, null, mask)
     songs = [Song(f"song {i}", torch.randn(frames, CHANNELS), torch.randn(CONDITION_TOKENS, 512)) for i in range(4)]
     plan = plan_epoch(songs, 0, seed=1, batch_size=1, accumulation=4)[0]
-    tally = Tally()
+    metrics = Metrics()
 
     def micro_step() -> None:
         batch = collate(songs, plan.micro_batches[0]).to(silence.device)
         weighted, loss, t = objective(model, batch, 0, plan.samples)
         (weighted.sum() / plan.samples).backward()
-        tally.add(loss, t, batch.songs)
+        metrics.add(loss, t, batch.songs)
 
     noisy, target, context = (
         torch.randn(1, frames, CHANNELS),

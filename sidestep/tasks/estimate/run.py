@@ -26,7 +26,7 @@ from sidestep.tasks.estimate.page import heat_map, top_modules, write_page
 from sidestep.tasks.estimate.sketch import Layout, linear_shapes
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw, training_law
 from sidestep.tasks.train.processes import Processes
-from sidestep.tasks.train.setup import open_accelerator, require_levers_that_go_together
+from sidestep.tasks.train.setup import check_memory_options, open_accelerator
 from sidestep.tasks.train.songs import load_songs, with_windows
 from sidestep.words import train_py
 
@@ -48,7 +48,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
             "Add --overwrite to replace it, or name another file with --output.",
         )
     training = as_training(config)
-    require_levers_that_go_together(training, processes=1)
+    check_memory_options(training, processes=1)
     accelerator, precision = open_accelerator(training, report)
     device = accelerator.device
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)

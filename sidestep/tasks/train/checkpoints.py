@@ -1,46 +1,59 @@
-"""Training state on disk: whole or absent, never half. A checkpoint holds all that a run needs to go on as if it had not stopped.
+"""A run on disk: its folder, checkpoints to go on from, `best/`, `ema/` and `final/`; complete or absent, never half.
 
-The output folder of a run: what was asked for, and whether a run may begin or go on there.
+A checkpoint holds all that is needed to go on as if training had not stopped. Only the first process writes, and
+training waits for the copy to the CPU, not for the disk.
 """
 
+import errno
 import json
 import os
 import pickle
 import shutil
-import threading
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sidestep.adapters.attach import adapter_state
+from sidestep.adapters.write import Card, save_final
 from sidestep.errors import JobError, UserError
-from sidestep.events import Event, Notice, Report
+from sidestep.events import Event, Notice, Report, Saved
 from sidestep.files import replacing, write_text
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import as_json_values, options_of
-from sidestep.tasks.train.processes import whole
+from sidestep.tasks.train.evaluation import averaged
+from sidestep.tasks.train.processes import shard_like, unshard
+from sidestep.tasks.train.run import History, Position, Run
 
 STATE_FILE = "training_state.pt"
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
 NEW, OLD = ".saving-", ".replaced-"  # folders under way; whatever has such a name is no result
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
+
+# What may not change when a run goes on: the saved tensors or the order of the data would not fit.
+FIXED_ON_RESUME = (
+    *("adapter_type", "rank", "alpha", "target_modules", "attention_type", "self_target_modules"),
+    *("cross_target_modules", "target_mlp", "lokr_factor", "lokr_decompose_both", "lokr_weight_decompose"),
+    *("optimizer_type", "batch_size", "chunk_duration", "val_split", "seed"),
+)
+# What says where things are, or had its effect at the start.
+NOT_COMPARED = (
+    *("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "resume_from", "run_name", "device"),
+    *("attention", "compile", "ignore_rank_map", "init", "init_from", "gradient_accumulation"),
+)
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: the next optimizer step is step `step_in_epoch` of `epoch`; `step` are done in all."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
+# Folders that are complete or absent
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a new folder and put it in the place of `folder` once it is whole. Raises what `fill` raises, with the old one untouched.
+    """Let `fill` write into a new folder that then takes the place of `folder`.
 
-    A process killed between the two renames leaves the old folder under another name; `restore` brings it back.
+    Raises what `fill` raises, with the old one untouched. A process killed between the two renames leaves the old
+    folder under another name; `restore` brings it back.
     """
     new, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
     for leftover in (new, old):
@@ -59,9 +72,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def restore(parent: Path) -> None:
     """Bring back folders that a killed process had moved aside and remove what it had not finished."""
     for old in parent.glob(f"{OLD}*"):
-        place = parent / old.name.removeprefix(OLD)
-        if not place.exists():
-            old.rename(place)
+        folder = parent / old.name.removeprefix(OLD)
+        if not folder.exists():
+            old.rename(folder)
     for leftover in (*parent.glob(f"{NEW}*"), *parent.glob(f"{OLD}*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -69,7 +82,7 @@ def restore(parent: Path) -> None:
 def write_checkpoint(
     folder: Path, state: dict[str, Any], position: Position, write_adapter: Callable[[Path], None]
 ) -> None:
-    """Write a checkpoint and verify it before it takes its place.
+    """Write a saved run and verify it before it takes its place.
 
     write_adapter(folder): writes the adapter's files as other programs read them. Raises OSError, JobError.
     """
@@ -83,79 +96,66 @@ def write_checkpoint(
         with zipfile.ZipFile(new / STATE_FILE) as archive:
             if not is_complete(new) or archive.testzip() is not None:
                 raise JobError(
-                    f"{folder}: what was written is not what stands on disk.",
+                    f"{folder}: what was written is not what is on the disk.",
                     "Check the disk; the older checkpoints are untouched.",
                 )
 
     write_folder(folder, fill)
 
 
-def read_facts(folder: Path) -> dict[str, Any] | None:
+def read_metadata(folder: Path) -> dict[str, Any] | None:
     """What the file that is written last says, or None where it is missing or broken."""
     try:
-        facts = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
-        Position(**facts["position"])
-        return facts if isinstance(facts["files"], dict) else None
+        metadata = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+        Position(**metadata["position"])
+        return metadata if isinstance(metadata["files"], dict) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there in its full size."""
-    facts = read_facts(folder)
-    if facts is None:
-        return False
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in facts["files"].items()
+    """Whether every file of a saved run is there in its full size."""
+    metadata = read_metadata(folder)
+    return metadata is not None and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in metadata["files"].items()
     )
 
 
 def position_of(folder: Path) -> Position:
-    """Where a whole checkpoint stands."""
-    return Position(**(read_facts(folder) or {})["position"])
+    """How far the run of a complete checkpoint was."""
+    return Position(**(read_metadata(folder) or {})["position"])
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first by optimizer step."""
-    found = [
-        p
-        for p in (output_dir / "checkpoints").glob("*")
-        if p.is_dir() and not p.name.startswith(".") and is_complete(p)
-    ]
-    return sorted(found, key=lambda p: position_of(p).step)
+    """Complete checkpoints of a run, oldest first by optimizer step."""
+    folders = (p for p in (output_dir / "checkpoints").glob("*") if p.is_dir() and not p.name.startswith("."))
+    return sorted(filter(is_complete, folders), key=lambda p: position_of(p).step)
 
 
 def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
     """The checkpoint that `--resume-from` means; `latest` looks in `--output-dir`. Raises UserError."""
-    there = complete_checkpoints(output_dir)
+    complete = complete_checkpoints(output_dir)
     if str(resume_from) != "latest":
         if is_complete(resume_from):
             return resume_from
-        fix = f"Whole ones: {', '.join(str(p) for p in there[-3:])}" if there else "Start anew without --resume-from."
+        last = ", ".join(map(str, complete[-3:]))
+        fix = f"Whole ones: {last}" if complete else "Start anew without --resume-from."
         raise UserError(f"--resume-from {resume_from}: not a whole checkpoint of this program.", fix)
-    if not there:
+    if not complete:
         raise UserError(
             f"--resume-from latest: no whole checkpoint in {output_dir / 'checkpoints'}.",
             "Start anew without --resume-from, or name a checkpoint folder.",
         )
-    return there[-1]
+    return complete[-1]
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
     """(state, position) of a checkpoint. Nothing but tensors and plain values is unpickled. Raises JobError."""
+    unreadable = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError)
     try:
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         return state, position_of(folder)
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (*unreadable, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobError(
             f"{folder}: not readable ({reason[:200]}).",
@@ -163,109 +163,16 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
         ) from None
 
 
-def snapshot(value: Any) -> Any:
-    """A copy on the CPU of nested tensors, so that training may go on while it is written. Under FSDP all processes must take it."""
-    if isinstance(value, torch.Tensor):
-        return whole(value.detach()).to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: snapshot(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(snapshot(v) for v in value)
-    return value
-
-
-class BackgroundWriter:
-    """Runs one write at a time beside training. What it reports, and what goes wrong, comes out in the thread that trains."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._events: list[Event] = []
-
-    def start(self, write: Callable[[], Iterable[Event]]) -> None:
-        """Begin a write once the one before it has ended."""
-        self.wait()
-
-        def work() -> None:
-            try:
-                self._events = list(write())
-            except (
-                OSError,
-                RuntimeError,
-                ValueError,
-                JobError,
-            ) as error:  # handed to the training thread, which raises it
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name="checkpoint-writer", daemon=True)
-        self._thread.start()
-
-    def poll(self) -> None:
-        """Settle a write that has ended; costs nothing while one is under way. Raises what went wrong in it."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
-
-    def wait(self) -> None:
-        """Until the write under way has ended. Raises what went wrong in it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        events, self._events = self._events, []
-        for event in events:
-            self._report(event)
-
-
 def prune(output_dir: Path, keep: int, also_keep_step: int | None = None) -> None:
-    """Delete the oldest whole checkpoints beyond `keep` (0 keeps all), but not the one at the best step."""
+    """Delete the oldest complete checkpoints beyond `keep` (0 keeps all), but not the one at the best step."""
     for old in complete_checkpoints(output_dir)[:-keep] if keep else []:
         if position_of(old).step != also_keep_step:
             gone = old.with_name(OLD + old.name)
-            os.replace(old, gone)  # first out of sight: a half-deleted folder is no checkpoint
+            old.replace(gone)  # first out of sight: a half-deleted folder is no checkpoint
             shutil.rmtree(gone, ignore_errors=True)
 
 
-# What may not change when a run goes on: the saved tensors or the order of the data would not fit.
-FIXED_ON_RESUME = (
-    *(
-        "adapter_type",
-        "rank",
-        "alpha",
-        "target_modules",
-        "attention_type",
-        "self_target_modules",
-        "cross_target_modules",
-        "target_mlp",
-    ),
-    *(
-        "lokr_factor",
-        "lokr_decompose_both",
-        "lokr_weight_decompose",
-        "optimizer_type",
-        "batch_size",
-        "chunk_duration",
-        "val_split",
-        "seed",
-    ),
-)
-# What says where things are, or had its effect at the start.
-NOT_COMPARED = (
-    *(
-        "checkpoint_dir",
-        "model_variant",
-        "dataset_dir",
-        "output_dir",
-        "resume_from",
-        "run_name",
-        "device",
-        "attention",
-        "compile",
-    ),
-    *("ignore_rank_map", "init", "init_from", "gradient_accumulation"),
-)
+# Before a run begins or goes on
 
 
 @dataclass(frozen=True)
@@ -285,10 +192,11 @@ def resume_command(config: TrainConfig) -> str:
     """The command that goes on from the newest checkpoint of a run, started as this one was."""
     line = command_line(replace(config, resume_from=Path("latest")))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    launcher = (
-        "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else f"torchrun --nproc-per-node {processes}"
-    )
-    return line.replace("uv run train.py", f"uv run {launcher} train.py", 1) if processes > 1 else line
+    if processes == 1:
+        return line
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    launcher = "accelerate launch" if by_accelerate else f"torchrun --nproc-per-node {processes}"
+    return line.replace("uv run train.py", f"uv run {launcher} train.py", 1)
 
 
 def require_writable(folder: Path) -> None:
@@ -308,9 +216,10 @@ def require_writable(folder: Path) -> None:
 
 
 def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
-    """Look at the output folder before anything is loaded: the checkpoint to go on from, None for a run that begins. It changes nothing.
+    """The checkpoint to go on from, None for a run that begins. Called before anything is loaded; changes nothing.
 
-    Raises UserError when another run stands there, when there is nothing to go on from, and for a setting that may not change.
+    Raises UserError when the folder holds another run, when there is nothing to go on from, and for a setting that may
+    not change.
     """
     folder = config.output_dir
     if not config.resume_from:
@@ -327,28 +236,25 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
     if later:
         raise UserError(
             f"--resume-from {source}: {later[-1]} goes further; going on from here would mix two runs in one folder.",
-            f"Give this one a folder of its own: --output-dir {folder}-2\nor go on from the newest: --resume-from latest",
+            f"Give this one a folder of its own: --output-dir {folder}-2\n"
+            "or go on from the newest: --resume-from latest",
         )
-    _compare(config, state["config"], source, report)
-    return SavedRun(source, state, position)
 
+    def words(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-def _compare(config: TrainConfig, saved: dict[str, Any], folder: Path, report: Report) -> None:
-    now, options = as_json_values(config), options_of(TrainConfig)
+    saved, now, options = state["config"], as_json_values(config), options_of(TrainConfig)
     different = [name for name in now if name in saved and saved[name] != now[name] and name not in NOT_COMPARED]
     refused = [name for name in different if name in FIXED_ON_RESUME]
     if refused:
-        what = ", ".join(f"{options[name].flag} is {_words(now[name])}, was {_words(saved[name])}" for name in refused)
+        what = ", ".join(f"{options[name].flag} is {words(now[name])}, was {words(saved[name])}" for name in refused)
         raise UserError(
-            f"--resume-from {folder}: {what}.",
+            f"--resume-from {source}: {what}.",
             "Resume with the settings of that run, or start a new run in another --output-dir.",
         )
     for name in different:
-        report(Notice(message=f"Resumed with {options[name].flag} {_words(now[name])}, before {_words(saved[name])}"))
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        report(Notice(message=f"Resumed with {options[name].flag} {words(now[name])}, before {words(saved[name])}"))
+    return SavedRun(source, state, position)
 
 
 def require_same_data(saved: SavedRun, songs: dict[str, str], config: TrainConfig) -> None:
@@ -363,24 +269,201 @@ def require_same_data(saved: SavedRun, songs: dict[str, str], config: TrainConfi
     ]
     if differences:
         raise UserError(
-            f"--resume-from {saved.folder}: the songs in {config.dataset_dir} are not those of that run: {', '.join(differences)}.",
-            f"Put them back as they were, or start a new run from this adapter: --init-from {saved.folder} --output-dir {config.output_dir}-2",
+            f"--resume-from {saved.folder}: the songs in {config.dataset_dir} are not those of that run: "
+            f"{', '.join(differences)}.",
+            "Put them back as they were, or start a new run from this adapter: "
+            f"--init-from {saved.folder} --output-dir {config.output_dir}-2",
         )
 
 
-def require_same_steps(saved: SavedRun, micro_batches: int, config: TrainConfig) -> None:
-    """Raises UserError unless an optimizer step holds as many micro-batches as in the saved run, over all processes."""
+def require_same_steps(saved: SavedRun, micro_batches: int) -> None:
+    """Raises UserError unless an optimizer step has as many micro-batches as in the saved run, over all processes."""
     before = saved.state["micro_batches"]
     if before != micro_batches:
         raise UserError(
-            f"--resume-from {saved.folder}: --gradient-accumulation times the number of processes is {micro_batches}, was {before}.",
-            f"Choose --gradient-accumulation so that the product is {before} again, or start a new run in another --output-dir.",
+            f"--resume-from {saved.folder}: --gradient-accumulation times the number of processes is {micro_batches}, "
+            f"was {before}.",
+            f"Choose --gradient-accumulation so that the product is {before} again, "
+            "or start a new run in another --output-dir.",
         )
 
 
 def write_settings(config: TrainConfig) -> None:
     """Write config.json and command.txt. Raises OSError."""
-    write_text(
-        config.output_dir / "config.json", json.dumps(as_json_values(config), indent=2, ensure_ascii=False) + "\n"
-    )
+    values = json.dumps(as_json_values(config), indent=2, ensure_ascii=False)
+    write_text(config.output_dir / "config.json", values + "\n")
     write_text(config.output_dir / "command.txt", command_line(config) + "\n")
+
+
+# The state of a run: taken, and put back
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU of nested tensors, which training does not change. Under FSDP all processes must take it."""
+    if isinstance(value, torch.Tensor):
+        return unshard(value.detach()).to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: snapshot(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(v) for v in value)
+    return value
+
+
+def adapter_snapshot(run: Run) -> dict[str, torch.Tensor]:
+    """The adapter's tensors on the CPU. Raises JobError for one that holds NaN or infinity: it must not be saved."""
+    tensors = snapshot(adapter_state(run.model))
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise JobError(
+            f"The adapter holds values that are no numbers ({broken[0]}); it was not saved.",
+            f"Go on from the last good checkpoint with a lower --lr: {resume_command(run.config)}",
+        )
+    return tensors
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """All that a run needs to go on, but for its position.
+
+    There is no state of random generators: every draw follows from the seed and its position in the run.
+    """
+    average = {}
+    if run.average:
+        average = {"step": run.average.optimization_step, "tensors": snapshot(run.average.shadow_params)}
+    return {
+        "adapter": adapter_snapshot(run),
+        "optimizer": snapshot(run.optimizer.state_dict()),
+        "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else {},
+        "average": average,
+        "history": run.history.as_values(),
+        "config": as_json_values(run.config),
+        "ranks": run.ranks,
+        "total_steps": run.total_steps,
+        "micro_batches": run.config.gradient_accumulation * run.processes.count,
+        "model": run.checkpoint.identity(),
+        "songs": run.fingerprints,
+    }
+
+
+def restore_state(run: Run, saved: SavedRun) -> None:
+    """Put optimizer, average, history and position of a saved run into one that was set up with its adapter.
+
+    The schedule is a function of the step: it takes this run's value there, and nothing of the old one is kept.
+    """
+    state, optimizer = saved.state, run.optimizer
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = {
+        i: {k: shard_like(v, order[i]) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        for i, values in state["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**state["optimizer"], "state": sharded})
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if run.average and state["average"]:
+        run.average.optimization_step = state["average"]["step"]
+        run.average.shadow_params = [
+            shard_like(t.to(p.device), p) for t, p in zip(state["average"]["tensors"], run.parameters, strict=True)
+        ]
+    run.history = History.from_values(state["history"])
+    if not run.is_main:
+        run.history.loss_sum, run.history.samples = 0.0, 0  # the first process holds those of all
+    run.position = saved.position
+
+    scheduler, step, lr_before = run.scheduler, run.position.step, optimizer.param_groups[0]["lr"]
+    scheduler.last_epoch = step
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group.update(lr=base * factor(step), initial_lr=base, weight_decay=run.config.weight_decay)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if state["total_steps"] != run.total_steps:
+        message = (
+            f"The run is now {run.total_steps} steps long, was {state['total_steps']}: its schedule was rebuilt, "
+            f"the learning rate goes from {lr_before:.3g} to {scheduler.get_last_lr()[0]:.3g}"
+        )
+        run.report(Notice(message=message, level="warning"))
+    run.report(Notice(message=f"Resumed {saved.folder.name}: {step} of {run.total_steps} optimizer steps are done"))
+
+
+# What a run writes
+
+
+def save_checkpoint(run: Run, name: str) -> None:
+    """Copy the whole state and write it beside the training that goes on. Raises JobError for an adapter with NaN."""
+    state = state_of(run)
+    if not run.is_main:
+        return
+    folder, position, config = run.config.output_dir / "checkpoints" / name, run.position, run.config
+    run.writer.wait()
+    if any(position_of(path).step == position.step for path in complete_checkpoints(config.output_dir)):
+        return  # resumed and stopped before the next step: it is saved already
+    best = run.history.best.step if run.history.best else None
+    card = card_of(run)
+
+    def write() -> Iterator[Event]:
+        write_checkpoint(
+            folder, state, position, lambda new: save_final(run.model, new, config, state["adapter"], card)
+        )
+        prune(config.output_dir, config.keep_checkpoints, best)
+        yield Saved(what="checkpoint", path=str(folder))
+
+    run.writer.start(write)
+
+
+def save_best(run: Run) -> None:
+    """Write `best/` beside the training that goes on."""
+    tensors, best = adapter_snapshot(run), run.history.best
+    if not run.is_main or best is None:
+        return
+    folder, card = run.config.output_dir / "best", card_of(run)
+
+    def write() -> Iterator[Event]:
+        write_folder(folder, lambda new: save_final(run.model, new, run.config, tensors, card))
+        yield Saved(what="best", path=str(folder))
+        yield Notice(message=f"best/ is now the adapter of epoch {best.epoch}, {best.by} {best.loss:.4f}")
+
+    run.writer.start(write)
+
+
+def save_results(run: Run) -> Path:
+    """Write `final/`, and `ema/` where a running average is kept, and wait for all that is being written."""
+    folder = run.config.output_dir / "final"
+    results = {folder: adapter_snapshot(run)}
+    if run.average is not None:
+        with averaged(run):
+            results[run.config.output_dir / "ema"] = snapshot(adapter_state(run.model))
+    if run.is_main:
+        for path, tensors in results.items():
+            run.writer.wait()
+            card = card_of(run)
+            write_folder(path, lambda new, t=tensors, card=card: save_final(run.model, new, run.config, t, card))
+            run.report(Saved(what=path.name, path=str(path)))
+    run.processes.wait()
+    return folder
+
+
+def card_of(run: Run) -> Card:
+    """What the model card says of the run."""
+    tags = {str(song.metadata.get("custom_tag") or "") for song in (*run.songs, *run.held_out)}
+    return Card(
+        name=run.config.run_name or run.config.output_dir.name,
+        base_model=run.checkpoint.folder.name,
+        base_identity=run.checkpoint.identity(),
+        tag=tags.pop() if len(tags) == 1 else "",
+        songs=len(run.songs),
+        audio_seconds=round(sum(song.frames for song in run.songs) / run.frames_per_second, 1),
+        steps=run.position.step,
+        epochs=run.position.epoch,
+        hints_ratio=run.config.hints_ratio,
+    )
+
+
+def cannot_save(run: Run, error: OSError) -> JobError:
+    """The error for a file that cannot be written: what is safe, and how to go on."""
+    complete = complete_checkpoints(run.config.output_dir)
+    is_full = error.errno in NO_ROOM
+    problem = "the disk is full" if is_full else f"cannot be written ({error.strerror or error})"
+    fix = "Free some space" if is_full else "Make it writable"
+    if complete:
+        safe = f"The last good state is {complete[-1]} (optimizer step {position_of(complete[-1]).step})."
+        fix = f"{fix}, then go on: {resume_command(run.config)}"
+    else:
+        safe, fix = "Nothing had been saved before.", f"{fix}, then start again."
+    return JobError(f"--output-dir {run.config.output_dir}: {problem}. {safe}", fix)

@@ -1,29 +1,31 @@
-"""Losses and gradient norms that wait on the device until the host reads them, all in one transfer.
+"""The training loop, the only one, from top to bottom. Rare events are one guarded line each.
 
-Stopping a run from outside: the first Ctrl-C or SIGTERM lets the step finish and saves, the second quits at once.
-The training loop, the only one. Rare events are one guarded line each; the host looks at device values only when it logs.
+The host reads values from the device only when it logs, and at least every `SKIPS_THAT_STOP` steps.
 """
 
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from sidestep.acestep.device import peak_memory_bytes
-from sidestep.data.batches import MicroBatch, StepPlan, collate
+from sidestep.data.batches import StepPlan, collate
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
 from sidestep.stopping import StopRequest
-from sidestep.tasks.train.checkpoints import Position, resume_command
-from sidestep.tasks.train.evaluation import has_waited_enough, judge
-from sidestep.tasks.train.processes import whole
-from sidestep.tasks.train.run import Point, Run
-from sidestep.tasks.train.saving import save_best, save_checkpoint
+from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
+from sidestep.tasks.train.evaluation import has_waited_enough, update_best
+from sidestep.tasks.train.previews import make_previews
+from sidestep.tasks.train.processes import unshard
+from sidestep.tasks.train.report import add_timesteps, write_report
+from sidestep.tasks.train.run import Point, Position, Run
+
+SKIPS_THAT_STOP = 10  # so many optimizer steps in a row without a finite gradient end a run
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,28 @@ class StepReading:
 
     step: int
     grad_norm: float
-    samples: tuple[tuple[str, float, float], ...]
-
-    @property
-    def was_skipped(self) -> bool:
-        return not math.isfinite(self.grad_norm)
-
-    @property
-    def finite(self) -> list[tuple[str, float, float]]:
-        return [sample for sample in self.samples if math.isfinite(sample[1])]
-
-    @property
-    def suspects(self) -> tuple[str, ...]:
-        """The songs whose loss is not finite; all of the step's when each loss is and only the gradient is not."""
-        bad = [song for song, loss, _ in self.samples if not math.isfinite(loss)]
-        return tuple(dict.fromkeys(bad or [song for song, _, _ in self.samples]))
+    samples: list[tuple[str, float, float]]
 
 
 @dataclass
-class Tally:
-    """Losses [B] and timesteps [B] of micro-steps, a norm [] of each optimizer step, and what the host knows of them."""
+class Metrics:
+    """What the loop measures between two log lines.
+
+    losses, timesteps: [B] of each micro-step; norms: [] of each optimizer step. They wait on the device until `read`
+    brings them to the host in one transfer. The rest is what the host knows since the last log line.
+    """
 
     losses: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
     songs: list[tuple[str, ...]] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (optimizer step, how many micro-steps there were until its end)
+    steps: list[tuple[int, int]] = field(default_factory=list)  # (optimizer step, micro-steps until its end)
+
+    read_losses: list[float] = field(default_factory=list)  # of this process's samples
+    grad_norm: float = math.nan
+    skipped_in_a_row: int = 0
+    logged_at: float = field(default_factory=time.perf_counter)
+    steps_since_log: int = 0
 
     def add(self, loss: torch.Tensor, t: torch.Tensor, songs: tuple[str, ...]) -> None:
         """Keep the plain losses of a micro-step."""
@@ -69,113 +65,86 @@ class Tally:
 
     def close_step(self, step: int, norm: torch.Tensor) -> None:
         """An optimizer step ended with this gradient norm."""
-        self.norms.append(norm)
+        self.norms.append(norm.float().reshape(1))
         self.steps.append((step, len(self.losses)))
+        self.steps_since_log += 1
 
     def read(self) -> list[StepReading]:
-        """Bring everything to the host and start anew."""
+        """Bring all that waits on the device to the host, in one transfer."""
         if not self.steps:
             return []
-        values = iter(torch.cat([*self.norms_flat(), *self.losses, *self.timesteps]).tolist())
-        readings = list(self._readings(values))
-        self.__init__()
-        return readings
-
-    def norms_flat(self) -> list[torch.Tensor]:
-        return [norm.float().reshape(1) for norm in self.norms]
-
-    def _readings(self, values: Iterator[float]) -> Iterator[StepReading]:
+        values = iter(torch.cat([*self.norms, *self.losses, *self.timesteps]).tolist())
         norms = [next(values) for _ in self.norms]
         losses = [[next(values) for _ in songs] for songs in self.songs]
         timesteps = [[next(values) for _ in songs] for songs in self.songs]
-        first = 0
+        readings, first = [], 0
         for (step, last), norm in zip(self.steps, norms, strict=True):
             parts = zip(self.songs[first:last], losses[first:last], timesteps[first:last], strict=True)
-            samples = tuple(sample for songs, ls, ts in parts for sample in zip(songs, ls, ts, strict=True))
-            yield StepReading(step, norm, samples)
+            readings.append(StepReading(step, norm, [s for part in parts for s in zip(*part, strict=True)]))
             first = last
-
-
-SKIPS_THAT_STOP = (
-    10  # so many optimizer steps in a row without a finite gradient end a run; the host looks at least that often
-)
-
-
-@dataclass
-class Progress:
-    """What the loop remembers between two log lines. losses: of this process's samples."""
-
-    tally: Tally = field(default_factory=Tally)
-    losses: list[float] = field(default_factory=list)
-    grad_norm: float = math.nan
-    in_a_row: int = 0
-    logged_at: float = field(default_factory=time.perf_counter)
-    steps: int = 0
+        self.losses, self.timesteps, self.songs, self.norms, self.steps = [], [], [], [], []
+        return readings
 
 
 def run_loop(run: Run) -> None:
-    """Train from `run.position` to the end. Raises Interrupted after a save when asked to stop, JobError when the run goes astray."""
-    progress = Progress()
+    """Train from `run.position` to the end.
+
+    Raises Interrupted after a save when asked to stop, JobError when steps fail or nothing can be learnt.
+    """
+    config, history, metrics = run.config, run.history, Metrics()
     with StopRequest(lambda text: run.report(Notice(message=text))) as stop, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Detected call of `lr_scheduler.step"
-        )  # a first step that was skipped
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step was skipped
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
         while run.position.step < run.total_steps:
-            started = time.perf_counter()
-            train_epoch(run, progress, stop)
-            is_best = end_epoch(run, progress, time.perf_counter() - started)
+            epoch, started = run.position.epoch, time.perf_counter()
+            plan = run.plan(epoch)
+            for index in range(run.position.step_in_epoch, len(plan)):
+                if run.position.step == run.total_steps:  # --max-steps ends the run inside an epoch
+                    break
+                stop.requested = run.processes.any(stop.requested)
+                if stop.requested:
+                    save_and_exit(run, metrics)
+                try_optimizer_step(run, plan[index], metrics)
+                run.position = Position(epoch, index + 1, run.position.step + 1)
+                run.writer.poll()
+                is_log_step = run.position.step in (1, run.total_steps) or run.position.step % config.log_every == 0
+                if is_log_step or len(metrics.steps) >= SKIPS_THAT_STOP:
+                    read_metrics(run, metrics)
+                if is_log_step:
+                    log(run, metrics)
+
+            done, seconds = epoch + 1, time.perf_counter() - started
+            read_metrics(run, metrics)
+            add_up_processes(run)
+            loss = history.epoch_loss()
+            run.report(EpochDone(epoch=done, total_epochs=config.epochs, loss=loss, seconds=seconds))
+            run.tensorboard.add_scalar("loss/epoch", loss, run.position.step)
+            is_whole = run.position.step_in_epoch == len(plan)
+            if is_whole:
+                history.close_epoch()
+                run.position = Position(done, 0, run.position.step)
+            is_best = update_best(run, done)
             stops_early = has_waited_enough(run)
-            if is_best and run.config.save_best:
+            run.tensorboard.flush()
+            metrics.logged_at, metrics.steps_since_log = time.perf_counter(), 0
+
+            if is_best and config.save_best:
                 save_best(run)
-            if run.position.step_in_epoch:  # --max-steps ended the run inside an epoch
+            if not is_whole:
                 save_checkpoint(run, f"step_{run.position.step:06d}")
-            elif run.position.epoch % run.config.save_every == 0 or run.position.step == run.total_steps or stops_early:
-                save_checkpoint(run, f"epoch_{run.position.epoch:04d}")
-            run.previews.after_epoch(run, run.position.epoch)
-            run.page.after_epoch(run, run.position.epoch)
+            elif done % config.save_every == 0 or run.position.step == run.total_steps or stops_early:
+                save_checkpoint(run, f"epoch_{done:04d}")
+            if run.previews and config.preview_every and is_whole and done % config.preview_every == 0:
+                make_previews(run, run.previews)
+            if run.is_main:
+                add_timesteps(run)
+                write_report(run)
             if stops_early:
                 break
     run.writer.wait()
 
 
-def train_epoch(run: Run, progress: Progress, stop: StopRequest) -> None:
-    """The optimizer steps of an epoch that are left. Raises Interrupted before the next one when any process was asked to stop."""
-    plan = run.plan(run.position.epoch)
-    for index in range(run.position.step_in_epoch, len(plan)):
-        if run.position.step == run.total_steps:
-            return
-        stop.requested = run.processes.any(stop.requested)
-        if stop.requested:
-            leave(run, progress)
-        step_or_give_up(run, plan[index], progress.tally)
-        run.position = Position(run.position.epoch, index + 1, run.position.step + 1)
-        progress.steps += 1
-        run.writer.poll()
-        if is_log_step(run) or len(progress.tally.steps) >= SKIPS_THAT_STOP:
-            look(run, progress)
-        if is_log_step(run):
-            log(run, progress)
-
-
-def leave(run: Run, progress: Progress) -> None:
-    """Save and stop. Raises Interrupted."""
-    look(run, progress)
-    add_up(run)
-    run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
-    save_checkpoint(run, f"step_{run.position.step:06d}")
-    run.writer.wait()
-    run.processes.wait()  # a launcher ends all processes when one of them leaves
-    raise Interrupted(resume_command(run.config))
-
-
-def is_log_step(run: Run) -> bool:
-    """The first step, every `--log-every`th and the last."""
-    step = run.position.step
-    return step == 1 or step % run.config.log_every == 0 or step == run.total_steps
-
-
-def optimizer_step(run: Run, plan: StepPlan, tally: Tally) -> None:
+def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     """One optimizer step: this process's micro-batches, then clip and update unless the gradient is not finite.
 
     Losses are divided by the samples of the whole step, so short steps and uneven batches weigh every sample the same.
@@ -184,129 +153,35 @@ def optimizer_step(run: Run, plan: StepPlan, tally: Tally) -> None:
     own = plan.micro_batches[run.processes.index :: processes]
     rounds = math.ceil(len(plan.micro_batches) / processes)
     for number in range(rounds):
-        micro_batch = (
-            own[number] if number < len(own) else plan.micro_batches[0]
-        )  # a process without work still takes part in the reduction
+        # a process without work still takes part in the reduction
+        micro_batch = own[number] if number < len(own) else plan.micro_batches[0]
         share = processes / plan.samples if number < len(own) else 0.0
         batch = collate(run.songs, micro_batch, pin=run.device.type == "cuda").to(run.device)
         with accelerator.no_sync(run.wrapped) if number < rounds - 1 else nullcontext():
             weighted, loss, t = run.objective(run.wrapped, batch, run.position.step, plan.samples)
             accelerator.backward(weighted.sum() * share)
         if share:
-            tally.add(loss, t, batch.songs)
-    norm = whole(accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf).detach())
-    update(run, norm)
-    run.scheduler.step()
-    if run.average is not None:
-        run.average.step(run.parameters)
-    tally.close_step(run.position.step + 1, norm)
-
-
-def update(run: Run, norm: torch.Tensor) -> None:
-    """Apply the gradient if its norm is finite. Fused optimizers decide that on the device; for the others the host looks once."""
-    inner = getattr(run.optimizer, "optimizer", run.optimizer)
-    if run.accelerator.scaler is not None:
+            metrics.add(loss, t, batch.songs)
+    norm = unshard(accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf).detach())
+    inner: Any = getattr(run.optimizer, "optimizer", run.optimizer)
+    if accelerator.scaler is not None:  # fp16: the scaler leaves the step out
         run.optimizer.step()
     elif can_skip_on_device(inner):
         inner.grad_scale, inner.found_inf = None, (~torch.isfinite(norm)).float()
         run.optimizer.step()
-    elif bool(torch.isfinite(norm)):
+    elif bool(torch.isfinite(norm)):  # the host has to look, once
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    run.scheduler.step()
+    if run.average is not None:
+        run.average.step(run.parameters)
+    metrics.close_step(run.position.step + 1, norm)
 
 
-def look(run: Run, progress: Progress) -> None:
-    """Read what waits on the device; report skipped steps and end a run that skips them all. Raises JobError."""
-    for reading in progress.tally.read():
-        for _, loss, t in reading.finite:
-            run.history.add_sample(loss, t)
-            progress.losses.append(loss)
-        if math.isfinite(reading.grad_norm):
-            progress.grad_norm = reading.grad_norm
-        count_skips(run, progress, reading)
-
-
-def count_skips(run: Run, progress: Progress, reading: StepReading) -> None:
-    """Say that a step was left out and whose fault it seems. Raises JobError after ten in a row."""
-    if not reading.was_skipped:
-        progress.in_a_row = 0
-        return
-    everyone = run.processes.gather((reading.suspects, len(reading.finite) < len(reading.samples)))
-    guilty = [songs for songs, is_sure in everyone if is_sure] or [songs for songs, _ in everyone]
-    if run.accelerator.scaler is not None and not any(is_sure for _, is_sure in everyone):
-        return  # fp16: the loss scale was too high for this gradient and is lowered now
-    songs = tuple(dict.fromkeys(name for names in guilty for name in names))
-    progress.in_a_row += 1
-    run.report(
-        StepSkipped(step=reading.step, songs=songs, reason="loss or gradient is not finite", in_a_row=progress.in_a_row)
-    )
-    if progress.in_a_row >= SKIPS_THAT_STOP:
-        run.writer.wait()
-        raise JobError(
-            f"{SKIPS_THAT_STOP} optimizer steps in a row had no finite loss or gradient (the last at {', '.join(songs)}); the run was stopped at step {reading.step}.",
-            f"Lower --lr (now {run.config.lr:g}), use --precision fp32 or take these songs away. What was saved before is good: {resume_command(run.config)}",
-        )
-
-
-def log(run: Run, progress: Progress) -> None:
-    """Report the mean loss of all processes since the last log line, and how fast it goes."""
-    total, count = run.processes.sum([sum(progress.losses), float(len(progress.losses))])
-    now, step, lr = time.perf_counter(), run.position.step, run.scheduler.get_last_lr()[0]
-    rate = progress.steps / (now - progress.logged_at)
-    point = Point(
-        step,
-        run.position.epoch + 1,
-        total / count if count else math.nan,
-        lr,
-        progress.grad_norm,
-        peak_memory_bytes(run.device),
-    )
-    run.history.points.append(point)
-    run.report(
-        StepDone(
-            step=step,
-            total_steps=run.total_steps,
-            epoch=point.epoch,
-            loss=point.loss,
-            lr=lr,
-            grad_norm=point.grad_norm,
-            steps_per_second=rate,
-            eta_seconds=(run.total_steps - step) / rate,
-            memory_bytes=point.memory_bytes,
-        )
-    )
-    for name, value in (("loss/train", point.loss), ("lr", lr), ("grad_norm", point.grad_norm)):
-        run.tensorboard.add_scalar(name, value, step)
-    progress.losses, progress.steps, progress.logged_at = [], 0, now
-
-
-def end_epoch(run: Run, progress: Progress, seconds: float) -> bool:
-    """Report the epoch's mean loss and judge the adapter; whether it is the best so far. The position moves on to the next epoch."""
-    look(run, progress)
-    add_up(run)
-    history, done = run.history, run.position.epoch + 1
-    loss = history.epoch_loss()
-    run.report(EpochDone(epoch=done, total_epochs=run.config.epochs, loss=loss, seconds=seconds))
-    run.tensorboard.add_scalar("loss/epoch", loss, run.position.step)
-    if run.position.step_in_epoch == len(run.plan(run.position.epoch)):
-        history.close_epoch()
-        run.position = Position(done, 0, run.position.step)
-    is_best = judge(run, done)
-    run.tensorboard.flush()
-    progress.logged_at, progress.steps = time.perf_counter(), 0
-    return is_best
-
-
-def add_up(run: Run) -> None:
-    """Put the losses of the epoch that each process has seen together."""
-    total, samples = run.processes.sum([run.history.loss_sum, float(run.history.samples)])
-    run.history.loss_sum, run.history.samples = total, int(samples)
-
-
-def step_or_give_up(run: Run, plan: StepPlan, tally: Tally) -> None:
+def try_optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     """An optimizer step. Raises JobError when memory runs out in it, after saving what is trained so far."""
     try:
-        optimizer_step(run, plan, tally)
+        optimizer_step(run, plan, metrics)
         return
     except torch.OutOfMemoryError as error:
         problem = out_of_memory(run, plan, error)
@@ -318,28 +193,110 @@ def step_or_give_up(run: Run, plan: StepPlan, tally: Tally) -> None:
     raise problem
 
 
-def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> JobError:
-    """What is said when the device's memory ran out: in which batch, and what would help that is not on yet."""
-    config, rate = run.config, run.frames_per_second
-    largest: MicroBatch = max(plan.micro_batches, key=lambda m: len(m.items) * m.items[0].frames)
-    seconds = largest.items[0].frames / rate
-    names = ", ".join(dict.fromkeys(run.songs[item.song].name for item in largest.items))
-    help_ = [
-        "--gradient-checkpointing" if not config.gradient_checkpointing else "",
-        "--batch-size 1 (with more --gradient-accumulation)" if config.batch_size > 1 else "",
-        f"--chunk-duration {max(10, round(seconds / 2))}" if seconds > 20 else "",
-        "--optimizer-type adamw8bit"
-        if config.optimizer_type in ("adamw", "prodigy") and run.device.type == "cuda"
-        else "",
-        f"--rank {max(1, config.rank // 2)}" if config.rank > 8 else "",
-    ]
-    resumable = (
-        ""
-        if config.gradient_checkpointing
-        else f"With --gradient-checkpointing this run can go on: {resume_command(replace(config, gradient_checkpointing=True))}\n"
+def read_metrics(run: Run, metrics: Metrics) -> None:
+    """Read what waits on the device, and report skipped steps with the songs that seem to be the cause.
+
+    Those are the songs whose loss is not finite; all of the step's when only the gradient is not. Raises JobError
+    after ten skipped steps in a row.
+    """
+    for reading in metrics.read():
+        finite = [sample for sample in reading.samples if math.isfinite(sample[1])]
+        for _, loss, t in finite:
+            run.history.add_sample(loss, t)
+            metrics.read_losses.append(loss)
+        if math.isfinite(reading.grad_norm):
+            metrics.grad_norm, metrics.skipped_in_a_row = reading.grad_norm, 0
+            continue
+        is_sure = len(finite) < len(reading.samples)
+        own = [song for song, loss, _ in reading.samples if not (is_sure and math.isfinite(loss))]
+        everyone = run.processes.gather((tuple(own), is_sure))
+        if run.accelerator.scaler is not None and not any(sure for _, sure in everyone):
+            continue  # fp16: the loss scale was too high for this gradient and is lowered now
+        suspects = [songs for songs, sure in everyone if sure] or [songs for songs, _ in everyone]
+        songs = tuple(dict.fromkeys(name for names in suspects for name in names))
+        metrics.skipped_in_a_row += 1
+        reason, in_a_row = "loss or gradient is not finite", metrics.skipped_in_a_row
+        run.report(StepSkipped(step=reading.step, songs=songs, reason=reason, in_a_row=in_a_row))
+        if in_a_row >= SKIPS_THAT_STOP:
+            run.writer.wait()
+            raise JobError(
+                f"{SKIPS_THAT_STOP} optimizer steps in a row had no finite loss or gradient (the last at "
+                f"{', '.join(songs)}); the run was stopped at step {reading.step}.",
+                f"Lower --lr (now {run.config.lr:g}), use --precision fp32 or take these songs away. "
+                f"What was saved before is good: {resume_command(run.config)}",
+            )
+
+
+def log(run: Run, metrics: Metrics) -> None:
+    """Report the mean loss of all processes since the last log line, and how fast it goes."""
+    total, count = run.processes.sum([sum(metrics.read_losses), float(len(metrics.read_losses))])
+    now, step = time.perf_counter(), run.position.step
+    rate = metrics.steps_since_log / (now - metrics.logged_at)
+    point = Point(
+        step,
+        epoch=run.position.epoch + 1,
+        loss=total / count if count else math.nan,
+        lr=run.scheduler.get_last_lr()[0],
+        grad_norm=metrics.grad_norm,
+        memory_bytes=peak_memory_bytes(run.device),
     )
-    start_anew = f"With the others start anew from what it has learnt: --init-from {config.output_dir / 'checkpoints'}/… --output-dir {config.output_dir}-2"
+    run.history.points.append(point)
+    run.report(
+        StepDone(
+            step=step,
+            total_steps=run.total_steps,
+            epoch=point.epoch,
+            loss=point.loss,
+            lr=point.lr,
+            grad_norm=point.grad_norm,
+            steps_per_second=rate,
+            eta_seconds=(run.total_steps - step) / rate,
+            memory_bytes=point.memory_bytes,
+        )
+    )
+    for name, value in (("loss/train", point.loss), ("lr", point.lr), ("grad_norm", point.grad_norm)):
+        run.tensorboard.add_scalar(name, value, step)
+    metrics.read_losses, metrics.steps_since_log, metrics.logged_at = [], 0, now
+
+
+def add_up_processes(run: Run) -> None:
+    """Put the losses of the epoch that each process has seen together."""
+    total, samples = run.processes.sum([run.history.loss_sum, float(run.history.samples)])
+    run.history.loss_sum, run.history.samples = total, int(samples)
+
+
+def save_and_exit(run: Run, metrics: Metrics) -> None:
+    """Save and stop. Raises Interrupted."""
+    read_metrics(run, metrics)
+    add_up_processes(run)
+    run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
+    save_checkpoint(run, f"step_{run.position.step:06d}")
+    run.writer.wait()
+    run.processes.wait()  # a launcher ends all processes when one of them leaves
+    raise Interrupted(resume_command(run.config))
+
+
+def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> JobError:
+    """The error for device memory that ran out: in which batch, and what would help that is not on yet."""
+    config = run.config
+    largest = max(plan.micro_batches, key=lambda m: len(m.items) * m.items[0].frames)
+    seconds = largest.items[0].frames / run.frames_per_second
+    names = ", ".join(dict.fromkeys(run.songs[item.song].name for item in largest.items))
+    remedies = {
+        "--gradient-checkpointing": not config.gradient_checkpointing,
+        "--batch-size 1 (with more --gradient-accumulation)": config.batch_size > 1,
+        f"--chunk-duration {max(10, round(seconds / 2))}": seconds > 20,
+        "--optimizer-type adamw8bit": config.optimizer_type in ("adamw", "prodigy") and run.device.type == "cuda",
+        f"--rank {max(1, config.rank // 2)}": config.rank > 8,
+    }
+    what_helps = ", ".join(flag for flag, helps in remedies.items() if helps) or "a smaller model variant"
+    resumable = ""
+    if not config.gradient_checkpointing:
+        command = resume_command(replace(config, gradient_checkpointing=True))
+        resumable = f"With --gradient-checkpointing this run can go on: {command}\n"
     return JobError(
-        f"{run.device} ran out of memory at optimizer step {run.position.step + 1}, with a batch of {len(largest.items)} × {seconds:.1f} s ({names}): {str(error).splitlines()[0]}",
-        f"What helps: {', '.join(h for h in help_ if h) or 'a smaller model variant'}.\n{resumable}{start_anew}",
+        f"{run.device} ran out of memory at optimizer step {run.position.step + 1}, with a batch of "
+        f"{len(largest.items)} × {seconds:.1f} s ({names}): {str(error).splitlines()[0]}",
+        f"What helps: {what_helps}.\n{resumable}With the others start anew from what it has learnt: "
+        f"--init-from {config.output_dir / 'checkpoints'}/… --output-dir {config.output_dir}-2",
     )

@@ -49,13 +49,13 @@ class Processes:
             dist.barrier(group=self._group)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP has spread over the processes, put together; all of them must ask for it. Others as they are."""
+def unshard(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has sharded, put together; all processes must ask for it. Others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def spread_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """A whole tensor spread over the processes as `example` is, if it is and has that shape."""
+def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """A full tensor sharded over the processes as `example` is, if it is and has that shape."""
     if not isinstance(example, DTensor) or tensor.shape != example.shape:
         return tensor
     return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)

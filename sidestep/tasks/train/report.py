@@ -19,12 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sidestep import __version__
 from sidestep.adapters.names import in_model_order, parts, to_original
-from sidestep.events import Notice, Saved
+from sidestep.events import Notice
 from sidestep.files import write_text
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import changed_from_defaults, options_of
 from sidestep.tasks.train.previews import BASE, FOLDER
-from sidestep.tasks.train.run import History, Point, Run
+from sidestep.tasks.train.run import Point, Run
 from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
@@ -394,51 +394,29 @@ def _command(command: str) -> str:
 NAME = "report.html"
 
 
-class ReportPage:
-    """Companion of a run that keeps `report.html` in its folder up to date."""
-
-    def __init__(self) -> None:
-        self._ranks_told = False
-
-    def after_epoch(self, run: Run, epoch: int) -> None:
-        """Write the page anew, whole or not at all."""
-        if run.is_main:
-            self._tensorboard(run)
-            self._write(run, finished=False)
-
-    def at_end(self, run: Run) -> None:
-        """The page of a finished run."""
-        if run.is_main:
-            self._write(run, finished=True)
-            run.report(Saved(what="report", path=str(run.config.output_dir / NAME)))
-
-    def _write(self, run: Run, finished: bool) -> None:
-        path = run.config.output_dir / NAME
-        try:
-            write_text(path, page(facts_of(run, finished)))
-        except OSError as error:  # a browser or a scanner may hold it; the next epoch tries again
-            run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
-
-    def _tensorboard(self, run: Run) -> None:
-        step = run.position.step
-        if sum(run.history.bin_count):
-            add_timesteps(run.tensorboard, run.history, step)
-        if not self._ranks_told:
-            ranks = ranks_of(run.model)
-            run.tensorboard.add_histogram("ranks", np.array(list(ranks.values())), step)
-            run.tensorboard.add_text(
-                "ranks",
-                "\n".join(
-                    ["| module | rank |", "|---|---|", *(f"| {name} | {rank} |" for name, rank in ranks.items())]
-                ),
-                step,
-            )
-            self._ranks_told = True
+def write_report(run: Run, finished: bool = False) -> None:
+    """Write the page of a run anew, whole or not at all."""
+    path = run.config.output_dir / NAME
+    try:
+        write_text(path, page(facts_of(run, finished)))
+    except OSError as error:  # a browser or a scanner may hold it; the next epoch tries again
+        run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
 
 
-def add_timesteps(tensorboard, history: History, step: int) -> None:
-    """How often each timestep was trained so far, as a histogram whose buckets are the history's bins, and the mean loss of each."""
+def add_ranks(run: Run) -> None:
+    """The rank of each module to TensorBoard, as a histogram and as a table."""
+    ranks, step = ranks_of(run.model), run.position.step
+    run.tensorboard.add_histogram("ranks", np.array(list(ranks.values())), step)
+    rows = [f"| {name} | {rank} |" for name, rank in ranks.items()]
+    run.tensorboard.add_text("ranks", "\n".join(["| module | rank |", "|---|---|", *rows]), step)
+
+
+def add_timesteps(run: Run) -> None:
+    """To TensorBoard: how often each timestep was trained so far, in the history's bins, and the mean loss of each."""
+    tensorboard, history, step = run.tensorboard, run.history, run.position.step
     counts = history.bin_count
+    if not sum(counts):
+        return
     edges = [(i + 1) / len(counts) for i in range(len(counts))]
     middles = [edge - 0.5 / len(counts) for edge in edges]
     total = sum(count * middle for count, middle in zip(counts, middles, strict=True))

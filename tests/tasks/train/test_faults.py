@@ -17,7 +17,7 @@ from sidestep.errors import ExitStatus, JobError, UserError
 from sidestep.events import EpochDone, FileFailed, Saved, StepDone, StepSkipped
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
-from sidestep.tasks.train import loop, saving, train
+from sidestep.tasks.train import loop, train
 from sidestep.tasks.train.checkpoints import complete_checkpoints
 from sidestep.tasks.train.objective import Objective
 from tests.training_world import CHECKPOINTS, Log, adapter, record, run, settings, write_data
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_passed_over(data, tmp_path):
 
 
 def test_a_number_that_is_none_is_never_saved(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "adapter_state", lambda model: {"w": torch.tensor([1.0, float("nan")])})
+    monkeypatch.setattr(state, "adapter_state", lambda model: {"w": torch.tensor([1.0, float("nan")])})
     with pytest.raises(JobError, match="values that are no numbers"):
         run(settings(data, tmp_path / "run", epochs=1))
     assert not (tmp_path / "run" / "final").exists()

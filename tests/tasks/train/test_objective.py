@@ -13,7 +13,7 @@ from sidestep.data.batches import Item, MicroBatch, collate
 from sidestep.data.records import Record, save_record
 from sidestep.flow_matching.timesteps import turbo_timesteps
 from sidestep.tasks.train.evaluation import grid_loss
-from sidestep.tasks.train.loop import Tally, optimizer_step, run_loop
+from sidestep.tasks.train.loop import Metrics, optimizer_step, run_loop
 from sidestep.tasks.train.objective import training_law
 from sidestep.tasks.train.run import Run
 from sidestep.tasks.train.setup import open_accelerator, set_up
@@ -254,7 +254,7 @@ def test_every_sample_of_an_optimizer_step_weighs_the_same(tmp_path, accumulatio
 
     applied: list[list[torch.Tensor]] = []
     run.optimizer.optimizer.register_step_pre_hook(lambda *_: applied.append([p.grad.clone() for p in run.parameters]))
-    optimizer_step(run, plan, Tally())
+    optimizer_step(run, plan, Metrics())
     assert len(applied) == 1
     assert any(gradient.abs().max() > 0 for gradient in total)
     for found, mean in zip(applied[0], total, strict=True):

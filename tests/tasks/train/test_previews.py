@@ -22,7 +22,7 @@ from sidestep.events import Event, Notice, Saved, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import open_sampler, sample, sampling_for
 from sidestep.tasks.train import train
-from sidestep.tasks.train.previews import previews_for, prompts_for
+from sidestep.tasks.train.previews import make_previews, previews_for, prompts_for
 from sidestep.tasks.train.setup import open_accelerator, set_up
 from tests.conftest import FIXTURES
 from tests.tasks.train.test_processes import FSDP, finish, start
@@ -186,14 +186,15 @@ def test_previews_leave_model_modes_and_random_numbers_as_they_were(tensors, tmp
     hidden = torch.ones(1, 1, 1, 12, dtype=torch.bool)
     trained.objective.condition_mask.mask = hidden
     before = state_of(trained)
-    trained.previews.at_end(trained)
+    make_previews(trained, trained.previews)
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(trained), strict=True))
     assert trained.objective.condition_mask.mask is hidden
     assert files(tmp_path / "previews") == [
         f"{folder}/01-x.{kind}" for folder in ("base", "epoch_0000") for kind in ("flac", "json")
     ]
+    trained.previews.made_at = -1
     stamp = (tmp_path / "previews" / "base" / "01-x.flac").stat().st_mtime_ns
-    trained.previews.make(trained)
+    make_previews(trained, trained.previews)
     assert (tmp_path / "previews" / "base" / "01-x.flac").stat().st_mtime_ns == stamp
 
 
@@ -215,7 +216,7 @@ def test_encoders_are_gone_before_training_and_an_offloaded_vae_returns_to_the_c
     trained = set_up(asked, null, *open_accelerator(asked, null))
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Qwen3Model)]
-    trained.previews.make(trained)
+    make_previews(trained, trained.previews)
     assert moves == [
         *after_each,
         *(["cpu", "cpu"] if offload else []),
@@ -273,7 +274,7 @@ def test_mistakes_in_the_prompts_file_are_named(tmp_path, text, said):
 
 def test_without_prompts_there_are_no_previews_and_nothing_is_loaded(tmp_path):
     checkpoint = open_checkpoint(CHECKPOINTS, "turbo")
-    previews_for(config(tmp_path, tmp_path), checkpoint, [], torch.device("cpu"), torch.float32, null).at_end(None)
+    assert previews_for(config(tmp_path, tmp_path), checkpoint, [], torch.device("cpu"), torch.float32, null) is None
     assert not checkpoint.loaded_keys
     with pytest.raises(UserError, match="Say it: --preview-prompt"):
         prompts_for(config(tmp_path, tmp_path, preview_every=1), [])

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sidestep.audio.io import write_flac
 from sidestep.events import Event, Notice, Saved
-from sidestep.tasks.train import train
-from sidestep.tasks.train.report import MOST_POINTS, ReportPage, as_script_data, curve, page, previews_in, rank_rows
+from sidestep.tasks.train import loop, train
+from sidestep.tasks.train.report import MOST_POINTS, as_script_data, curve, page, previews_in, rank_rows, write_report
 from sidestep.tasks.train.run import Point
 from tests.tasks.train.test_previews import config, tensors
 
@@ -122,13 +122,12 @@ def test_a_run_leaves_a_page_with_its_curves_previews_settings_and_command(run):
 
 def test_the_page_is_there_after_the_first_epoch_and_says_that_the_run_goes_on(tensors, tmp_path, monkeypatch):
     seen = []
-    after_epoch = ReportPage.after_epoch
 
-    def look(self, run, epoch):
-        after_epoch(self, run, epoch)
+    def write_and_read(run):
+        write_report(run)
         seen.append((tmp_path / "report.html").read_text("utf-8"))
 
-    monkeypatch.setattr(ReportPage, "after_epoch", look)
+    monkeypatch.setattr(loop, "write_report", write_and_read)
     train(config(tensors, tmp_path, epochs=2), lambda event: None)
     assert ["running" in text.split("<h1>")[0] for text in seen] == [True, True]
     assert "epoch 1 of 2" in seen[0]

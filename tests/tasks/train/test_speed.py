@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestep.events import StepDone
 from sidestep.tasks.train import train
-from sidestep.tasks.train.loop import Tally, optimizer_step
+from sidestep.tasks.train.loop import Metrics, optimizer_step
 from sidestep.tasks.train.setup import open_accelerator, set_up
 from tests.training_world import Log, settings, write_data
 
@@ -70,8 +70,8 @@ def test_no_optimizer_step_waits_for_the_device(data, tmp_path, monkeypatch, cha
     config = settings(data, tmp_path, **changes)
     accelerator, precision = open_accelerator(config, Log())
     run = set_up(config, Log(), accelerator, precision)
-    tally, plan = Tally(), run.plan(0)
-    optimizer_step(run, plan[0], tally)  # the optimizer makes its state in the first
+    metrics, plan = Metrics(), run.plan(0)
+    optimizer_step(run, plan[0], metrics)  # the optimizer makes its state in the first
     read: list[str] = []
     for name in ("tolist", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
@@ -79,10 +79,10 @@ def test_no_optimizer_step_waits_for_the_device(data, tmp_path, monkeypatch, cha
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: (read.append(_n), _o(self, *a, **k))[1]
         )
     with Waits() as waits:
-        optimizer_step(run, plan[1], tally)
+        optimizer_step(run, plan[1], metrics)
     assert not waits.seen
     assert not read
-    assert len(tally.read()) == 2
+    assert len(metrics.read()) == 2
     assert read == ["tolist"]  # all of it in one transfer
 
 

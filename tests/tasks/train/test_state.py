@@ -13,8 +13,6 @@ from sidestep.tasks.train.checkpoints import (
     NEW,
     OLD,
     STATE_FILE,
-    BackgroundWriter,
-    Position,
     complete_checkpoints,
     find_checkpoint,
     is_complete,
@@ -25,7 +23,7 @@ from sidestep.tasks.train.checkpoints import (
     write_checkpoint,
     write_folder,
 )
-from sidestep.tasks.train.run import History
+from sidestep.tasks.train.run import BackgroundWriter, History, Position
 from tests.training_world import Log
 
 
@@ -173,6 +171,6 @@ def test_a_history_comes_back_from_plain_values():
     history = History()
     history.add_sample(0.5, 0.99)
     history.close_epoch()
-    assert history.judge(0.5, 1, 1, "validation loss")
-    assert not history.judge(float("nan"), 2, 2, "validation loss")
+    assert history.update_best(0.5, 1, 1, "validation loss")
+    assert not history.update_best(float("nan"), 2, 2, "validation loss")
     assert History.from_values(json.loads(json.dumps(history.as_values()))) == history

@@ -17,10 +17,9 @@ from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
-from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of, read_checkpoint
+from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import run_loop
-from sidestep.tasks.train.saving import save_results
 from sidestep.tasks.train.setup import open_accelerator, set_up
 from tests.training_world import CHECKPOINTS, Log, adapter, differing, record, run, settings, write_data
 
