@@ -1,6 +1,7 @@
 """Every kind of adapter, in every format, weighs the same in the programs that read it."""
 
 import copy
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -275,6 +276,21 @@ def test_final_states_alpha_as_rank_for_every_module(tmp_path):
     facts = json.loads(header_of(tmp_path / "adapter_model.safetensors")["sidestep"])
     assert facts["config_fingerprint"]
     assert facts["program"].startswith("Side-Step")
+
+
+def test_the_fingerprint_is_that_of_the_settings_but_for_folders(tmp_path):
+    _, model = trained("lora", "self")
+
+    def fingerprint(**settings) -> str:
+        save_final(model, tmp_path, dataclasses.replace(config(attention_type="self"), **settings))
+        return json.loads(header_of(tmp_path / "adapter_model.safetensors")["sidestep"])["config_fingerprint"]
+
+    own = fingerprint()
+    assert len(own) == 32
+    for private in ("dataset_dir", "output_dir", "checkpoint_dir", "resume_from"):
+        assert fingerprint(**{private: Path("elsewhere")}) == own
+        assert "elsewhere" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert fingerprint(seed=7) != own
 
 
 def test_the_model_card_says_what_the_run_knows_and_quotes_what_it_was_given(tmp_path):

@@ -1,0 +1,178 @@
+"""A file is whole or absent: what is on the disk at each moment of a write, and in which order it gets there."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidestep import files
+from sidestep.files import TEMPORARY, host_id, replacing, write_text
+
+
+def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
+    target = tmp_path / "new" / "deep" / "x.txt"
+    with replacing(target) as temporary:
+        temporary.write_text("whole", encoding="utf-8")
+        assert not target.exists()
+        assert temporary.parent == target.parent
+    assert target.read_text(encoding="utf-8") == "whole"
+    assert [path.name for path in target.parent.iterdir()] == ["x.txt"]
+
+
+def test_what_was_there_stays_until_the_new_file_is_whole(tmp_path):
+    target = tmp_path / "x.txt"
+    target.write_text("old", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:  # noqa: PT012 (the block is what is tested)
+        temporary.write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert target.read_text(encoding="utf-8") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+    with replacing(target) as temporary:
+        temporary.write_text("new", encoding="utf-8")
+        assert target.read_text(encoding="utf-8") == "old"
+    assert target.read_text(encoding="utf-8") == "new"
+
+
+def test_a_block_that_fails_before_it_writes_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="nothing"), replacing(tmp_path / "x.txt"):
+        raise ValueError("nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_name_says_which_process_of_which_machine_writes(tmp_path):
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "b") as second:
+        for temporary in (first, second):
+            match = TEMPORARY.fullmatch(temporary.name)
+            assert match
+            assert match["host"] == host_id()
+            assert int(match["pid"]) == os.getpid()
+            temporary.touch()
+        assert first != second
+        first_name = first.name
+    with replacing(tmp_path / "a") as third:
+        assert third.name != first_name
+        third.touch()
+
+
+def test_a_machine_has_one_name_and_another_machine_another(monkeypatch):
+    mine = host_id()
+    assert len(mine) == 8
+    assert int(mine, 16) >= 0
+    assert host_id() == mine
+    host_id.cache_clear()
+    assert host_id() == mine
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere")
+    assert host_id() == mine  # it is asked once
+    host_id.cache_clear()
+    other = host_id()
+    assert other != mine
+
+    def missing(path, **kwargs):
+        raise FileNotFoundError(path)
+
+    with monkeypatch.context() as patch:  # no /proc, as on Windows and macOS: the host's name alone tells
+        patch.setattr(files.Path, "stat", missing)
+        host_id.cache_clear()
+        alone = host_id()
+        host_id.cache_clear()
+        assert host_id() == alone
+    assert alone != other or not Path("/proc/self/ns/pid").exists()
+    host_id.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the path of a descriptor is read from /proc")
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    steps, fsync, replace, close = [], os.fsync, Path.replace, os.close
+    target = tmp_path / "x.txt"
+
+    def flushed(descriptor: int) -> None:
+        steps.append(("flush", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def renamed(self: Path, to: Path) -> Path:
+        steps.append(("rename", to))
+        return replace(self, to)
+
+    def closed(descriptor: int) -> None:
+        steps.append(("close", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        close(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", flushed)
+    monkeypatch.setattr(files.Path, "replace", renamed)
+    monkeypatch.setattr(files.os, "close", closed)
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"x")
+    assert steps == [("flush", temporary), ("rename", target), ("flush", tmp_path), ("close", tmp_path)]
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def refuses_the_second(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError("a network file system")
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refuses_the_second)
+    write_text(tmp_path / "x.txt", "whole")
+    assert len(calls) == 2
+    assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "whole"
+    with pytest.raises(OSError):  # its descriptor was closed
+        os.fstat(calls[1])
+
+
+def test_a_file_that_cannot_be_flushed_is_one(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "x.txt").write_text("old", encoding="utf-8")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "x.txt", "new")
+    assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "refusals", "tries"), [("win32", 1, 2), ("win32", 9, 10), ("win32", 99, None), ("linux", 1, None)]
+)
+def test_windows_is_asked_again_while_a_scanner_holds_the_file(platform, refusals, tries, tmp_path, monkeypatch):
+    replace, asked, slept = Path.replace, [], []
+
+    def busy(self: Path, to: Path) -> Path:
+        asked.append(to)
+        if len(asked) <= refusals:
+            raise PermissionError(13, "in use")
+        return replace(self, to)
+
+    monkeypatch.setattr(files.Path, "replace", busy)
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+    monkeypatch.setattr(files.sys, "platform", platform)
+    if tries is None:
+        with pytest.raises(PermissionError):
+            write_text(tmp_path / "x.txt", "new")
+        assert len(asked) == (10 if platform == "win32" else 1)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        write_text(tmp_path / "x.txt", "new")
+        assert len(asked) == tries
+        assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "new"
+    assert slept == pytest.approx([0.05 * (n + 1) for n in range(len(asked) - 1)])
+
+
+def test_windows_flushes_no_folder(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(files.os, "fsync", flushed.append)
+    write_text(tmp_path / "x.txt", "whole")
+    assert len(flushed) == 1
+    assert (tmp_path / "x.txt").is_file()
+
+
+def test_text_is_utf_8_with_plain_line_ends(tmp_path):
+    write_text(tmp_path / "x.txt", "ä\r\nb\nc")
+    assert (tmp_path / "x.txt").read_bytes() == "ä\r\nb\nc".encode()
+    write_text(tmp_path / "x.txt", "")
+    assert (tmp_path / "x.txt").read_bytes() == b""
