@@ -30,16 +30,15 @@ def has_time_marks(lyrics: str) -> bool:
 
 
 def timed_lines(lyrics: str) -> list[Line]:
-    """The lines in the order they are sung. Lines without a mark belong to the one above; one with several marks is sung as often."""
+    """The lines in the order they are sung: one with several marks as often, one without a mark with the one above."""
     found: list[tuple[float, str, str]] = []
     section, open_lines = "", 0
     for raw in lyrics.splitlines():
         line = raw.strip()
         marks = []
-        while (match := TIME_MARK.match(line)) and (
-            line[0] == "[" or not marks
-        ):  # a <mark> after a [mark] times a word
-            marks.append(_seconds(match))
+        while (match := TIME_MARK.match(line)) and (line[0] == "[" or not marks):  # <mark> after [mark] times a word
+            minutes, seconds, fraction = match.groups()
+            marks.append(int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}"))
             line = line[match.end() :].lstrip()
         words = without_time_marks(line).strip()  # marks within a line, one per word
         if SECTION.match(words):
@@ -55,9 +54,10 @@ def timed_lines(lyrics: str) -> list[Line]:
 
 
 def lyrics_between(lyrics: str, start: float, end: float) -> str:
-    """The lyrics of the seconds from `start` to `end`, without marks, under their section headings; empty when nothing is sung there.
+    """The lyrics of the seconds from `start` to `end`, without marks, under their section headings.
 
-    A line belongs to the window when half of it is heard, or when it fills half of the window.
+    Empty when nothing is sung there. A line belongs to the window when half of it is heard, or when it fills half of
+    the window.
     """
     kept: list[str] = []
     section = ""
@@ -70,8 +70,3 @@ def lyrics_between(lyrics: str, start: float, end: float) -> str:
         section = line.section
         kept.append(line.text)
     return "\n".join(kept)
-
-
-def _seconds(match: re.Match[str]) -> float:
-    minutes, seconds, fraction = match.groups()
-    return int(minutes) * 60 + int(seconds) + (float(f"0.{fraction}") if fraction else 0.0)

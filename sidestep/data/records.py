@@ -1,7 +1,4 @@
-"""The training record of a song: a `.pt` file with latents, conditions and everything that is known of it.
-
-What a folder of training tensors holds, as one short string.
-"""
+"""The training record of a song: a `.pt` file with its latents, its conditions and everything that is known of it."""
 
 import hashlib
 import pickle
@@ -22,21 +19,10 @@ from sidestep.files import replacing
 SCHEMA = 1  # raise it when records of before must be made anew
 TENSORS = ("target_latents", "encoder_hidden_states", "audio_codes", "cover_hints", "hints_encoder_hidden_states")
 UNREADABLE = (  # all that torch's reader was seen to raise on damaged bytes
-    *(
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        AssertionError,
-        ArithmeticError,
-        ImportError,
-        NameError,
-        EOFError,
-    ),
-    *(MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    *(ImportError, NameError, EOFError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
+_AGAIN = "Make it again: delete the file and repeat the preprocessing command; the songs that are done are kept."
 
 
 class RecordError(JobError):
@@ -122,9 +108,6 @@ def find_records(folder: Path) -> list[Path]:
         for path in folder.rglob("*.pt")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-
-
-_AGAIN = "Make it again: delete the file and repeat the preprocessing command; the songs that are done are kept."
 
 
 def _open(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an audio file says of itself in its tags (ID3, Vorbis comments, MP4, ASF, APE), read by mutagen."""
+"""Tags inside audio files (ID3, Vorbis comments, MP4, ASF, APE) as fields of a song, read by mutagen."""
 
 import struct
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import mutagen
 
-from sidestep.data.fields import FieldError, parse_field
+from sidestep.data.fields import parse_field
 from sidestep.data.sidecars import Known
 
 _KEYS = {  # field → its names in the various kinds of tags, compared without regard to case
@@ -44,45 +44,34 @@ class Tags(Known):
 def read_tags(path: Path) -> Tags:
     """The tags of an audio file; nothing where it has none. Never fails: damage is a problem of the source."""
     tags = Tags("tags")
+    written: dict[str, str] = {}  # every text tag as one string by its key in small letters; several values are joined
     try:
         file = mutagen.File(path)
-        written = _by_key(file.tags) if file is not None and file.tags is not None else {}
+        content = file.tags if file is not None and file.tags is not None else {}
+        for key in content.keys():
+            value = content[key]
+            name = key.split(":", 1)[0] if key.startswith("USLT") else key
+            genres = getattr(value, "genres", None)  # ID3 may hold numbers there; mutagen knows their names
+            written.setdefault(name.casefold(), ", ".join(_texts(genres or getattr(value, "text", value))))
     except _DAMAGE as error:
         tags.problems.append(f"cannot be read: {error}")
         return tags
     for name, keys in _KEYS.items():
         value = next((written[key.casefold()] for key in keys if written.get(key.casefold())), None)
-        if value is None:
-            continue
-        if name in ("title", "artist"):
-            try:
-                setattr(tags, name, parse_field("caption", value) or "")
-            except FieldError:
-                continue
-        else:
+        if value is not None and name in ("title", "artist"):
+            setattr(tags, name, parse_field("caption", value) or "")
+        elif value is not None:
             tags.add(name, value)
     return tags
 
 
-def _by_key(tags: Any) -> dict[str, str]:
-    """Every text tag as one string by its key in small letters; several values are joined."""
-    found = {}
-    for key in tags.keys():
-        value = tags[key]
-        name = key.split(":", 1)[0] if key.startswith("USLT") else key
-        genres = getattr(value, "genres", None)  # ID3 may hold numbers there; mutagen knows their names
-        values = genres if genres else getattr(value, "text", value)
-        found.setdefault(name.casefold(), ", ".join(_texts(values)))
-    return found
-
-
 def _texts(values: Any) -> list[str]:
-    if not isinstance(values, list | tuple):
-        values = [values]
     texts = []
-    for value in values:
+    for value in values if isinstance(values, list | tuple) else [values]:
         if isinstance(value, bytes):
-            value = bytes(value).decode("utf-8", "replace")
-        if isinstance(value, str | int | float) or hasattr(value, "value") or type(value).__str__ is not object.__str__:
+            texts.append(value.decode("utf-8", "replace"))
+        elif (
+            isinstance(value, str | int | float) or hasattr(value, "value") or type(value).__str__ is not object.__str__
+        ):
             texts.append(str(value))
     return texts

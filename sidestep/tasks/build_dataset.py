@@ -106,10 +106,10 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
                 message=f"{rebuilt.edits} values edited by hand in {output.name} were kept (--overwrite builds it anew)."
             )
         )
-    if rebuilt.kept_out:
+    if rebuilt.excluded:
         report(
             Notice(
-                message=f"{len(rebuilt.kept_out)} songs that were taken out of {output.name} by hand stay out, such as {rebuilt.kept_out[0]}."
+                message=f"{len(rebuilt.excluded)} songs that were taken out of {output.name} by hand stay out, such as {rebuilt.excluded[0]}."
             )
         )
     for sample in rebuilt.absent:

@@ -1,4 +1,4 @@
-"""What people write of a song, and the one form in which it reaches a prompt."""
+"""The fields of a song: what people write, and the one form in which it reaches a prompt."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sidestep.data.fields import FIELDS, LANGUAGES, FieldError, field_named, parse_field
 
-UNDERSTOOD = [
+WITH_MEANING = [
     ("bpm", "120", 120),
     ("bpm", 119.6, 120),
     ("bpm", "120 BPM", 120),
@@ -61,7 +61,7 @@ UNDERSTOOD = [
     ("lyrics", "[ar:Me]\n[00:01.50] la\n\n[00:03.00]li", "[00:01.50] la\n\n[00:03.00]li"),
     ("caption", "null\0byte \ud800 end", "nullbyte \ufffd end"),
 ]
-NOT_UNDERSTOOD = [
+WITHOUT_MEANING = [
     ("bpm", "fast"),
     ("bpm", 29),
     ("bpm", 301),
@@ -87,12 +87,12 @@ NOT_UNDERSTOOD = [
 ]
 
 
-@pytest.mark.parametrize(("field", "written", "meant"), UNDERSTOOD)
+@pytest.mark.parametrize(("field", "written", "meant"), WITH_MEANING)
 def test_a_value_is_brought_into_one_form(field, written, meant):
     assert parse_field(field, written) == meant
 
 
-@pytest.mark.parametrize(("field", "written"), NOT_UNDERSTOOD)
+@pytest.mark.parametrize(("field", "written"), WITHOUT_MEANING)
 def test_a_value_that_means_nothing_is_told(field, written):
     with pytest.raises(FieldError):
         parse_field(field, written)
@@ -133,13 +133,14 @@ json_values = st.recursive(
 
 @settings(deadline=None)
 @given(field=st.sampled_from(FIELDS), value=json_values)
-def test_any_value_at_all_is_understood_or_told_and_understood_twice_the_same(field, value):
+def test_any_value_at_all_is_parsed_or_told_and_parsed_twice_the_same(field, value):
     try:
-        understood = parse_field(field, value)
+        parsed = parse_field(field, value)
     except FieldError as error:
-        assert str(error)
+        told = str(error)
+        assert told
         return
-    if understood is not None:
-        assert parse_field(field, understood) == understood
-        if isinstance(understood, str):
-            understood.encode("utf-8")
+    if parsed is not None:
+        assert parse_field(field, parsed) == parsed
+        if isinstance(parsed, str):
+            parsed.encode("utf-8")
