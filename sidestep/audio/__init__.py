@@ -1,1 +1,1 @@
-"""Audio files and signals: find, probe, decode, bring to one loudness. Float32 [2, S] at 48 kHz throughout; no torch."""
+"""Audio files and signals: float32 [2, S] at 48 kHz throughout; no torch."""

@@ -1,26 +1,30 @@
-"""Audio files: find them, ask how long they are, decode them to float32 [2, S] at 48 kHz.
+"""Audio files: find them, ask how long they are, decode them to float32 [2, S] at 48 kHz, write 24-bit FLAC.
 
-The content decides how a file is read, not its name: libsndfile first (wav, flac, ogg, opus, aiff, caf, w64), else FFmpeg through PyAV (m4a, aac, alac, wma,
-webm, wv, …). What is called mp3 goes to FFmpeg at once, because libsndfile's decoder writes its remarks on damaged files into the terminal. Rules:
+The content decides how a file is read, not its name: libsndfile first (wav, flac, ogg, opus, aiff, caf, w64), else
+FFmpeg through PyAV (m4a, aac, alac, wma, webm, wv, …). What is called mp3 goes to FFmpeg at once, because libsndfile's
+decoder writes its remarks on damaged files into the terminal. Rules:
 
 - mono is doubled, stereo is kept as it is;
-- more channels are folded as in ITU-R BS.775: centre and surrounds at -3 dB, a single back channel at -6 dB on both sides, LFE left out; each side is then
-  divided by the sum of its weights, so that folding never clips. Channels without a known position go to both sides;
-- other sample rates are resampled with soxr (HQ) while the file streams through, so memory holds the result and one block, never the source too;
-- a file that is damaged or breaks off gives what can be decoded: `probe` says what the header promises, `is_cut_short` compares;
+- more channels are folded as in ITU-R BS.775: centre and surrounds at -3 dB, a single back channel at -6 dB on both
+  sides, LFE left out; each side is then divided by the sum of its weights, so that folding never clips. Channels
+  without a known position go to both sides;
+- other sample rates are resampled with soxr (HQ) while the file streams through, so memory holds the result and one
+  block, never the source too;
+- a file that is damaged or breaks off gives what can be decoded: `probe` says what the header promises, `is_cut_short`
+  compares;
 - a file without a single decodable sample, or with samples that are not numbers, is an AudioError.
-
-Audio out of the program: 24-bit FLAC.
 """
 
 import hashlib
+import itertools
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,46 +35,17 @@ from sidestep.files import replacing
 
 SAMPLE_RATE = 48_000
 AUDIO_SUFFIXES = frozenset(
-    [
-        ".wav",
-        ".wave",
-        ".w64",
-        ".rf64",
-        ".flac",
-        ".mp3",
-        ".mp2",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".spx",
-        ".m4a",
-        ".m4b",
-        ".mp4",
-        ".aac",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".caf",
-        ".au",
-        ".snd",
-        ".wma",
-        ".asf",
-        ".wv",
-        ".ape",
-        ".tta",
-        ".mka",
-        ".webm",
-        ".ac3",
-        ".eac3",
-        ".dts",
-        ".amr",
-    ]
+    {
+        *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b"),
+        *(".mp4", ".aac", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".wma", ".asf", ".wv", ".ape", ".tta"),
+        *(".mka", ".webm", ".ac3", ".eac3", ".dts", ".amr"),
+    }
 )
 NOT_THE_USERS = frozenset(
     {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", ".Trash", ".Trashes"}
 )  # folders that systems make
 
-_MPEG = frozenset({".mp3", ".mp2"})
+_NOT_FOR_SNDFILE = frozenset({".mp3", ".mp2", ".raw"})  # a raw file has no header; soundfile asks for its format
 _BLOCK_SAMPLES = 8192  # small, so that one block is nothing beside a song
 _HALF_POWER = 0.5**0.5
 _LEFT_RIGHT = {  # channel name -> weight on (left, right)
@@ -112,7 +87,7 @@ class AudioError(Exception):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file says of itself: `seconds` from its header (a count of its samples where the header is silent), `format` such as WAV/PCM_16 or mov/aac."""
+    """What a file says of itself. `seconds`: as its header says, or counted; `format`: such as mov/aac."""
 
     seconds: float
     sample_rate: int
@@ -122,7 +97,7 @@ class AudioInfo:
 
 @dataclass(frozen=True)
 class _Source:
-    """An opened file: `blocks` yields float32 [n, C], `frames` is the promised number of samples per channel or None."""
+    """An opened file. `blocks` yields float32 [n, C]; `frames`: the promised number of samples per channel or None."""
 
     sample_rate: int
     positions: tuple[str, ...]
@@ -132,9 +107,10 @@ class _Source:
 
 
 def find_audio(folder: Path, unreadable: Callable[[Path, str], None] | None = None) -> list[Path]:
-    """Every audio file below `folder`, by suffix, in the order of their relative paths; each folder is entered once, however many links lead to it.
+    """Every audio file below `folder`, by suffix, in the order of their relative paths.
 
-    Left out: folders (whatever their name), macOS `._` companions and the folders in NOT_THE_USERS. A dangling link is kept, so that decoding reports it.
+    Each folder is entered once, however many links lead to it. Left out: folders (whatever their name), the `._` files
+    that macOS leaves and the folders in NOT_THE_USERS. A dangling link is kept, so that decoding reports it.
     `unreadable(path, reason)` hears of folders that cannot be listed.
     """
     found: list[Path] = []
@@ -158,7 +134,11 @@ def find_audio(folder: Path, unreadable: Callable[[Path, str], None] | None = No
             continue
         for entry in listing:
             path = here / entry.name
-            if _is_folder(entry):
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that points at itself
+                is_folder = False
+            if is_folder:
                 if entry.name not in NOT_THE_USERS:
                     (links if entry.is_symlink() else waiting).append(path)
             elif path.suffix.lower() in AUDIO_SUFFIXES and not entry.name.startswith("._"):
@@ -166,15 +146,8 @@ def find_audio(folder: Path, unreadable: Callable[[Path, str], None] | None = No
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that points at itself
-        return False
-
-
 def probe(path: Path) -> AudioInfo:
-    """Length, sample rate and channels from the file's header, without decoding it where the header says them. Raises AudioError."""
+    """Length, sample rate and channels, without decoding the file where its header says them. Raises AudioError."""
     with _opened(path) as source:
         frames = source.frames if source.frames is not None else sum(len(block) for block in source.blocks())
         if not frames:
@@ -188,19 +161,22 @@ def probe(path: Path) -> AudioInfo:
 
 
 def decode(path: Path, max_seconds: float = 0.0) -> np.ndarray:
-    """The file as float32 [2, S] at 48 kHz; at most the first `max_seconds` where that is above 0 (equal to the start of the whole). Raises AudioError."""
+    """The file as float32 [2, S] at 48 kHz. Raises AudioError.
+
+    With `max_seconds` above 0 at most so much of it, equal to the start of the whole.
+    """
     limit = round(max_seconds * SAMPLE_RATE) if max_seconds > 0 else sys.maxsize
     with _opened(path) as source:
-        stereo = _to_stereo(source.positions)
-        resampler = (
-            soxr.ResampleStream(source.sample_rate, SAMPLE_RATE, 2, dtype="float32")
-            if source.sample_rate != SAMPLE_RATE
-            else None
-        )
+        weights = np.array([_LEFT_RIGHT.get(name, (0.5, 0.5)) for name in source.positions], np.float32)
+        weights /= np.maximum(weights.sum(0), 1e-9)
+        resampler = None
+        if source.sample_rate != SAMPLE_RATE:
+            resampler = soxr.ResampleStream(source.sample_rate, SAMPLE_RATE, 2, dtype="float32")
         promised = round((source.frames or 0) * SAMPLE_RATE / source.sample_rate) + 1
         result = _Growing(min(promised, limit, 20 * 60 * SAMPLE_RATE))  # a broken header may promise terabytes
         for block in source.blocks():
-            block = stereo(block)
+            if block.shape[1] != 2:
+                block = np.repeat(block, 2, axis=1) if block.shape[1] == 1 else block @ weights
             result.append(resampler.resample_chunk(block) if resampler else block)
             if result.length >= limit:
                 break
@@ -212,9 +188,8 @@ def decode(path: Path, max_seconds: float = 0.0) -> np.ndarray:
         raise AudioError(path, "holds no audio")
     for start in range(0, audio.shape[1], SAMPLE_RATE * 10):
         if not np.isfinite(audio[:, start : start + SAMPLE_RATE * 10]).all():
-            raise AudioError(
-                path, f"has samples that are not numbers (NaN or infinite) after {start / SAMPLE_RATE:.0f} s"
-            )
+            seconds = start / SAMPLE_RATE
+            raise AudioError(path, f"has samples that are not numbers (NaN or infinite) after {seconds:.0f} s")
     return audio
 
 
@@ -260,20 +235,9 @@ class _Growing:
         return flat[: 2 * length].reshape(2, length)
 
 
-def _to_stereo(positions: tuple[str, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from [n, C] to [n, 2] by the rule at the top of this file."""
-    if len(positions) == 1:
-        return lambda block: np.repeat(block, 2, axis=1)
-    if len(positions) == 2:
-        return lambda block: block
-    weights = np.array([_LEFT_RIGHT.get(name, (0.5, 0.5)) for name in positions], np.float32)
-    weights /= np.maximum(weights.sum(0), 1e-9)
-    return lambda block: block @ weights
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[_Source]:
-    """The file, opened by whichever library understands it. Every failure of either is an AudioError."""
+def _opened(path: Path) -> Generator[_Source, None, None]:
+    """The file, opened by whichever library can read it. Every failure of either is an AudioError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -285,90 +249,63 @@ def _opened(path: Path) -> Iterator[_Source]:
     except OSError as error:
         raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
     with ExitStack() as stack:
-        try:
-            if path.suffix.lower() in _MPEG:
-                raise _NotSndfile
-            source = stack.enter_context(_sndfile(path))
-        except _NotSndfile:
-            source = stack.enter_context(_ffmpeg(path))
-        yield source
+        file = None
+        if path.suffix.lower() not in _NOT_FOR_SNDFILE:
+            with suppress(soundfile.LibsndfileError, UnicodeError):
+                name: Any = str(path) if sys.platform == "win32" else os.fsencode(path)  # bytes are taken too
+                file = stack.enter_context(soundfile.SoundFile(name))
+        yield _sndfile(path, file) if file else stack.enter_context(_ffmpeg(path))
 
 
-class _NotSndfile(Exception):
-    """libsndfile does not know this kind of file, or is not to be asked."""
-
-
-@contextmanager
-def _sndfile(path: Path) -> Iterator[_Source]:
-    if path.suffix.lower() == ".raw":  # soundfile would ask for a format; a raw file has none to give
-        raise _NotSndfile
-    try:
-        file = soundfile.SoundFile(str(path) if sys.platform == "win32" else os.fsencode(path))
-    except (soundfile.LibsndfileError, UnicodeError) as error:
-        raise _NotSndfile from error
-
+def _sndfile(path: Path, file: soundfile.SoundFile) -> _Source:
     def blocks() -> Iterator[np.ndarray]:
         done = 0
-        while True:
-            try:
-                block = file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError:  # damaged here; FFmpeg passes over what it cannot decode
-                yield from _the_rest(path, file.samplerate, file.channels, done)
-                return
-            if not len(block):
-                return
-            done += len(block)
-            yield block
+        try:
+            while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+                done += len(block)
+                yield block
+        except soundfile.LibsndfileError:  # damaged here; FFmpeg passes over what it cannot decode
+            with suppress(AudioError), _ffmpeg(path) as rest:
+                if (rest.sample_rate, len(rest.positions)) != (file.samplerate, file.channels):
+                    return
+                for block in rest.blocks():
+                    if len(block) > done:
+                        yield block[done:]
+                    done = max(done - len(block), 0)
 
-    with file:
-        known = 0 < file.frames < 1 << 48
-        names = _WAV_ORDER.get(file.channels, tuple(f"channel {i}" for i in range(file.channels)))
-        yield _Source(file.samplerate, names, file.frames if known else None, f"{file.format}/{file.subtype}", blocks)
-
-
-def _the_rest(path: Path, sample_rate: int, channels: int, done: int) -> Iterator[np.ndarray]:
-    """What FFmpeg finds in a file after `done` samples; nothing where it cannot go on."""
-    try:
-        with _ffmpeg(path) as source:
-            if (source.sample_rate, len(source.positions)) != (sample_rate, channels):
-                return
-            for block in source.blocks():
-                if len(block) > done:
-                    yield block[done:]
-                done = max(done - len(block), 0)
-    except AudioError:
-        return
+    names = _WAV_ORDER.get(file.channels, tuple(f"channel {i}" for i in range(file.channels)))
+    frames = file.frames if 0 < file.frames < 1 << 48 else None
+    return _Source(file.samplerate, names, frames, f"{file.format}/{file.subtype}", blocks)
 
 
 @contextmanager
-def _ffmpeg(path: Path) -> Iterator[_Source]:
+def _ffmpeg(path: Path) -> Generator[_Source, None, None]:
     try:
         container = av.open(str(path), metadata_errors="ignore")
     except (av.FFmpegError, UnicodeError) as error:
-        raise AudioError(
-            path, f"is no audio file that can be read ({getattr(error, 'strerror', None) or error})"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(path, f"is no audio file that can be read ({reason})") from error
     with container:
         if not container.streams.audio:
             raise AudioError(path, "holds no audio stream")
         stream = container.streams.audio[0]
-        stream.thread_type = "AUTO"
-        frames_of = _av_frames(path, container, stream)
-        first = next(frames_of, None)
+        stream.codec_context.thread_type = "AUTO"
+        decoded = _decoded(container, stream)
+        first = next(decoded, None)
         if first is None:
             raise AudioError(path, "holds no audio that can be decoded")
         rate = first.sample_rate  # of what comes out: HE-AAC says half of it in its header
         positions = tuple(channel.name for channel in first.layout.channels)
-        if stream.duration is not None:
+        if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         else:
-            seconds = container.duration / av.time_base if container.duration else 0.0
+            seconds = (container.duration or 0) / av.time_base
         frames = round(seconds * rate) if 0 < seconds < 1e7 else None
         convert = av.AudioResampler(format="fltp", layout=first.layout, rate=rate)
 
         def blocks() -> Iterator[np.ndarray]:
             parts, held = [], 0
-            for frame in _chain(first, frames_of):
+            for frame in itertools.chain([first], decoded):
                 try:
                     converted = convert.resample(frame)
                 except (ValueError, av.FFmpegError) as error:
@@ -382,31 +319,20 @@ def _ffmpeg(path: Path) -> Iterator[_Source]:
             if parts:
                 yield np.concatenate(parts)
 
-        yield _Source(
-            rate, positions, frames, f"{container.format.name.split(',')[0]}/{stream.codec_context.name}", blocks
-        )
+        form = f"{container.format.name.split(',')[0]}/{stream.codec_context.name}"
+        yield _Source(rate, positions, frames, form, blocks)
 
 
-def _chain(first: av.AudioFrame, rest: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame]:
-    yield first
-    yield from rest
-
-
-def _av_frames(path: Path, container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-    """Decoded frames of one stream; packets that do not decode are passed over, as FFmpeg's own player does."""
+def _decoded(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
+    """Frames of one stream until the file breaks off; packets that do not decode are passed over, as players do."""
     packets = container.demux(stream)
     while True:
         try:
             packet = next(packets)
-        except StopIteration:
+        except (StopIteration, av.FFmpegError):
             return
-        except av.FFmpegError:  # the file breaks off here
-            return
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            continue
-        yield from (frame for frame in frames if frame.samples)
+        with suppress(av.FFmpegError):
+            yield from [frame for frame in packet.decode() if frame.samples]
 
 
 def write_flac(path: Path, audio: np.ndarray, sample_rate: int) -> None:

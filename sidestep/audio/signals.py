@@ -1,13 +1,14 @@
-"""Bring songs to one level. Gains only: no limiter, no compressor, nothing that changes the sound.
+"""What can be heard in a song: loudness, and (with librosa, the extra `analyze`) tempo, key and time signature.
 
-Tempo, key and time signature of a song by ear of the machine: on the CPU, with librosa (the optional extra `analyze`).
+Loudness. Songs are brought to one level by one gain each: no limiter, no compressor, nothing that changes the sound.
 
-Tempo. The autocorrelation of the onset strength is read at half a beat, one, two, four and eight beats of every tempo from 40 to 220, and the sum weighed
-with how likely people tap it (log-normal around 105 bpm; Parncutt 1994, McKinney & Moelants 2006). The long lags tell a beat from a dotted rhythm, which
-repeats as strongly from note to note but not from bar to bar.
+Tempo. The autocorrelation of the onset strength is read at half a beat, one, two, four and eight beats of every tempo
+from 40 to 220, and the sum weighed with how likely people tap it (log-normal around 105 bpm; Parncutt 1994, McKinney &
+Moelants 2006). The long lags tell a beat from a dotted rhythm, which repeats as strongly from note to note but not from
+bar to bar.
 
-Key. Constant-Q chroma of five octaves of the harmonic part, correlated with the 24 rotations of the key profiles of Albrecht & Shanahan ("The use of large
-corpora to train a new type of key-finding algorithm", Music Perception 2013).
+Key. Constant-Q chroma of five octaves of the harmonic part, correlated with the 24 rotations of the key profiles of
+Albrecht & Shanahan ("The use of large corpora to train a new type of key-finding algorithm", Music Perception 2013).
 
 Time signature. Whether onsets repeat more after three beats or after four. Two and six are not told from them.
 
@@ -15,7 +16,10 @@ What has no pulse or no tonality gives None. Accuracy: `benchmarks/analyze.py`.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyloudnorm
@@ -23,6 +27,9 @@ import soxr
 from scipy.ndimage import gaussian_filter1d
 
 from sidestep.audio.io import SAMPLE_RATE, decode
+
+# The extra may not be installed; `is_available` says so before anything is asked of it.
+librosa: Any = import_module("librosa") if find_spec("librosa") else None
 
 PEAK_DBFS = -1.0
 LOUDNESS_LUFS = -14.0
@@ -34,8 +41,9 @@ _WARM_UP_BLOCKS = 10  # the K-weighting filter has forgotten its start well befo
 def normalize(audio: np.ndarray, mode: str, sample_rate: int) -> np.ndarray:
     """`audio` float32 [2, S] times one gain, changed in place and returned: a long song is not held twice.
 
-    none: as it is. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS integrated (ITU-R BS.1770-4), but never above a peak of -1 dBFS, so a
-    dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs also what is too short (0.4 s) or too quiet (-70 LUFS) to measure.
+    none: as it is. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS integrated (ITU-R BS.1770-4), but never
+    above a peak of -1 dBFS, so a dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs
+    also what is too short (0.4 s) or too quiet (-70 LUFS) to measure.
     """
     if mode == "none":
         return audio
@@ -58,8 +66,8 @@ def normalize(audio: np.ndarray, mode: str, sample_rate: int) -> np.ndarray:
 def integrated_loudness(audio: np.ndarray, sample_rate: int) -> float:
     """LUFS of float32 [2, S]; -inf where every block of 0.4 s is below the gate or there is none.
 
-    pyloudnorm filters and measures the blocks, ten seconds at a time (it would otherwise hold the song several times over); the two gates of
-    BS.1770-4 are then applied to the blocks of the whole song.
+    pyloudnorm filters and measures the blocks, ten seconds at a time (it would otherwise hold the song several times
+    over); the two gates of BS.1770-4 are then applied to the blocks of the whole song.
     """
     meter = pyloudnorm.Meter(sample_rate)
     step = sample_rate // 10  # blocks of 0.4 s start every 0.1 s
@@ -77,11 +85,6 @@ def integrated_loudness(audio: np.ndarray, sample_rate: int) -> float:
     gated = audible[audible > audible.mean() / 10]
     return float(-0.691 + 10 * np.log10(gated.mean()))
 
-
-try:
-    import librosa
-except ModuleNotFoundError:  # the extra is not installed; `is_available` says so before anything is asked of it
-    librosa = None
 
 VERSION = 1  # of the results: raised whenever they change
 SECONDS = 60  # from the middle of the song: enough to hear it, and the cost stays bounded
@@ -157,17 +160,16 @@ def _at(repeats: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 def _tempo(repeats: np.ndarray) -> float | None:
     beat = 60 / _TEMPOS
-    strength = sum(weight * _at(repeats, beat * beats) for beats, weight in _BEATS.items()) / sum(_BEATS.values())
+    strength = sum((weight * _at(repeats, beat * beats) for beats, weight in _BEATS.items()), np.zeros_like(beat))
+    strength /= sum(_BEATS.values())
     liking = np.exp(-0.5 * (np.log2(_TEMPOS / _USUAL_TEMPO) / _SPREAD_OCTAVES) ** 2)
     best = int(np.argmax(strength * liking))
     return float(_TEMPOS[best]) if strength[best] >= _LEAST_PULSE else None
 
 
 def _time_signature(repeats: np.ndarray, bpm: float) -> str:
-    def after(*beats: int) -> float:
-        return float(np.mean(_at(repeats, np.array(beats) * 60 / bpm)))
-
-    return "3" if after(3, 6) > after(4, 8) and after(3, 6) > after(2, 4) else "4"
+    threes, fours, twos = (float(_at(repeats, np.array(beats) * 60 / bpm).mean()) for beats in ((3, 6), (4, 8), (2, 4)))
+    return "3" if threes > max(fours, twos) else "4"
 
 
 def _key(mono: np.ndarray) -> str | None:

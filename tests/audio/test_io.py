@@ -36,7 +36,9 @@ def test_every_readable_file_is_decoded_with_its_own_length_and_level(library):
             continue
         info, audio = probe(root / name), decode(root / name)
         assert (info.sample_rate, info.channels) == (entry.rate, entry.channels), name
-        assert audio.dtype == np.float32 and audio.shape[0] == 2 and audio.flags.c_contiguous, name
+        assert audio.dtype == np.float32, name
+        assert audio.shape[0] == 2, name
+        assert audio.flags.c_contiguous, name
         if not name.startswith("broken/half"):
             assert audio.shape[1] == pytest.approx(SECONDS * SAMPLE_RATE, abs=5000), name  # lossy coders pad
             assert info.seconds == pytest.approx(SECONDS, abs=0.1), name
@@ -51,7 +53,8 @@ def test_every_broken_file_says_why(library):
         for read in (probe, decode):
             with pytest.raises(AudioError) as error:
                 read(root / name)
-            assert entry.reason in error.value.reason and error.value.path == root / name, name
+            assert entry.reason in error.value.reason, name
+            assert error.value.path == root / name, name
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid") or os.geteuid() != 0, reason="only root can become somebody else")
