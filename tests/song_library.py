@@ -14,7 +14,7 @@ SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of the library: readable as audio, or why not (a part of the reason); `folder` entries are no files at all."""
+    """One file of the library: readable as audio, or a part of the reason why not; `folder` entries are no files."""
 
     readable: bool
     reason: str = ""
@@ -159,8 +159,8 @@ def make_library(root: Path) -> dict[str, Entry]:
         entries[name] = Entry(False, listed=False)
     (root / "album 1" / "loop").symlink_to(root, target_is_directory=True)
     (root / "album 2" / "same again").symlink_to(root / "album 1", target_is_directory=True)
-    os.symlink("itself.wav", root / "broken" / "itself.wav")
+    (root / "broken" / "itself.wav").symlink_to("itself.wav")
     entries["broken/itself.wav"] = Entry(False, "cannot be read")
-    os.symlink("gone.wav", root / "broken" / "dangling.wav")
+    (root / "broken" / "dangling.wav").symlink_to("gone.wav")
     entries["broken/dangling.wav"] = Entry(False, "cannot be read")
     return entries
