@@ -1,6 +1,5 @@
 """A music library as people have them, written small: every format, odd names, nested duplicates and broken files."""
 
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
