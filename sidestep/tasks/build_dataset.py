@@ -1,17 +1,20 @@
-"""`build-dataset`: a folder of songs, and the text beside and inside them, into dataset.json.
+"""`build-dataset`: a folder of songs, and the text beside and inside them, into dataset.json; `--analyze`.
 
-Each field of a song comes from the best source that knows it: sidecars, lists, tags (see `data.sidecars`, `data.tables`, `data.tags`). Beyond that:
+Each field of a song comes from the best source that knows it: sidecars, lists, tags (see `data.sidecars`, `data.tags`).
+Beyond that:
 
-- A song without a caption is called by what its tags say ("rock, Title by Artist"), else by its file name without track number; `labeled` is then false.
-- A song is instrumental when a source says so, or when none has lyrics. Lyrics of a song that a source calls instrumental are left out and reported.
+- A song without a caption is called by what its tags say ("rock, Title by Artist"), else by its file name without track
+  number; `labeled` is then false.
+- A song is instrumental when a source says so, or when none has lyrics. Lyrics of a song that a source calls
+  instrumental are left out and reported.
 - The duration is the file's. One in a sidecar that differs by a second or more is reported, and not used.
 - A file that cannot be read as audio is reported, and the others go on.
 
-`build-dataset --analyze`: tempo, key and time signature of the songs for which nobody has told them.
-
-Only what is missing is filled in, and listed under `estimated` of its sample; what a sidecar, a tag or a hand has written stands, and so does a value that
-was emptied by hand. Songs are heard in parallel processes. Results are kept by content in `.side-step/analysis.json` beside dataset.json, so that a song is
-heard once whatever it is called and however often the command runs; stopped half-way, the command goes on where it was.
+`--analyze` hears tempo, key and time signature of the songs for which nobody has told them. Only what is missing is
+filled in, and listed under `estimated` of its sample; what a sidecar, a tag or a hand has written stays, and so does a
+value that was emptied by hand. Songs are heard in parallel processes. Results are kept by content in
+`.side-step/analysis.json` beside dataset.json, so that a song is heard once whatever it is called and however often the
+command runs; stopped half-way, the command goes on where it was.
 """
 
 import json
@@ -26,6 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from sidestep.audio.io import AUDIO_SUFFIXES, AudioError, AudioInfo, content_hash, find_audio, probe
 from sidestep.audio.signals import VERSION, Estimate, estimate_file, is_available
@@ -33,7 +37,6 @@ from sidestep.data.fields import INSTRUMENTAL
 from sidestep.data.manifest import (
     SECTION,
     Dataset,
-    Metadata,
     Sample,
     duration_differs,
     emptied_by_hand,
@@ -53,6 +56,9 @@ from sidestep.settings.config import BuildDatasetConfig
 from sidestep.words import clock, train_py
 
 MODEL_SECONDS = 600  # the longest song the model knows
+ANALYZED = ("bpm", "keyscale", "timesignature")
+CACHE = Path(".side-step") / "analysis.json"
+_SAVE_SECONDS = 20.0
 _THREADS = 8  # headers and tags wait for the disk
 _REPORT_SECONDS = 0.5
 _TRACK_NUMBER = re.compile(r"^\s*(?:\d{1,2}-)?\d{1,3}\s*[-._)]\s*|^\s*\d{2}\s+(?=\D)")
@@ -69,7 +75,7 @@ class BuildSummary:
 
 @dataclass(frozen=True)
 class _Song:
-    """A song as found: its place, what its header says and every source of text, the best first."""
+    """A song as found: its path, what its header says and every source of text, the best first."""
 
     path: Path
     info: AudioInfo
@@ -78,48 +84,42 @@ class _Song:
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
-    """Index `config.input` and write dataset.json. Raises UserError for paths that cannot be, JobError when no song could be read."""
+    """Index `config.input` and write dataset.json.
+
+    Raises UserError for paths that cannot be, JobError when no song could be read.
+    """
     output = output_path(config)
-    old = Dataset()
-    if output.exists() and not config.overwrite:
-        old = read(output)
-    songs, failed = _find_songs(config.input, report)
-    fresh, origins = [], Counter()
-    for song in songs:
-        fresh.append(_describe(song, config.input, output.parent, _tag(config, old), origins, report))
-    rebuilt = merge(old, fresh, output.parent)
-    metadata = _metadata(config, old)
-    dataset = Dataset(
-        metadata=metadata,
-        samples=rebuilt.samples,
-        extra={**old.extra, SECTION: {**rebuilt.notes, "tag": metadata.custom_tag}},
+    old = read(output) if output.exists() and not config.overwrite else Dataset()
+    before = old.metadata
+    metadata = replace(  # what was typed, else what the file says, else the default
+        before,
+        name=config.name or before.name or config.input.resolve().name,
+        custom_tag=before.custom_tag if config.tag is None else config.tag.strip(),
+        tag_position=config.tag_position or before.tag_position,
+        genre_ratio=before.genre_ratio if config.genre_ratio is None else config.genre_ratio,
+        created_at=before.created_at or datetime.now().astimezone().isoformat(timespec="seconds"),
     )
+    songs, failed = _find_songs(config.input, report)
+    origins: Counter[str] = Counter()
+    fresh = [_describe(song, config.input, output.parent, metadata.custom_tag, origins, report) for song in songs]
+    rebuilt = merge(old, fresh, output.parent)
+    notes = {**rebuilt.notes, "tag": metadata.custom_tag}
+    dataset = Dataset(metadata=metadata, samples=rebuilt.samples, extra={**old.extra, SECTION: notes})
     try:
         write(output, dataset)
     except OSError as error:
-        raise UserError(
-            f"{output} cannot be written: {error.strerror or error}.", "Name another place: --output FILE"
-        ) from error
+        problem = f"{output} cannot be written: {error.strerror or error}."
+        raise UserError(problem, "Name another place: --output FILE") from error
     if rebuilt.edits:
-        report(
-            Notice(
-                message=f"{rebuilt.edits} values edited by hand in {output.name} were kept (--overwrite builds it anew)."
-            )
-        )
+        kept = f"{rebuilt.edits} values edited by hand in {output.name} were kept (--overwrite builds it anew)."
+        report(Notice(message=kept))
     if rebuilt.excluded:
-        report(
-            Notice(
-                message=f"{len(rebuilt.excluded)} songs that were taken out of {output.name} by hand stay out, such as {rebuilt.excluded[0]}."
-            )
-        )
+        excluded = f"{len(rebuilt.excluded)} songs that were taken out of {output.name} by hand stay out"
+        report(Notice(message=f"{excluded}, such as {rebuilt.excluded[0]}."))
     for sample in rebuilt.absent:
-        report(
-            Notice(
-                level="warning",
-                message=f"{sample.audio_path} is not there; what {output.name} knows of it is kept aside until it is back.",
-            )
-        )
-    report(_summary(dataset, origins, failed))
+        kept = f"what {output.name} knows of it is kept aside until it is back"
+        report(Notice(level="warning", message=f"{sample.audio_path} is not there; {kept}."))
+    report(_summary(dataset, origins, len(failed)))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     report(Saved(what="dataset", path=str(shown)))
     preprocess = train_py(
@@ -139,24 +139,8 @@ def output_path(config: BuildDatasetConfig) -> Path:
             "uv run train.py build-dataset --input FOLDER_OF_SONGS",
         )
     output = config.output or config.input / "dataset.json"
-    return Path(os.path.abspath(output / "dataset.json" if output.is_dir() else output))
-
-
-def _tag(config: BuildDatasetConfig, old: Dataset) -> str:
-    return old.metadata.custom_tag if config.tag is None else config.tag.strip()
-
-
-def _metadata(config: BuildDatasetConfig, old: Dataset) -> Metadata:
-    """What was typed, else what the file says, else the default."""
-    before = old.metadata
-    return replace(
-        before,
-        name=config.name or before.name or config.input.resolve().name,
-        custom_tag=_tag(config, old),
-        tag_position=config.tag_position or before.tag_position,
-        genre_ratio=before.genre_ratio if config.genre_ratio is None else config.genre_ratio,
-        created_at=before.created_at or datetime.now().astimezone().isoformat(timespec="seconds"),
-    )
+    # Not resolve(): links in the path to the songs are the user's own and stay.
+    return Path(os.path.abspath(output / "dataset.json" if output.is_dir() else output))  # noqa: PTH100
 
 
 def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[Path, str]]]:
@@ -167,88 +151,86 @@ def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[P
         failed.append((path, reason))
         report(FileFailed(path=str(path), reason=reason, stage=stage))
 
+    def read_one(path: Path) -> tuple[AudioInfo, Tags] | AudioError:
+        try:
+            return probe(path), read_tags(path)
+        except AudioError as error:
+            return error
+
     paths = find_audio(folder, lambda path, reason: fail(path, f"folder cannot be listed: {reason}", "search"))
     if not paths:
-        raise JobError(
-            f"No audio file in {folder} or below it.",
-            f"Songs are known by their suffix: {' '.join(sorted(AUDIO_SUFFIXES))}",
-        )
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
+        raise JobError(f"No audio file in {folder} or below it.", f"Songs are known by their suffix: {suffixes}")
     sidecars, tables = Sidecars(paths), Tables(folder, paths)
     for path, problem in tables.problems:
         report(Notice(level="warning", message=f"{relative_path(path, folder)}: {problem}"))
-    songs = []
-    for path, info, tags in _read_files(paths, folder, report):
-        if isinstance(info, AudioError):
-            fail(path, info.reason, "read")
-        else:
-            songs.append(_Song(path, info, [*sidecars.of(path), *tables.of(path), tags], tags))
+    songs: list[_Song] = []
+    started = last = time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as pool:  # reads ahead
+        for done, (path, content) in enumerate(zip(paths, pool.map(read_one, paths), strict=True), 1):
+            if isinstance(content, AudioError):
+                fail(path, content.reason, "read")
+            else:
+                info, tags = content
+                songs.append(_Song(path, info, [*sidecars.of(path), *tables.of(path), tags], tags))
+            now = time.monotonic()
+            if now - last >= _REPORT_SECONDS or done == len(paths):
+                name = relative_path(path, folder)
+                report(_progress("Reading songs", done, len(paths), name, max(now - started, 1e-6)))
+                last = now
     if not songs:
+        first, reason = failed[0]
         raise JobError(
-            f"None of the {len(paths)} audio files in {folder} can be read.",
-            f"The first: {failed[0][0]}: {failed[0][1]}",
+            f"None of the {len(paths)} audio files in {folder} can be read.", f"The first: {first}: {reason}"
         )
     return songs, failed
 
 
-def _read_files(paths: list[Path], folder: Path, report: Report) -> Iterator[tuple[Path, AudioInfo | AudioError, Tags]]:
-    """Header and tags of each file, in order, read ahead in threads."""
-
-    def read_one(path: Path) -> tuple[AudioInfo | AudioError, Tags]:
-        try:
-            return probe(path), read_tags(path)
-        except AudioError as error:
-            return error, Tags("tags")
-
-    started = last = time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (path, (info, tags)) in enumerate(zip(paths, pool.map(read_one, paths), strict=True), 1):
-            yield path, info, tags
-            now = time.monotonic()
-            if now - last >= _REPORT_SECONDS or done == len(paths):
-                rate = done / max(now - started, 1e-6)
-                current = relative_path(path, folder)
-                report(
-                    Progress(
-                        task="Reading songs",
-                        done=done,
-                        total=len(paths),
-                        current=current,
-                        rate=rate,
-                        unit="songs",
-                        eta_seconds=(len(paths) - done) / rate,
-                    )
-                )
-                last = now
+def _progress(task: str, done: int, total: int, current: str, seconds: float) -> Progress:
+    return Progress(
+        task=task,
+        done=done,
+        total=total,
+        current=current,
+        rate=done / seconds,
+        unit="songs",
+        eta_seconds=(total - done) * seconds / done,
+    )
 
 
-def _describe(song: _Song, folder: Path, output_folder: Path, tag: str, origins: Counter, report: Report) -> Sample:
+def _describe(
+    song: _Song, folder: Path, output_folder: Path, tag: str, origins: Counter[str], report: Report
+) -> Sample:
     """One song with every field from the best source that has it. `origins` counts where captions come from."""
-    name, audio_path = relative_path(song.path, folder), Path(os.path.abspath(song.path))
-    values = {}
+    name = relative_path(song.path, folder)
+    audio_path = Path(os.path.abspath(song.path))  # noqa: PTH100 - resolve() would follow links
+    values: dict[str, Any] = {}
     for source in song.sources:
         for problem in source.problems:
             report(Notice(level="warning", message=f"{name}: {source.source}: {problem}"))
-        for field, value in source.values.items():
-            values.setdefault(field, value)
+        values = {**source.values, **values}
     lyrics, instrumental = values.get("lyrics", ""), values.get("is_instrumental")
     has_words = bool(lyrics) and lyrics.strip().casefold() not in ("[instrumental]", "[inst]", "instrumental")
     if instrumental and has_words:
-        report(
-            Notice(
-                level="warning", message=f"{name}: is said to be instrumental and has lyrics; the lyrics were left out."
-            )
-        )
+        left_out = "is said to be instrumental and has lyrics; the lyrics were left out."
+        report(Notice(level="warning", message=f"{name}: {left_out}"))
         has_words = False
     if instrumental is None:
         instrumental = not has_words
-    caption, genre = values.get("caption", ""), values.get("genre", "")
+    caption, genre, title = values.get("caption", ""), values.get("genre", ""), song.tags.title
     labeled = bool(caption or genre)
-    origins["written" if caption else "from genre and title" if genre or song.tags.title else "from the file name"] += 1
+    origins["written" if caption else "from genre and title" if genre or title else "from the file name"] += 1
+    if not caption:
+        called = f"{title} by {song.tags.artist}" if title and song.tags.artist else title
+        caption = ", ".join(part for part in (genre, called) if part)
+    if not caption:
+        words = _TRACK_NUMBER.sub("", song.path.stem).replace("_", " ").encode("utf-8", "replace").decode("utf-8")
+        caption = " ".join(words.split()) or "music"
     sample = Sample(
         audio_path=audio_path,
         id=sample_id(relative_path(audio_path, output_folder)),
         filename=song.path.name,
-        caption=caption or _caption_of_last_resort(song, genre),
+        caption=caption,
         genre=genre,
         lyrics=lyrics if has_words else INSTRUMENTAL if instrumental else "",
         bpm=values.get("bpm"),
@@ -262,55 +244,33 @@ def _describe(song: _Song, folder: Path, output_folder: Path, tag: str, origins:
         prompt_override=values.get("prompt_override"),
         repeat=values.get("repeat", 1),
     )
-    if duration_differs(sample, song.info.seconds):
-        report(
-            Notice(
-                level="warning",
-                message=f"{name}: is {song.info.seconds:.1f} s long, not {sample.duration:g} s as written; the file's length counts.",
-            )
-        )
-    return replace(sample, duration=song.info.seconds)
+    seconds = song.info.seconds
+    if duration_differs(sample, seconds):
+        lengths = f"is {seconds:.1f} s long, not {sample.duration:g} s as written; the file's length counts."
+        report(Notice(level="warning", message=f"{name}: {lengths}"))
+    return replace(sample, duration=seconds)
 
 
-def _caption_of_last_resort(song: _Song, genre: str) -> str:
-    title, artist = song.tags.title, song.tags.artist
-    called = f"{title} by {artist}" if title and artist else title
-    if genre or called:
-        return ", ".join(part for part in (genre, called) if part)
-    words = _TRACK_NUMBER.sub("", song.path.stem).replace("_", " ").encode("utf-8", "replace").decode("utf-8")
-    return " ".join(words.split()) or "music"
-
-
-def _summary(dataset: Dataset, origins: Counter, failed: list[tuple[Path, str]]) -> Table:
+def _summary(dataset: Dataset, origins: Counter[str], failed: int) -> Table:
     samples = dataset.samples
-    seconds = [s.duration for s in samples]
-    total = len(samples)
-
-    def share(count: int) -> str:
-        return f"{count} of {total}"
-
-    rows = [
-        ("songs", str(total)),
-        (
-            "length",
-            f"{clock(sum(seconds))} in all, {clock(min(seconds))} to {clock(max(seconds))}" if seconds else "0:00",
-        ),
+    seconds = [s.duration for s in samples] or [0.0]
+    known = {
+        "genre": [s.genre for s in samples],
+        "lyrics": [s.lyrics not in ("", INSTRUMENTAL) for s in samples],
+        "tempo": [s.bpm is not None for s in samples],
+        "key": [s.keyscale for s in samples],
+        "time signature": [s.timesignature for s in samples],
+        "language": [s.language != "unknown" for s in samples],
+    }
+    rows = (
+        ("songs", str(len(samples))),
+        ("length", f"{clock(sum(seconds))} in all, {clock(min(seconds))} to {clock(max(seconds))}"),
         ("longer than the model's 10 minutes", str(sum(s > MODEL_SECONDS for s in seconds))),
         ("captions", ", ".join(f"{count} {origin}" for origin, count in origins.most_common())),
-        ("genre", share(sum(bool(s.genre) for s in samples))),
-        ("lyrics", share(sum(bool(s.lyrics) and s.lyrics != INSTRUMENTAL for s in samples))),
-        ("tempo", share(sum(s.bpm is not None for s in samples))),
-        ("key", share(sum(bool(s.keyscale) for s in samples))),
-        ("time signature", share(sum(bool(s.timesignature) for s in samples))),
-        ("language", share(sum(s.language != "unknown" for s in samples))),
-        ("could not be read", str(len(failed))),
-    ]
-    return Table(title=f"Dataset {dataset.metadata.name}", columns=("", ""), rows=tuple(rows))
-
-
-FIELDS = ("bpm", "keyscale", "timesignature")
-CACHE = Path(".side-step") / "analysis.json"
-_SAVE_SECONDS = 20.0
+        *((what, f"{sum(map(bool, values))} of {len(samples)}") for what, values in known.items()),
+        ("could not be read", str(failed)),
+    )
+    return Table(title=f"Dataset {dataset.metadata.name}", columns=("", ""), rows=rows)
 
 
 def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
@@ -323,41 +283,43 @@ def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
             "--analyze needs librosa, which is not installed.",
             "uv sync --extra analyze (or: pip install librosa), then the same command again",
         )
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
     dataset = read(path)
-    wanted = {s.audio_path: _missing(dataset, s, path.parent) for s in dataset.samples}
-    wanted = {song: names for song, names in wanted.items() if names}
+    wanted: dict[Path, list[str]] = {}
+    for sample in dataset.samples:
+        emptied = emptied_by_hand(dataset, sample, path.parent)
+        if names := [name for name in ANALYZED if not getattr(sample, name) and name not in emptied]:
+            wanted[sample.audio_path] = names
     if not wanted:
         report(Notice(message="Tempo, key and time signature of every song are known; there is nothing to analyze."))
         return dataset
     heard = _hear(list(wanted), path, report, workers or os.cpu_count() or 1)
-    samples = [
-        _filled(s, wanted[s.audio_path], heard[s.audio_path]) if s.audio_path in heard else s for s in dataset.samples
-    ]
-    dataset = filled_in(dataset, samples, FIELDS, path.parent)
+    samples = []
+    for sample in dataset.samples:
+        if estimate := heard.get(sample.audio_path):
+            names = wanted[sample.audio_path]
+            found: dict[str, Any] = {name: value for name in names if (value := getattr(estimate, name)) is not None}
+            sample = replace(sample, **found, estimated=tuple(dict.fromkeys([*sample.estimated, *found])))
+        samples.append(sample)
+    dataset = filled_in(dataset, samples, ANALYZED, path.parent)
     write(path, dataset)
     rows = [
         (name, str(sum(name in s.estimated for s in samples)), str(sum(not getattr(s, name) for s in samples)))
-        for name in FIELDS
+        for name in ANALYZED
     ]
     report(Table(title="Analysis", columns=("", "estimated", "still not known"), rows=tuple(rows)))
     return dataset
 
 
-def _missing(dataset: Dataset, sample: Sample, folder: Path) -> tuple[str, ...]:
-    emptied = emptied_by_hand(dataset, sample, folder)
-    return tuple(name for name in FIELDS if not getattr(sample, name) and name not in emptied)
-
-
-def _filled(sample: Sample, names: tuple[str, ...], estimate: Estimate) -> Sample:
-    found = {name: value for name in names if (value := getattr(estimate, name)) is not None}
-    return replace(sample, **found, estimated=tuple(dict.fromkeys([*sample.estimated, *found])))
-
-
 def _hear(songs: list[Path], dataset_path: Path, report: Report, workers: int) -> dict[Path, Estimate]:
     """The estimate of every song that can be read; those of the cache are not heard again."""
     cache_path = dataset_path.parent / CACHE
-    cache = _read_cache(cache_path)
+    try:
+        kept = json.loads(cache_path.read_text(encoding="utf-8"))
+        songs_kept = kept["songs"].items() if kept["version"] == VERSION else ()
+        cache = {content: Estimate(**values) for content, values in songs_kept}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
+        cache = {}
     heard: dict[Path, Estimate] = {}
     same: dict[str, list[Path]] = {}
     for song in songs:
@@ -370,24 +332,14 @@ def _hear(songs: list[Path], dataset_path: Path, report: Report, workers: int) -
     started = saved = time.monotonic()
     try:
         for done, (content, result) in enumerate(_estimates(same, min(workers, len(same))), 1):
-            name = relative_path(same[content][0], dataset_path.parent)
+            first = same[content][0]
             if isinstance(result, AudioError):
-                report(FileFailed(path=str(same[content][0]), reason=result.reason, stage="analyze"))
+                report(FileFailed(path=str(first), reason=result.reason, stage="analyze"))
             else:
                 cache[content] = result
                 heard.update(dict.fromkeys(same[content], result))
-            rate = done / (time.monotonic() - started)
-            report(
-                Progress(
-                    task="Analyzing",
-                    done=done,
-                    total=len(same),
-                    current=name,
-                    rate=rate,
-                    unit="songs",
-                    eta_seconds=(len(same) - done) / rate,
-                )
-            )
+            name = relative_path(first, dataset_path.parent)
+            report(_progress("Analyzing", done, len(same), name, max(time.monotonic() - started, 1e-6)))
             if time.monotonic() - saved > _SAVE_SECONDS:
                 _write_cache(cache_path, cache)
                 saved = time.monotonic()
@@ -423,21 +375,6 @@ def _estimates(songs: dict[str, list[Path]], workers: int) -> Iterator[tuple[str
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read_cache(path: Path) -> dict[str, Estimate]:
-    """The results kept from before; none where they cannot be read or are of another version."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != VERSION:
-            return {}
-        return {content: Estimate(**values) for content, values in data["songs"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-
-
 def _write_cache(path: Path, cache: dict[str, Estimate]) -> None:
-    write_text(
-        path,
-        json.dumps(
-            {"version": VERSION, "songs": {content: asdict(e) for content, e in sorted(cache.items())}}, indent=0
-        ),
-    )
+    songs = {content: asdict(estimate) for content, estimate in sorted(cache.items())}
+    write_text(path, json.dumps({"version": VERSION, "songs": songs}, indent=0))
