@@ -177,7 +177,8 @@ class _AudioEncoder:
         device = self.job.device
         if self.vae is None:
             self.vae = self.job.checkpoint.load_vae(device, self.job.vae_dtype)
-            self.vae.decoder = torch.nn.Identity()  # half of the weights, which encoding never uses
+            # Half of the weights, which encoding never uses.
+            self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute] (diffusers' stubs)
         while True:
             try:
                 latents = encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames)[0].float().cpu()

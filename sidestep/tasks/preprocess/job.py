@@ -113,7 +113,7 @@ class WorkFolder:
             (self.folder / f"{key}{kind}").unlink(missing_ok=True)
 
     def note_failure(self, key: str, failure: Failure) -> None:
-        """Tell the other processes of this job that the song failed, so that each says so but none tries again."""
+        """Tell the other processes of this job that the song failed, so that each says so and none waits for it."""
         write_text(self.folder / f"{key}{FAILED}", json.dumps(asdict(failure), ensure_ascii=False))
 
     def failure(self, key: str) -> Failure | None:
@@ -242,9 +242,7 @@ class Job:
             return self._without_latents(song, ("new",), foreign)
         stored = record["fingerprint"] if record else {}
         stat = audio_stat(song.source)
-        known = next(
-            (metadata for metadata in (record, latents) if metadata and metadata.get("audio_stat") == stat), None
-        )
+        known = next((made for made in (record, latents) if made and made.get("audio_stat") == stat), None)
         try:
             content = known["fingerprint"]["audio"]["content"] if known else content_hash(song.source)
         except AudioError:
@@ -285,12 +283,12 @@ class Job:
         """Raises JobError when the disk cannot hold what these songs take: first-pass files, then records instead."""
         width = int(self.checkpoint.config.get("encoder_hidden_size") or self.checkpoint.config["hidden_size"])
         needed, songs = RESERVE_BYTES, 0
+        latents_per_second = self.frames_per_second * self.checkpoint.latent_channels
         for song, what in found:
             if what.stage > Stage.METADATA:
-                latents = what.seconds * self.frames_per_second * self.checkpoint.latent_channels * 4
-                characters = len(song.lyrics) + len(song.caption)
-                conditions = (200 + characters * TEXT_TOKENS_PER_CHARACTER) * width * 4
-                needed += int((latents + conditions) * (2 if self.with_hints else 1)) + 16 * 1024
+                tokens = 200 + (len(song.lyrics) + len(song.caption)) * TEXT_TOKENS_PER_CHARACTER
+                values = (what.seconds * latents_per_second + tokens * width) * (2 if self.with_hints else 1)
+                needed += int(values * 4) + 16 * 1024
                 songs += 1
         output = self.config.tensor_output
         free = free_bytes(output)

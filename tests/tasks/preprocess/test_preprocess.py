@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from sidestep.tasks.preprocess import Summary, preprocess
 from sidestep.tasks.preprocess import first_pass as latents
 from sidestep.tasks.preprocess import job as space
 from sidestep.tasks.preprocess import run as running
+from sidestep.tasks.preprocess.locks import SongLocks
+from sidestep.tasks.preprocess.songs import key_of, record_names
 from tests.conftest import golden_audio
 from tests.preprocessing import Events, contents, edit_library, job, make_library, tone
 
@@ -463,6 +466,85 @@ def test_a_disk_that_fills_up_stops_the_job_and_keeps_what_is_done(library: Path
             preprocess(job(library, tmp_path / "out"), null)
     summary = preprocess(job(library, tmp_path / "out"), null)
     assert summary.done + summary.skipped == 3
+
+
+# --- several jobs over one folder -----------------------------------------------------------------
+
+
+def key(name: str) -> str:
+    return key_of(record_names([name])[0])
+
+
+def test_a_song_that_becomes_up_to_date_while_another_process_has_it_is_waited_for_no_longer(
+    library: Path, tmp_path: Path
+):
+    preprocess(job(library, tmp_path / "done"), null)
+    events = Events()
+    with SongLocks(tmp_path / "out" / ".pass1" / ".locks") as other:  # as a process that is stopped
+        other.take(key("a.wav"))
+
+        def report(event):
+            events(event)
+            if isinstance(event, Progress) and event.task.startswith("Waiting"):
+                shutil.copy(tmp_path / "done" / "a.wav.pt", tmp_path / "out" / "a.wav.pt")
+
+        assert preprocess(job(library, tmp_path / "out"), report) == Summary(done=2, skipped=1, failed=0)
+    assert [(e.done, e.total, e.current) for e in events.of(Progress) if e.task.startswith("Waiting")] == [
+        (2, 3, "a.wav")
+    ]
+    assert any("Waiting for 1 song " in e.message for e in events.of(Notice))
+
+
+def test_a_song_is_looked_at_again_once_its_lock_is_had(library: Path, tmp_path: Path, loaded: list[str]):
+    preprocess(job(library, tmp_path / "done"), null)
+    loaded.clear()
+
+    def report(event):  # another process makes everything between the first look and the first pass
+        if isinstance(event, Notice) and "3 to make" in event.message:
+            shutil.copytree(tmp_path / "done", tmp_path / "out", dirs_exist_ok=True)
+
+    assert preprocess(job(library, tmp_path / "out"), report) == Summary(done=0, skipped=3, failed=0)
+    assert loaded == []
+
+
+def test_a_failure_found_by_another_process_is_told_and_not_waited_for(library: Path, tmp_path: Path):
+    events = Events()
+    with SongLocks(tmp_path / "out" / ".pass1" / ".locks") as other:
+        other.take(key("a.wav"))
+
+        def report(event):
+            events(event)
+            if isinstance(event, Progress) and event.task.startswith("Waiting"):
+                space.WorkFolder(tmp_path / "out").note_failure(
+                    key("a.wav"), space.Failure("a.wav", "no audio", "decode")
+                )
+
+        assert preprocess(job(library, tmp_path / "out"), report) == Summary(done=2, skipped=0, failed=1)
+    assert [(e.path, e.reason) for e in events.of(FileFailed)] == [("a.wav", "no audio")]
+
+
+def test_only_a_few_songs_are_locked_at_a_time(tmp_path: Path, monkeypatch):
+    held = []
+    release = SongLocks.release
+    monkeypatch.setattr(SongLocks, "release", lambda self, key: held.append(len(self._held)) or release(self, key))
+    make_library(tmp_path / "lib", [f"{i}.wav" for i in range(40)], seconds=0.05)
+    assert preprocess(job(tmp_path / "lib", tmp_path / "out"), null).done == 40
+    assert max(held) <= 12  # each is an open file
+
+
+def test_a_song_whose_latents_are_lost_again_and_again_fails_instead_of_being_made_for_ever(
+    library: Path, tmp_path: Path, monkeypatch
+):
+    save = space.WorkFolder.save
+
+    def lose(self, key_, kind, tensors, metadata):
+        if (key_, kind) != (key("a.wav"), space.LATENTS):
+            save(self, key_, kind, tensors, metadata)
+
+    monkeypatch.setattr(space.WorkFolder, "save", lose)
+    events = Events()
+    assert preprocess(job(library, tmp_path / "out"), events) == Summary(done=2, skipped=0, failed=1)
+    assert "again and again" in events.of(FileFailed)[0].reason
 
 
 # --- what the user hears --------------------------------------------------------------------------

@@ -232,22 +232,30 @@ def test_the_share_of_a_rank_that_never_came_is_done_by_the_next_run(library: Pa
     assert lines(tmp_path / "log", "summary")[-1][1:] == [len(SONGS) * 2 // 3, len(SONGS) // 3, 0]
 
 
+def work_plainly(library: Path, output: Path, log: Path, settings: dict) -> None:
+    summary = preprocess(job(library, output, **settings), null)
+    with log.open("a", encoding="utf-8") as f:
+        f.write(json.dumps([os.getpid(), "summary", summary.done, summary.skipped, summary.failed]) + "\n")
+
+
+def start_plainly(*arguments):
+    process = processes.Process(target=work_plainly, args=arguments)
+    process.start()
+    return process
+
+
 def test_a_bad_song_is_told_by_every_process(library: Path, tmp_path: Path):
     songs = make_library(tmp_path / "lib", SONGS, seconds=0.12)
     (songs / "3.wav").write_bytes(b"no audio")
-    both = [
-        processes.Process(target=work_with_a_bad_song, args=(songs, tmp_path / "out", tmp_path / "log"))
-        for _ in range(2)
-    ]
-    for process in both:
-        process.start()
-    finish(*both)
+    finish(*[start_plainly(songs, tmp_path / "out", tmp_path / "log", {}) for _ in range(2)])
     assert [line[1:][2] for line in lines(tmp_path / "log", "summary")] == [1, 1]
     failures = json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8"))["failures"]
     assert [f["path"] for f in failures] == ["3.wav"]
 
 
-def work_with_a_bad_song(library: Path, output: Path, log: Path) -> None:
-    summary = preprocess(job(library, output), null)
-    with log.open("a", encoding="utf-8") as f:
-        f.write(json.dumps([os.getpid(), "summary", summary.done, summary.skipped, summary.failed]) + "\n")
+def test_jobs_with_different_settings_over_one_folder_both_come_to_an_end(library: Path, tmp_path: Path):
+    settings = ({"normalize": "none"}, {"normalize": "peak"})
+    finish(*[start_plainly(library, tmp_path / "out", tmp_path / "log", changed) for changed in settings])
+    summaries = lines(tmp_path / "log", "summary")
+    assert len(summaries) == 2
+    assert all(sum(counts) == len(SONGS) for _, *counts in summaries)
