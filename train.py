@@ -1,4 +1,4 @@
-"""Side-Step: train adapters for ACE-Step 1.5. `uv run train.py` is the wizard, `uv run train.py --help` the commands."""
+"""Side-Step: train adapters for ACE-Step 1.5. `uv run train.py` is the wizard, with `--help` the commands."""
 
 from sidestep.cli.main import entry
 

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
 
 
 def catch_signals() -> None:
-    """Ctrl-C, a launcher's SIGTERM and a closed window stop what runs; what was ignored from the start (nohup) stays so."""
+    """Ctrl-C, SIGTERM and a closed window stop what runs; a signal that was ignored at the start (nohup) stays so."""
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
             signal.signal(number, _as_ctrl_c)
@@ -143,7 +143,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
 
 @contextmanager
 def showing(terminal: Terminal) -> Iterator[Report]:
-    """The terminal's view of events, which may go away: a closed pipe or a lost terminal ends the showing, not the job."""
+    """The terminal's view of events. It may go away: a closed pipe or a lost terminal ends the showing, not the job."""
     view = terminal.view()
     show: Report | None = view.__enter__()
 

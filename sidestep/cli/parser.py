@@ -6,6 +6,7 @@
 import argparse
 import difflib
 from dataclasses import MISSING, dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 from sidestep import __version__
@@ -40,16 +41,12 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors like all others."""
 
     def __init__(self, prog: str, **arguments: Any):
-        super().__init__(prog, allow_abbrev=False, formatter_class=_Formatter, **arguments)
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+        super().__init__(prog, allow_abbrev=False, formatter_class=layout, **arguments)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         raise UserError(message[:1].upper() + message[1:] + ".", f"See: {self.prog} --help")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
 
 
 def parse(argv: list[str]) -> Call:
