@@ -38,7 +38,7 @@ class Decision(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """Where a task of countable parts stands. `rate` is in `unit` per second, `eta_seconds` the time left."""
+    """How far a task of countable parts has come. `rate` is in `unit` per second, `eta_seconds` the time left."""
 
     task: str
     done: int
@@ -105,7 +105,7 @@ class Validated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Event):
-    """Something complete now stands on disk. `what`: checkpoint, best, final, preview, dataset, …"""
+    """Something complete is on disk now. `what`: checkpoint, best, final, preview, dataset, …"""
 
     what: str
     path: str
@@ -167,7 +167,7 @@ def tee(first: Report, second: Report) -> Report:
     return report
 
 
-def null(event: Event) -> None:
+def null(_event: Event) -> None:
     """A report that nobody reads."""
 
 

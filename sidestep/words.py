@@ -26,8 +26,8 @@ def clock(seconds: float | None) -> str:
 
 def hours(seconds: float) -> str:
     """A duration to the minute: 2 min, 3 h 05 min."""
-    whole, minutes = divmod(round(seconds / 60), 60)
-    return f"{whole} h {minutes:02} min" if whole else f"{minutes} min"
+    full, minutes = divmod(round(seconds / 60), 60)
+    return f"{full} h {minutes:02} min" if full else f"{minutes} min"
 
 
 def size(number: float) -> str:

@@ -31,7 +31,7 @@ class Choice:
 class Option:
     """One setting: everything that the parser, the wizard, the presets, the review and the README derive from.
 
-    The first fields are declared with `option(...)`; name and type come from the dataclass field that it stands at.
+    The first fields are declared with `option(...)`; name and type come from its dataclass field.
     """
 
     default: Any  # MISSING when required

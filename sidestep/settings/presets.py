@@ -170,7 +170,7 @@ def export_file(name: str, path: Path, replace: bool = False) -> Path:
 
 def _own(name: str) -> Preset:
     preset = find(name)
-    if preset.built_in or preset.path.parent != user_folder():
+    if preset.path.parent != user_folder():
         raise UserError(f"{name} is a built-in preset and cannot be changed.", "Save your settings under another name.")
     return preset
 

@@ -28,11 +28,16 @@ from sidestep.events import (
     Validated,
     visible_event,
 )
-from sidestep.terminal.terminal import Terminal, as_lines, is_tty
+from sidestep.terminal.terminal import Terminal, as_lines, is_tty, rate
 from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
+
+
+def shows_unicode(console: Console) -> bool:
+    """True where block and box characters can be shown."""
+    return console.encoding.startswith("utf") and not console.legacy_windows
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -51,7 +56,7 @@ class LiveView:
 
     def __init__(self, console: Console):
         self.console = console
-        self.unicode = console.encoding.startswith("utf") and not console.legacy_windows
+        self.unicode = shows_unicode(console)
         self.tasks: dict[str, Progress] = {}
         self.losses: deque[float] = deque(maxlen=20_000)
         self.step: StepDone | None = None
@@ -99,11 +104,8 @@ class LiveView:
 
     def _bar(self, progress: Progress) -> RenderableType:
         grid = RichTable.grid(padding=(0, 1))
-        done = f"{progress.done}/{progress.total}"
-        if progress.rate is not None:
-            done += f"  {progress.rate:.3g} {progress.unit}/s".replace(" /", "/")
-        if progress.eta_seconds is not None:
-            done += f"  {clock(progress.eta_seconds)} left"
+        left = "" if progress.eta_seconds is None else f"{clock(progress.eta_seconds)} left"
+        done = "  ".join(part for part in (f"{progress.done}/{progress.total}", rate(progress), left) if part)
         room = max(8, self.console.width - len(progress.task) - len(done) - 6)
         grid.add_row(
             Text(progress.task, style="bold"),
@@ -125,7 +127,6 @@ class LiveView:
             Text(epochs),
         )
         figures = RichTable.grid(padding=(0, 2))
-        rate = f"{step.steps_per_second:.3g} steps/s"
         left = (
             f"{clock(step.eta_seconds)} left"
             if step.step < step.total_steps
@@ -136,7 +137,7 @@ class LiveView:
             Text(f"lr {step.lr:.1e}"),
             Text(f"grad {step.grad_norm:.3g}"),
         )
-        figures.add_row(Text(rate), Text(left), Text(gib(step.memory_bytes)))
+        figures.add_row(Text(f"{step.steps_per_second:.3g} steps/s"), Text(left), Text(gib(step.memory_bytes)))
         if self.validated is not None:
             best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
             figures.add_row(Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold")), Text(best), Text())
@@ -163,14 +164,11 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
                 table.add_column(Text(column), overflow="fold")
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row))
-            return (
-                Group(Text(title, style="bold"), table) if title else table
-            )  # a Rich title would wrap at a narrow table's width
+            # the title apart: a Rich title would wrap at a narrow table's width
+            return Group(Text(title, style="bold"), table) if title else table
         case Finished(message=message, next_commands=commands):
-            text = Text(message, style="bold green")
-            return Text("\n").join(
-                [text, *([Text("Next:", style="dim")] if commands else []), *(Text("  " + c) for c in commands)]
-            )
+            following = [Text("Next:", style="dim"), *(Text("  " + command) for command in commands)]
+            return Text("\n").join([Text(message, style="bold green"), *(following if commands else [])])
     return Text("\n".join(as_lines(event)))
 
 
@@ -189,11 +187,10 @@ class RichTerminal(Terminal):
 
     @property
     def unicode(self) -> bool:
-        """True where block and box characters can be shown."""
-        return self.console.encoding.startswith("utf") and not self.console.legacy_windows
+        return shows_unicode(self.console)
 
-    def print(self, text: str = "", style: str = "") -> None:
-        self.console.print(visible(text, lines=True), style=style, soft_wrap=True)
+    def print(self, text: str = "") -> None:
+        self.console.print(visible(text, lines=True), soft_wrap=True)
 
     def error(self, problem: str, fix: str = "") -> None:
         if not is_tty(self.err):

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TextIO
 
 from sidestep.events import (
@@ -75,28 +75,35 @@ def as_lines(event: Event) -> list[str]:
 
 def progress_line(event: Progress) -> str:
     """`preprocess 3/12 (25%), 4.1 s/s, 0:32 left, song.wav`."""
-    parts = [
-        f"{event.task} {event.done}/{event.total}" + (f" ({100 * event.done // event.total}%)" if event.total else "")
-    ]
-    if event.rate is not None:
-        parts.append(f"{event.rate:.3g} {event.unit}/s".replace(" /", "/"))
-    if event.eta_seconds is not None and event.done < event.total:
-        parts.append(f"{clock(event.eta_seconds)} left")
-    return ", ".join(parts + ([event.current] if event.current else []))
+    share = f" ({100 * event.done // event.total}%)" if event.total else ""
+    goes_on = event.eta_seconds is not None and event.done < event.total
+    parts = (
+        f"{event.task} {event.done}/{event.total}{share}",
+        rate(event),
+        f"{clock(event.eta_seconds)} left" if goes_on else "",
+        event.current,
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def rate(event: Progress) -> str:
+    """How fast a task goes, `4.1 s/s`, or nothing where that is not known."""
+    return "" if event.rate is None else f"{event.rate:.3g} {event.unit}/s".replace(" /", "/")
 
 
 def step_line(event: StepDone) -> str:
     """`step 10/500, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 2.1 steps/s, 3:55 left, 3.2 GiB`."""
-    parts = [
+    parts = (
         f"step {event.step}/{event.total_steps}",
         f"epoch {event.epoch}",
         f"loss {event.loss:.4f}",
         f"lr {event.lr:.1e}",
-    ]
-    parts += [f"grad norm {event.grad_norm:.3g}", f"{event.steps_per_second:.3g} steps/s"]
-    if event.step < event.total_steps:
-        parts.append(f"{clock(event.eta_seconds)} left")
-    return ", ".join(parts + ([gib(event.memory_bytes)] if event.memory_bytes is not None else []))
+        f"grad norm {event.grad_norm:.3g}",
+        f"{event.steps_per_second:.3g} steps/s",
+        f"{clock(event.eta_seconds)} left" if event.step < event.total_steps else "",
+        gib(event.memory_bytes),
+    )
+    return ", ".join(part for part in parts if part)
 
 
 def table_lines(event: Table) -> list[str]:
@@ -117,32 +124,20 @@ class PlainView:
         self._show, self._now = show, now
         self._last: dict[str, float] = {}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
     def __call__(self, event: Event) -> None:
-        if self._due(event):
+        kind, is_last = "", True
+        match event:
+            case Progress():
+                kind, is_last = f"progress {event.task}", event.done >= event.total
+            case StepDone():
+                kind, is_last = "step", event.step >= event.total_steps
+            case EpochDone():
+                kind, is_last = "epoch", event.epoch >= event.total_epochs
+        now = self._now()
+        if is_last or now - self._last.get(kind, float("-inf")) >= SECONDS_BETWEEN_LINES:
+            self._last[kind] = now
             for line in as_lines(visible_event(event)):
                 self._show(line)
-
-    def _due(self, event: Event) -> bool:
-        match event:
-            case Progress(task=task, done=done, total=total):
-                key, last = f"progress {task}", done >= total
-            case StepDone(step=step, total_steps=total):
-                key, last = "step", step >= total
-            case EpochDone(epoch=epoch, total_epochs=total):
-                key, last = "epoch", epoch >= total
-            case _:
-                return True
-        now = self._now()
-        if last or now - self._last.get(key, float("-inf")) >= SECONDS_BETWEEN_LINES:
-            self._last[key] = now
-            return True
-        return False
 
 
 class Terminal:
@@ -166,7 +161,7 @@ class Terminal:
         """Columns, at least 40."""
         return max(40, shutil.get_terminal_size((80, 24)).columns)
 
-    def print(self, text: str = "", style: str = "") -> None:  # noqa: ARG002 (for a terminal with colours)
+    def print(self, text: str = "") -> None:
         """A line or paragraph of output."""
         print(visible(text, lines=True), file=self.out, flush=True)
 
@@ -182,7 +177,7 @@ class Terminal:
 
     def view(self) -> AbstractContextManager[Report]:
         """What shows a task's events while it runs."""
-        return PlainView(self.print)
+        return nullcontext(PlainView(self.print))
 
 
 def is_tty(stream: TextIO) -> bool:

@@ -163,9 +163,10 @@ def test_a_path_with_brackets_is_printed_as_it_is():
 
 def test_no_color_is_obeyed(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    out = Tty()
-    RichTerminal(out, Tty(), Tty()).print("x", style="red")
-    assert "\x1b[31m" not in out.getvalue()
+    err = Tty()
+    RichTerminal(Tty(), err, Tty()).error("x")
+    assert "x" in err.getvalue()
+    assert "\x1b[1;31m" not in err.getvalue()
 
 
 def test_a_plain_terminal_writes_no_escape_sequence():
