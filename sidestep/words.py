@@ -66,8 +66,8 @@ def paste(words: Iterable[str], shell: str = "") -> str:
     return " ".join(_quoted(word, shell) for word in words)
 
 
-def train_py(*words: str) -> str:
-    """The line that runs a command of this program: `uv run train.py` and these words, quoted for the shell at hand."""
+def side_step(*words: str) -> str:
+    """The line that runs a command of this program: its name and these words, quoted for the shell at hand."""
     return paste((*PROGRAM, *words))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sidestep.errors import UserError
 from sidestep.settings.option import Answers, as_arguments, option, same_as
 from sidestep.settings.path_checks import models_offered, run_for, states_offered, tensors_for
-from sidestep.words import train_py
+from sidestep.words import side_step
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
@@ -941,4 +941,4 @@ def command_words(config: Any) -> list[str]:
 
 def command_line(config: Any) -> str:
     """The same as one line for the shell at hand, to show, store and paste."""
-    return train_py(*command_words(config))
+    return side_step(*command_words(config))

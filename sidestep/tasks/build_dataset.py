@@ -53,7 +53,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.settings.config import BuildDatasetConfig
-from sidestep.words import clock, train_py
+from sidestep.words import clock, side_step
 
 MODEL_SECONDS = 600  # the longest song the model knows
 ANALYZED = ("bpm", "keyscale", "timesignature")
@@ -122,7 +122,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     report(_summary(dataset, origins, len(failed)))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     report(Saved(what="dataset", path=str(shown)))
-    preprocess = train_py(
+    preprocess = side_step(
         *("preprocess", "--dataset-json", str(shown)),
         *("--tensor-output", "tensors", "--checkpoint-dir", "CHECKPOINTS"),
     )

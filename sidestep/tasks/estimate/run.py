@@ -28,7 +28,7 @@ from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import check_memory_options, open_accelerator
 from sidestep.tasks.train.songs import load_songs, with_windows
-from sidestep.words import train_py
+from sidestep.words import side_step
 
 MEMORY_LEVERS = (
     "gradient_checkpointing",
@@ -269,4 +269,4 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
         config.model_variant,
     ]
     command += ["--dataset-dir", str(config.dataset_dir), "--rank", str(config.rank), "--output-dir"]
-    report(Finished(message=result.summary(), next_commands=(train_py(*command) + " …",)))
+    report(Finished(message=result.summary(), next_commands=(side_step(*command) + " …",)))

@@ -19,7 +19,7 @@ from sidestep.tasks.preprocess.locks import remove_temporary_files
 from sidestep.tasks.preprocess.passes import Results, Summary
 from sidestep.tasks.preprocess.second_pass import write_records
 from sidestep.tasks.preprocess.songs import Song, read_songs
-from sidestep.words import count, train_py
+from sidestep.words import count, side_step
 
 FAILURES_NAME = "failures.json"
 INSPECTORS = 8  # threads that see what each song needs
@@ -172,7 +172,7 @@ def conclude(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, 
             f"None of {count(summary.failed, 'song')} could be preprocessed; {output / FAILURES_NAME} has the reasons.",
             "Put the files right and give the same command again.",
         )
-    train = train_py(
+    train = side_step(
         *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
         *("--dataset-dir", str(output), "--output-dir", "OUTPUT_FOLDER"),
     )

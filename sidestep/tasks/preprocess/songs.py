@@ -21,7 +21,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Notice, Progress, Report
 from sidestep.settings.config import BuildDatasetConfig, PreprocessConfig
 from sidestep.tasks.build_dataset import build_dataset
-from sidestep.words import train_py
+from sidestep.words import side_step
 
 DATASET_NAME = "dataset.json"
 OUTSIDE = "_outside"  # folder for songs that do not lie below the base folder
@@ -84,7 +84,7 @@ def read_songs(config: PreprocessConfig, report: Report) -> list[Song]:
     """The songs of a job in the order of their names. Raises UserError when there are none."""
     base, dataset = find_dataset(config, report)
     if not dataset.samples:
-        build = train_py("build-dataset", "--input", "FOLDER_OF_SONGS")
+        build = side_step("build-dataset", "--input", "FOLDER_OF_SONGS")
         raise UserError(
             f"{config.dataset_json or config.audio_dir}: no songs here.",
             f"Point --audio-dir at a folder with audio files, or build a list: {build}",
@@ -120,7 +120,7 @@ def find_dataset(config: PreprocessConfig, report: Report) -> tuple[Path, Datase
     unlisted = [audio for audio in find_audio(folder) if os.path.normcase(absolute(audio)) not in listed]
     if unlisted:
         more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
-        build = train_py("build-dataset", "--input", str(folder))
+        build = side_step("build-dataset", "--input", str(folder))
         message = f"{path} does not list {relative_path(unlisted[0], folder)}{more}; to add them: {build}"
         report(Notice(message=message, level="warning"))
     return folder.absolute(), dataset
