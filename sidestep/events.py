@@ -172,7 +172,7 @@ def null(_event: Event) -> None:
 
 
 def visible_event(event: Event) -> Event:
-    """The event as it may be shown: names, captions and reasons from files cannot act on the terminal or forge lines."""
+    """The event as it may be shown: names and captions from files cannot act on the terminal or forge lines."""
     return dataclasses.replace(
         event, **{field.name: _visible(getattr(event, field.name)) for field in dataclasses.fields(event)}
     )

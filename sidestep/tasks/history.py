@@ -13,7 +13,7 @@ from sidestep.events import Finished, Notice, Report, Table
 from sidestep.settings.config import HistoryConfig, TrainConfig, command_line
 from sidestep.settings.option import resolve
 from sidestep.settings.path_checks import FoundRun, read_run
-from sidestep.words import count, hours, train_py
+from sidestep.words import count, hours, side_step
 
 SMOOTHED_EPOCHS = 5  # what a run without validation is judged by: the mean loss of so many epochs
 DEEPEST = 3  # folders below the given one in which runs are looked for
@@ -50,7 +50,7 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     if not config.folder.is_dir():
         raise UserError(
             f"{config.folder}: no such folder.",
-            f"Give a run's --output-dir, or a folder that holds runs: {train_py('history', 'FOLDER')}",
+            f"Give a run's --output-dir, or a folder that holds runs: {side_step('history', 'FOLDER')}",
         )
     in_order = sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())
     found = {str(run.folder): run for run in in_order}

@@ -11,7 +11,7 @@ from sidestep.tasks.demo.tiny_checkpoint import write_tiny_checkpoint
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
 from sidestep.tasks.train import train
-from sidestep.words import train_py
+from sidestep.words import side_step
 
 EPOCHS = 20
 OWN_SONGS = (
@@ -28,7 +28,7 @@ def demo(config: DemoConfig, report: Report) -> None:
     if home.exists() and any(home.iterdir()):
         raise UserError(
             f"--output-dir {home}: not empty, and the demo overwrites nothing.",
-            f"Delete it, or choose another folder: {train_py('demo', '--output-dir', f'{home}-2')}",
+            f"Delete it, or choose another folder: {side_step('demo', '--output-dir', f'{home}-2')}",
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model computes faster alone than threads take to meet
@@ -84,8 +84,8 @@ def demo(config: DemoConfig, report: Report) -> None:
             message=f"The demo ran from {len(songs)} songs to an adapter and a preview. Its weights are random, so it "
             "sounds like noise; your songs and the real model go the same way:",
             next_commands=(
-                train_py(*listing),
-                *(train_py(*words, "--checkpoint-dir", "CHECKPOINTS") for words in others),
+                side_step(*listing),
+                *(side_step(*words, "--checkpoint-dir", "CHECKPOINTS") for words in others),
             ),
         )
     )
