@@ -42,7 +42,7 @@ from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, 
 from sidestep.data.text import decode_text
 from sidestep.errors import UserError
 from sidestep.files import write_text
-from sidestep.words import count, train_py
+from sidestep.words import count, side_step
 
 TAG_POSITIONS = ("prepend", "append", "replace")
 _MISTAKES_SHOWN = 20
@@ -185,13 +185,13 @@ def read(path: Path) -> Dataset:
             raise UserError(f"{path} {problem}.")
         data = json.loads(text)
     except FileNotFoundError:
-        build = train_py("build-dataset", "--input", "FOLDER_OF_SONGS")
+        build = side_step("build-dataset", "--input", "FOLDER_OF_SONGS")
         raise UserError(f"There is no {path}.", f"Build it: {build}") from None
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror or error}."
         raise UserError(problem, "Check the path and its permissions.") from error
     except (ValueError, RecursionError) as error:
-        build = train_py("build-dataset", "--overwrite")
+        build = side_step("build-dataset", "--overwrite")
         fix = f"Put it right at that place, or build it anew: {build} …"
         raise UserError(f"{path} is no JSON: {error}.", fix) from error
     if isinstance(data, list):
