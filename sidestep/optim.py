@@ -15,14 +15,12 @@ from sidestep.settings.config import TrainConfig
 SCHEDULER_NAMES = {"cosine_restarts": "cosine_with_restarts"}
 RESTARTS = 4
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
-PRODIGY_LR = (
-    0.1,
-    10.0,
-)  # its lr multiplies a step size that it finds by itself; far from 1 it is most likely meant for another optimizer
+# Prodigy's lr multiplies a step size that it finds by itself; far from 1 it is most likely meant for another optimizer.
+PRODIGY_LR = (0.1, 10.0)
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Optimizer:
-    """The optimizer of `--optimizer-type`. Raises UserError where the device cannot run it; nothing else is put in its place."""
+    """The optimizer of `--optimizer-type`. Raises UserError where the device cannot run it; none takes its place."""
     parameters = list(parameters)
     if config.optimizer_type == "adamw":
         return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in FUSED_DEVICES)
@@ -41,17 +39,7 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
                 use_bias_correction=True,
                 safeguard_warmup=True,
             )
-    return _adamw8bit(config, parameters, device)
 
-
-def learning_rate_note(config: TrainConfig) -> str:
-    """What is worth saying of `--lr` under this optimizer; empty when nothing is."""
-    if config.optimizer_type != "prodigy" or PRODIGY_LR[0] <= config.lr <= PRODIGY_LR[1]:
-        return ""
-    return f"--lr {config.lr:g}: prodigy finds its step size by itself and multiplies it with --lr, so values around 1.0 are meant (--lr 1). It is used as typed."
-
-
-def _adamw8bit(config: TrainConfig, parameters: list[torch.nn.Parameter], device: torch.device) -> Optimizer:
     import bitsandbytes  # seconds to import, and only this optimizer needs it
 
     make = bitsandbytes.optim.AdamW8bit
@@ -61,10 +49,21 @@ def _adamw8bit(config: TrainConfig, parameters: list[torch.nn.Parameter], device
         make([probe], min_8bit_size=1).step()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"--optimizer-type adamw8bit: bitsandbytes {bitsandbytes.__version__} has no 8-bit optimizer for the {device.type} device ({error}).",
+            f"--optimizer-type adamw8bit: bitsandbytes {bitsandbytes.__version__} has no 8-bit optimizer "
+            f"for the {device.type} device ({error}).",
             "Use --optimizer-type adamw, or adafactor where memory is short.",
         ) from None
     return make(parameters, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate_note(config: TrainConfig) -> str:
+    """What is worth saying of `--lr` under this optimizer; empty when nothing is."""
+    if config.optimizer_type != "prodigy" or PRODIGY_LR[0] <= config.lr <= PRODIGY_LR[1]:
+        return ""
+    return (
+        f"--lr {config.lr:g}: prodigy finds its step size by itself and multiplies it with --lr, so values around 1.0 "
+        "are meant (--lr 1). It is used as typed."
+    )
 
 
 def can_skip_on_device(optimizer: Optimizer) -> bool:

@@ -1,4 +1,4 @@
-"""One process of several that train together; started by torchrun or by hand with RANK and WORLD_SIZE in the environment."""
+"""One process of several that train together; started by torchrun, or with RANK and WORLD_SIZE set."""
 
 import dataclasses
 import json

@@ -1,11 +1,11 @@
 """Songs in memory, and which windows of them make up each optimizer step of an epoch.
 
-The plan of an epoch is a function of seed and epoch number, so a resumed run goes on with exactly the step that was next,
+The plan of an epoch is a function of seed and epoch number: a resumed run goes on with exactly the step that was next,
 and several processes take their shares of one plan.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,11 @@ SAME_LENGTH = 0.95  # whole songs share a batch when the shortest has this share
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """How a song is cut: windows of `frames` that begin at one of `starts`, ascending. The window from `starts[i]` has the conditions
-    `conditions[which[i]]` [L, C]: their prompt states its length, and where lyrics have time marks they are those of the window."""
+    """How a song is cut: windows of `frames` that begin at one of `starts`, ascending.
+
+    The window from `starts[i]` has the conditions `conditions[which[i]]` [L, C]: their prompt states its length, and
+    where lyrics have time marks they are those of the window.
+    """
 
     frames: int
     starts: tuple[int, ...]
@@ -31,7 +34,7 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Song:
-    """One preprocessed song. latents: [T, D]; conditions: [L, C]; the hints regime has a source [T, D] and conditions of its own.
+    """One preprocessed song. latents: [T, D]; conditions: [L, C]; the hints regime has hints [T, D] and own conditions.
 
     windows: how it is cut, None when it is trained on as a whole. metadata: what its record says of it.
     """
@@ -52,7 +55,10 @@ class Song:
 
 @dataclass(frozen=True)
 class Item:
-    """A window of a song: `frames` latent frames from `start`. text: which of the song's window conditions it has, None for the whole song's."""
+    """A window of a song: `frames` latent frames from `start`.
+
+    text: which of the song's window conditions it has, None for the whole song's.
+    """
 
     song: int
     start: int
@@ -62,7 +68,7 @@ class Item:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass sees. slots: each item's place in its optimizer step, which decides its noise and timestep."""
+    """What one forward pass sees. slots: each item's number in its optimizer step, which decides its noise and t."""
 
     items: tuple[Item, ...]
     slots: tuple[int, ...]
@@ -79,7 +85,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one micro-batch. source: latents beside the noise, None for silence; condition_mask: [B, L] true on real tokens, None if all are."""
+    """Tensors of one micro-batch of B windows.
+
+    latents: fp32 [B, T, D]. conditions: [B, L, C]. condition_mask: [B, L], true on real tokens, None if all are.
+    source: [B, T, D], the latents beside the noise, None for silence.
+    """
 
     latents: torch.Tensor
     conditions: torch.Tensor
@@ -90,25 +100,27 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; copies run beside the computation where memory is pinned."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
-        def move(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+    def pin(self) -> "Batch":
+        """The batch in memory that a CUDA device can read while it computes."""
+        return self._each(torch.Tensor.pin_memory)
 
-        return Batch(
-            move(self.latents),
-            move(self.conditions),
-            move(self.condition_mask),
-            move(self.source),
-            self.songs,
-            self.slots,
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(
+            self,
+            latents=change(self.latents),
+            conditions=change(self.conditions),
+            condition_mask=None if self.condition_mask is None else change(self.condition_mask),
+            source=None if self.source is None else change(self.source),
         )
 
 
 def window_start(frames: int, window: int, seed: int, song: str, visit: int) -> int:
     """First frame of a song's window at its `visit`-th turn.
 
-    A golden-ratio sequence spreads the windows evenly over time; half a window beyond both ends is folded in, so that intro and outro
-    are heard about as often as the middle.
+    A golden-ratio sequence spreads the windows evenly over time; half a window beyond both ends is folded in, so that
+    intro and outro are heard about as often as the middle.
     """
     if frames <= window:
         return 0
@@ -116,14 +128,13 @@ def window_start(frames: int, window: int, seed: int, song: str, visit: int) -> 
     return min(max(round(u * frames - window / 2), 0), frames - window)
 
 
-def item_of(song: Song, index: int, visit: int, seed: int, window_frames: int = 0) -> Item:
-    """What is heard of a song at its `visit`-th turn. window_frames: for songs without windows of their own."""
-    if song.windows is None:
-        frames = min(window_frames or song.frames, song.frames)
-        return Item(index, window_start(song.frames, frames, seed, song.name, visit), frames)
-    cut = song.windows
-    place = nearest(cut.starts, window_start(song.frames, cut.frames, seed, song.name, visit))
-    return Item(index, cut.starts[place], cut.frames, cut.which[place])
+def item_of(song: Song, index: int, visit: int, seed: int) -> Item:
+    """What is heard of a song at its `visit`-th turn. index: of the song in its list."""
+    windows = song.windows
+    if windows is None:
+        return Item(index, 0, song.frames)
+    i = nearest(windows.starts, window_start(song.frames, windows.frames, seed, song.name, visit))
+    return Item(index, windows.starts[i], windows.frames, windows.which[i])
 
 
 def nearest(starts: Sequence[int], wanted: int) -> int:
@@ -140,18 +151,17 @@ def plan_epoch(
     batch_size: int,
     accumulation: int,
     processes: int = 1,
-    window_frames: int = 0,
     hints_ratio: float = 0.0,
 ) -> list[StepPlan]:
-    """The optimizer steps of an epoch. Every song comes `repeat` times; batches hold windows of equal length and no padding."""
+    """Optimizer steps of an epoch. Every song comes `repeat` times; a batch holds windows of one length, unpadded."""
     items = [
-        item_of(song, index, epoch * song.repeat + turn, seed, window_frames)
+        item_of(song, index, epoch * song.repeat + turn, seed)
         for index, song in enumerate(songs)
         for turn in range(song.repeat)
     ]
     generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
     shuffled = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-    groups = [_of_one_length(group, songs, seed, epoch) for group in _equal_lengths(shuffled, batch_size)]
+    groups = [crop_to_shortest(group, songs, seed, epoch) for group in group_by_length(shuffled, batch_size)]
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     per_step = accumulation * processes
     steps = []
@@ -166,8 +176,8 @@ def plan_epoch(
     return steps
 
 
-def _equal_lengths(items: list[Item], batch_size: int) -> list[list[Item]]:
-    """Groups of at most `batch_size` items of (nearly) equal length; their number depends on the lengths alone, not on the order."""
+def group_by_length(items: list[Item], batch_size: int) -> list[list[Item]]:
+    """Groups of at most `batch_size` items of (nearly) equal length; their number does not depend on the order."""
     if batch_size == 1:
         return [[item] for item in items]
     groups: list[list[Item]] = []
@@ -179,44 +189,47 @@ def _equal_lengths(items: list[Item], batch_size: int) -> list[list[Item]]:
     return groups
 
 
-def _of_one_length(group: list[Item], songs: Sequence[Song], seed: int, epoch: int) -> list[Item]:
-    """The group cut to its shortest item: what is left away wanders from beginning to end over the epochs."""
+def crop_to_shortest(group: list[Item], songs: Sequence[Song], seed: int, epoch: int) -> list[Item]:
+    """The group cropped to its shortest item: what is left away wanders from beginning to end over the epochs."""
     frames = min(item.frames for item in group)
-    return [
-        item
-        if item.frames == frames
-        else replace(
-            item,
-            start=item.start + window_start(item.frames, frames, seed, songs[item.song].name, epoch),
-            frames=frames,
-        )
-        for item in group
-    ]
+    cropped = []
+    for item in group:
+        offset = window_start(item.frames, frames, seed, songs[item.song].name, epoch)  # 0 for the shortest
+        cropped.append(replace(item, start=item.start + offset, frames=frames))
+    return cropped
 
 
 def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -> Batch:
-    """The tensors of a micro-batch, whose items are of one length. Conditions of unequal length are padded and masked, never attended."""
-    chosen = [(songs[item.song], slice(item.start, item.start + item.frames)) for item in micro_batch.items]
-    conditions = [_conditions(songs[item.song], item, micro_batch.hints) for item in micro_batch.items]
-    lengths = [c.shape[0] for c in conditions]
-    mask = None
-    if len(set(lengths)) > 1:
-        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    """The tensors of a micro-batch, whose items are of one length.
+
+    Conditions of unequal length are padded and masked, never attended. pin: so that copies to a GPU do not wait.
+    """
+    latents, conditions, hints = [], [], []
+    for item in micro_batch.items:
+        song, window = songs[item.song], slice(item.start, item.start + item.frames)
+        latents.append(song.latents[window])
+        if micro_batch.hints:
+            assert song.hints is not None
+            hints.append(song.hints[window])
+        conditions.append(conditions_of(song, item, micro_batch.hints))
+    lengths = [len(c) for c in conditions]
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None] if len(set(lengths)) > 1 else None
     batch = Batch(
-        latents=torch.stack([song.latents[window] for song, window in chosen]).float(),
+        latents=torch.stack(latents).float(),
         conditions=torch.nn.utils.rnn.pad_sequence(conditions, batch_first=True),
         condition_mask=mask,
-        source=torch.stack([song.hints[window] for song, window in chosen]) if micro_batch.hints else None,
-        songs=tuple(song.name for song, _ in chosen),
+        source=torch.stack(hints) if micro_batch.hints else None,
+        songs=tuple(songs[item.song].name for item in micro_batch.items),
         slots=micro_batch.slots,
     )
-    if pin:
-        pinned = {name: x.pin_memory() for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
-        batch = Batch(**{**vars(batch), **pinned})
-    return batch
+    return batch.pin() if pin else batch
 
 
-def _conditions(song: Song, item: Item, hints: bool) -> torch.Tensor:
+def conditions_of(song: Song, item: Item, hints: bool) -> torch.Tensor:
+    """The conditions [L, C] of an item, of its window where it is one, in the regime of hints or of text."""
     if item.text is None:
-        return song.hints_conditions if hints else song.conditions
+        own = song.hints_conditions if hints else song.conditions
+        assert own is not None
+        return own
+    assert song.windows is not None
     return (song.windows.hints_conditions if hints else song.windows.conditions)[item.text]

@@ -1,8 +1,9 @@
-"""What a micro-step computes: the loss of a batch, with noise, timesteps and dropped conditions drawn for its place in the run."""
+"""What a micro-step computes: the loss of a batch, with the noise, timesteps and dropped conditions of its step."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
@@ -35,15 +36,9 @@ def training_law(config: TrainConfig, variant: Variant) -> TrainingLaw:
     sigma = variant.timestep_sigma if config.timestep_sigma is None else config.timestep_sigma
     cfg_ratio = variant.cfg_ratio if config.cfg_ratio is None else config.cfg_ratio
     name = "discrete, 8 steps" if mode == "discrete" else f"logit-normal, mu {mu:g}, sigma {sigma:g}"
-    typed = [
-        f
-        for f, given in (
-            ("--timestep-mode", config.timestep_mode != "auto"),
-            ("--cfg-ratio", config.cfg_ratio is not None),
-        )
-        if given
-    ]
-    reason = variant.reason + (f"; {' and '.join(typed)} typed" if typed else "")
+    is_typed = {"--timestep-mode": config.timestep_mode != "auto", "--cfg-ratio": config.cfg_ratio is not None}
+    typed = " and ".join(flag for flag, given in is_typed.items() if given)
+    reason = variant.reason + (f"; {typed} typed" if typed else "")
     return TrainingLaw(name, discrete if mode == "discrete" else logit_normal(mu, sigma), cfg_ratio, reason)
 
 
@@ -53,7 +48,7 @@ class ConditionMask:
     def __init__(self) -> None:
         self.mask: torch.Tensor | None = None
 
-    def install(self, decoder: torch.nn.Module) -> None:
+    def install(self, decoder: Any) -> None:
         """Let the decoder's cross attention read this mask; the decoder itself passes none."""
         for block in decoder.layers:
             block.cross_attn.set_processor(_MaskedCrossAttention(self))
@@ -64,12 +59,19 @@ class _MaskedCrossAttention(AceStepAttnProcessor2_0):
         super().__init__()
         self.shared = shared
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    def __call__(
+        self,
+        attn,
+        hidden_states,
+        encoder_hidden_states=None,
+        attention_mask=None,  # noqa: ARG002 - diffusers passes it by name, always empty
+        image_rotary_emb=None,
+    ):
         return super().__call__(attn, hidden_states, encoder_hidden_states, self.shared.mask, image_rotary_emb)
 
 
 class Objective:
-    """The training loss. Random numbers depend on the run's seed, the optimizer step and the sample's slot in it, and on nothing else.
+    """The training loss. Random numbers depend on the run's seed, the optimizer step and the sample's slot in it alone.
 
     silence: [1, T0, D] and null_condition: [1, 1, C], both on the training device.
     """
@@ -85,9 +87,7 @@ class Objective:
         self.law, self.silence, self.null_condition, self.condition_mask = law, silence, null_condition, condition_mask
         self.weight = min_snr_weight(config.snr_gamma) if config.loss_weighting == "min_snr" else uniform_weight
         self.seed = config.seed
-        self._keep_activations = (
-            partial(offload_activations, silence.device) if config.offload_activations else nullcontext
-        )
+        self._activations = partial(offload_activations, silence.device) if config.offload_activations else nullcontext
         self._generator = torch.Generator(silence.device)
 
     def timesteps(self, step: int, samples: int) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Objective:
     def __call__(
         self, model: torch.nn.Module, batch: Batch, step: int, samples: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(weighted loss [B], plain loss [B], t [B]) of a batch on the training device, which is one part of an optimizer step of `samples`."""
+        """(weighted loss [B], plain loss [B], t [B]) of a batch, one part of an optimizer step of `samples`."""
         torch.manual_seed(seed_for(self.seed, "dropout", step, batch.slots[0]))
         device = self.silence.device
         t = self.timesteps(step, samples)[list(batch.slots)].to(device, non_blocking=True)
@@ -148,5 +148,5 @@ class Objective:
                 return_dict=False,
             )[0]
 
-        with self._keep_activations():
+        with self._activations():
             return flow_matching_loss(velocity, batch.latents, noise, t)

@@ -1,9 +1,7 @@
-"""From a folder of training records to songs in memory, each checked: whole, finite, made for this model.
+"""From a folder of training records to songs in memory: each one checked, split for validation, and given its windows.
 
-Songs cut into windows: a window's prompt states the window's own length, and lyrics with time marks follow it.
-
-The conditions that this takes are encoded once, before the decoder is loaded: text encoder and condition encoder alone, one after the other.
-They are kept beside the tensors, in the hidden folder `.windows`, and made anew when anything they depend on changes.
+A window's prompt states the window's own length, and lyrics with time marks follow it. The conditions that this takes
+are encoded once, before the decoder is loaded, and kept beside the records, in the hidden folder `.windows`.
 """
 
 import hashlib
@@ -11,25 +9,20 @@ import json
 import pickle
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import (
     COVER,
-    LYRIC_TOKENS,
     TEXT2MUSIC,
-    TEXT_TOKENS,
-    encode_conditions,
-    encode_text,
+    Text,
+    encode_texts,
     lyric_prompt,
     text_prompt,
     tiled_silence,
-    token_ids,
 )
 from sidestep.acestep.vae import frames_per_second
 from sidestep.data.batches import Song, Windows
@@ -41,15 +34,25 @@ from sidestep.files import replacing
 from sidestep.seeding import uniform
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.processes import Processes
+from sidestep.words import count
+
+FOLDER = ".windows"
+SCHEMA = 1  # raise it when what was encoded before must be made anew
+STARTS_PER_WINDOW = 4  # of songs with time marks: windows begin at quarters of a window, which keeps the texts few
+MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
 
 
 def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> list[Song]:
-    """Every usable record of `--dataset-dir`, in memory, in the order of their names. A broken one is reported and left out.
+    """Every usable record of `--dataset-dir`, in memory, in the order of their names.
 
-    Raises UserError when they were made for another model or there are none, JobError when none can be used.
+    A broken one is reported and left out. Raises UserError when they were made for another model or there are none,
+    JobError when none can be used.
     """
     folder = config.dataset_dir
-    again = f"Preprocess first: uv run train.py preprocess --audio-dir SONGS --tensor-output {folder} --checkpoint-dir {config.checkpoint_dir}"
+    again = (
+        f"Preprocess first: uv run train.py preprocess --audio-dir SONGS --tensor-output {folder} "
+        f"--checkpoint-dir {config.checkpoint_dir}"
+    )
     if not folder.is_dir():
         raise UserError(f"--dataset-dir {folder}: no such folder.", again)
     paths = find_records(folder)
@@ -59,24 +62,22 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     for path in paths:
         name = path.relative_to(folder).as_posix()
         try:
-            songs.append(_song(load_record(path), path, name))
+            songs.append(song_of(load_record(path), path, name))
         except RecordError as error:
             failed += 1
             report(FileFailed(path=name, reason=error.problem, stage="load"))
     if not songs:
         raise JobError(f"--dataset-dir {folder}: none of its {len(paths)} tensor files can be used.", again)
-    _require_fit(songs, config, checkpoint, report)
+    require_same_model(songs, config, checkpoint, report)
     frames = sum(song.frames * song.repeat for song in songs)
+    minutes = frames / frames_per_second(checkpoint.vae_config()) / 60
     left_out = f"; {failed} could not be used and are left out" if failed else ""
-    report(
-        Notice(
-            message=f"{len(songs)} songs, {frames / frames_per_second(checkpoint.vae_config()) / 60:.1f} minutes, from {folder}{left_out}"
-        )
-    )
+    report(Notice(message=f"{count(len(songs), 'song')}, {minutes:.1f} minutes, from {folder}{left_out}"))
     return songs
 
 
-def _song(record: Record, path: Path, name: str) -> Song:
+def song_of(record: Record, path: Path, name: str) -> Song:
+    """A record as training takes it. Raises RecordError where a tensor holds NaN or infinity."""
     for what in ("target_latents", "encoder_hidden_states", "cover_hints", "hints_encoder_hidden_states"):
         tensor = getattr(record, what)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
@@ -96,39 +97,36 @@ def _song(record: Record, path: Path, name: str) -> Song:
     )
 
 
-def _require_fit(songs: list[Song], config: TrainConfig, checkpoint: Checkpoint, report: Report) -> None:
+def require_same_model(songs: list[Song], config: TrainConfig, checkpoint: Checkpoint, report: Report) -> None:
     """Raises UserError unless the records' tensors are those that this model's own encoders would make."""
     width = checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"]
-    channels = checkpoint.latent_channels
+    channels, model = checkpoint.latent_channels, checkpoint.folder.name
     fix = (
-        f"Preprocess for this model: uv run train.py preprocess --audio-dir SONGS --tensor-output {config.dataset_dir}-{checkpoint.folder.name} "
-        f"--checkpoint-dir {config.checkpoint_dir} --model-variant {config.model_variant}\nor train the model that they were made for."
+        "Preprocess for this model: uv run train.py preprocess --audio-dir SONGS "
+        f"--tensor-output {config.dataset_dir}-{model} --checkpoint-dir {config.checkpoint_dir} "
+        f"--model-variant {config.model_variant}\nor train the model that they were made for."
     )
     for song in songs:
-        has = song.latents.shape[1], song.conditions.shape[1]
-        if has != (channels, width):
+        found = song.latents.shape[1], song.conditions.shape[1]
+        if found != (channels, width):
             raise UserError(
-                f"--dataset-dir {config.dataset_dir}: {song.name} was made for another model ({has[0]} latent channels, conditions {has[1]} wide; "
-                f"{checkpoint.folder.name} has {channels} and {width}).",
+                f"--dataset-dir {config.dataset_dir}: {song.name} was made for another model ({found[0]} latent "
+                f"channels, conditions {found[1]} wide; {model} has {channels} and {width}).",
                 fix,
             )
     identity = checkpoint.identity("condition_encoder")
     made_by = [song.metadata.get("checkpoint_identity") for song in songs]
-    strangers = [song for song, made in zip(songs, made_by, strict=True) if made not in (None, identity)]
-    if strangers:
-        others = ", ".join(Counter(str(song.metadata.get("checkpoint", "another model")) for song in strangers))
+    foreign = [song for song, made in zip(songs, made_by, strict=True) if made not in (None, identity)]
+    if foreign:
+        others = ", ".join(Counter(str(song.metadata.get("checkpoint", "another model")) for song in foreign))
         raise UserError(
-            f"--dataset-dir {config.dataset_dir}: {len(strangers)} of {len(songs)} songs, such as {strangers[0].name}, were preprocessed with {others}, "
-            f"whose condition encoder differs from that of {checkpoint.folder.name}.",
+            f"--dataset-dir {config.dataset_dir}: {len(foreign)} of {len(songs)} songs, such as {foreign[0].name}, "
+            f"were preprocessed with {others}, whose condition encoder differs from that of {model}.",
             fix,
         )
-    unknown = made_by.count(None)
-    if unknown:
-        report(
-            Notice(
-                message=f"{unknown} records do not say which model they were preprocessed with; they are taken as made for {checkpoint.folder.name}."
-            )
-        )
+    if unknown := made_by.count(None):
+        message = f"{unknown} records do not say which model they were preprocessed with; they are taken as made for"
+        report(Notice(message=f"{message} {model}."))
 
 
 def require_hints(songs: list[Song], config: TrainConfig) -> None:
@@ -136,82 +134,35 @@ def require_hints(songs: list[Song], config: TrainConfig) -> None:
     without = [song.name for song in songs if song.hints is None]
     if config.hints_ratio and without:
         raise UserError(
-            f"--hints-ratio {config.hints_ratio:g}: {len(without)} of {len(songs)} songs have no hints, such as {without[0]}.",
+            f"--hints-ratio {config.hints_ratio:g}: {len(without)} of {len(songs)} songs have no hints, "
+            f"such as {without[0]}.",
             f"Make them: uv run train.py preprocess … --tensor-output {config.dataset_dir} --regimes text2music hints",
         )
 
 
 def split(songs: list[Song], config: TrainConfig) -> tuple[list[Song], list[Song]]:
-    """(songs to train on, songs to validate on). What was made from one audio file stays on one side. Raises UserError when one side is empty."""
+    """(songs to train on, songs to validate on). What was made from one audio file stays on one side.
+
+    Raises UserError when one side is empty.
+    """
     if not config.val_split:
         return songs, []
-    groups: dict[Any, list[Song]] = {}
+    groups: dict[str, list[Song]] = {}
     for song in songs:
-        groups.setdefault(_audio(song), []).append(song)
+        key = song.metadata  # the digest of the audio file, where the record has it
+        for name in ("fingerprint", "audio", "content"):
+            key = key.get(name) if isinstance(key, dict) else None
+        groups.setdefault(str(key or song.name), []).append(song)
     order = sorted(groups.values(), key=lambda group: uniform(config.seed, "validation", group[0].name))
-    count = max(1, round(config.val_split * len(order)))
-    if count >= len(order):
+    number = max(1, round(config.val_split * len(order)))
+    if number >= len(order):
         raise UserError(
-            f"--val-split {config.val_split:g}: there is only one song in {config.dataset_dir}, and it is needed for training.",
+            f"--val-split {config.val_split:g}: there is only one song in {config.dataset_dir}, "
+            "and it is needed for training.",
             "Leave --val-split away.",
         )
-    held_out = {song.name for group in order[:count] for song in group}
+    held_out = {song.name for group in order[:number] for song in group}
     return [song for song in songs if song.name not in held_out], [song for song in songs if song.name in held_out]
-
-
-def _audio(song: Song) -> str:
-    """What tells a song's audio from others': the digest of its file, where the record has it."""
-    fingerprint = song.metadata.get("fingerprint")
-    audio = fingerprint.get("audio") if isinstance(fingerprint, dict) else None
-    content = audio.get("content") if isinstance(audio, dict) else None
-    return str(content or song.name)
-
-
-FOLDER = ".windows"
-SCHEMA = 1  # raise it when what was encoded before must be made anew
-STARTS_PER_WINDOW = 4  # of songs with time marks: windows begin at quarters of a window, which keeps the texts few
-MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
-
-
-@dataclass(frozen=True)
-class Text:
-    """What conditions a window: the two prompts as the tokenizer gets them."""
-
-    prompt: str
-    lyrics: str
-
-    @property
-    def key(self) -> str:
-        return hashlib.blake2b(
-            f"{self.prompt}\0{self.lyrics}".encode("utf-8", "surrogatepass"), digest_size=12
-        ).hexdigest()
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a song is to be cut, before anything is encoded. hints: as `texts`, under the instruction of the hints regime."""
-
-    song: Song
-    starts: tuple[int, ...]
-    which: tuple[int, ...]
-    texts: tuple[Text, ...]
-    hints: tuple[Text, ...]
-
-    @property
-    def needed(self) -> dict[str, Text]:
-        return {text.key: text for text in (*self.texts, *self.hints)}
-
-
-def window_frames(config: TrainConfig, checkpoint: Checkpoint) -> int:
-    """Latent frames in a window of `--chunk-duration`, 0 for whole songs. Raises UserError for one too short to be named in a prompt."""
-    if not config.chunk_duration:
-        return 0
-    if config.chunk_duration < MINIMUM_SECONDS:
-        raise UserError(
-            f"--chunk-duration {config.chunk_duration:g}: a window must be at least {MINIMUM_SECONDS:g} second long.",
-            "Usual are 10 to 60; 0 trains on whole songs.",
-        )
-    return round(config.chunk_duration * frames_per_second(checkpoint.vae_config()))
 
 
 def with_windows(
@@ -223,204 +174,176 @@ def with_windows(
     processes: Processes,
     report: Report,
 ) -> list[Song]:
-    """The songs, those longer than `--chunk-duration` with their windows. A song whose record does not say what its prompt was is left out.
+    """The songs, those longer than `--chunk-duration` with their windows and the conditions of these.
 
-    Raises UserError, JobError when none is left.
+    A song whose record does not say what its prompt was is left out. Raises UserError for windows too short to be named
+    in a prompt, JobError when no song is left.
     """
-    frames = window_frames(config, checkpoint)
-    if not frames:
+    if not config.chunk_duration:
         return songs
+    if config.chunk_duration < MINIMUM_SECONDS:
+        raise UserError(
+            f"--chunk-duration {config.chunk_duration:g}: a window must be at least {MINIMUM_SECONDS:g} second long.",
+            "Usual are 10 to 60; 0 trains on whole songs.",
+        )
     pool, rate = int(checkpoint.config.get("pool_window_size", 5)), frames_per_second(checkpoint.vae_config())
-    kept, cuts = [], {}
+    frames = round(config.chunk_duration * rate)
+    kept: list[Song] = []
+    plans: dict[str, WindowPlan] = {}
     for song in songs:
-        if song.frames <= frames:
-            kept.append(song)
-            continue
         try:
-            cuts[song.name] = cut(song, frames, rate, pool)
+            if song.frames > frames:
+                plans[song.name] = plan_windows(song, frames, rate, pool)
             kept.append(song)
         except KeyError as error:
-            report(
-                FileFailed(
-                    path=song.name,
-                    reason=f"its record does not say its {error.args[0]}, which the prompt of a window needs",
-                    stage="windows",
-                )
-            )
+            reason = f"its record does not say its {error.args[0]}, which the prompt of a window needs"
+            report(FileFailed(path=song.name, reason=reason, stage="windows"))
     if not kept:
         raise JobError(
-            f"--chunk-duration {config.chunk_duration:g}: no record in {config.dataset_dir} says what its prompt was made of.",
+            f"--chunk-duration {config.chunk_duration:g}: no record in {config.dataset_dir} says what its prompt was "
+            "made of.",
             "Preprocess the songs with this program, or train on whole songs: --chunk-duration 0",
         )
-    shelf = Shelf(config, checkpoint, frames, dtype)
-    encode(list(cuts.values()), shelf, checkpoint, device, dtype, processes, report)
-    return [windowed(cuts[song.name], frames, shelf) if song.name in cuts else song for song in kept]
+    cache = ConditionCache(config, checkpoint, frames, dtype)
+    own_share = list(plans.values())[processes.index :: processes.count]
+    encode_missing(own_share, cache, checkpoint, device, dtype, report)
+    processes.wait()
+    if processes.count > 1:  # where the folder takes no files, each process has kept its own share only
+        encode_missing(list(plans.values()), cache, checkpoint, device, dtype, report)
+    if cache.error is not None:
+        message = (
+            f"{cache.folder}: cannot be written ({cache.error.strerror}); the windows' conditions are kept in memory "
+            "and encoded again next time."
+        )
+        report(Notice(message=message, level="warning"))
+    return [cache.windowed(plans[song.name], frames) if song.name in plans else song for song in kept]
 
 
-def cut(song: Song, frames: int, rate: float, pool: int) -> Cut:
+@dataclass(frozen=True)
+class WindowPlan:
+    """The windows of a song before their texts are encoded: window `i` begins at `starts[i]` and has `texts[which[i]]`.
+
+    hints: as `texts`, under the instruction of the hints regime.
+    """
+
+    song: Song
+    starts: tuple[int, ...]
+    which: tuple[int, ...]
+    texts: tuple[Text, ...]
+    hints: tuple[Text, ...]
+
+    @property
+    def by_key(self) -> dict[str, Text]:
+        """All texts by the names under which their conditions are kept."""
+        return {key_of(text): text for text in (*self.texts, *self.hints)}
+
+
+def key_of(text: Text) -> str:
+    """A digest of a window's prompt and lyrics."""
+    return hashlib.blake2b(f"{text.prompt}\0{text.lyrics}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
+def plan_windows(song: Song, frames: int, rate: float, pool: int) -> WindowPlan:
     """Where the windows of a song may begin and what each is told. frames: of a window; rate: frames per second.
 
-    Windows begin on multiples of `pool` frames, where the codes of the hints begin too. Raises KeyError naming what the record does not say.
+    Windows begin on multiples of `pool` frames, where the codes of the hints begin too. Raises KeyError naming what the
+    record does not say.
     """
-    facts, seconds = song.metadata, frames / rate
-    lyrics = "" if facts.get("is_instrumental") else str(facts["lyrics"])
+    metadata, seconds = song.metadata, frames / rate
+    lyrics = "" if metadata.get("is_instrumental") else str(metadata["lyrics"])
     timed = has_time_marks(lyrics)
     step = max(frames // STARTS_PER_WINDOW // pool, 1) * pool if timed else pool
-    starts = tuple(range(0, song.frames - frames + 1, step))
     last = (song.frames - frames) // pool * pool
-    starts += (last,) if last != starts[-1] else ()
-    sung = (
-        [lyrics_between(lyrics, start / rate, start / rate + seconds) for start in starts]
-        if timed
-        else [without_time_marks(lyrics)]
-    )
+    starts = (*range(0, last, step), last)
+    if timed:
+        sung = [lyrics_between(lyrics, start / rate, start / rate + seconds) for start in starts]
+    else:
+        sung = [without_time_marks(lyrics)] * len(starts)
     different = list(dict.fromkeys(sung))
-    which = tuple(different.index(words) for words in sung) if timed else (0,) * len(starts)
-    caption = str(facts["prompt_caption"] if "prompt_caption" in facts else facts["caption"])
-    stated = {
-        "bpm": facts.get("bpm"),
-        "timesignature": str(facts.get("timesignature") or ""),
-        "keyscale": str(facts.get("keyscale") or ""),
-    }
+    which = tuple(different.index(words) for words in sung)
+    caption = str(metadata["prompt_caption"] if "prompt_caption" in metadata else metadata["caption"])
 
     def texts(instruction: str) -> tuple[Text, ...]:
-        prompt = text_prompt(caption, **stated, duration=seconds, instruction=instruction)
-        return tuple(Text(prompt, lyric_prompt(words, str(facts.get("language") or ""))) for words in different)
+        prompt = text_prompt(
+            caption,
+            bpm=metadata.get("bpm"),
+            timesignature=str(metadata.get("timesignature") or ""),
+            keyscale=str(metadata.get("keyscale") or ""),
+            duration=seconds,
+            instruction=instruction,
+        )
+        return tuple(Text(prompt, lyric_prompt(words, str(metadata.get("language") or ""))) for words in different)
 
-    return Cut(song, starts, which, texts(TEXT2MUSIC), texts(COVER) if song.hints is not None else ())
-
-
-def windowed(plan: Cut, frames: int, shelf: "Shelf") -> Song:
-    """The song with its windows and their conditions."""
-    conditions = shelf.conditions(plan)
-    return replace(
-        plan.song,
-        windows=Windows(
-            frames,
-            plan.starts,
-            plan.which,
-            tuple(conditions[text.key] for text in plan.texts),
-            tuple(conditions[text.key] for text in plan.hints),
-        ),
-    )
+    return WindowPlan(song, starts, which, texts(TEXT2MUSIC), texts(COVER) if song.hints is not None else ())
 
 
-class Shelf:
-    """Encoded conditions by the song they belong to: on disk, and in memory where the disk does not take them."""
+class ConditionCache:
+    """Conditions of windows by the song they belong to: on disk, and in memory where the disk does not take them.
+
+    error: why the disk did not, if so.
+    """
 
     def __init__(self, config: TrainConfig, checkpoint: Checkpoint, frames: int, dtype: torch.dtype):
         self.folder = config.dataset_dir / FOLDER / str(frames)
-        silence = hashlib.blake2b(
-            tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames).numpy().tobytes(), digest_size=16
-        ).hexdigest()
+        silence = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames).numpy().tobytes()
         parts = {
             "condition_encoder": checkpoint.identity("condition_encoder"),
             "text_encoder": checkpoint.identity("text_encoder"),
-            "silence": silence,
+            "silence": hashlib.blake2b(silence, digest_size=16).hexdigest(),
         }
         self.fingerprint = json.dumps({**parts, "precision": str(dtype), "schema": SCHEMA}, sort_keys=True)
-        self.refusal: OSError | None = None
+        self.error: OSError | None = None
         self._held: dict[str, dict[str, torch.Tensor]] = {}
 
-    def conditions(self, plan: Cut) -> dict[str, torch.Tensor] | None:
-        """The conditions [L, C] of a song's texts by their keys, or None unless all of them are there and up to date."""
+    def get(self, plan: WindowPlan) -> dict[str, torch.Tensor] | None:
+        """The conditions [L, C] of a song's texts by their keys, or None unless all are there and up to date."""
         held = self._held.get(plan.song.name) or self._read(plan)
-        if held is None or not set(plan.needed) <= set(held):
+        if held is None or not set(plan.by_key) <= set(held):
             return None
         self._held[plan.song.name] = held
         return held
 
-    def put(self, plan: Cut, conditions: dict[str, torch.Tensor]) -> None:
+    def put(self, plan: WindowPlan, conditions: dict[str, torch.Tensor]) -> None:
         """Keep a song's conditions."""
-        path = self._path(plan)
         try:
-            with replacing(path) as temporary, temporary.open("wb") as f:
+            with replacing(self.folder / plan.song.name) as temporary, temporary.open("wb") as f:
                 torch.save({"fingerprint": self.fingerprint, "conditions": conditions}, f)
         except OSError as error:
-            self.refusal = error
+            self.error = error
             self._held[plan.song.name] = conditions
 
-    def _path(self, plan: Cut) -> Path:
-        return self.folder / plan.song.name
+    def windowed(self, plan: WindowPlan, frames: int) -> Song:
+        """The song with its windows of `frames` and their conditions, which must have been encoded."""
+        found = self.get(plan)
+        assert found is not None
+        texts, hints = (tuple(found[key_of(text)] for text in kind) for kind in (plan.texts, plan.hints))
+        return replace(plan.song, windows=Windows(frames, plan.starts, plan.which, texts, hints))
 
-    def _read(self, plan: Cut) -> dict[str, torch.Tensor] | None:
+    def _read(self, plan: WindowPlan) -> dict[str, torch.Tensor] | None:
+        damaged = (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
         try:
-            content = torch.load(self._path(plan), map_location="cpu", weights_only=True)
+            content = torch.load(self.folder / plan.song.name, map_location="cpu", weights_only=True)
             return dict(content["conditions"]) if content["fingerprint"] == self.fingerprint else None
-        except (
-            OSError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            EOFError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ):
+        except (OSError, *damaged):
             return None  # not there, or damaged: made anew
 
 
-def encode(
-    cuts: list[Cut],
-    shelf: Shelf,
+def encode_missing(
+    plans: list[WindowPlan],
+    cache: ConditionCache,
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    processes: Processes,
     report: Report,
 ) -> None:
-    """Encode what the shelf does not hold, each process its share of the songs."""
-    _encode(cuts[processes.index :: processes.count], shelf, checkpoint, device, dtype, report)
-    processes.wait()
-    if processes.count > 1:  # where the folder takes no files, each process has kept its own share only
-        _encode(cuts, shelf, checkpoint, device, dtype, report)
-    if shelf.refusal is not None:
-        report(
-            Notice(
-                message=f"{shelf.folder}: cannot be written ({shelf.refusal.strerror}); the windows' conditions are kept in memory and encoded again next time.",
-                level="warning",
-            )
-        )
-
-
-def _encode(
-    cuts: list[Cut], shelf: Shelf, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Report
-) -> None:
-    missing = [plan for plan in cuts if shelf.conditions(plan) is None]
+    """Encode the texts of the songs whose conditions are not in the cache."""
+    missing = [plan for plan in plans if cache.get(plan) is None]
     if not missing:
         return
-    report(
-        Notice(
-            message=f"Encoding what the windows of {len(missing)} songs are told: {sum(len(plan.needed) for plan in missing)} texts"
-        )
-    )
-    states, lyric_ids, table = _text_states(missing, checkpoint, device, dtype)
-    encoder = checkpoint.load_condition_encoder(device, dtype)
-    silence = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
+    texts = [text for plan in missing for text in plan.by_key.values()]
+    what = f"Encoding what the windows of {count(len(missing), 'song')} are told: {count(len(texts), 'text')}"
+    report(Notice(message=what))
+    encoded = encode_texts(checkpoint, texts, device, dtype)
     for done, plan in enumerate(missing, start=1):
-        conditions = {}
-        for key, text in plan.needed.items():
-            conditions[key] = (
-                encode_conditions(encoder, states[text.prompt], table(lyric_ids[text.lyrics]), silence)[0].cpu().clone()
-            )
-        shelf.put(plan, conditions)
+        cache.put(plan, {key: next(encoded).states[0].clone() for key in plan.by_key})
         report(Progress(task="Windows", done=done, total=len(missing), current=plan.song.name))
-
-
-def _text_states(
-    cuts: list[Cut], checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Callable[[torch.Tensor], Any]]:
-    """(states [1, N, H] of each prompt, token ids [1, N] of each lyrics, the embedding table they go through), all on the CPU.
-
-    A song has one prompt and many lyrics, whose states are large: they are looked up when they are needed.
-    """
-    model, tokenizer = checkpoint.load_text_encoder(device, dtype)
-    texts = [text for plan in cuts for text in plan.needed.values()]
-    states = {
-        prompt: encode_text(model, token_ids(tokenizer, prompt, TEXT_TOKENS)[0]).cpu()
-        for prompt in dict.fromkeys(text.prompt for text in texts)
-    }
-    ids = {
-        lyrics: token_ids(tokenizer, lyrics, LYRIC_TOKENS)[0] for lyrics in dict.fromkeys(text.lyrics for text in texts)
-    }
-    return states, ids, model.get_input_embeddings().cpu()

@@ -181,7 +181,7 @@ def test_a_step_that_is_no_number_is_skipped_and_its_song_named(data, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
 def test_a_skipped_step_changes_nothing(data, tmp_path, optimizer):
-    """With the poisoned song alone in its steps, the others' updates are those of steps without it, but for the schedule and weight decay."""
+    """With nothing but poisoned songs the adapter stays the identity that it was."""
     for path in data.glob("*.pt"):
         wild = record(1, 30)
         save_record(path, replace(wild, target_latents=wild.target_latents * 1e30))

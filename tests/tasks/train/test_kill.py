@@ -1,4 +1,4 @@
-"""SIGKILL at any moment never leaves a run that cannot go on, and never takes more than what came after the last save."""
+"""SIGKILL at any moment never leaves a run that cannot go on, nor takes more than what came after the last save."""
 
 import os
 import random
@@ -36,7 +36,10 @@ def data(tmp_path) -> Path:
 
 
 def trained_in_a_child(config, steps: Path, dying_at: str = "") -> int:
-    """Train in a forked process that notes each optimizer step; its pid. dying_at: a moment of a save at which it kills itself."""
+    """Train in a forked process that notes each optimizer step; its pid.
+
+    dying_at: a moment of a save at which it kills itself.
+    """
     if pid := os.fork():
         return pid
 
@@ -57,7 +60,10 @@ def trained_in_a_child(config, steps: Path, dying_at: str = "") -> int:
 
 
 def die_in_a_save(moment: str) -> None:
-    """Let this process kill itself in its next save: before a file, within the state, before or after the rename that makes it a checkpoint."""
+    """Let this process kill itself in its next save.
+
+    Before a file, within the state, before or after the rename that makes it a checkpoint.
+    """
     me = os.getpid()
 
     def die(*_args, **_kwargs) -> None:

@@ -74,7 +74,8 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))  # 5 songs: the last step has one for two processes
 
 
-# adamw's first steps turn rounding of a near-zero gradient into a full step, so this compares under a rate where rounding stays rounding
+# adamw's first steps turn rounding of a near-zero gradient into a full step, so this compares under a rate where
+# rounding stays rounding
 CHANGES = {"chunk_duration": 1.0, "val_split": 0.2, "ema_decay": 0.9, "lr": 1e-3}
 
 

@@ -19,7 +19,7 @@ from sidestep.data.records import save_record
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed
 from sidestep.tasks.train.processes import Processes
-from sidestep.tasks.train.songs import cut, load_songs, with_windows
+from sidestep.tasks.train.songs import load_songs, plan_windows, with_windows
 from tests.training_world import CHECKPOINTS, LYRICS, Log, record, settings, write_data
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -91,18 +91,18 @@ def test_what_was_encoded_is_kept_and_made_anew_when_it_is_out_of_date(data):
     assert "Encoding" not in again.text
     save_record(data / "plain.pt", record(1, 60, bpm=140))  # another prompt
     different = windowed(data, changed)
-    assert "windows of 1 songs" in changed.text
+    assert "windows of 1 song " in changed.text
     assert not torch.equal(different["plain.pt"].windows.conditions[0], songs["plain.pt"].windows.conditions[0])
     kept = data / ".windows" / "25" / "sung.pt"
     content = torch.load(kept, weights_only=True)
     torch.save(content | {"fingerprint": "of another text encoder"}, kept)
     stale = Log()
     windowed(data, stale)
-    assert "windows of 1 songs" in stale.text
+    assert "windows of 1 song " in stale.text
     kept.write_bytes(kept.read_bytes()[:100])
     damaged = Log()
     windowed(data, damaged)
-    assert "windows of 1 songs" in damaged.text
+    assert "windows of 1 song " in damaged.text
 
 
 def test_a_folder_that_takes_no_files_costs_only_time(data):
@@ -143,6 +143,6 @@ def test_long_songs_with_time_marks_have_few_texts():
 
     lyrics = "\n".join(f"[{s // 60:02d}:{s % 60:02d}.00] line {s}" for s in range(0, 240, 3))
     song = Song("long", torch.zeros(6000, 8), torch.zeros(3, 32), metadata={"caption": "x", "lyrics": lyrics})
-    plan = cut(song, 750, 25.0, 5)
+    plan = plan_windows(song, 750, 25.0, 5)
     assert len(plan.texts) <= 30
     assert plan.starts[-1] == 5250
