@@ -37,6 +37,7 @@ class Adapter:
 
     ranks: the rank each module was trained with; of full LoKr factors it cannot be told from the shapes. metadata: the
     `sidestep` header. placeholder: factors that change nothing, of a q_proj that was not trained (`write.save_peft`).
+    notes: what a person should know of how it was read, such as modules that were left out.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Adapter:
     ranks: dict[str, int]
     metadata: dict[str, Any] = field(default_factory=dict)
     placeholder: dict[str, Tensor] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def has_magnitudes(self) -> bool:

@@ -80,7 +80,18 @@ _KEY = re.compile(
       |(?P<magnitude>lora_magnitude_vector(?:\.\w+){0,2}|lokr_magnitude_vector(?:\.\w+)?|dora_scale)
       |(?P<alpha>alpha)
       |(?P<oft_R>oft_R(?:\.\w+)?\.weight)
-      |(?P<same>lokr_w[12](?:_[ab])?|hada_w[12]_[ab])(?:\.default)?)""",
+      |(?P<bias>diff_b)
+      |(?P<same>lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff)(?:\.default)?)""",
+    re.VERBOSE,
+)
+# What torch.compile, DDP, FSDP and recomputation put into the path of a module.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# ACE-Step's modules that adapters of other programs may sit on and ours may not; dotted or flat.
+_OUTSIDE = re.compile(
+    r"""encoder[._](?:lyric_encoder|timbre_encoder|text_projector).* | (?:de)?tokenizer[._].+
+    | proj_(?:in|out)[._]1 | time_embed(?:_r)?[._](?:linear_[12]|time_proj) | condition_embedder | null_condition_emb
+    | norm_out | (?:layers[._]\d+[._])?scale_shift_table | layers[._]\d+[._](?:self_attn|cross_attn|mlp)_norm
+    | layers[._]\d+[._](?:self|cross)_attn[._][qk]_norm""",
     re.VERBOSE,
 )
 _FLAT = re.compile(r"layers_(\d{1,4})_(self_attn|cross_attn|mlp)_([a-z]+_[a-z]+?)(_0)?")
@@ -98,18 +109,34 @@ def parse_key(key: str) -> tuple[str, str] | None:
     """
     match = _KEY.fullmatch(key)
     name = module_name(match["module"]) if match else None
-    if match is None or name is None:
+    if match is None or name is None or match["bias"]:
         return None
     return name, match["same"] or str(match.lastgroup)
 
 
-def module_name(spelled: str) -> str | None:
-    """The original name of a module that any program spelled its way, or None."""
-    name, before = spelled, None
+def parse_outside_key(key: str) -> tuple[str, str] | None:
+    """(module, factor) of a tensor for a module of ACE-Step outside what our adapters sit on; None for a stranger's."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    name = _without_prefixes(match["module"])
+    if match["bias"] and module_name(match["module"]):
+        return f"{name}.bias", "diff_b"
+    return (name, match["same"] or str(match.lastgroup)) if _OUTSIDE.fullmatch(name) else None
+
+
+def _without_prefixes(spelled: str) -> str:
+    name, before = _WRAPPERS.sub("", spelled), None
     while name != before:
         before = name
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
+    return name
+
+
+def module_name(spelled: str) -> str | None:
+    """The original name of a module that any program spelled its way, or None."""
+    name = _without_prefixes(spelled)
     if flat := _FLAT.fullmatch(name):
         name = f"layers.{flat[1]}.{flat[2]}.{flat[3]}{'.0' if flat[4] else ''}"
     name = to_original(name)

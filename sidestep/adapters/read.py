@@ -27,7 +27,7 @@ from sidestep.adapters.adapter import (
     scaled,
     shape_of,
 )
-from sidestep.adapters.names import FORMATS, in_model_order, module_name, parse_key, prefix_of
+from sidestep.adapters.names import FORMATS, in_model_order, module_name, parse_key, parse_outside_key, prefix_of
 from sidestep.errors import UserError
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,7 +55,7 @@ class Found:
 
     format: peft, diffusers, comfyui, lycoris, kohya or plain. alphas: from tensors. stated: alpha/r by module from a
     config or header, where there is one; stated_by: that file's or header's name, or nothing. config: of
-    adapter_config.json. metadata: the `sidestep` entry of the header. placeholder: see `Adapter`.
+    adapter_config.json. metadata: the `sidestep` entry of the header. placeholder, notes: see `Adapter`.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class Found:
     header: dict[str, str]
     metadata: dict[str, Any]
     placeholder: dict[str, Tensor] | None
+    notes: tuple[str, ...]
 
     def scale(self, name: str) -> float:
         """What this module's product is to be multiplied with: alpha/r where the file says it, otherwise 1."""
@@ -82,7 +83,7 @@ class Found:
     def adapter(self) -> Adapter:
         """The adapter with its strength folded in."""
         modules = {name: scaled(factors, self.scale(name)) for name, factors in self.modules.items()}
-        return Adapter(self.kind, modules, self.ranks, self.metadata, self.placeholder)
+        return Adapter(self.kind, modules, self.ranks, self.metadata, self.placeholder, self.notes)
 
 
 def lora_rank(factors: Factors) -> int | None:
@@ -110,7 +111,7 @@ def find_adapter(path: Path) -> Found:
     metadata = _json(header.get(HEADER, "{}"), file)
     placeholder = _placeholder(tensors, metadata)
     kept = {key: tensor for key, tensor in tensors.items() if key not in placeholder.values()}
-    modules, alphas = _sorted(kept, file)
+    modules, alphas, left_out = _sorted(kept, file)
     kinds = sorted({_check(name, factors, file) for name, factors in modules.items()})
     if len(kinds) > 1:
         raise UserError(f"{file}: mixes {' and '.join(kinds)}.", "Give an adapter of one kind.")
@@ -125,6 +126,12 @@ def find_adapter(path: Path) -> Found:
         )
     ranks = _ranks(modules, config, header, metadata, file)
     stated, stated_by = _stated_scales(modules, ranks, config, header, file)
+    notes = _left_out(left_out, file)
+    if not alphas and not stated and any(key.startswith("base_model.model.decoder.") for key in kept):
+        notes.append(
+            f"{file}: an adapter of the whole model, as SimpleTuner saves it without its alpha: the strength it "
+            "was trained at cannot be known. It is read with alpha = rank."
+        )
     prefix = Counter(prefix_of(key) for key in kept).most_common(1)[0][0]
     return Found(
         path=file,
@@ -140,6 +147,7 @@ def find_adapter(path: Path) -> Found:
         header=header,
         metadata=metadata,
         placeholder={factor: tensors[key] for factor, key in placeholder.items()} or None,
+        notes=tuple(notes),
     )
 
 
@@ -202,15 +210,25 @@ def _placeholder(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> 
     return keys if "lora_B" in keys and not tensors[keys["lora_B"]].any() else {}
 
 
-def _sorted(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """The tensors by module, in model order, and factor; and the modules' alphas. UserError for foreign tensors."""
+def _sorted(
+    tensors: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], dict[str, bool]]:
+    """The tensors by module, in model order, and factor; the modules' alphas; ACE-Step's modules that are left out.
+
+    Of the latter: whether the file changes them. Raises UserError for tensors of another model.
+    """
     modules: dict[str, dict[str, Tensor]] = {}
+    outside: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     unknown = []
     for key, tensor in tensors.items():
         parsed = parse_key(key)
         if parsed is None:
-            unknown.append(key)
+            other = parse_outside_key(key)
+            if other is None:
+                unknown.append(key)
+            else:
+                outside.setdefault(other[0], {})[other[1]] = tensor
             continue
         name, factor = parsed
         if factor == "alpha":
@@ -239,7 +257,44 @@ def _sorted(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, dict[s
         raise UserError(
             f"{file}: an alpha for {stray[0]}, but none of its factors.", "The file is incomplete; export it again."
         )
-    return {name: modules[name] for name in in_model_order(modules)}, alphas
+    # Every change is a product of all its factors, so one that is zero leaves the base as it is. A magnitude alone is
+    # not counted: it is trained together with its factors.
+    left_out = {
+        name: all(tensor.any() for factor, tensor in factors.items() if factor not in ("alpha", MAGNITUDE))
+        for name, factors in outside.items()
+    }
+    lokr = any(kind_of(factors) == "lokr" for factors in modules.values())
+    left_out |= {
+        name: False for name, factors in modules.items() if set(factors) == {"diff"} and not factors["diff"].any()
+    }
+    found = {name: modules[name] for name in in_model_order(set(modules) - set(left_out))}
+    if not found:
+        raise UserError(f"{file}: changes nothing of the decoder's attention and MLP.", NOT_AN_ADAPTER)
+    return {name: _factored(factors, lokr) for name, factors in found.items()}, alphas, left_out
+
+
+def _factored(factors: dict[str, Tensor], lokr: bool) -> dict[str, Tensor]:
+    """A change that is given as one matrix (ComfyUI, ai-toolkit) as the exact product of it and the identity."""
+    diff = factors.get("diff")
+    if diff is None or len(factors) > 1 or diff.ndim != 2:
+        return factors
+    rows, columns = diff.shape
+    if lokr:
+        return {"lokr_w1": torch.eye(1, dtype=diff.dtype), "lokr_w2": diff}
+    if rows < columns:
+        return {"lora_A": diff, "lora_B": torch.eye(rows, dtype=diff.dtype)}
+    return {"lora_A": torch.eye(columns, dtype=diff.dtype), "lora_B": diff}
+
+
+def _left_out(changed: Mapping[str, bool], file: Path) -> list[str]:
+    """What to say of modules that are left out: whether anything is lost by it."""
+    lost = sorted(name for name, changes in changed.items() if changes)
+    if not changed:
+        return []
+    which = f"{len(changed)} modules outside the decoder's attention and MLP are left out"
+    if not lost:
+        return [f"{file}: {which}; nothing is lost, the file does not change them."]
+    return [f"{file}: {which}. What {len(lost)} of them have learned is lost, such as {_short(lost[0])}."]
 
 
 def _check(name: str, factors: Mapping[str, Tensor], file: Path) -> str:
@@ -319,7 +374,8 @@ def _stated_scales(
         return {name: _number(pattern.get(name, default), "alpha", file) / ranks[name] ** power for name in modules}, by
     lokr = _json(header.get("lokr_config", "{}"), file)
     if not lokr.get("full_matrix") and "linear_alpha" in lokr and "linear_dim" in lokr:
-        scale = _number(lokr["linear_alpha"], "linear_alpha", file) / _rank(lokr["linear_dim"], "linear_dim", file)
+        divisor = _rank(lokr["linear_dim"], "linear_dim", file) ** (0.5 if lokr.get("rs_lora") else 1)
+        scale = _number(lokr["linear_alpha"], "linear_alpha", file) / divisor
         return {name: scale for name, factors in modules.items() if lora_rank(factors)}, "lokr_config"
     return {}, ""
 

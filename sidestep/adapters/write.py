@@ -425,7 +425,8 @@ def _by_diffusers(found: Found) -> Strength:
     prefixes = {prefix_of(key) for key in found.keys}
     if prefixes == {"base_model.model."} and not any("q_proj" in key or "k_proj" in key for key in found.keys):
         return None, "loads nothing from original names without a q_proj or k_proj: export --format diffusers"
-    if prefixes not in ({"base_model.model."}, {"transformer."}):
+    named = all(key.startswith(f"{prefix}layers.") for prefix in prefixes for key in found.keys)
+    if prefixes not in ({"base_model.model."}, {"transformer."}) or not named:
         return None, "does not know these names: export --format diffusers"
     if DIFFUSERS_HEADER in found.header:
         return EXACT, f"alpha and rank from {DIFFUSERS_HEADER} in the header"

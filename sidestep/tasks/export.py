@@ -57,6 +57,8 @@ def export(config: ExportConfig, report: Report) -> Path:
                 f"{path}: holds numbers that are not finite in {len(bad)} modules, first in {bad[0]}.",
                 "Use another checkpoint of that run.",
             )
+        for note in adapter.notes:
+            report(Notice(message=note, level="warning"))
         adapters.append((adapter, strength))
     base = _base(config)
     target = _target(config, adapters[0][0].kind, [adapter_file(path) for path, _ in sources], base)

@@ -23,7 +23,8 @@ class Inspection:
     """What `inspect` found; plain values, ready for JSON.
 
     strength: least and greatest alpha / rank that the file states. targets: how many modules of each projection. norms:
-    Frobenius norm of the change of each module. not_finite: modules that are not usable. metadata: our own header.
+    Frobenius norm of the change of each module. not_finite: modules that are not usable. notes: what was left
+    out. metadata: our own header.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Inspection:
     programs: dict[str, dict]
     norms: dict[str, float]
     not_finite: list[str]
+    notes: list[str]
     metadata: dict
 
 
@@ -69,6 +71,7 @@ def inspect_adapter(config: InspectConfig, report: Report) -> Inspection:
         programs={a.program: {"strength": list(a.strength) if a.strength else None, "note": a.note} for a in applied},
         norms={name: round(norm, 6) for name, norm in norms.items() if name not in broken},
         not_finite=broken,
+        notes=list(found.notes),
         metadata=found.metadata,
     )
     if not config.json:
@@ -133,6 +136,8 @@ def _show(result: Inspection, applied: list[tuple[str, str, str]], report: Repor
     report(Table(title=title, columns=("program", "strength", "why"), rows=tuple(applied)))
     if result.norms:
         report(_heat_map(result.norms))
+    for note in result.notes:
+        report(Notice(message=note, level="warning"))
     if bad:
         report(Notice(message=f"Not usable: numbers that are not finite, first in {bad[0]}.", level="error"))
     elif not any(result.norms.values()):

@@ -145,6 +145,8 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     strengths = _strengths(config)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     adapter = read_adapter(config.adapter) if config.adapter else None
+    for note in adapter.notes if adapter else ():
+        report(Notice(message=note, level="warning"))
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
     report(Decision(what="device", value=str(device.value), reason=device.reason))

@@ -310,6 +310,8 @@ def set_start(model: PeftModel, config: TrainConfig, report: Report) -> None:
         found = start_from(model, config.init_from)
         what = f"a {found.title} of {len(found.modules)} modules"
         report(Notice(message=f"The adapter starts from {config.init_from}, {what}"))
+        for note in found.notes:
+            report(Notice(message=note, level="warning"))
     elif config.init == "gradient":
         path = config.dataset_dir / maps.DIRECTIONS_NAME
         fix = f"Measure first: uv run train.py estimate --dataset-dir {config.dataset_dir} …, or use --init default."

@@ -1,0 +1,186 @@
+"""Files of other trainers and programs, made after their formats: read with the exact change, or with what is lost."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sidestep.adapters.adapter import Adapter, change_of
+from sidestep.adapters.attach import adapter_of
+from sidestep.adapters.names import adaptable_names, in_model_order
+from sidestep.adapters.read import find_adapter, read_adapter
+from sidestep.adapters.write import applied_by_each, save_final, save_folder
+from sidestep.errors import UserError
+from sidestep.events import Notice
+from sidestep.settings.config import ExportConfig, InspectConfig
+from sidestep.tasks.export import export
+from sidestep.tasks.inspect import inspect_adapter
+from tests.adapters.test_adapters import turbo
+from tests.adapters.test_write import base, close, own_weights, trained
+
+# What LyCORIS adds on ACE-Step's decoder beside attention and MLP, in its flat names, with the shape of W2.
+FROZEN = {
+    "lycoris_proj_in_1": (8, 6, 2),
+    "lycoris_condition_embedder": (8, 8),
+    **{f"lycoris_time_embed{r}_{layer}": (8, 8) for r in ("", "_r") for layer in ("linear_1", "linear_2", "time_proj")},
+}
+
+
+def lora() -> Adapter:
+    return adapter_of(trained("lora", "uniform")[1])
+
+
+def same_change(path: Path, expected: dict[str, Tensor]) -> None:
+    """The change of every module of a file is that, and there are no others."""
+    found = read_adapter(path)
+    assert list(found.modules) == list(expected)
+    for name, change in expected.items():
+        torch.testing.assert_close(change_of(found.modules[name]), change, rtol=0, atol=1e-6)
+
+
+def lost(path: Path) -> str:
+    (note,) = read_adapter(path).notes
+    return note
+
+
+def official_lokr(tmp_path: Path, kind: str, frozen: float) -> tuple[Path, dict[str, Tensor]]:
+    """(a LoKr as ACE-Step's own trainer saves it, the weights it was trained to)."""
+    settings, model = trained(kind, "uniform")
+    save_final(model, tmp_path / "final", settings)
+    tensors = load_file(tmp_path / "final" / "lokr_weights.safetensors")
+    for name, shape in FROZEN.items():
+        tensors |= {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.full(shape, frozen)}
+        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+        if kind == "lokr decomposed":
+            tensors[f"{name}.dora_scale"] = torch.ones(16, 1)
+    save_file(tensors, tmp_path / "official.safetensors")
+    return tmp_path / "official.safetensors", own_weights(tmp_path / "final")
+
+
+@pytest.mark.parametrize("kind", ["lokr", "lokr low rank", "lokr both low rank", "lokr decomposed"])
+def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, tmp_path):
+    file, expected = official_lokr(tmp_path, kind, frozen=0.0)
+    close(own_weights(file), expected)
+    assert "8 modules outside the decoder's attention and MLP are left out; nothing is lost" in lost(file)
+
+
+def test_what_an_older_lokr_has_learned_outside_is_said_to_be_lost(tmp_path):
+    file, expected = official_lokr(tmp_path, "lokr", frozen=0.5)
+    close(own_weights(file), expected)
+    assert "What 8 of them have learned is lost, such as condition_embedder" in lost(file)
+
+
+def test_identities_in_a_loha_are_left_out(tmp_path):
+    settings, model = trained("loha", "uniform")
+    save_final(model, tmp_path / "final", settings)
+    tensors = load_file(tmp_path / "final" / "loha_weights.safetensors")
+    for factor, shape in (("w1_a", (8, 2)), ("w1_b", (2, 8)), ("w2_a", (8, 2)), ("w2_b", (2, 8))):
+        name = f"lycoris_condition_embedder.hada_{factor}"
+        tensors[name] = torch.zeros(shape) if factor == "w2_a" else torch.ones(shape)
+    save_file(tensors, tmp_path / "official.safetensors")
+    close(own_weights(tmp_path / "official.safetensors"), own_weights(tmp_path / "final"))
+    assert "nothing is lost" in lost(tmp_path / "official.safetensors")
+
+
+def test_of_a_whole_model_adapter_the_decoders_part_is_read(tmp_path):
+    """SimpleTuner 1.5: peft on the whole model, no alpha."""
+    own, tensors = lora(), {}
+    for name, factors in own.modules.items():
+        tensors |= {f"base_model.model.decoder.{name}.{factor}.weight": t for factor, t in factors.items()}
+    for module in ("encoder.lyric_encoder.layers.0.self_attn.q_proj", "tokenizer.audio_acoustic_proj"):
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(4, 8)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(8, 4)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, file)
+    same_change(file, {name: change_of(factors) for name, factors in own.modules.items()})
+    left, strength = read_adapter(file).notes
+    assert "2 modules" in left
+    assert "What 2 of them have learned is lost" in left
+    assert "cannot be known" in strength
+    applied = {each.program: each.strength for each in applied_by_each(find_adapter(file))}
+    assert applied["diffusers"] is None
+    assert applied["ComfyUI"] is None
+
+
+@pytest.mark.parametrize("other", [0.0, 0.25])
+def test_full_differences_of_comfyuis_train_node_are_read(other, tmp_path):
+    names = adaptable_names(turbo())
+    changes = {name: torch.randn(base()[name].shape) for name in names}
+    tensors = {f"diffusion_model.decoder.{name}.diff": change.clone() for name, change in changes.items()}
+    unchanged = names[3]
+    tensors[f"diffusion_model.decoder.{unchanged}.diff"].zero_()
+    del changes[unchanged]
+    for outside in ("layers.0.self_attn_norm", "layers.1.cross_attn.q_norm", "norm_out", "proj_in.1"):
+        tensors[f"diffusion_model.decoder.{outside}.diff"] = torch.full((8,), other)
+    tensors["diffusion_model.decoder.proj_in.1.diff_b"] = torch.full((8,), other)
+    tensors[f"diffusion_model.decoder.{names[0]}.diff_b"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "node.safetensors")
+    same_change(tmp_path / "node.safetensors", changes)
+    assert ("nothing is lost" in lost(tmp_path / "node.safetensors")) == (other == 0.0)
+    save_folder(read_adapter(tmp_path / "node.safetensors"), tmp_path / "peft")
+    same_change(tmp_path / "peft", changes)
+
+
+def test_ai_toolkits_lokr_with_full_matrices_and_full_differences_is_read(tmp_path):
+    settings, model = trained("lokr", "self")
+    save_final(model, tmp_path / "final", settings)
+    own = read_adapter(tmp_path / "final")
+    tensors = {}
+    for name, factors in own.modules.items():
+        tensors |= {f"transformer.decoder.{name}.{factor}": t for factor, t in factors.items()}
+        tensors[f"transformer.decoder.{name}.alpha"] = torch.tensor(1e9)  # full matrices ignore it
+    whole = {"layers.2.mlp.down_proj": torch.randn(base()["layers.2.mlp.down_proj"].shape)}
+    tensors |= {f"transformer.decoder.{name}.diff": change for name, change in whole.items()}
+    save_file(tensors, tmp_path / "toolkit.safetensors")
+    expected = {name: change_of(factors) for name, factors in own.modules.items()} | whole
+    same_change(tmp_path / "toolkit.safetensors", {name: expected[name] for name in in_model_order(expected)})
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{name}",
+        "module.{name}",
+        "base_model.model._orig_mod.module.{name}",
+        "_fsdp_wrapped_module.{layer}._fsdp_wrapped_module.{rest}",
+        "base_model.model.{layer}._checkpoint_wrapped_module.{rest}",
+    ],
+)
+def test_wrappers_in_a_name_are_taken_off(wrapped, tmp_path):
+    own, tensors = lora(), {}
+    for name, factors in own.modules.items():
+        _, number, rest = name.split(".", 2)
+        module = wrapped.format(name=name, layer=f"layers.{number}", rest=rest)
+        tensors |= {f"{module}.{factor}.weight": tensor for factor, tensor in factors.items()}
+    save_file(tensors, tmp_path / "wrapped.safetensors")
+    same_change(tmp_path / "wrapped.safetensors", {name: change_of(factors) for name, factors in own.modules.items()})
+    assert read_adapter(tmp_path / "wrapped.safetensors").notes == ()
+
+
+def test_a_rank_stabilised_lokr_is_read_at_alpha_over_the_root_of_its_rank(tmp_path):
+    settings, model = trained("lokr low rank", "self")
+    save_final(model, tmp_path / "final", settings)
+    tensors = load_file(tmp_path / "final" / "lokr_weights.safetensors")
+    header = {"lokr_config": '{"linear_dim": 4, "linear_alpha": 8, "rs_lora": true}'}
+    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    save_file(kept, tmp_path / "lokr_weights.safetensors", header)
+    found = find_adapter(tmp_path / "lokr_weights.safetensors")
+    assert {found.scale(name) for name in found.modules} == {4.0}
+
+
+def test_export_and_inspect_say_what_is_left_out(tmp_path):
+    file, _ = official_lokr(tmp_path, "lokr", frozen=0.5)
+    events = []
+    export(ExportConfig(adapter=file, output=tmp_path / "out.safetensors", format="comfyui"), events.append)
+    assert any("learned is lost" in event.message for event in events if isinstance(event, Notice))
+    events = []
+    assert inspect_adapter(InspectConfig(path=file), events.append).notes == [lost(file)]
+    assert any("learned is lost" in event.message for event in events if isinstance(event, Notice))
+
+
+def test_a_file_that_changes_only_what_adapters_cannot_sit_on_is_refused(tmp_path):
+    save_file({"diffusion_model.decoder.proj_in.1.diff": torch.ones(8, 8)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="no adapter tensors"):
+        read_adapter(tmp_path / "x.safetensors")
