@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sidestep.acestep.conditions import COVER, LYRIC_TOKENS, TEXT_TOKENS, embed_lyrics, encode_text, token_ids
-from sidestep.acestep.vae import TILE_FRAMES, encode_mean
+from sidestep.acestep.vae import TILE_FRAMES, encode_mean, samples_per_frame
 from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, decode, is_cut_short, probe
 from sidestep.audio.signals import normalize
 from sidestep.errors import JobError
@@ -110,15 +110,15 @@ def decode_song(job: Job, audio_pass: Pass, song: Song) -> Decoded | None:
     stat = audio_stat(song.source)
     promised = probe(song.source)
     content = content_hash(song.source)
-    audio = decode(song.source, job.config.max_duration)
+    limit = job.config.max_duration
+    audio = decode(song.source, limit)
     if audio_stat(song.source) != stat:
         raise AudioError(song.source, "changed while it was read")
     seconds = audio.shape[1] / SAMPLE_RATE
-    if audio.shape[1] < job.samples_per_frame:
+    if audio.shape[1] < samples_per_frame(job.checkpoint.vae_config()):
         raise AudioError(song.source, f"shorter than one latent frame ({seconds:.3f} s)")
     warnings = []
-    whole = not job.config.max_duration or seconds < job.config.max_duration
-    if whole and is_cut_short(promised, seconds):
+    if is_cut_short(promised, seconds) and not (limit and seconds >= limit):
         missing = f"{promised.seconds - seconds:.1f} s that its header promises are not there"
         warnings.append(f"breaks off after {seconds:.1f} s; {missing}.")
     if seconds > MODEL_SECONDS:
@@ -177,8 +177,8 @@ class _AudioEncoder:
         device = self.job.device
         if self.vae is None:
             self.vae = self.job.checkpoint.load_vae(device, self.job.vae_dtype)
-            # Half of the weights, which encoding never uses.
-            self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute] (diffusers' stubs)
+            # Half of the weights, which encoding never uses. In diffusers' types the VAE may be one that is not there.
+            self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute]
         while True:
             try:
                 latents = encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames)[0].float().cpu()

@@ -24,7 +24,7 @@ from torch import Tensor
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Text, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
-from sidestep.acestep.vae import frames_per_second, samples_per_frame
+from sidestep.acestep.vae import frames_per_second
 from sidestep.audio.io import AudioError, content_hash, probe
 from sidestep.data.records import SCHEMA, RecordError, read_metadata
 from sidestep.errors import JobError
@@ -42,7 +42,7 @@ NAMES = {  # how a difference is told to the user
     "vae": "VAE",
     "schema": "record format",
     "precision": "--precision",
-    "prompt": "caption or facts",
+    "prompt": "caption or metadata",
     "lyrics": "lyrics",
     "condition_encoder": "checkpoint",
     "text_encoder": "text encoder",
@@ -197,10 +197,6 @@ class Job:
     def frames_per_second(self) -> float:
         return frames_per_second(self.checkpoint.vae_config())
 
-    @property
-    def samples_per_frame(self) -> int:
-        return samples_per_frame(self.checkpoint.vae_config())
-
     def audio_part(self, content: str, *, made: bool = False) -> dict[str, str]:
         """What latents follow from: as asked for, or as `made` now. content: digest of the audio file."""
         return {
@@ -276,7 +272,7 @@ class Job:
         return Inspection(Stage.LATENTS, seconds, reasons, foreign=foreign)
 
     def timbre_silence(self) -> Tensor:
-        """What stands for a timbre reference when there is none: silence, fp32 [1, T, D]."""
+        """Silence in the place of a timbre reference, fp32 [1, T, D]."""
         return tiled_silence(self.checkpoint.silence_latent(), self.checkpoint.timbre_frames)
 
     def require_space(self, found: Sequence[tuple[Song, Inspection]]) -> None:
@@ -309,14 +305,14 @@ class Job:
 def open_job(config: PreprocessConfig, report: Report) -> Job:
     """Open the checkpoint, of which only headers are read; say which device and precision it is. Raises UserError."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
-    chosen = choose_device(config.device)
-    precision = choose_precision(config.precision, chosen.value)
-    device = chosen.value
+    choice = choose_device(config.device)
+    precision = choose_precision(config.precision, choice.value)
+    device = choice.value
     if device.type in ("cuda", "xpu") and device.index is None and "LOCAL_RANK" in os.environ:
         # Each process of a machine takes a GPU of its own, unless one was named.
         count = getattr(torch, device.type).device_count()
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) % count)
-    report(Decision(what="device", value=str(device), reason=chosen.reason))
+    report(Decision(what="device", value=str(device), reason=choice.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     # Latents are made once and learnt from ever after, and the VAE is small: fp32 unless the user says otherwise.
     vae_dtype = precision.value if config.precision != ANY_PRECISION else torch.float32

@@ -56,8 +56,14 @@ class Song:
     def text(self, seconds: float, instruction: str = TEXT2MUSIC) -> Text:
         """What the model reads beside `seconds` of this song."""
         s = self.sample
-        facts = {"bpm": s.bpm, "timesignature": s.timesignature, "keyscale": s.keyscale}
-        prompt = text_prompt(self.caption, **facts, duration=seconds, instruction=instruction)
+        prompt = text_prompt(
+            self.caption,
+            bpm=s.bpm,
+            timesignature=s.timesignature,
+            keyscale=s.keyscale,
+            duration=seconds,
+            instruction=instruction,
+        )
         return Text(prompt, lyric_prompt(self.lyrics, s.language))
 
     def described(self) -> dict:

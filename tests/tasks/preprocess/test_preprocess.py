@@ -292,7 +292,7 @@ def test_what_changed_is_said(library: Path, tmp_path: Path):
     edit_library(library, 0, caption="new")
     events = Events()
     preprocess(job(library, tmp_path / "out"), events)
-    assert any("2 up to date, 1 to make; caption or facts changed (1)" in e.message for e in events.of(Notice))
+    assert any("2 up to date, 1 to make; caption or metadata changed (1)" in e.message for e in events.of(Notice))
 
 
 def test_a_damaged_record_is_made_anew(library: Path, tmp_path: Path):
