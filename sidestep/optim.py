@@ -6,7 +6,7 @@ from io import StringIO
 
 import torch
 from torch.optim import Adafactor, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from sidestep.errors import UserError
@@ -76,7 +76,7 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return min(config.warmup_steps, total_steps // 10)
 
 
-def make_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+def make_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
     """The schedule of `--scheduler-type` over `total_steps` optimizer steps, at its beginning."""
     name = SCHEDULER_NAMES.get(config.scheduler_type, config.scheduler_type)
     specific = {"num_cycles": RESTARTS} if config.scheduler_type == "cosine_restarts" else {}

@@ -151,7 +151,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     """
     accelerator, processes = run.accelerator, run.processes.count
     own = plan.micro_batches[run.processes.index :: processes]
-    rounds = math.ceil(len(plan.micro_batches) / processes)
+    rounds = -(-len(plan.micro_batches) // processes)
     for number in range(rounds):
         # a process without work still takes part in the reduction
         micro_batch = own[number] if number < len(own) else plan.micro_batches[0]
@@ -162,7 +162,9 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
             accelerator.backward(weighted.sum() * share)
         if share:
             metrics.add(loss, t, batch.songs)
-    norm = unshard(accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf).detach())
+    norm = accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf)
+    assert norm is not None  # as it would be under DeepSpeed
+    norm = unshard(norm.detach())
     inner: Any = getattr(run.optimizer, "optimizer", run.optimizer)
     if accelerator.scaler is not None:  # fp16: the scaler leaves the step out
         run.optimizer.step()
@@ -236,7 +238,7 @@ def log(run: Run, metrics: Metrics) -> None:
         step,
         epoch=run.position.epoch + 1,
         loss=total / count if count else math.nan,
-        lr=run.scheduler.get_last_lr()[0],
+        lr=float(run.scheduler.get_last_lr()[0]),
         grad_norm=metrics.grad_norm,
         memory_bytes=peak_memory_bytes(run.device),
     )

@@ -4,7 +4,7 @@ It goes through the CPU (gloo), so that no process waits for its device to say w
 """
 
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator):
         self.index, self.count = accelerator.process_index, accelerator.num_processes
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""

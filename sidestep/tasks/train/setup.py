@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -131,6 +131,7 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
                 "Use accelerate launch --use_fsdp --fsdp_version 2",
             )
         plugin = accelerator.state.fsdp_plugin
+        assert plugin is not None
         plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [LAYER_CLASS]
     return accelerator, precision.value
 
@@ -217,7 +218,7 @@ def set_up(
         law=law,
         accelerator=accelerator,
         processes=processes,
-        model=accelerator.unwrap_model(wrapped, keep_torch_compile=True),
+        model=cast(PeftModel, accelerator.unwrap_model(wrapped, keep_torch_compile=True)),
         wrapped=wrapped,
         parameters=[p for p in wrapped.parameters() if p.requires_grad],
         optimizer=prepared_optimizer,
@@ -266,7 +267,7 @@ def load_decoder(
 ) -> tuple[Any, ConditionMask]:
     """(frozen decoder under the memory settings, but for swapped blocks; the mask that its cross attention reads)."""
     quantised = "" if config.base_precision == "auto" else config.base_precision
-    decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device, precision, quantised)
+    decoder: Any = checkpoint.load_decoder(CPU if config.swap_blocks else device, precision, quantised)
     mask = ConditionMask()
     mask.install(decoder)
     attention = use_attention(decoder, config.attention, device, precision)
