@@ -6,7 +6,7 @@ and are copied when their block computes (`BlockSwap`). `compile_layers` makes t
 that are needed now and then can wait on the CPU as a whole (`OffloadedModule`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -199,7 +199,7 @@ class OffloadedModule:
         self._model: nn.Module | None = None
 
     @contextmanager
-    def in_use(self) -> Iterator[nn.Module]:
+    def in_use(self) -> Generator[nn.Module, None, None]:
         """The model, on the device."""
         if self._model is None:
             self._model = self._load(self.device)

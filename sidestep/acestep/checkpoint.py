@@ -1,35 +1,39 @@
-"""A base checkpoint: its facts, and its parts loaded one by one into diffusers' and transformers' own classes.
+"""A base checkpoint, and its parts loaded one by one into diffusers' and transformers' own classes.
 
 No Python that a checkpoint brings along is run. Key map and XL timbre token: spec, sections 1 and 2.
 """
 
 import inspect
 import pickle
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
     AceStepConditionEncoder,
 )
+from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Model
 
 from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
-from sidestep.acestep.quantize import is_quantized, make_quantizable, quantize_weight
-from sidestep.acestep.weights import Weights, fill
+from sidestep.acestep.quantize import make_quantizable
+from sidestep.acestep.weights import CPU, Weights, fill
 from sidestep.errors import UserError
 from sidestep.variants import Variant, detect
 
-CPU = torch.device("cpu")
+M = TypeVar("M", bound=nn.Module)
 DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
 
 
 class Checkpoint:
-    """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors that were read from the model file."""
+    """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors read of its file."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -58,22 +62,15 @@ class Checkpoint:
     def load_decoder(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = ""
     ) -> AceStepTransformer1DModel:
-        """The frozen DiT. quantize: int8 or nf4 keeps the blocks' linear layers in so many bits; the rest stays in `dtype`."""
-        return self._load(
-            AceStepTransformer1DModel,
-            "transformer",
-            "decoder.",
-            decoder_sizes(self.config),
-            device,
-            dtype,
-            quantize=quantize,
-        )
+        """The frozen DiT. quantize: int8 or nf4 keeps the blocks' linear layers in so many bits, else `dtype`."""
+        sizes = decoder_sizes(self.config)
+        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", sizes, device, dtype, quantize=quantize)
 
-    def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
         weights = self._open(self.layout.part("condition_encoder"))
         if "null_condition_emb" not in weights.shapes:
-            raise UserError(f"{weights.place}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
+            raise UserError(f"{weights.path}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
         self.loaded_keys.add("null_condition_emb")
         return next(iter(weights.read(["null_condition_emb"], dtype, device)))[1]
 
@@ -82,7 +79,7 @@ class Checkpoint:
     ) -> AceStepConditionEncoder:
         """Lyric encoder, timbre encoder and text projection; on XL with the timbre token that diffusers leaves out."""
         sizes = encoder_sizes(self.config)
-        extra = {"silence_latent": self.silence_latent}  # of any length
+        extra: dict[str, Callable[[], Tensor]] = {"silence_latent": self.silence_latent}  # of any length
         if self.layout.kind == "original":
             extra["null_condition_emb"] = self.load_null_condition
         encoder = self._load(AceStepConditionEncoder, "condition_encoder", "encoder.", sizes, device, dtype, extra)
@@ -98,22 +95,15 @@ class Checkpoint:
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> AceStepAudioTokenizer:
         """25 Hz latents to 5 Hz codes."""
-        return self._load(
-            AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", encoder_sizes(self.config), device, dtype
-        )
+        sizes = encoder_sizes(self.config)
+        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", sizes, device, dtype)
 
     def load_audio_detokenizer(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> AceStepAudioTokenDetokenizer:
         """5 Hz codes to 25 Hz hints."""
-        return self._load(
-            AceStepAudioTokenDetokenizer,
-            "audio_token_detokenizer",
-            "detokenizer.",
-            encoder_sizes(self.config),
-            device,
-            dtype,
-        )
+        sizes, part = encoder_sizes(self.config), "audio_token_detokenizer"
+        return self._load(AceStepAudioTokenDetokenizer, part, "detokenizer.", sizes, device, dtype)
 
     def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo."""
@@ -123,25 +113,29 @@ class Checkpoint:
             vae = AutoencoderOobleck(**accepted(AutoencoderOobleck, config))
         weights = self._open(folder)
         fill(vae, weights, {key: key for key in weights.shapes}, dtype, device, "VAE")
-        return vae.to(device).eval().requires_grad_(False)
+        vae.to(device)  # pyrefly: ignore[bad-argument-type] (diffusers wraps `to` and loses its self)
+        return vae.eval().requires_grad_(False)
 
     def vae_config(self) -> dict:
         """config.json of the VAE: sampling rate, down-sampling ratios."""
         return read_config(require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN) / "config.json")
 
-    def load_text_encoder(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32):
+    def load_text_encoder(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> tuple[Qwen3Model, Any]:
         """(Qwen3 without a head, its tokenizer)."""
         folder = require_folder(self.layout.text_encoder, "The text encoder was", DOWNLOAD_AGAIN)
         self._open(folder)  # a pointer or a cut file gets our message, not the library's
         model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-        return model.to(device).eval().requires_grad_(False), self.load_tokenizer()
+        model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps `to` and loses its self)
+        return model.eval().requires_grad_(False), self.load_tokenizer()
 
-    def load_tokenizer(self):
+    def load_tokenizer(self) -> Any:
         """The text tokenizer alone; a few MB."""
         folder = require_folder(self.layout.tokenizer, "The tokenizer was", DOWNLOAD_AGAIN)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
-    def silence_latent(self) -> torch.Tensor:
+    def silence_latent(self) -> Tensor:
         """The VAE's latent of silence, fp32 [1, T, D], 600 s on official checkpoints."""
         if self.layout.kind == "diffusers":
             weights = self._open(self.layout.part("condition_encoder"))
@@ -157,48 +151,39 @@ class Checkpoint:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not a plain tensor file ({first_line}).", DOWNLOAD_AGAIN) from None
-        if not isinstance(latent, torch.Tensor) or latent.ndim != 3 or latent.shape[1] != self.latent_channels:
+        if not isinstance(latent, Tensor) or latent.ndim != 3 or latent.shape[1] != self.latent_channels:
             raise UserError(f"{path}: expected a tensor [1, {self.latent_channels}, frames].", DOWNLOAD_AGAIN)
         return latent.float().transpose(1, 2).contiguous()
 
-    def _open(self, place: Path) -> Weights:
-        if place not in self._weights:
-            self._weights[place] = Weights(
-                place if place.is_file() else require_folder(place, "A part of the checkpoint was", DOWNLOAD_AGAIN)
-            )
-        return self._weights[place]
+    def _open(self, path: Path) -> Weights:
+        if path not in self._weights:
+            if not path.is_file():
+                require_folder(path, "A part of the checkpoint was", DOWNLOAD_AGAIN)
+            self._weights[path] = Weights(path)
+        return self._weights[path]
 
     def _load(
         self,
-        model_class,
+        model_class: type[M],
         part: str,
         prefix: str,
         sizes: dict,
         device: torch.device,
         dtype: torch.dtype,
-        extra: dict | None = None,
+        extra: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
         quantize: str = "",
-    ):
+    ) -> M:
         weights = self._open(self.layout.part(part))
         if self.layout.kind == "diffusers":
-            sizes = read_config(weights.place / "config.json")
-            keys = {key: key for key in weights.shapes if key not in (extra or {})}
+            sizes = read_config(weights.path / "config.json")
+            keys = {key: key for key in weights.shapes if key not in extra}
         else:
             keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}
         with init_empty_weights(include_buffers=False):
             model = model_class(**accepted(model_class, sizes))
             if quantize:
                 make_quantizable(model, quantize, dtype)
-        fill(
-            model,
-            weights,
-            keys,
-            dtype,
-            device,
-            part.replace("_", " "),
-            extra,
-            partial(_place_quantized, device) if quantize else None,
-        )
+        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra)
         self.loaded_keys.update(keys.values())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
 
@@ -229,20 +214,13 @@ def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:
     """Let the timbre encoder read its special token at position 0, as the original XL model does."""
     timbre = encoder.timbre_encoder
 
-    def with_token(module, inputs, frames: torch.Tensor) -> torch.Tensor:
+    def with_token(_module: nn.Module, _inputs: tuple, frames: Tensor) -> Tensor:
         return torch.cat([timbre.special_token.expand(frames.shape[0], -1, -1).to(frames.dtype), frames], dim=1)
 
     timbre.embed_tokens.register_forward_hook(with_token)
 
 
-def _place_quantized(device: torch.device, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> bool:
-    if name != "weight" or not is_quantized(module):
-        return False
-    quantize_weight(module, tensor, device)
-    return True
-
-
-def accepted(model_class, config: dict) -> dict:
+def accepted(model_class: type[nn.Module], config: dict) -> dict:
     """The entries of a config that the class takes as arguments."""
     parameters = set(inspect.signature(model_class.__init__).parameters) - {"self"}
     return {name: value for name, value in config.items() if name in parameters}

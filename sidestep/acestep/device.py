@@ -30,9 +30,8 @@ def choose_device(request: str = "auto") -> Choice:
     ROCm builds of torch call their device `cuda` too. cuda, mps and xpu were not run here.
     """
     kind, _, index = request.partition(":")
-    if kind not in ("auto", "cuda", "mps", "xpu", "cpu") or (
-        index and not (kind in ("cuda", "xpu") and index.isdigit())
-    ):
+    countable = kind in ("cuda", "xpu") and index.isdigit()
+    if kind not in ("auto", "cuda", "mps", "xpu", "cpu") or (index and not countable):
         raise UserError(f"--device {request}: no such device.", "Use auto, cuda, cuda:N, mps, xpu or cpu.")
     available = {
         "cuda": torch.cuda.is_available(),
@@ -40,26 +39,20 @@ def choose_device(request: str = "auto") -> Choice:
         "xpu": torch.xpu.is_available(),
         "cpu": True,
     }
+    there = ", ".join(k for k, ok in available.items() if ok)
     if request == "auto":
-        kind = next(k for k, there in available.items() if there)
-        missing = ", ".join(k for k, there in available.items() if not there)
+        device = torch.device(there.partition(",")[0])
+        missing = ", ".join(k for k, ok in available.items() if not ok)
         why = f"the first of cuda, mps, xpu and cpu that is there{f' ({missing}: none)' if missing else ''}"
-        return Choice(torch.device(kind), f"{_name(torch.device(kind))}: {why}")
+        return Choice(device, f"{_name(device)}: {why}")
     if not available[kind]:
-        there = ", ".join(k for k, ok in available.items() if ok)
-        fix = (
-            "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto"
-            if kind == "cuda"
-            else ""
-        )
+        fix = "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto"
         raise UserError(
-            f"--device {request}: torch {torch.__version__} sees no {kind} device (available: {there}).", fix
+            f"--device {request}: torch {torch.__version__} sees no {kind} device (available: {there}).",
+            fix if kind == "cuda" else "",
         )
-    if index and int(index) >= getattr(torch, kind).device_count():
-        raise UserError(
-            f"--device {request}: only {getattr(torch, kind).device_count()} {kind} device(s) are there.",
-            "They are counted from 0.",
-        )
+    if index and int(index) >= (count := torch.get_device_module(kind).device_count()):
+        raise UserError(f"--device {request}: only {count} {kind} device(s) are there.", "They are counted from 0.")
     return Choice(torch.device(request), f"{_name(torch.device(request))}: asked for")
 
 
@@ -90,13 +83,13 @@ def precision_name(dtype: torch.dtype) -> str:
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queue; for timing only."""
     if device.type in ("cuda", "xpu", "mps"):
-        getattr(torch, device.type).synchronize()
+        torch.get_device_module(device).synchronize()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Highest memory that tensors took on the device so far, None where there is no counter. Reads no device value."""
     if device.type in ("cuda", "xpu"):
-        return getattr(torch, device.type).max_memory_allocated(device)
+        return torch.get_device_module(device).max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     return None

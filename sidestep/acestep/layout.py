@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint stand on disk, in the original and in the diffusers layout, and how its keys are named."""
+"""Where the parts of a checkpoint are on disk, in the original and the diffusers layout, and how its keys are named."""
 
 import json
 from dataclasses import dataclass
@@ -44,8 +44,9 @@ def original_key(diffusers: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint's places. `kind`: original or diffusers. `folder`: the model's own; for ComfyUI's single files the file itself.
+    """The folders and files of a checkpoint.
 
+    kind: original or diffusers. folder: the model's own; for ComfyUI's single files the file itself.
     config: config.json of the model (of the DiT in diffusers). silence_latent: its file in the original layout.
     """
 
@@ -63,8 +64,9 @@ class Layout:
 
 
 def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
-    """Locate a variant below `checkpoint_dir`, which may also be the variant's own folder, or a single .safetensors file as ComfyUI has them.
+    """Locate a variant below `checkpoint_dir`.
 
+    That may also be the variant's own folder, or a single .safetensors file as ComfyUI has them.
     Raises UserError that lists what is there.
     """
     if checkpoint_dir.is_file():
@@ -76,27 +78,17 @@ def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
         )
     folder = _model_folder(checkpoint_dir, model_variant)
     if (folder / "model_index.json").is_file():
-        config = read_config(folder / "transformer" / "config.json")
-        return Layout(
-            "diffusers",
-            folder,
-            folder / "vae",
-            folder / "text_encoder",
-            folder / "tokenizer",
-            config,
-            folder / SILENCE_LATENT,
-        )
-    config = read_config(folder / "config.json")
-    root = folder.parent if folder != checkpoint_dir else checkpoint_dir
-    roots = (root, checkpoint_dir, checkpoint_dir.parent)
-    text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
-    return Layout(
-        "original", folder, _beside(roots, "vae"), text_encoder, text_encoder, config, folder / SILENCE_LATENT
-    )
+        vae, text_encoder, tokenizer = (folder / part for part in ("vae", "text_encoder", "tokenizer"))
+        config, silence = read_config(folder / "transformer" / "config.json"), folder / SILENCE_LATENT
+        return Layout("diffusers", folder, vae, text_encoder, tokenizer, config, silence)
+    config, silence = read_config(folder / "config.json"), folder / SILENCE_LATENT
+    roots = (folder.parent if folder != checkpoint_dir else checkpoint_dir, checkpoint_dir, checkpoint_dir.parent)
+    vae, text_encoder = _beside(roots, "vae"), _beside(roots, TEXT_ENCODER_FOLDER)
+    return Layout("original", folder, vae, text_encoder, text_encoder, config, silence)
 
 
 def _single_file(file: Path, model_variant: str) -> Layout:
-    """A model in one file, without a config.json of its own: that of the official variant, unless one stands beside it. The rest stands beside it."""
+    """A model in one file, the rest beside it. Its config is that of the official variant, unless one is beside it."""
     if file.suffix.lower() != ".safetensors":
         raise UserError(
             f"--checkpoint-dir {file}: neither a folder nor a .safetensors file.",
@@ -107,7 +99,8 @@ def _single_file(file: Path, model_variant: str) -> Layout:
     if config is None:
         raise UserError(
             f"--model-variant {model_variant}: {file.name} does not say what model it is.",
-            f"Say which official model it descends from ({', '.join(OFFICIAL_FOLDERS)}), or put that model's config.json beside it as {own.name}.",
+            f"Say which official model it descends from ({', '.join(OFFICIAL_FOLDERS)}), "
+            f"or put that model's config.json beside it as {own.name}.",
         )
     roots = (file.parent, file.parent.parent)
     text_encoder = _beside(roots, TEXT_ENCODER_FOLDER)
@@ -143,29 +136,25 @@ def read_config(path: Path) -> dict:
 
 
 def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
-    names = (OFFICIAL_FOLDERS.get(variant, variant), f"{OFFICIAL_FOLDERS.get(variant, variant)}-diffusers")
-    for name in names:
+    official = OFFICIAL_FOLDERS.get(variant, variant)
+    for name in (official, f"{official}-diffusers"):
         if Path(name).name == name and (checkpoint_dir / name).is_dir():
             return checkpoint_dir / name
-    is_model = (checkpoint_dir / "model_index.json").is_file() or "is_turbo" in _peek(checkpoint_dir / "config.json")
-    if is_model and (variant in OFFICIAL_FOLDERS or variant in (checkpoint_dir.name, ".")):
+    if _is_model(checkpoint_dir) and (variant in OFFICIAL_FOLDERS or variant in (checkpoint_dir.name, ".")):
         return checkpoint_dir
-    models = [
-        p.name
-        for p in sorted(checkpoint_dir.iterdir())
-        if (p / "model_index.json").is_file() or "is_turbo" in _peek(p / "config.json")
-    ]
+    models = [path.name for path in sorted(checkpoint_dir.iterdir()) if _is_model(path)]
     found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
     fix = (
         f"Use one of them: --model-variant {models[0]}"
         if models
         else "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
     )
-    raise UserError(f"--model-variant {variant}: no folder {names[0]} in {checkpoint_dir} ({found}).", fix)
+    raise UserError(f"--model-variant {variant}: no folder {official} in {checkpoint_dir} ({found}).", fix)
 
 
-def _peek(config: Path) -> dict:
-    return read_config(config) if config.is_file() else {}
+def _is_model(folder: Path) -> bool:
+    config = folder / "config.json"
+    return (folder / "model_index.json").is_file() or (config.is_file() and "is_turbo" in read_config(config))
 
 
 def _beside(roots: tuple[Path, ...], name: str) -> Path:

@@ -1,8 +1,11 @@
 """The audio codec in tiles: as exact as in one piece, at the memory of one tile."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
 # Receptive fields, in latent frames, rounded up: the encoder reaches 12,165 samples to each side (spec, section 1).
 ENCODER_HALO_FRAMES = 7
@@ -11,18 +14,18 @@ TILE_FRAMES = 500
 DECODER_TILE_FRAMES = 250  # 10 s of audio, which keeps its memory far below the DiT's
 
 
-def samples_per_frame(vae_config) -> int:
+def samples_per_frame(vae_config: Mapping[str, Any]) -> int:
     """Audio samples that one latent frame stands for (1920)."""
     return math.prod(vae_config["downsampling_ratios"])
 
 
-def frames_per_second(vae_config) -> float:
+def frames_per_second(vae_config: Mapping[str, Any]) -> float:
     """Latent frames per second of audio (25)."""
     return vae_config["sampling_rate"] / samples_per_frame(vae_config)
 
 
 @torch.inference_mode()
-def encode_mean(vae, audio: torch.Tensor, tile_frames: int = TILE_FRAMES) -> torch.Tensor:
+def encode_mean(vae: Any, audio: Tensor, tile_frames: int = TILE_FRAMES) -> Tensor:
     """Mean of the VAE's posterior. audio: [1, 2, S] at the VAE's rate, anywhere → [1, T, D] on the VAE's device.
 
     The mean, because one frozen draw of the posterior would be learnt as if it were music. tile_frames 0: in one piece.
@@ -41,13 +44,13 @@ def encode_mean(vae, audio: torch.Tensor, tile_frames: int = TILE_FRAMES) -> tor
     return torch.cat(tiles, dim=1)
 
 
-def _mean(vae, audio: torch.Tensor) -> torch.Tensor:
+def _mean(vae: Any, audio: Tensor) -> Tensor:
     parameter = next(vae.parameters())
     return vae.encode(audio.to(parameter.device, parameter.dtype)).latent_dist.mode().transpose(1, 2)
 
 
 @torch.inference_mode()
-def decode(vae, latents: torch.Tensor, tile_frames: int = DECODER_TILE_FRAMES) -> torch.Tensor:
+def decode(vae: Any, latents: Tensor, tile_frames: int = DECODER_TILE_FRAMES) -> Tensor:
     """Audio [1, 2, T·1920] on the CPU, fp32, of latents [1, T, D]."""
     hop = samples_per_frame(vae.config)
     parameter = next(vae.parameters())

@@ -1,16 +1,20 @@
-"""Reading safetensors files tensor by tensor, whole or sharded, and saying clearly what is wrong with a broken one."""
+"""Safetensors files read tensor by tensor, whole or sharded; what is wrong with a broken one is said plainly."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
+from sidestep.acestep.quantize import is_quantized, quantize_weight
 from sidestep.errors import UserError
 
-Place = Callable[[torch.nn.Module, str, torch.Tensor], bool]
+CPU = torch.device("cpu")
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 ALL_IN_ONE = "model.diffusion_model."  # before the model's keys in ComfyUI's files that hold everything
 SAMPLED_BYTES = 4096
@@ -19,14 +23,15 @@ SAMPLED_BYTES = 4096
 class Weights:
     """The tensors of one model folder, or of one file. Opening reads headers only; `read` touches one tensor.
 
-    In ComfyUI's all-in-one files the model stands beside a VAE and text encoders: only the model counts, its prefix left away.
+    In ComfyUI's all-in-one files the model stands beside a VAE and text encoders: only the model counts, its prefix
+    left away.
 
     Raises UserError for a missing, truncated or LFS-pointer file and for a shard that is not there.
     """
 
-    def __init__(self, place: Path):
-        self.place = place
-        self.files, self._file_of = ([place], {}) if place.is_file() else _index(place)
+    def __init__(self, path: Path):
+        self.path = path
+        self.files, self._file_of = ([path], {}) if path.is_file() else _index(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._prefix = ""
         for file in self.files:
@@ -37,7 +42,7 @@ class Weights:
         missing = sorted(set(self._file_of) - set(self.shapes))
         if missing:
             raise UserError(
-                f"{place}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.",
+                f"{path}: the index lists {missing[0]} and {len(missing) - 1} more tensors that are in no file.",
                 "Download the checkpoint again.",
             )
         if any(key.startswith(ALL_IN_ONE) for key in self.shapes):
@@ -46,7 +51,7 @@ class Weights:
                 key.removeprefix(ALL_IN_ONE): shape for key, shape in self.shapes.items() if key.startswith(ALL_IN_ONE)
             }
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, torch.Tensor]]:
+    def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, Tensor]]:
         """Each of the tensors, cast and moved one by one; floating point only is cast."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
@@ -58,18 +63,20 @@ class Weights:
                     yield key, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
     def identity(self) -> str:
-        """Hex digest of all headers and of a sample from the middle of every tensor: found without reading gigabytes, changed by any fine-tune."""
+        """Hex digest of all headers and of a sample from the middle of every tensor.
+
+        Found without reading gigabytes, changed by any fine-tune.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
             with file.open("rb") as f:
                 header = f.read(int.from_bytes(f.read(8), "little"))
                 digest.update(header)
-                for name, facts in sorted(json.loads(header).items()):
-                    if name == "__metadata__":
-                        continue
-                    start, end = facts["data_offsets"]
-                    f.seek(8 + len(header) + max(start, (start + end - SAMPLED_BYTES) // 2))
-                    digest.update(f.read(min(SAMPLED_BYTES, end - start)))
+                for name, entry in sorted(json.loads(header).items()):
+                    if name != "__metadata__":
+                        start, end = entry["data_offsets"]
+                        f.seek(8 + len(header) + max(start, (start + end - SAMPLED_BYTES) // 2))
+                        digest.update(f.read(min(SAMPLED_BYTES, end - start)))
         return digest.hexdigest()
 
 
@@ -122,22 +129,20 @@ def _open(file: Path):
 
 
 def fill(
-    model: torch.nn.Module,
+    model: nn.Module,
     weights: Weights,
     keys: dict[str, str],
     dtype: torch.dtype,
     device: torch.device,
     what: str,
-    extra: dict[str, Callable[[], torch.Tensor]] | None = None,
-    place: Place | None = None,
+    extra: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
 ) -> None:
     """Give a model built on `meta` its weights, one tensor at a time, so that memory peaks at the weights themselves.
 
     keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key.
-    place(module, name, tensor): takes a tensor that is not to be stored as it is, and says so by returning True.
+    Layers of `make_quantizable` get theirs quantised.
     Raises UserError when tensors are missing, left over or of another shape than the config says.
     """
-    extra = extra or {}
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     missing = sorted(set(wanted) - set(keys) - set(extra))
     left_over = sorted(set(keys) - set(wanted))
@@ -148,7 +153,7 @@ def fill(
             if names
         ]
         raise UserError(
-            f"{weights.place}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
+            f"{weights.path}: the tensors of the {what} do not fit its config.json: {' and '.join(details)}.",
             "Take config.json and weights from the same checkpoint.",
         )
     wrong = [
@@ -157,22 +162,20 @@ def fill(
     if wrong:
         name, there, expected = wrong[0]
         raise UserError(
-            f"{weights.place}: {keys[name]} has shape {list(there)}, its config.json asks for {list(expected)} ({len(wrong)} such tensors).",
+            f"{weights.path}: {keys[name]} has shape {list(there)}, its config.json asks for {list(expected)} "
+            f"({len(wrong)} such tensors).",
             "Take config.json and weights from the same checkpoint.",
         )
     name_of = {key: name for name, key in keys.items()}
-    for key, tensor in weights.read(name_of, dtype, torch.device("cpu") if place else device):
-        path, _, leaf = name_of[key].rpartition(".")
-        if place is None or not place(model.get_submodule(path), leaf, tensor):
-            _assign(model, name_of[key], tensor.to(device))
-    for name, make in extra.items():
-        _assign(model, name, make().to(device, dtype))
-
-
-def _assign(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
+    quantizes = any(is_quantized(module) for module in model.modules())
+    read = ((name_of[key], tensor) for key, tensor in weights.read(name_of, dtype, CPU if quantizes else device))
+    made = ((name, make().to(dtype)) for name, make in extra.items())
+    for name, tensor in chain(read, made):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and is_quantized(module):
+            quantize_weight(module, tensor, device)
+        elif leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor.to(device)
