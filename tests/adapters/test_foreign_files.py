@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lycoris import LycorisNetwork, create_lycoris
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from sidestep.tasks.export import export
 from sidestep.tasks.inspect import inspect_adapter
 from tests.adapters.test_adapters import turbo
 from tests.adapters.test_write import base, close, own_weights, trained
+from tests.consumers import OriginalNames, response
 
 # What LyCORIS adds on ACE-Step's decoder beside attention and MLP, in its flat names, with the shape of W2.
 FROZEN = {
@@ -64,6 +66,38 @@ def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, t
     file, expected = official_lokr(tmp_path, kind, frozen=0.0)
     close(own_weights(file), expected)
     assert "8 modules outside the decoder's attention and MLP are left out; nothing is lost" in lost(file)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"algo": "lokr", "factor": 2},
+        {"algo": "lokr", "factor": 2, "decompose_both": True, "linear_dim": 1},
+        {"algo": "lokr", "full_matrix": True},
+        {"algo": "lokr", "factor": 2, "use_scalar": True},
+        {"algo": "lokr", "factor": 2, "rs_lora": True},
+        {"algo": "lokr", "factor": 2, "unbalanced_factorization": True},
+        {"algo": "lokr", "factor": 2, "dora_wd": True},
+        {"algo": "loha"},
+        {"algo": "loha", "rs_lora": True},
+        {"algo": "loha", "use_scalar": True},
+    ],
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_what_lycoris_itself_saves_is_read_as_it_computes(options, tmp_path):
+    model = OriginalNames(turbo())
+    LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": ["Linear"]})
+    network = create_lycoris(model, 1.0, **{"linear_dim": 2, "linear_alpha": 1.0, **options})
+    network.apply_to()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    network.eval()
+    expected = {name: response(model.get_submodule(name)) for name in base()}
+    assert len(network.loras) == len(base())
+    network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
+    close(own_weights(tmp_path / "x.safetensors"), expected)
 
 
 def test_what_an_older_lokr_has_learned_outside_is_said_to_be_lost(tmp_path):

@@ -211,6 +211,7 @@ def test_base_weights_are_read_from_the_file_that_has_them(base, tmp_path):
     [
         (lora(), None),
         (lora(rows=5), r"\[4, 6\] in the base and \[5, 6\] in the adapter"),
+        (lora(rows=3), r"\[4, 6\] in the base and \[3, 6\] in the adapter"),
         (lora(columns=5), r"\[4, 6\] in the base and \[4, 5\] in the adapter"),
         (lora(name="layers.1.self_attn.q_proj"), "no weight for layers.1.self_attn.q_proj"),
         (Adapter("oft", {Q: {"oft_R": torch.zeros(3, 1)}}, {Q: 2}), None),
