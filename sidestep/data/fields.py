@@ -53,6 +53,7 @@ _ALIASES = {
     "lyric": "lyrics",
     "description": "caption",
     "prompt": "caption",
+    "style": "caption",
     "genres": "genre",
 }
 _BY_NAME = {**{name.replace("_", ""): name for name in FIELDS}, **_ALIASES}
@@ -60,12 +61,17 @@ _NOTHING = {"", "n/a", "na", "none", "null", "unknown", "-", "--", "?", "tbd"}
 _NUMBER = re.compile(r"^[~≈]?\s*(\d{1,9}(?:[.,]\d{1,9})?)\s*(?:bpm|beats per minute|s|sec|seconds)?\.?$", re.IGNORECASE)
 _CLOCK = re.compile(r"^(?:(\d{1,3}):)?(\d{1,3}):(\d{2}(?:\.\d{1,6})?)$")
 _KEY = re.compile(r"^([A-Ga-g])\s*(♯|♭|#|b|-?sharp|-?flat)?\s*[-_]?\s*(major|maj|dur|minor|min|moll|m|M)?$")
+_NOTE = re.compile(r"^[A-Ga-g]\s*(♯|♭|#|b|-?sharp|-?flat)?$")
+_MODE = re.compile(r"^(major|maj|dur|minor|min|moll)$", re.IGNORECASE)
 _LRC_TIME = re.compile(r"^\s*\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]")
 _LRC_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
+_LRC_OFFSET = re.compile(r"^\s*\[offset\s*:\s*([+-]?\d{1,7})\s*\]\s*$", re.IGNORECASE)
+_LRC_MARK = re.compile(r"([\[<])(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)([\]>])")
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 _LINE_ENDS = re.compile("\\r\\n?|[\\x85\\u2028\\u2029]")
 _UNPAIRED = re.compile("[\\ud800-\\udfff]")
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
+_ENERGY = re.compile(r"\s*-\s*energy\s*\d+$", re.IGNORECASE)  # Mixed In Key: "8A - Energy 7"
 _CIRCLE_OF_FIFTHS = ("C", "G", "D", "A", "E", "B", "F#", "Db", "Ab", "Eb", "Bb", "F")  # clockwise from C
 _RELATIVE_MINORS = ("A", "E", "B", "F#", "C#", "G#", "D#", "Bb", "F", "C", "G", "D")
 
@@ -210,18 +216,36 @@ def parse_field(name: str, value: Any) -> Any:
     raise KeyError(name)
 
 
+def joined_key(first: Any, second: Any) -> str | None:
+    """The key of which one field has the note and another the mode ("key: A", "scale: minor"), else None."""
+    words = [str(word).strip() for word in (first, second) if word]
+    notes = [word for word in words if _NOTE.match(word)]
+    modes = [word for word in words if _MODE.match(word)]
+    return f"{notes[0]} {modes[0]}" if len(words) == 2 and len(notes) == len(modes) == 1 else None
+
+
 def _lyrics(value: Any) -> str | None:
     if not isinstance(value, str):
         raise FieldError(f"{_quoted(value)} is no text")
     lines = [line.rstrip() for line in value.split("\n")]
     if "[" in value and any(_LRC_TIME.match(line) for line in lines):
+        offset = next((int(match[1]) / 1000 for line in lines if (match := _LRC_OFFSET.match(line))), 0.0)
         lines = [line for line in lines if not _LRC_HEADER.match(line)]
+        if offset:  # in milliseconds; a positive one makes the lines appear sooner
+            lines = [_LRC_MARK.sub(lambda mark: _moved(mark, -offset), line) for line in lines]
     text = "\n".join(lines).strip("\n")
     return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
 
 
+def _moved(mark: re.Match[str], seconds: float) -> str:
+    """A time mark that many seconds later, not before the start."""
+    moved = int(mark[2]) * 60 + float(mark[3].replace(":", ".")) + seconds
+    minutes, hundredths = divmod(max(round(moved * 100), 0), 6000)
+    return f"{mark[1]}{minutes:02}:{hundredths / 100:05.2f}{mark[4]}"
+
+
 def _keyscale(value: Any) -> str:
-    text = str(value).strip()
+    text = _ENERGY.sub("", str(value).strip())
     if match := _CAMELOT.match(text):
         number, letter = int(match[1]), match[2].lower()
         if 1 <= number <= 12:

@@ -1,9 +1,11 @@
 """Lyrics with time marks, as in .lrc files: `[01:23.45] words`."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 TIME_MARK = re.compile(r"[\[<](\d{1,3}):([0-5]?\d)(?:[.:](\d{1,3}))?[\]>][ \t]?")
+_SEVERAL_MARKS = re.compile(r"^[ \t]*(?:\[\d{1,3}:[0-5]?\d(?:[.:]\d{1,3})?\][ \t]*){2}", re.MULTILINE)
 SECTION = re.compile(r"^\s*\[[^\]]*\]\s*$")  # [Verse], [Chorus - whispered]
 LAST_LINE_SECONDS = 10.0  # how long the last line is sung at most
 HEARD = 0.5  # share of a line's time that must lie in a window for the line to belong to it
@@ -20,8 +22,13 @@ class Line:
 
 
 def without_time_marks(lyrics: str) -> str:
-    """The words alone: marks are for cutting lyrics to a window and never occur in what a user types at inference."""
-    return TIME_MARK.sub("", lyrics)
+    """The words alone: marks are for cutting lyrics to a window and never occur in what a user types at inference.
+
+    Where a line has several marks, all lines come in the order they are sung, each as often as it is.
+    """
+    if not _SEVERAL_MARKS.search(lyrics):
+        return TIME_MARK.sub("", lyrics)
+    return _under_sections(timed_lines(lyrics))
 
 
 def has_time_marks(lyrics: str) -> bool:
@@ -59,14 +66,19 @@ def lyrics_between(lyrics: str, start: float, end: float) -> str:
     Empty when nothing is sung there. A line belongs to the window when half of it is heard, or when it fills half of
     the window.
     """
-    kept: list[str] = []
-    section = ""
+    lines = []
     for line in timed_lines(lyrics):
         heard = min(line.end, end) - max(line.start, start)
-        if not line.text or heard <= 0 or heard < HEARD * min(line.end - line.start, end - start):
-            continue
-        if line.section and line.section != section:
-            kept.append(line.section)
-        section = line.section
-        kept.append(line.text)
+        if heard > 0 and heard >= HEARD * min(line.end - line.start, end - start):
+            lines.append(line)
+    return _under_sections(lines)
+
+
+def _under_sections(lines: Iterable[Line]) -> str:
+    kept: list[str] = []
+    section = ""
+    for line in lines:
+        if line.text:
+            kept += [line.section, line.text] if line.section and line.section != section else [line.text]
+            section = line.section
     return "\n".join(kept)

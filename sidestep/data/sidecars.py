@@ -4,8 +4,9 @@ Sources of a song `song.ext`, the best first; they are merged field by field, th
 
 1. `song.ext.json`, `song.json`   an object of fields
 2. `song.ext.txt`, `song.txt`     `key: value` lines, or plain text
-3. `song.ext.caption.txt`, `song.caption.txt`   the caption;
-   `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song.ext.lrc`, `song.lrc`   the lyrics
+3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1);
+   `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner) and
+   `song.ext.lrc`, `song.lrc`   the lyrics
 4. rows of `*.csv`, 5. tags inside the audio file (see `tags`), 6. its name.
 
 `song.txt` speaks for every song of that stem in its folder (song.wav and song.mp3), `song.wav.txt` for song.wav alone.
@@ -21,22 +22,24 @@ A `.txt` file:
 - A line right below `caption:` or `genre:` that is no `word: value` goes on with it. A `word: value` with an unknown
   word is reported and left out.
 - Free text below other fields is lyrics with a section mark in it, else the caption if none was given, else reported.
-- A file that does not begin with a field has none: all of it is lyrics with a section mark in it, else the caption. A
-  colon further down changes nothing.
+- A file that begins with neither a field nor a block of `word: value` lines with a field among them has none: all of it
+  is lyrics with a section mark in it, else the caption. A colon further down changes nothing.
+- Fields may also stand in tags, as ai-toolkit writes them: <CAPTION>…</CAPTION>, <LYRICS>…</LYRICS>, <BPM>72</BPM>.
 
 A section mark is a line that begins with [Verse], [Chorus 2], [Intro: piano] and the like, or with a time such as
 [01:23.45]; two lines that are nothing but words in brackets also count, in any language.
 
 A list is a `.csv` file with one row per song, a File column and any of the fields (BPM, Key, Caption, Genre, Language,
-…), separated by comma, semicolon or tab. It speaks for the songs of its own folder and of the folders below. File names
-a song by its path relative to the list, or by its bare name; the suffix may be left out, the row then speaks for every
-song of that stem. A bare name that stands in several folders is meant for the list's own folder, else it is ambiguous:
-reported, and no song gets the row. Lists nearer to a song come first, then by name; of two rows for one song the first
-counts. A list above 32 MiB is reported and not read.
+…), separated by comma, semicolon, tab or what Excel's first line `sep=;` says. It speaks for the songs of its own
+folder and of the folders below. File names a song by its path relative to the list, or by its bare name; the suffix may
+be left out, the row then speaks for every song of that stem. A bare name that stands in several folders is meant for
+the list's own folder, else it is ambiguous: reported, and no song gets the row. Lists nearer to a song come first, then
+by name; of two rows for one song the first counts. A list above 32 MiB is reported and not read.
 """
 
 import csv
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -46,7 +49,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import FieldError, field_named, parse_field
+from sidestep.data.fields import FieldError, field_named, joined_key, parse_field
 from sidestep.data.text import decode_text
 from sidestep.words import count
 
@@ -60,10 +63,20 @@ _SECTIONS = (
     "|coda|end|pre|post|rap|spoken|fade"
 )
 _SECTION_MARK = re.compile(rf"^\s*[\[［](?:(?:{_SECTIONS})(?![^\W\d])|\d{{1,3}}:\d\d)[^\]］\n]*[\]］]", re.IGNORECASE)
-_SIDECAR_SUFFIX = re.compile(r"(\.caption|\.lyrics)?\.txt$|\.json$|\.lrc$", re.IGNORECASE)
+_SIDECAR_SUFFIX = re.compile(r"((\.caption|\.lyrics|_prompt|_lyrics)?\.txt|\.json|\.lrc|\.lyrics)$", re.IGNORECASE)
 _BRACKETED_LINE = re.compile(r"^\s*[\[［][^\]］\n]{1,60}[\]］]\s*$")
-_SIDECAR_SUFFIXES = (".json", ".txt", ".caption.txt", ".lyrics.txt", ".lrc")  # the best first
-_FILE_COLUMNS = ("file", "filename", "file name", "path", "audio_path", "audio", "song")
+_SIDECAR_SUFFIXES = {  # what a file is, the best first
+    ".json": "json",
+    ".txt": "txt",
+    ".caption.txt": "caption",
+    "_prompt.txt": "caption",
+    ".lyrics.txt": "lyrics",
+    "_lyrics.txt": "lyrics",
+    ".lyrics": "lyrics",
+    ".lrc": "lyrics",
+}
+_TAGGED_FIELD = re.compile(r"<([A-Za-z_]+)>(.*?)</\1>", re.DOTALL)
+_FILE_COLUMNS = ("file", "filename", "file name", "file_name", "path", "audio_path", "audio", "song")
 
 
 @dataclass
@@ -99,7 +112,14 @@ def has_section_mark(text: str) -> bool:
 def parse_txt(text: str, source: str = "text") -> Known:
     """The fields of a `.txt` sidecar, by the rules at the top of this file. Never fails."""
     known = Known(source)
+    tagged = [(tag, value) for tag, value in _TAGGED_FIELD.findall(text) if field_named(tag)]
+    if tagged and text.lstrip().startswith("<"):
+        for tag, value in tagged:
+            known.add(field_named(tag) or "", value.strip("\r\n"), tag)
+        return known
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header = list(itertools.takewhile(_FIELD_LINE.match, lines))
+    is_header = any(_says_something(line) for line in header)
     fields: dict[str, str] = {}
     written_at: dict[str, str] = {}
     goes_on = ""  # the field that the next line may go on with
@@ -114,13 +134,15 @@ def parse_txt(text: str, source: str = "text") -> Known:
             lyrics = "\n".join([value, *lines[i + 1 :]])
             break
         elif name:
-            if not fields.get(name):
+            if name == "keyscale" and (whole := joined_key(fields.get(name), value)):
+                fields[name] = whole
+            elif not fields.get(name):
                 fields[name], written_at[name] = value, f"line {i + 1}, {key}"
             elif value.strip():
                 known.problems.append(f"line {i + 1}: {key} stands here twice; the first counts")
             goes_on = name if name in ("caption", "genre") else ""
         elif (
-            not fields
+            (not fields and not (is_header and i < len(header)))
             or _SECTION_MARK.match(line)
             or (_BRACKETED_LINE.match(line) and has_section_mark("\n".join(lines[i:])))
         ):
@@ -149,6 +171,16 @@ def parse_txt(text: str, source: str = "text") -> Known:
     return known
 
 
+def _says_something(line: str) -> bool:
+    """Whether a line is a field with a value that has a meaning in it."""
+    match = _FIELD_LINE.match(line)
+    name = field_named(match[1]) if match else None
+    try:
+        return bool(match and name and parse_field(name, match[2]) is not None)
+    except FieldError:
+        return False
+
+
 def parse_json(text: str, source: str = "json") -> Known:
     """The fields of a `.json` sidecar. Never fails. Keys of other programs, which are no fields, are passed over."""
     known = Known(source)
@@ -162,7 +194,9 @@ def parse_json(text: str, source: str = "json") -> Known:
     elif not isinstance(data.get("samples"), list):  # that would be a dataset.json beside a song called dataset
         for key, value in data.items():
             name = field_named(key)
-            if name and name not in known.values:
+            if name == "keyscale" and (whole := joined_key(data.get("key"), data.get("scale"))):
+                known.add(name, whole, key)
+            elif name and name not in known.values:
                 known.add(name, value, key)
     return known
 
@@ -176,11 +210,15 @@ class Sidecars:
         for song in songs:
             self._names[song.parent].add(composed(song.name))
             self._stems[song.parent].add(composed(song.stem))
+        self._text_files: list[Path] = []
+        self._read_files: set[Path] = set()
         self._files: dict[Path, dict[str, Path]] = defaultdict(
             dict
         )  # composed name, its suffixes in small letters → file
         for folder in self._names:
             for path in _listed(folder):
+                if path.suffix.lower() in (".txt", ".lrc", ".lyrics"):
+                    self._text_files.append(path)
                 if end := _SIDECAR_SUFFIX.search(path.name):
                     key = composed(path.name[: end.start()]) + end[0].lower()
                     if key not in self._files[folder] or not end[0].isupper():  # the usual spelling wins over .TXT
@@ -193,23 +231,28 @@ class Sidecars:
         if composed(song.stem) not in names:  # a song that is called like our stem has that sidecar for itself
             bases.append(composed(song.stem))
         found = []
-        for suffix in _SIDECAR_SUFFIXES:
+        for suffix, kind in _SIDECAR_SUFFIXES.items():
             for base in bases:
                 owner = base + suffix.removesuffix(".txt")
-                if suffix in (".caption.txt", ".lyrics.txt") and (owner in names or owner in stems):
+                if kind in ("caption", "lyrics") and (owner in names or owner in stems):
                     continue
                 if path := self._files[song.parent].get(base + suffix):
                     text, problem = _read(path, MAX_BYTES, "1 MiB")
                     known = Known(path.name)
-                    if suffix == ".json" and (text or not problem):
+                    if kind == "json" and (text or not problem):
                         known = parse_json(text, path.name)
-                    elif suffix == ".txt":
+                    elif kind == "txt":
                         known = parse_txt(text, path.name)
-                    elif suffix != ".json":
-                        known.add("caption" if suffix == ".caption.txt" else "lyrics", text)
+                    elif kind != "json":
+                        known.add(kind, text)
                     known.problems[:0] = [problem] if problem else []
                     found.append(known)
+                    self._read_files.add(path)
         return found
+
+    def unread(self) -> list[Path]:
+        """The text files beside songs that no song was asked for, once `of` was called for all songs."""
+        return [path for path in self._text_files if path not in self._read_files and path.is_file()]
 
 
 class Tables:
@@ -247,7 +290,10 @@ class Tables:
             yield problem
             if not text:
                 return
-        delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+        first_line, _, rest = text.partition("\n")
+        delimiter = max(",;\t", key=first_line.count)
+        if said := re.fullmatch(r"\s*sep=(.)\s*", first_line, re.IGNORECASE):  # Excel's own, not a row
+            delimiter, text = said[1], rest
         try:
             rows = list(csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter))
         except csv.Error as error:
@@ -262,7 +308,7 @@ class Tables:
         columns = {i: name for i, cell in enumerate(header) if i != file_column and (name := field_named(cell))}
         seen: set[Path] = set()
         unmatched: list[str] = []
-        for number, row in enumerate(rows[1:], 2):
+        for number, row in enumerate(rows[1:], 3 if said else 2):
             written = row[file_column].strip() if file_column < len(row) else ""
             if not written:
                 continue

@@ -53,7 +53,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.settings.config import BuildDatasetConfig
-from sidestep.words import clock, side_step
+from sidestep.words import clock, count, side_step
 
 MODEL_SECONDS = 600  # the longest song the model knows
 ANALYZED = ("bpm", "keyscale", "timesignature")
@@ -178,6 +178,10 @@ def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[P
                 name = relative_path(path, folder)
                 report(_progress("Reading songs", done, len(paths), name, max(now - started, 1e-6)))
                 last = now
+    if unread := sidecars.unread():
+        names = ", ".join(relative_path(path, folder) for path in unread[:3])
+        verb, more = "was" if len(unread) == 1 else "were", ", …" if len(unread) > 3 else ""
+        report(Notice(message=f"{count(len(unread), 'text file')} beside songs {verb} not read: {names}{more}"))
     if not songs:
         first, reason = failed[0]
         raise JobError(

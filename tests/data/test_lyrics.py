@@ -2,6 +2,7 @@
 
 import pytest
 
+from sidestep.data.fields import parse_field
 from sidestep.data.lyrics import has_time_marks, lyrics_between, timed_lines, without_time_marks
 
 SONG = """[Verse 1]
@@ -48,3 +49,21 @@ def test_only_marks_at_the_beginning_of_a_line_time_it():
     assert has_time_marks(SONG)
     assert not has_time_marks("[Verse]\nmeet me at 10:30\n[Chorus]")
     assert without_time_marks("[00:10.00] soft rain") == "soft rain"
+
+
+def test_a_line_with_several_marks_stands_in_the_whole_as_often_as_it_is_sung():
+    lyrics = "[Verse]\n[00:05.00]First\n[Chorus]\n[00:20.00][00:45.00]Again\n[Verse]\n[00:30.00]Second\n[00:30.00]echo"
+    expected = "[Verse]\nFirst\n[Chorus]\nAgain\n[Verse]\nSecond\necho\n[Chorus]\nAgain"
+    assert without_time_marks(lyrics) == expected
+
+
+@pytest.mark.parametrize(
+    ("offset", "moved"),
+    [
+        ("-10000", "[00:15.00]One\n[01:05.00]Two"),
+        ("+2500", "[00:02.50]One\n[00:52.50]Two"),
+        ("9000", "[00:00.00]One\n[00:46.00]Two"),
+    ],
+)
+def test_an_offset_moves_the_marks(offset, moved):
+    assert parse_field("lyrics", f"[offset: {offset}]\n[00:05.00]One\n[00:55.00]Two") == moved

@@ -298,3 +298,40 @@ def test_ten_thousand_sidecars_take_less_than_three_seconds(tmp_path):
 def test_section_marks_are_told_from_other_brackets():
     assert all(has_section_mark(t) for t in ("[Verse]", "[verse 2: softly] la", " [Pre-Chorus]", "[Outro]", "[a]\n[b]"))
     assert not any(has_section_mark(t) for t in ("verse", "[introspective]", "(Verse)", "a [Verse] b", ""))
+
+
+@pytest.mark.parametrize(
+    ("files", "values"),
+    [
+        ({"x_prompt.txt": "techno, 124 BPM", "x_lyrics.txt": "[Verse]\nla"}, ("techno, 124 BPM", "[Verse]\nla")),
+        ({"x.txt": "dark synthwave", "x.lyrics": "[Verse]\nla"}, ("dark synthwave", "[Verse]\nla")),
+        ({"x.txt": "<CAPTION>\nballad\n</CAPTION>\n<LYRICS>\n[Verse]\nla\n</LYRICS>\n"}, ("ballad", "[Verse]\nla")),
+    ],
+    ids=["ACE-Step 1", "SimpleTuner", "ai-toolkit"],
+)
+def test_captions_of_other_programs_arrive_in_their_fields(tmp_path, files, values):
+    put(tmp_path, **files, **{"x.wav": "", "readme.txt": "words"})
+    sidecars = Sidecars([tmp_path / "x.wav"])
+    known = {}
+    for source in sidecars.of(tmp_path / "x.wav"):
+        assert source.problems == []
+        known = source.values | known
+    assert (known["caption"], known["lyrics"]) == values
+    assert sidecars.unread() == [tmp_path / "readme.txt"]
+
+
+def test_a_file_of_tags_gives_numbers_too():
+    assert parse_txt("<BPM>72</BPM>\n<KEYSCALE>Dm</KEYSCALE>").values == {"bpm": 72, "keyscale": "D minor"}
+
+
+@pytest.mark.parametrize("text", ["key: A\nscale: minor", "Scale: minor\nKey: A", '{"key": "A", "scale": "minor"}'])
+def test_note_and_mode_in_two_fields_are_one_key(text):
+    known = parse_json(text) if text.startswith("{") else parse_txt(text)
+    assert (known.values, known.problems) == ({"keyscale": "A minor"}, [])
+
+
+def test_a_header_may_begin_with_words_that_are_no_field():
+    known = parse_txt("Title: Home\nBPM: 120\nStyle: dream pop\n\n[Verse]\nKey: of my heart")
+    assert known.values == {"bpm": 120, "caption": "dream pop", "lyrics": "[Verse]\nKey: of my heart"}
+    assert ["Title" in problem for problem in known.problems] == [True]
+    assert parse_txt("You: and me\nTempo: of the night").values == {"caption": "You: and me Tempo: of the night"}

@@ -180,3 +180,61 @@ def test_every_cut_of_a_tagged_file_is_survived(tmp_path):
     for cut in range(0, 600, 7):
         (tmp_path / "b.flac").write_bytes(data[:cut])
         read_tags(tmp_path / "b.flac")
+
+
+def test_the_first_line_of_excel_names_the_separator(tmp_path):
+    found = tables(tmp_path, ["one.wav"], **{"l.csv": "sep=;\r\nFile;Caption;BPM\r\none.wav;warm, soft;124,5\r\n"})
+    assert values(found, tmp_path / "one.wav") == [{"caption": "warm, soft", "bpm": 125}]
+
+
+def test_an_audiofolder_names_its_files(tmp_path):
+    found = tables(tmp_path, ["one.wav"], **{"metadata.csv": "file_name,caption\n./one.wav,warm\n"})
+    assert values(found, tmp_path / "one.wav") == [{"caption": "warm"}]
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        ([("TXXX", "INITIALKEY", "Am"), ("TXXX", "BPM", "121")], {"keyscale": "A minor", "bpm": 121}),
+        ([("TKEY", "", "o")], {}),
+        ([("TKEY", "", "8A - Energy 7")], {"keyscale": "A minor"}),
+        (
+            [("TLAN", "", "spa"), ("USLT", "eng", "Line"), ("USLT", "spa", "Linea")],
+            {"language": "es", "lyrics": "Linea"},
+        ),
+        (
+            [("TLAN", "", "eng"), ("USLT", "eng", "Line"), ("USLT", "spa", "Linea")],
+            {"language": "en", "lyrics": "Line"},
+        ),
+    ],
+)
+def test_tags_as_programs_for_djs_and_singers_write_them(tmp_path, frames, expected):
+    tags = mutagen.id3.ID3()
+    for kind, name, text in frames:
+        frame = getattr(mutagen.id3, kind)
+        if kind == "TXXX":
+            tags.add(frame(encoding=3, desc=name, text=[text]))
+        elif kind == "USLT":
+            tags.add(frame(encoding=3, lang=name, desc="", text=text))
+        else:
+            tags.add(frame(encoding=3, text=[text]))
+    write_sndfile(tmp_path / "a.mp3", tone(), 48_000, format="MP3")
+    tags.save(tmp_path / "a.mp3")
+    assert read_tags(tmp_path / "a.mp3").values == expected
+
+
+def test_timed_lyrics_of_a_tag_become_time_marks(tmp_path):
+    write_sndfile(tmp_path / "a.mp3", tone(), 48_000, format="MP3")
+    tags = mutagen.id3.ID3()
+    tags.add(mutagen.id3.SYLT(encoding=3, lang="eng", format=2, type=1, desc="", text=[("One", 1000), ("Two", 65_500)]))
+    tags.save(tmp_path / "a.mp3")
+    assert read_tags(tmp_path / "a.mp3").values == {"lyrics": "[00:01.00]One\n[01:05.50]Two"}
+
+
+def test_a_tag_of_more_than_a_mebibyte_reaches_no_prompt(tmp_path):
+    write_sndfile(tmp_path / "a.mp3", tone(), 48_000, format="MP3")
+    tags = mutagen.id3.ID3()
+    tags.add(mutagen.id3.USLT(encoding=3, lang="eng", desc="", text="a" * 1_100_000))
+    tags.save(tmp_path / "a.mp3")
+    read = read_tags(tmp_path / "a.mp3")
+    assert (read.values, read.problems) == ({}, ["lyrics: is larger than 1 MiB and was not read"])
