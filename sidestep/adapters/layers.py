@@ -156,7 +156,7 @@ class KroneckerLinear(lokr.Linear):
         """Whether this adapter has magnitudes."""
         return adapter_name in getattr(self, "lokr_magnitude_vector", ())
 
-    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:  # noqa: ARG002 (peft's)
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:  # noqa: ARG002
         """ΔW [out, in] in the adapter's dtype; with magnitudes, of the base as it is now (unmerged)."""
         delta = torch.kron(*self.factors(adapter_name)) * self.scaling[adapter_name]
         if not self.decomposes(adapter_name):
