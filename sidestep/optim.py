@@ -79,11 +79,14 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
 def make_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
     """The schedule of `--scheduler-type` over `total_steps` optimizer steps, at its beginning."""
     name = SCHEDULER_NAMES.get(config.scheduler_type, config.scheduler_type)
-    specific = {"num_cycles": RESTARTS} if config.scheduler_type == "cosine_restarts" else {}
+    of_its_own = {
+        "cosine_restarts": {"num_cycles": RESTARTS},
+        "warmup_stable_decay": {"num_decay_steps": total_steps // 5},  # Hu et al. 2024, arXiv 2404.06395: 10 to 20 %
+    }
     return get_scheduler(
         name,
         optimizer,
         num_warmup_steps=warmup_steps(config, total_steps),
         num_training_steps=total_steps,
-        scheduler_specific_kwargs=specific,
+        scheduler_specific_kwargs=of_its_own.get(config.scheduler_type, {}),
     )

@@ -11,7 +11,7 @@ from sidestep.words import side_step
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
 OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
-SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup")
+SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup", "warmup_stable_decay")
 NORMALIZATIONS = ("none", "peak", "lufs")
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 
