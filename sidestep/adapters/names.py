@@ -115,7 +115,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
 
 
 def parse_outside_key(key: str) -> tuple[str, str] | None:
-    """(module, factor) of a tensor for a module of ACE-Step outside what our adapters sit on; None for another model's."""
+    """(module, factor) of a tensor for a module of ACE-Step that our adapters cannot sit on; or None."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
