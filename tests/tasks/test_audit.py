@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,20 +19,19 @@ from immich_memories_music import tracks_dir
 from sidestep.audio.io import SAMPLE_RATE, AudioInfo, decode
 from sidestep.errors import UserError
 from sidestep.events import Progress, Saved, Table
+from sidestep.pages import templates
+from sidestep.pages.charts import bars, histogram, waveform
 from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.audit import (
     CACHE,
     audit,
-    bars,
     find,
     guess,
-    histogram,
     measure,
     measure_audio,
     same_recording,
     token_counter,
     url,
-    waveform,
 )
 from sidestep.tasks.build_dataset import build_dataset
 from tests.song_library import make_library, tone, write_ffmpeg, write_sndfile
@@ -192,19 +192,25 @@ def test_nothing_to_find_in_nothing():
     assert find([]) == []
 
 
+def drawn(chart: dict) -> str:
+    """A bar chart as SVG."""
+    return vars(templates.get_template("charts.j2").module)["bars"](chart)
+
+
 @pytest.mark.parametrize(
     "values", [[3.0], [3.0, 3.0], [0.0], [-14.2, -13.9, -40.0], [0.1, 600.0, 12_000.0], list(np.linspace(1, 2, 500))]
 )
 def test_a_histogram_shows_every_value_once(values):
-    svg = histogram(values, "s", "Title <&>")
+    svg = drawn(histogram(values, "s", "Title <&>"))
     assert sum(int(n) for n in re.findall(r"<title>[^<]*: (\d+)</title>", svg)) == len(values)
     assert "Title &lt;&amp;&gt;" in svg
     assert "nan" not in svg
 
 
 def test_bars_and_waveforms_stay_inside_their_frame():
-    assert bars({"<b>": 3}, "u", "t").count("<rect") == 1
-    assert "<b>" not in bars({"<b>": 3}, "u", "t")
+    svg = drawn(bars({"<b>": 3}, "u", "t"))
+    assert svg.count("<rect") == 1
+    assert "<b>" not in svg
     assert all(0 <= float(y) <= 40 for y in re.findall(r",([\d.]+)", waveform([0.0, 0.5, 1.0])))
     assert waveform([]) == ""
 
@@ -252,6 +258,21 @@ def test_the_page_has_a_player_for_every_song_that_can_be_read(tmp_path):
     assert str(tmp_path) not in result.page.read_text(encoding="utf-8")
 
 
+def test_no_name_or_caption_can_break_out_of_the_page(tmp_path):
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    name = "<script>alert(1)<&'b.wav" if sys.platform != "win32" else "&'b.wav"
+    write_sndfile(tmp_path / name, music(), 48_000)
+    words = f"caption: {hostile}\nkey: {hostile}\nlyrics: [Verse]\\n{hostile}"
+    (tmp_path / name).with_suffix(".txt").write_text(words, encoding="utf-8")
+    text = audited(tmp_path)[1].page.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert page.players == [url(tmp_path / name, tmp_path)]
+    assert text.count("<script") == 1
+    assert "<img" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
 PROBE = """<script>
 const problems = [], told = console.error;
 addEventListener('error', e => problems.push(String(e.message)));
@@ -269,12 +290,15 @@ addEventListener('load', async () => {
     player.pause();
   }
   const size = e => e.getBoundingClientRect();
-  const plots = [...document.querySelectorAll('.plot')].map(p => [size(p).width > 100 && size(p).height > 50, [...p.querySelectorAll('.bar')].some(b => size(b).height > 20)]);
+  const hasBars = p => [...p.querySelectorAll('.bar')].some(b => size(b).height > 20);
+  const plots = [...document.querySelectorAll('.plot')];
+  const drawn = plots.map(p => [size(p).width > 100 && size(p).height > 50, hasBars(p)]);
   const search = document.querySelector('.search');
   search.value = 'good'; search.dispatchEvent(new Event('input'));
   const shown = [...document.querySelectorAll('.song')].filter(s => size(s).height > 0).length;
   const fits = document.documentElement.scrollWidth <= innerWidth;
-  fetch('http://127.0.0.1:PORT/', {method: 'POST', mode: 'no-cors', body: JSON.stringify({played, plots, shown, fits, problems})});
+  const answer = JSON.stringify({played, plots: drawn, shown, fits, problems});
+  fetch('http://127.0.0.1:PORT/', {method: 'POST', mode: 'no-cors', body: answer});
 });
 </script></head>"""
 
@@ -339,6 +363,7 @@ def test_in_a_browser_plots_are_drawn_players_play_and_nothing_is_logged(tmp_pat
         server.shutdown()
     assert sorted(answer["played"]) == ["b %231 ü.flac", "c.ogg", "d.mp3", "good.wav"]
     assert all(11 < seconds < 13 for seconds in answer["played"].values()), answer
-    assert len(answer["plots"]) >= 6 and all(drawn == [True, True] for drawn in answer["plots"]), answer
+    assert len(answer["plots"]) >= 6, answer
+    assert all(plot == [True, True] for plot in answer["plots"]), answer
     assert (answer["shown"], answer["fits"], answer["problems"]) == (1, True, [])
     assert "CONSOLE" not in (tmp_path / "log").read_text(encoding="utf-8", errors="replace")

@@ -1,7 +1,6 @@
 """Batches of music through the frozen model, their gradients sketched apart for four quarters of the data.
 
-From sketches to ranks: the spectra of all modules, the budget spent on them, and whether two halves of the data agree on it.
-The rounds of a measurement: until two halves of the songs agree on the ranks, the batches are spent or someone stops it.
+Rounds go on until the ranks that two halves of the songs would get agree, the batches are spent, or someone stops it.
 """
 
 import json
@@ -29,15 +28,10 @@ FP16_LOSS_SCALE = 4096.0  # keeps small gradients out of fp16's subnormal number
 
 
 def deal(songs: Sequence[Song]) -> list[list[Song]]:
-    """Four groups without a song in common. Fewer than four songs are cut in time first, so that every group has music."""
-    pieces = list(songs)
-    cuts = -(-QUARTERS // len(pieces)) if len(pieces) < QUARTERS else 1
-    if cuts > 1:
-        pieces = [piece for part in range(cuts) for piece in (_part(song, part, cuts) for song in songs)]
-    groups: list[list[Song]] = [[] for _ in range(QUARTERS)]
-    for i, piece in enumerate(pieces):
-        groups[i % QUARTERS].append(piece)
-    return groups
+    """Four groups without a song in common; fewer than four songs are cut in time first, so that each has music."""
+    parts = -(-QUARTERS // len(songs))
+    pieces = [_part(song, part, parts) for part in range(parts) for song in songs] if parts > 1 else list(songs)
+    return [pieces[quarter::QUARTERS] for quarter in range(QUARTERS)]
 
 
 def _part(song: Song, part: int, parts: int) -> Song:
@@ -46,17 +40,14 @@ def _part(song: Song, part: int, parts: int) -> Song:
     name = f"{song.name}#{part}"
     if song.windows is not None:  # it is heard through windows: each part has its own
         starts = song.windows.starts
-        places = slice(
-            part * len(starts) // parts, max((part + 1) * len(starts) // parts, part * len(starts) // parts + 1)
-        )
-        return replace(
-            song, name=name, windows=replace(song.windows, starts=starts[places], which=song.windows.which[places])
-        )
+        first, end = part * len(starts) // parts, (part + 1) * len(starts) // parts
+        own = slice(first, max(end, first + 1))
+        windows = replace(song.windows, starts=starts[own], which=song.windows.which[own])
+        return replace(song, name=name, windows=windows)
     length = song.frames // parts
-    moments = slice(part * length, (part + 1) * length)
-    return replace(
-        song, name=name, latents=song.latents[moments], hints=None if song.hints is None else song.hints[moments]
-    )
+    own = slice(part * length, (part + 1) * length)
+    hints = None if song.hints is None else song.hints[own]
+    return replace(song, name=name, latents=song.latents[own], hints=hints)
 
 
 def stream(songs: Sequence[Song], seed: int, batch_size: int) -> Iterator[MicroBatch]:
@@ -70,12 +61,12 @@ def stream(songs: Sequence[Song], seed: int, batch_size: int) -> Iterator[MicroB
 
 def measure_round(batches: Iterator[MicroBatch]) -> list[MicroBatch]:
     """The next micro-batches that together hold at least SAMPLES samples, with slots counted through."""
-    chosen, slot = [], 0
+    found, slot = [], 0
     while slot < SAMPLES:
         batch = next(batches)
-        chosen.append(replace(batch, slots=tuple(range(slot, slot + len(batch.items)))))
+        found.append(replace(batch, slots=tuple(range(slot, slot + len(batch.items)))))
         slot += len(batch.items)
-    return chosen
+    return found
 
 
 def samples_in(micro_batches: Sequence[MicroBatch]) -> int:
@@ -101,7 +92,7 @@ class Sums:
         return sum(self.states[q] for q in quarters) / max(1, sum(self.samples[q] for q in quarters))
 
     def add(self, taken: Sequence[torch.Tensor | None], plan: Sequence[Sequence[MicroBatch]]) -> None:
-        """A whole round: the sketch of each quarter, None for one that was not finite, and the micro-batches that made it."""
+        """A whole round: each quarter's sketch (None where it was not finite) and its micro-batches."""
         for number, (state, micro_batches) in enumerate(zip(taken, plan, strict=True)):
             if state is not None:
                 self.states[number] += state
@@ -111,32 +102,30 @@ class Sums:
 
     def save(self, path: Path, key: str) -> None:
         """Write the sums whole or not at all. key: what they belong to."""
-        facts = {"key": key, "samples": self.samples, "rounds": self.rounds, "batches": self.batches}
+        belongs = {"key": key, "samples": self.samples, "rounds": self.rounds, "batches": self.batches}
+        states = {str(q): state for q, state in enumerate(self.states)}
         with replacing(path) as temporary:
-            save_file(
-                {str(q): state for q, state in enumerate(self.states)}, temporary, metadata={"sums": json.dumps(facts)}
-            )
+            save_file(states, temporary, metadata={"sums": json.dumps(belongs)})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Sums | None":
         """Sums of before, or None when there are none or they belong to something else."""
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["sums"])
-                if facts["key"] != key:
+                saved = json.loads((file.metadata() or {})["sums"])
+                if saved["key"] != key:
                     return None
-                return cls(
-                    [file.get_tensor(str(q)) for q in range(QUARTERS)],
-                    facts["samples"],
-                    facts["rounds"],
-                    facts["batches"],
-                )
+                states = [file.get_tensor(str(q)) for q in range(QUARTERS)]
+                return cls(states, saved["samples"], saved["rounds"], saved["batches"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
 
 class Measurement:
-    """Runs rounds. A round measures SAMPLES samples of each quarter; the host waits for the device once per quarter, never per module."""
+    """Runs rounds. A round measures SAMPLES samples of each quarter.
+
+    The host waits for the device once per quarter, never per module.
+    """
 
     def __init__(
         self,
@@ -165,16 +154,18 @@ class Measurement:
         return [measure_round(batches) for batches in self.streams]
 
     def take(self) -> torch.Tensor | None:
-        """What the sketch holds, fp32 on the CPU, and an empty sketch; None when it is not finite. Waits for the device."""
+        """What the sketch holds, fp32 on the CPU, or None when it is not finite; empties it. Waits for the device."""
         taken = self.sketch.take()
         return taken.div_(self.loss_scale) if bool(torch.isfinite(taken).all()) else None
 
     def step(self, number: int, micro_batch: MicroBatch, samples: int) -> None:
-        """One forward and backward pass; the gradient of the summed per-sample losses goes into the sketch. samples: of this quarter in this round."""
+        """One forward and backward pass; the gradient of the summed per-sample losses goes into the sketch.
+
+        samples: of this quarter in this round.
+        """
         batch = collate(self.groups[number], micro_batch, pin=self.device.type == "cuda").to(self.device)
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):  # as in training
+        # as in training
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             weighted, _, _ = self.objective(self.model, batch, self.sums.rounds * QUARTERS + number, samples)
         (weighted.sum() * self.loss_scale).backward()
 
@@ -208,7 +199,7 @@ def ranks_from(
     budget: int,
     config: EstimateConfig,
 ) -> dict[str, int]:
-    """The budget spent on the modules whose gradient the other half of the data confirms at all; the others get rank 0."""
+    """The budget spent on the modules whose gradient the other half of the data confirms at all; others get rank 0."""
     values = {
         name: found.values(min(config.rank_max, caps[name])) for name, found in spectra.items() if found.score > 0
     }
@@ -258,16 +249,18 @@ def run_rounds(
     key: str,
     report: Report,
 ) -> Ranking:
-    """Rounds until both halves agree or the batches are spent. Looks at 2, 3, 4, 6, 9, … rounds, and keeps what is measured at each look.
+    """Rounds until both halves agree or the batches are spent.
+
+    They are compared after 2, 3, 4, 6, 9, … rounds, and what was measured is kept each time.
 
     Raises Interrupted after a save when asked to stop, JobError when there are no finite gradients.
     """
     sums, auto = measurement.sums, config.batches == "auto"
     limit = MOST_BATCHES if auto else int(config.batches)
     meter = Meter(sums.batches, limit, report)
-    decision, decided_at, bad, next_look = None, -1, 0, 2
-    while next_look <= sums.rounds:
-        next_look = _later(next_look)
+    ranking, decided_at, bad, next_check = None, -1, 0, 2
+    while next_check <= sums.rounds:
+        next_check = _later(next_check)
     with StopRequest(lambda text: report(Notice(message=text))) as stop, watch(measurement.model, measurement.sketch):
         while sums.batches < limit:
             finite = one_round(measurement, meter, stop, report)
@@ -277,42 +270,37 @@ def run_rounds(
             bad = 0 if finite else bad + 1
             if bad == BAD_ROUNDS:
                 raise JobError(f"{BAD_ROUNDS} rounds in a row had no finite gradient.", "Try --precision fp32.")
-            if sums.rounds == next_look and all(sums.samples):
-                next_look = _later(next_look)
-                decision, decided_at = decide(layout, sums, budget, config), sums.rounds
-                meter.agreement = decision.agreement
-                report(
-                    Notice(
-                        message=f"{sums.batches} batches: the rank maps of two halves of the songs agree to {decision.agreement:.3f} (Spearman)"
-                    )
-                )
-                if auto and decision.converged:
+            if sums.rounds == next_check and all(sums.samples):
+                next_check = _later(next_check)
+                ranking, decided_at = decide(layout, sums, budget, config), sums.rounds
+                meter.agreement = ranking.agreement
+                text = f"the rank maps of two halves of the songs agree to {ranking.agreement:.3f} (Spearman)"
+                report(Notice(message=f"{sums.batches} batches: {text}"))
+                if auto and ranking.converged:
                     break
                 sums.save(partial, key)
     if not all(sums.samples):
         raise JobError("A part of the songs gave no finite gradient at all.", "Try --precision fp32.")
-    if decision is None or decided_at != sums.rounds:
-        decision = decide(layout, sums, budget, config)
-    words, level = (
-        ("converged", "info")
-        if decision.converged
-        else ("not converged: more songs or more --batches would make it surer", "warning")
-    )
-    report(
-        Notice(
-            message=f"Agreement of two halves after {sums.batches} batches: {decision.agreement:.3f} (Spearman), {words}",
-            level=level,
-        )
-    )
-    return decision
+    if ranking is None or decided_at != sums.rounds:
+        ranking = decide(layout, sums, budget, config)
+    text = f"Agreement of two halves after {sums.batches} batches: {ranking.agreement:.3f} (Spearman), "
+    if ranking.converged:
+        report(Notice(message=text + "converged"))
+    else:
+        text += "not converged: more songs or more --batches would make it surer"
+        report(Notice(message=text, level="warning"))
+    return ranking
 
 
-def _later(look: int) -> int:
-    return max(look + 1, look * 3 // 2)
+def _later(rounds: int) -> int:
+    return max(rounds + 1, rounds * 3 // 2)
 
 
 def one_round(measurement: Measurement, meter: "Meter", stop: StopRequest, report: Report) -> int | None:
-    """Measure one round; how many quarters of it were finite, or None when asked to stop: what was not whole is dropped."""
+    """Measure one round; how many quarters of it were finite.
+
+    None when asked to stop: what was not whole is dropped.
+    """
     plan, taken = measurement.batches_of_round(), []
     for number, micro_batches in enumerate(plan):
         for micro_batch in micro_batches:
@@ -323,11 +311,8 @@ def one_round(measurement: Measurement, meter: "Meter", stop: StopRequest, repor
         taken.append(measurement.take())
         if taken[-1] is None:
             names = ", ".join(measurement.songs_of(number, micro_batches))
-            report(
-                Notice(
-                    message=f"A gradient was not finite and was left out; one of these songs: {names}", level="warning"
-                )
-            )
+            text = f"A gradient was not finite and was left out; one of these songs: {names}"
+            report(Notice(message=text, level="warning"))
     measurement.sums.add(taken, plan)
     return sum(state is not None for state in taken)
 

@@ -1,7 +1,12 @@
-"""`estimate`: from a folder of training tensors to a rank map."""
+"""`estimate`: from a folder of training tensors to a rank map.
+
+Told as it runs: set up the loss of training on a frozen decoder, measure, spend the budget; then rank_map.json, the
+directions that --init gradient starts from, and the map for people: tables for the terminal and the page.
+"""
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -15,14 +20,14 @@ from sidestep.adapters.attach import target_names
 from sidestep.adapters.rank_map import RankMap
 from sidestep.data.records import fingerprint
 from sidestep.errors import UserError
-from sidestep.events import Decision, Finished, Notice, Report, Saved
-from sidestep.files import replacing
-from sidestep.flow_matching.timesteps import Law
+from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
+from sidestep.files import replacing, write_text
+from sidestep.pages import render
+from sidestep.pages.charts import budget_curve, by_layer, spectra
 from sidestep.settings.config import EstimateConfig, TrainConfig
 from sidestep.settings.option import as_json_values
 from sidestep.tasks.estimate.allocate import uniform_budget
 from sidestep.tasks.estimate.measure import QUARTERS, Measurement, Ranking, Sums, captured, ranks_from, run_rounds
-from sidestep.tasks.estimate.page import heat_map, top_modules, write_page
 from sidestep.tasks.estimate.sketch import Layout, linear_shapes
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw, training_law
 from sidestep.tasks.train.processes import Processes
@@ -30,17 +35,22 @@ from sidestep.tasks.train.setup import check_memory_options, open_accelerator
 from sidestep.tasks.train.songs import load_songs, with_windows
 from sidestep.words import side_step
 
-MEMORY_LEVERS = (
-    "gradient_checkpointing",
-    "recompute_layers",
-    "offload_activations",
-    "swap_blocks",
-)  # change memory and time, not the numbers
+# Change memory and time, not the numbers.
+MEMORY_OPTIONS = ("gradient_checkpointing", "recompute_layers", "offload_activations", "swap_blocks")
 STEPS_OF_LAW = 8192  # resolution at which --focus cuts the law of the timesteps
+TURBO_WARNING = (
+    "This is a turbo checkpoint. It was distilled to eight steps, so part of its gradient undoes the distillation "
+    "instead of learning the music, and ranks measured on it are less certain than on base or sft. A map holds only "
+    "for the variant it was measured on."
+)
+SHADES = " ░▒▓█"  # of the map in the terminal
 
 
 def estimate(config: EstimateConfig, report: Report) -> RankMap:
-    """Measure, allocate and write `rank_map.json`, `rank_map.safetensors` and `estimate.html`. Raises UserError, JobError and Interrupted."""
+    """Measure, allocate and write `rank_map.json`, `rank_map.safetensors` and `estimate.html`.
+
+    Raises UserError, JobError and Interrupted.
+    """
     output = config.output or config.dataset_dir / maps.FILE_NAME
     if output.exists() and not config.overwrite:
         raise UserError(
@@ -85,13 +95,13 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     if done.rounds:
         report(Notice(message=f"Going on from {done.batches} batches that were measured before"))
     measurement = Measurement(decoder, objective, layout, songs, config.seed, config.batch_size, done)
-    decision = run_rounds(measurement, layout, budget, config, partial, key, report)
+    ranking = run_rounds(measurement, layout, budget, config, partial, key, report)
 
-    result = as_map(config, checkpoint, data, count, layout, budget, decision, measurement.sums)
+    result = as_map(config, checkpoint, data, count, layout, budget, ranking, measurement.sums)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output.with_suffix(".safetensors")) as temporary:
         save_file(directions(layout, measurement.sums, result), temporary)
-    write_page(output.with_name("estimate.html"), result)
+    write_text(output.with_name("estimate.html"), page(result))
     maps.write(output, result)  # last: a map is there only when all that belongs to it is
     partial.unlink(missing_ok=True)
     announce(config, output, result, report)
@@ -101,7 +111,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
 def load_frozen(
     training: TrainConfig, checkpoint: Checkpoint, device: torch.device, precision: torch.dtype, report: Report
 ):
-    """(frozen decoder under training's memory levers, the mask that its cross attention reads)."""
+    """(frozen decoder under training's memory options, the mask that its cross attention reads)."""
     quantised = "" if training.base_precision == "auto" else training.base_precision
     decoder = checkpoint.load_decoder(torch.device("cpu") if training.swap_blocks else device, precision, quantised)
     mask = ConditionMask()
@@ -113,12 +123,6 @@ def load_frozen(
     if training.swap_blocks:
         BlockSwap(decoder, training.swap_blocks, device)
     return decoder, mask
-
-
-TURBO_WARNING = (
-    "This is a turbo checkpoint. It was distilled to eight steps, so part of its gradient undoes the distillation instead of learning the music, "
-    "and ranks measured on it are less certain than on base or sft. A map holds only for the variant it was measured on."
-)
 
 
 def as_training(config: EstimateConfig) -> TrainConfig:
@@ -143,7 +147,7 @@ def as_training(config: EstimateConfig) -> TrainConfig:
 
 
 def attention_budget(decoder: torch.nn.Module, config: EstimateConfig) -> int:
-    """Parameters of a uniform adapter of `--rank` on all attention projections, with or without the MLP among the candidates."""
+    """Parameters of a uniform adapter of `--rank` on all attention, whether or not the MLP may get ranks."""
     names = [name for name in target_names(decoder, as_training(config)) if "_attn." in name]
     shapes = linear_shapes(decoder, names)
     return uniform_budget({n: sum(s) for n, s in shapes.items()}, {n: min(s) for n, s in shapes.items()}, config.rank)
@@ -166,10 +170,8 @@ def focused(law: TrainingLaw, config: EstimateConfig) -> TrainingLaw:
     def draw(u: torch.Tensor) -> torch.Tensor:
         return law.draw(inside[(u * len(inside)).long().clamp(0, len(inside) - 1)])
 
-    limited: Law = draw
-    return TrainingLaw(
-        f"{law.name}, t from {low:g} to {high:g}", limited, law.cfg_ratio, f"{law.reason}; --focus {config.focus}"
-    )
+    name, reason = f"{law.name}, t from {low:g} to {high:g}", f"{law.reason}; --focus {config.focus}"
+    return TrainingLaw(name, draw, law.cfg_ratio, reason)
 
 
 def resume_key(config: EstimateConfig, checkpoint: Checkpoint, data: str) -> str:
@@ -185,7 +187,7 @@ def resume_key(config: EstimateConfig, checkpoint: Checkpoint, data: str) -> str
         "rank_max",
         "checkpoint_dir",
         "dataset_dir",
-        *MEMORY_LEVERS,
+        *MEMORY_OPTIONS,
     }
     settings = {name: value for name, value in as_json_values(config).items() if name not in ignored}
     return hashlib.blake2b(
@@ -200,24 +202,24 @@ def as_map(
     songs: int,
     layout: Layout,
     budget: int,
-    decision: Ranking,
+    ranking: Ranking,
     sums: Sums,
 ) -> RankMap:
-    """The rank map of a decision."""
+    """The rank map of a ranking."""
     costs = {name: slot.out_features + slot.in_features for name, slot in layout.slots.items()}
     caps = {name: slot.columns for name, slot in layout.slots.items()}
     curve = []
     for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
-        ranks = ranks_from(decision.spectra, costs, caps, int(budget * share), config)
-        curve.append((sum(r * costs[n] for n, r in ranks.items()), round(captured(decision.spectra, ranks), 6)))
+        ranks = ranks_from(ranking.spectra, costs, caps, int(budget * share), config)
+        curve.append((sum(r * costs[n] for n, r in ranks.items()), round(captured(ranking.spectra, ranks), 6)))
     modules = {
         name: maps.Module(
             shape=(slot.out_features, slot.in_features),
-            rank=decision.ranks[name],
-            score=decision.spectra[name].score,
-            confidence=round(decision.spectra[name].agreement, 6),
-            spectrum=tuple(decision.spectra[name].energy),
-            confirmed=tuple(decision.spectra[name].confirmed),
+            rank=ranking.ranks[name],
+            score=ranking.spectra[name].score,
+            confidence=round(ranking.spectra[name].agreement, 6),
+            spectrum=tuple(ranking.spectra[name].energy),
+            confirmed=tuple(ranking.spectra[name].confirmed),
         )
         for name, slot in layout.slots.items()
     }
@@ -231,17 +233,17 @@ def as_map(
         data={"fingerprint": data, "songs": songs},
         settings=settings,
         budget=budget,
-        spent=sum(rank * costs[name] for name, rank in decision.ranks.items()),
+        spent=sum(rank * costs[name] for name, rank in ranking.ranks.items()),
         batches=sums.batches,
-        converged=decision.converged,
-        agreement=round(decision.agreement, 6),
+        converged=ranking.converged,
+        agreement=round(ranking.agreement, 6),
         modules=modules,
         curve=tuple(curve),
     )
 
 
 def directions(layout: Layout, sums: Sums, result: RankMap) -> dict[str, torch.Tensor]:
-    """Top right singular vectors of each adapted module's mean gradient, fp16 [at most rank, in]: what --init gradient starts from."""
+    """Top right singular vectors of each adapted module's mean gradient, fp16 [at most rank, in]."""
     mean = sums.mean(*range(QUARTERS))
     return {
         name: layout.decompose(mean, name)[2].T[:rank].to(torch.float16).contiguous()
@@ -255,18 +257,82 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
     report(heat_map(result))
     for path in (output, output.with_suffix(".safetensors"), output.with_name("estimate.html")):
         report(Saved(what="rank map", path=str(path)))
-    if result.excluded:
-        report(
-            Notice(
-                message=f"{len(result.excluded)} modules get no adapter: {', '.join(result.excluded[:6])}{' …' if len(result.excluded) > 6 else ''}"
-            )
-        )
-    command = [
-        "fixed",
-        "--checkpoint-dir",
-        str(config.checkpoint_dir),
-        "--model-variant",
-        config.model_variant,
-    ]
+    left_out = result.excluded
+    if left_out:
+        names = ", ".join(left_out[:6]) + (" …" if len(left_out) > 6 else "")
+        report(Notice(message=f"{len(left_out)} modules get no adapter: {names}"))
+    command = ["fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
     command += ["--dataset-dir", str(config.dataset_dir), "--rank", str(config.rank), "--output-dir"]
     report(Finished(message=result.summary(), next_commands=(side_step(*command) + " …",)))
+
+
+def top_modules(result: RankMap, count: int = 12) -> Table:
+    """The modules with the most confirmed energy per parameter of one rank."""
+    ordered = sorted(result.modules.items(), key=lambda item: item[1].score / item[1].cost, reverse=True)[:count]
+    best = max(m.score / m.cost for _, m in ordered) or 1.0
+    return Table(
+        title="Modules that respond most to this music",
+        columns=("module", "rank", "score", "confidence"),
+        rows=tuple(
+            (name, str(m.rank), f"{100 * m.score / m.cost / best:.0f}", f"{m.confidence:.2f}") for name, m in ordered
+        ),
+    )
+
+
+def heat_map(result: RankMap) -> Table:
+    """Ranks of all modules, shaded by rank; a dot has no adapter."""
+    most = max(module.rank for module in result.modules.values())
+    cells = {
+        name: f"{SHADES[min(len(SHADES) - 1, m.rank * len(SHADES) // (most + 1))]}{m.rank}" if m.rank else "·"
+        for name, m in result.modules.items()
+    }
+    columns, rows = by_layer(cells)
+    body = tuple((str(layer), *(cell or "" for cell in row)) for layer, row in rows)
+    return Table(title="Rank of each projection, by layer", columns=("layer", *columns), rows=body)
+
+
+def page(result: RankMap) -> str:
+    """estimate.html: the map as a page without scripts."""
+    modules = result.modules
+    most = max(m.rank for m in modules.values()) or 1
+    scores = {name: m.score / m.cost for name, m in modules.items()}
+    best = max(scores.values()) or 1.0
+    columns, ranks = by_layer(
+        {name: {"name": name, "label": m.rank or "–", "share": m.rank / most} for name, m in modules.items()}
+    )
+    shades = {  # 1 for the best, 0 for a ten-thousandth of it and less
+        name: max(0.0, 1 + math.log10(score / best) / 4) if score > 0 else 0.0 for name, score in scores.items()
+    }
+    strongest = {}
+    labels, by_column = by_layer({name: name for name in modules})
+    for label, *names in zip(labels, *(row for _, row in by_column), strict=True):
+        name = max((name for name in names if name), key=lambda name: modules[name].score)
+        strongest[label] = (name, modules[name].spectrum, modules[name].confirmed)
+    return render(
+        "rank_map.html.j2",
+        summary=result.summary(),
+        properties=[
+            ("model", result.model["variant"]),
+            ("songs", result.data["songs"]),
+            ("batches", result.batches),
+            ("focus", result.settings["focus"]),
+            ("budget", f"{result.spent:,} of {result.budget:,} parameters"),
+            (
+                "agreement of two halves",
+                f"{result.agreement:.3f}, {'converged' if result.converged else 'not converged'}",
+            ),
+            ("left out", len(result.excluded)),
+            ("seed", result.settings["seed"]),
+        ],
+        columns=columns,
+        ranks=ranks,
+        scores=by_layer(
+            {
+                name: {"name": name, "label": f"{100 * score / best:.3g}", "share": shades[name]}
+                for name, score in scores.items()
+            }
+        )[1],
+        spectra=spectra(strongest),
+        curve=budget_curve(result.curve, result.spent),
+        created=result.created,
+    )

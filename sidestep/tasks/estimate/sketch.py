@@ -1,27 +1,32 @@
 """The gradient of many frozen Linears at once, as a small random sketch that is filled during the backward pass.
 
-A Linear with input x [N, in] and output gradient δ [N, out] has the gradient G = δᵀx [out, in]. It never exists here. Two products with fixed random
-matrices are accumulated instead, GΩ and GᵀΨ, which are linear in G: sums over batches, halves and machines are sums of sketches. One pass over both gives
-the leading singular triplets (Tropp, Yurtsever, Udell, Cevher: Practical sketching algorithms for low-rank matrix approximation, 2017, section 4).
+A Linear with input x [N, in] and output gradient δ [N, out] has the gradient G = δᵀx [out, in]. It never exists here.
+Two products with fixed random matrices are accumulated instead, GΩ and GᵀΨ, which are linear in G: sums over batches,
+halves and machines are sums of sketches. One pass over both gives the leading singular triplets (Tropp, Yurtsever,
+Udell, Cevher: Practical sketching algorithms for low-rank matrix approximation, 2017, section 4).
 
-What each rank of a module is worth: gradient energy that holds on songs it was not measured on.
+From the sketches of two halves of the songs comes a module's spectrum: what each of its ranks is worth, in gradient
+energy that holds on songs it was not measured on.
 """
 
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from sidestep.tasks.estimate.allocate import never_rising
 
+FAINT = 1e-3  # weight of plain energy beside energy that was confirmed: it only orders what nothing else orders
+
 
 @dataclass(frozen=True)
 class Slot:
     """Where a module's sketch lies in the flat state, and its form.
 
-    Rows are the longer side of G, columns the shorter. Exact slots hold G itself, which for small modules is not larger than a sketch.
+    Rows are the longer side of G, columns the shorter. Exact slots hold G itself, where it is no larger than a sketch.
     """
 
     name: str
@@ -47,9 +52,10 @@ class Slot:
 
 
 class Layout:
-    """Plan of the flat state of all modules, and the random test matrices. The same modules, width and seed give the same plan.
+    """Plan of the flat state of all modules, and the random test matrices.
 
-    width: columns k of the range sketch; the co-range sketch has 2k + 1, which balances both errors.
+    The same modules, width and seed give the same plan. width: columns k of the range sketch; the co-range sketch has
+    2k + 1, which balances both errors.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], width: int, seed: int):
@@ -77,7 +83,10 @@ class Layout:
         return state[slot.corange_at : slot.end].view(slot.columns, -1)
 
     def decompose(self, state: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Leading singular triplets of a module's gradient: (U [out, k], values [k], V [in, k]), fp64 on the CPU. state: flat, fp32 or fp64."""
+        """Leading singular triplets of a module's gradient: (U [out, k], values [k], V [in, k]), fp64 on the CPU.
+
+        state: flat, fp32 or fp64.
+        """
         slot = self.slots[name]
         seen = self.range_view(state, slot).double().cpu()
         if slot.exact:
@@ -86,12 +95,12 @@ class Layout:
             basis = torch.linalg.qr(seen).Q
             mixed = self.psi[slot.rows].double().T @ basis  # [l, k]
             mixed_gradient = self.corange_view(state, slot).double().cpu().T  # Ψᵀ·G, [l, columns]
-            core = torch.linalg.lstsq(
-                mixed, mixed_gradient
-            ).solution  # basisᵀ·G, [k, columns], plus noise from what lies outside the basis
+            # basisᵀ·G, [k, columns], plus noise from what lies outside the basis
+            core = torch.linalg.lstsq(mixed, mixed_gradient).solution
             turn, values, right = torch.linalg.svd(core, full_matrices=False)
             left = basis @ turn
-            # That noise lifts every σ² by ‖outside‖² / (l − k − 1) (mean of an inverse Wishart matrix), and the residual tells ‖outside‖²·(l − k).
+            # That noise lifts every σ² by ‖outside‖² / (l − k − 1), the mean of an inverse Wishart matrix, and the
+            # residual tells ‖outside‖²·(l − k).
             spare = self.corange_width - self.width
             lift = (mixed_gradient - mixed @ core).square().sum() / (spare * (spare - 1))
             values = (values.square() - lift).clamp_min(0).sqrt()
@@ -99,9 +108,10 @@ class Layout:
 
 
 class Sketch:
-    """The state on the device, filled by `watch`. One tensor for all modules; nothing in it makes the host wait for the device.
+    """The state on the device, filled by `watch`: one tensor for all modules, in which nothing makes the host wait.
 
-    dtype: that of the state. bf16 halves its memory; its rounding noise is white, far below the leading singular values while few batches are summed.
+    dtype: that of the state. bf16 halves its memory; its rounding noise is white, far below the leading singular values
+    while few batches are summed.
     """
 
     def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -129,7 +139,10 @@ class Sketch:
             _accumulate(co_seen, columns, rows @ self._test("psi", slot.rows, rows.dtype))
 
     def take(self) -> torch.Tensor:
-        """The state as an fp32 CPU tensor; the sketch is empty afterwards. Waits for the device, so call it once in many batches."""
+        """The state as an fp32 CPU tensor; the sketch is empty afterwards.
+
+        Waits for the device, so call it once in many batches.
+        """
         taken = self.state.to("cpu", copy=True).float()
         self.state.zero_()
         return taken
@@ -158,21 +171,20 @@ def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 class _Tap(torch.autograd.Function):
     """The identity on a Linear's output; its backward hands (input, output gradient) to the sketch.
 
-    The input is saved through autograd, so recomputation drops and rebuilds it like any other activation. `anchor` is a parameter of nothing: it makes the
-    output differentiable where no input is (the first layer, keys and values of the cross attention), so all modules of a frozen model see a gradient.
+    The input is saved through autograd, so recomputation drops and rebuilds it like any other activation. `anchor` is a
+    parameter of nothing: it makes the output differentiable where no input is (the first layer, keys and values of the
+    cross attention), so all modules of a frozen model see a gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx, output: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, sketch: Sketch, name: str
-    ) -> torch.Tensor:
+    def forward(ctx, output: torch.Tensor, x: torch.Tensor, _anchor: torch.Tensor, sketch: Sketch, name: str):
         ctx.save_for_backward(x)
         ctx.sketch, ctx.name = sketch, name
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, delta: torch.Tensor):
-        (x,) = ctx.saved_tensors
+    def backward(ctx, *deltas: torch.Tensor):
+        (delta,), (x,) = deltas, ctx.saved_tensors
         ctx.sketch.add(ctx.name, x, delta)
         return delta, None, None, None, None
 
@@ -184,9 +196,10 @@ def watch(model: nn.Module, sketch: Sketch):
     modules = dict(model.named_modules())
 
     def tap(name: str):
-        return lambda module, inputs, output: (
-            _Tap.apply(output, inputs[0], anchor, sketch, name) if torch.is_grad_enabled() else output
-        )
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor):
+            return _Tap.apply(output, inputs[0], anchor, sketch, name) if torch.is_grad_enabled() else output
+
+        return hook
 
     handles = [modules[name].register_forward_hook(tap(name)) for name in sketch.layout.slots]
     try:
@@ -198,11 +211,8 @@ def watch(model: nn.Module, sketch: Sketch):
 
 def linear_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(out, in) features of the named Linears; quantised ones state theirs the same way."""
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {name: (modules[name].out_features, modules[name].in_features) for name in names}
-
-
-FAINT = 1e-3  # weight of plain energy beside energy that was confirmed: it only orders what nothing else orders
 
 
 @dataclass(frozen=True)
@@ -220,8 +230,7 @@ class Spectrum:
 
     def values(self, length: int) -> list[float]:
         """Worth of the ranks 1 … length. Past the sketch's width the decay of the last measured half goes on."""
-        measured = [c + FAINT * e for c, e in zip(self.confirmed, self.energy, strict=True)]
-        measured = never_rising(measured)
+        measured = never_rising([c + FAINT * e for c, e in zip(self.confirmed, self.energy, strict=True)])
         if len(measured) >= length:
             return measured[:length]
         half = len(measured) // 2
@@ -231,10 +240,10 @@ class Spectrum:
 
 
 def spectrum(layout: Layout, name: str, first: torch.Tensor, second: torch.Tensor) -> Spectrum:
-    """Spectrum of a module from the mean sketches of two halves of the data (flat states, each divided by its number of samples).
+    """Spectrum of a module from the mean sketches of two halves of the data: flat states over their numbers of samples.
 
-    A step along the i-th singular direction of one half lowers the other half's loss by σᵢ·uᵢᵀG′vᵢ to first order. The mean of both ways round is the
-    confirmed energy: unbiased, where σ² alone counts noise as signal.
+    A step along the i-th singular direction of one half lowers the other half's loss by σᵢ·uᵢᵀG′vᵢ to first order. The
+    mean of both ways round is the confirmed energy: unbiased, where σ² alone counts noise as signal.
     """
     (u, s, v), (u2, s2, v2) = layout.decompose(first, name), layout.decompose(second, name)
     overlap = (u.T @ u2), (v.T @ v2)

@@ -1,14 +1,12 @@
-"""What the report page shows, as plain values: taken from the run in memory and from the previews on disk.
+"""The report of a run: report.html with its curves, previews, ranks and settings, and their like for TensorBoard.
 
-The page itself: facts in, one HTML text out. Style and script stand beside this file and are put inside, so that the page needs nothing else.
-Writes the page, and to TensorBoard what belongs beside its curves, after each epoch.
+Plain values are taken from the run in memory and from the previews on disk; the template in sidestep/pages shows them.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,10 +15,11 @@ import numpy as np
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sidestep import __version__
-from sidestep.adapters.names import in_model_order, parts, to_original
+from sidestep.adapters.names import in_model_order, to_original
 from sidestep.events import Notice
 from sidestep.files import write_text
+from sidestep.pages import render
+from sidestep.pages.charts import by_layer
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import changed_from_defaults, options_of
 from sidestep.tasks.train.previews import BASE, FOLDER
@@ -28,9 +27,10 @@ from sidestep.tasks.train.run import Point, Run
 from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
+KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}
 
 
-def facts_of(run: Run, finished: bool) -> dict[str, Any]:
+def page_values(run: Run, finished: bool) -> dict[str, Any]:
     """Everything on the page."""
     config, history, position = run.config, run.history, run.position
     songs = [*run.songs, *run.held_out]
@@ -77,7 +77,10 @@ def number_or_none(value: float) -> float | None:
 
 
 def curve(points: Sequence[Point]) -> list[list[float | None]]:
-    """[step, loss, lr, gradient norm, memory in bytes] of each logged step, or means of neighbours where there are very many."""
+    """[step, loss, lr, gradient norm, memory in bytes] of each logged step.
+
+    Where there are very many, means of neighbours (of the memory the highest).
+    """
     size = max(1, -(-len(points) // MOST_POINTS))
     rows = []
     for first in range(0, len(points), size):
@@ -110,24 +113,11 @@ def ranks_of(model: PeftModel) -> dict[str, int]:
     return {name: found[name] for name in in_model_order(found)}
 
 
-def rank_rows(ranks: dict[str, int]) -> tuple[list[str], list[tuple[int, list[int | None]]]]:
-    """(column names, (layer, rank in each column) of each layer); None where a module has no adapter."""
-    columns = list(dict.fromkeys(sorted((parts(name)[1:] for name in ranks), key=_column)))
-    layers = sorted({parts(name)[0] for name in ranks})
-    where = {parts(name): rank for name, rank in ranks.items()}
-    return [" ".join(column) for column in columns], [
-        (layer, [where.get((layer, *column)) for column in columns]) for layer in layers
-    ]
-
-
-def _column(column: tuple[str, str]) -> int:
-    part, projection = column
-    order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return ("self_attn", "cross_attn", "mlp").index(part) * 10 + order.index(projection)
-
-
 def previews_in(run_folder: Path) -> list[dict[str, Any]]:
-    """Each prompt of a run's previews with what can be heard of it: the base's take and the adapter's, by optimizer step. Paths are URLs."""
+    """Each prompt of a run's previews with the URLs of what can be heard of it.
+
+    One take is the base's, the others are the adapter's by optimizer step.
+    """
     prompts: dict[str, dict[str, Any]] = {}
     for path in sorted((run_folder / FOLDER).glob("*/*.json")):
         try:
@@ -173,222 +163,57 @@ def as_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-HERE = Path(__file__).resolve().parents[2] / "pages"
-KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}
+def page(values: Mapping[str, Any]) -> str:
+    """The whole page of `page_values`."""
+    points, losses, best, validation = (values[name] for name in ("points", "epoch_losses", "best", "validation"))
+    memory = max((point[4] for point in points if point[4] is not None), default=None)
+    first_loss = f"{_loss(losses[0][1])} in the first" if len(losses) > 1 else ""
+    figures = [("Loss of the last epoch", _loss(losses[-1][1] if losses else None), first_loss)]
+    if best:
+        figures.append(("Best", _loss(best["loss"]), f"{best['by']}, epoch {best['epoch']}"))
+    if validation:
+        figures.append(("Validation", _loss(validation[-1][1]), f"{_loss(validation[0][1])} at first"))
+    if points:
+        first_rate = f"{points[0][2]:.2g} at first" if len(points) > 1 else ""
+        figures.append(("Learning rate", f"{points[-1][2]:.2g}", first_rate))
+    figures.append(("Peak memory", gib(memory) or "not counted", values["device"]))
+    ranks = values["ranks"]
+    cells = {name: {"name": name, "label": r, "share": (r / max(ranks.values())) ** 0.5} for name, r in ranks.items()}
+    rank_columns, rank_rows = by_layer(cells)
+    own = {
+        "kind": KINDS.get(values["adapter"], values["adapter"]),
+        "song_count": count(values["songs"], "song"),
+        "figures": figures,
+        "previews": [_preview(entry) for entry in values["previews"]],
+        "peak_memory": memory,
+        "rank_columns": rank_columns,
+        "rank_rows": rank_rows,
+    }
+    return render("report.html.j2", **{**values, **own})
 
 
-def page(facts: Mapping[str, Any]) -> str:
-    """The whole page. Everything that comes from outside is escaped, as text and inside the script's data."""
-    style, script = (HERE / name for name in ("page.css", "page.js"))
-    sections = (
-        _header(facts),
-        _figures(facts),
-        _previews(facts["previews"]),
-        _curves(facts),
-        _timesteps(facts),
-        _ranks(facts["ranks"]),
-        _settings(facts["settings"]),
-        _command(facts["command"]),
-        f"<footer>Side-Step {escape(__version__)} · written {escape(facts['written'])}</footer>",
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(facts['title'])} · Side-Step</title>\n<style>\n{style.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + f'\n</main>\n<script type="application/json" id="facts">{as_script_data(facts)}</script>\n'
-        f"<script>\n{script.read_text(encoding='utf-8')}</script>\n</body>\n</html>\n"
-    )
-
-
-def as_script_data(facts: Mapping[str, Any]) -> str:
-    """What the script draws, as JSON that cannot end its script element whatever it holds."""
-    drawn = {name: facts[name] for name in ("points", "epoch_losses", "validation", "bins", "total_steps")}
-    text = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def number(value: float | None) -> str:
-    """A loss as it is read: 0.7312."""
+def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _header(facts: Mapping[str, Any]) -> str:
-    share = 100 * facts["step"] / max(1, facts["total_steps"])
-    state = "finished" if facts["finished"] else "running"
-    what = f"{KINDS.get(facts['adapter'], facts['adapter'])} adapter of {facts['parameters']:,} parameters on {facts['model']}"
-    data = f"{count(facts['songs'], 'song')}, {facts['minutes']:.1f} minutes"
-    held_out = f", {facts['held_out']} of them held out" if facts["held_out"] else ""
-    return (
-        f'<header>\n<p class="state {state}">{state}</p>\n<h1>{escape(facts["title"])}</h1>\n<p class="lead">{escape(what)}<br>{escape(data + held_out)}</p>\n'
-        f'<div class="progress" role="progressbar" aria-label="Training progress" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100">'
-        f'<i style="width:{share:.2f}%"></i></div>\n'
-        f'<p class="quiet">step {facts["step"]:,} of {facts["total_steps"]:,} · epoch {facts["epoch"]} of {facts["total_epochs"]}</p>\n</header>'
-    )
-
-
-def _figures(facts: Mapping[str, Any]) -> str:
-    points, losses, best = facts["points"], facts["epoch_losses"], facts["best"]
-    memory = max((p[4] for p in points if p[4] is not None), default=None)
-    figures = [
-        (
-            "Loss of the last epoch",
-            number(losses[-1][1] if losses else None),
-            f"{number(losses[0][1])} in the first" if len(losses) > 1 else "",
-        )
-    ]
-    if best:
-        figures.append(("Best", number(best["loss"]), f"{best['by']}, epoch {best['epoch']}"))
-    if facts["validation"]:
-        figures.append(
-            ("Validation", number(facts["validation"][-1][1]), f"{number(facts['validation'][0][1])} at first")
-        )
-    if points:
-        figures.append(
-            ("Learning rate", f"{points[-1][2]:.2g}", f"{points[0][2]:.2g} at first" if len(points) > 1 else "")
-        )
-    figures.append(("Peak memory", gib(memory) or "not counted", facts["device"]))
-    tiles = "\n".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
-        for name, value, note in figures
-    )
-    return f'<dl class="figures">\n{tiles}\n</dl>'
-
-
-def _previews(previews: Sequence[Mapping[str, Any]]) -> str:
-    if not previews:
-        return ""
-    return (
-        '<section id="listen">\n<h2>Listen</h2>\n' + "\n".join(_preview(entry) for entry in previews) + "\n</section>"
-    )
-
-
-def _preview(entry: Mapping[str, Any]) -> str:
-    prompt, takes = entry["prompt"], entry["takes"]
-    caption, lyrics = str(prompt.get("caption", "")), str(prompt.get("lyrics", ""))
-    known = [
-        ("", prompt.get("bpm"), " bpm"),
-        ("", prompt.get("keyscale"), ""),
-        ("", prompt.get("timesignature"), " beats to the bar"),
-    ]
-    known += [("", _plain(prompt.get("duration")), " s"), ("seed ", prompt.get("seed"), "")]
-    facts = " · ".join(f"{before}{value}{after}" for before, value, after in known if value not in (None, ""))
-    players = []
-    if entry["base"]:
-        players.append(f"<figure><figcaption>Without the adapter</figcaption>{_audio(entry['base'])}</figure>")
-    if takes:
-        last = len(takes) - 1
-        options = "".join(
-            f'<option value="{escape(take["src"])}"{" selected" if i == last else ""}>{escape(take["label"])}</option>'
-            for i, take in enumerate(takes)
-        )
-        players.append(
-            f'<figure><figcaption><label>With the adapter, <select class="take" autocomplete="off">{options}</select></label></figcaption>'
-            f"{_audio(takes[-1]['src'])}</figure>"
-        )
-    switch = '<button type="button" class="switch">Switch while playing</button>' if len(players) == 2 else ""
-    words = (
-        f"<details><summary>Lyrics</summary><pre>{escape(lyrics)}</pre></details>"
-        if lyrics.strip() not in ("", "[Instrumental]")
-        else ""
-    )
-    return (
-        f'<article class="preview">\n<h3>{escape(caption)}</h3>\n<p class="quiet">{escape(facts)}</p>\n<div class="players">{"".join(players)}</div>\n'
-        f"{switch}{words}\n</article>"
-    )
-
-
-def _plain(value: Any) -> Any:
-    return f"{value:g}" if isinstance(value, float) else value
-
-
-def _audio(url: str) -> str:
-    return f'<audio controls preload="metadata" src="{escape(url)}"></audio>'
-
-
-def _curves(facts: Mapping[str, Any]) -> str:
-    if not facts["points"]:
-        return '<section><h2>Loss</h2>\n<p class="quiet">No step has been logged yet.</p></section>'
-    memory = any(p[4] is not None for p in facts["points"])
-    small = [("lr", "Learning rate"), ("grad", "Gradient norm"), *([("memory", "Peak memory, GiB")] if memory else [])]
-    figures = "\n".join(
-        f'<figure><figcaption>{name}</figcaption><div class="chart" id="chart-{key}"></div></figure>'
-        for key, name in small
-    )
-    return (
-        '<section>\n<h2>Loss</h2>\n<div class="tools">\n'
-        '<label><input type="checkbox" id="log" autocomplete="off"> logarithmic</label>\n'
-        '<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0.8" autocomplete="off"></label>\n</div>\n'
-        '<div class="chart tall" id="chart-loss"></div>\n'
-        '<p class="quiet">The training loss jumps because every step draws other songs, noise and timesteps. '
-        "Judge by its smoothed line, or by validation, whose songs, noise and timesteps are always the same.</p>\n"
-        f'<div class="row">\n{figures}\n</div>\n</section>'
-    )
-
-
-def _timesteps(facts: Mapping[str, Any]) -> str:
-    if not any(b["samples"] for b in facts["bins"]):
-        return ""
-    dropout = (
-        f"condition dropped in {100 * facts['cfg_dropout']:g} % of samples"
-        if facts["cfg_dropout"]
-        else "no condition dropout"
-    )
-    return (
-        "<section>\n<h2>Timesteps</h2>\n"
-        f'<p class="quiet">{escape(facts["timesteps"])}; {escape(dropout)}: {escape(facts["law"])}. t = 1 is pure noise, small t the finest detail.</p>\n'
-        '<div class="row">\n'
-        '<figure><figcaption>Mean loss by timestep</figcaption><div class="chart" id="chart-binloss"></div></figure>\n'
-        '<figure><figcaption>Samples by timestep</figcaption><div class="chart" id="chart-bincount"></div></figure>\n</div>\n</section>'
-    )
-
-
-def _ranks(ranks: Mapping[str, int]) -> str:
-    if not ranks:
-        return ""
-    values = sorted(set(ranks.values()))
-    if len(values) == 1:
-        return f"<section>\n<h2>Ranks</h2>\n<p>Rank {values[0]} in each of {len(ranks)} modules.</p>\n</section>"
-    columns, rows = rank_rows(dict(ranks))
-    head = "".join(
-        f'<th scope="col"><span>{escape(column.replace("_proj", "").replace("_attn", ""))}</span></th>'
-        for column in columns
-    )
-    body = "\n".join(
-        f'<tr><th scope="row">{layer}</th>' + "".join(_rank_cell(rank, values[-1]) for rank in cells) + "</tr>"
-        for layer, cells in rows
-    )
-    return (
-        f"<section>\n<h2>Ranks</h2>\n<p>{len(ranks)} modules, ranks {values[0]} to {values[-1]}. One row per layer; the stronger the colour the higher, empty has no adapter.</p>\n"
-        f'<div class="scroll"><table class="ranks"><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n</section>'
-    )
-
-
-def _rank_cell(rank: int | None, highest: int) -> str:
-    if rank is None:
-        return "<td></td>"
-    share = (rank / highest) ** 0.5
-    return f'<td class="{"strong" if share > 0.6 else "weak"}" style="--share:{100 * share:.0f}%">{rank}</td>'
-
-
-def _settings(settings: Sequence[Mapping[str, str]]) -> str:
-    rows = "\n".join(
-        f"<tr><th scope='row'><code>{escape(s['flag'])}</code><small>{escape(s['help'])}</small></th><td>{escape(s['value'])}</td>"
-        f"<td class='quiet'>{escape(s['default'])}</td></tr>"
-        for s in settings
-    )
-    return (
-        '<section>\n<h2>Settings that are not the default</h2>\n<div class="scroll"><table class="settings">'
-        f"<thead><tr><th>setting</th><th>this run</th><th>default</th></tr></thead><tbody>\n{rows}\n</tbody></table></div>\n</section>"
-    )
-
-
-def _command(command: str) -> str:
-    return (
-        f'<section>\n<h2>The same run again</h2>\n<div class="command"><pre id="command">{escape(command)}</pre>'
-        '<button type="button" id="copy" hidden>Copy</button></div>\n</section>'
-    )
+def _preview(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt as the page shows it: caption, details in one line, lyrics if there are any, and its takes."""
+    prompt = entry["prompt"]
+    duration, lyrics = prompt.get("duration"), str(prompt.get("lyrics", ""))
+    details = {
+        "{} bpm": prompt.get("bpm"),
+        "{}": prompt.get("keyscale"),
+        "{} beats to the bar": prompt.get("timesignature"),
+        "{} s": f"{duration:g}" if isinstance(duration, float) else duration,
+        "seed {}": prompt.get("seed"),
+    }
+    return {
+        "caption": str(prompt.get("caption", "")),
+        "details": " · ".join(form.format(value) for form, value in details.items() if value not in (None, "")),
+        "lyrics": "" if lyrics.strip() in ("", "[Instrumental]") else lyrics,
+        "base": entry["base"],
+        "takes": entry["takes"],
+    }
 
 
 NAME = "report.html"
@@ -398,7 +223,7 @@ def write_report(run: Run, finished: bool = False) -> None:
     """Write the page of a run anew, whole or not at all."""
     path = run.config.output_dir / NAME
     try:
-        write_text(path, page(facts_of(run, finished)))
+        write_text(path, page(page_values(run, finished)))
     except OSError as error:  # a browser or a scanner may hold it; the next epoch tries again
         run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
 

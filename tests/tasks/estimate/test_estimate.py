@@ -1,4 +1,4 @@
-"""`estimate` whole, on the tiny checkpoints: a map that is exact, repeatable, resumable, and leaves out what it says it leaves out."""
+"""`estimate` whole, on the tiny checkpoints: a map that is exact, repeatable and resumable."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ from sidestep.tasks.estimate import estimate
 from sidestep.tasks.estimate.allocate import rank_correlation
 from sidestep.tasks.estimate.measure import QUARTERS, Sums, deal, stream
 from sidestep.tasks.estimate.measure import measure_round as one_round
-from sidestep.tasks.estimate.run import TURBO_WARNING, focused
+from sidestep.tasks.estimate.run import TURBO_WARNING, focused, page
 from sidestep.tasks.train.objective import TrainingLaw
 
 
@@ -108,6 +108,31 @@ def test_the_map_on_disk_is_the_map_that_was_returned(measured):
     assert not list(config.output.parent.glob("*partial*"))
 
 
+def test_nothing_in_a_map_can_break_out_of_its_page(measured):
+    hostile = "</script><script>alert(1)</script>\"'&"
+    result = measured[1]
+    text = page(
+        replace(
+            result,
+            model={**result.model, "variant": hostile},
+            settings={**result.settings, "focus": hostile, "seed": hostile},
+            created=hostile,
+        )
+    )
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)") == 6  # each in its own place, and three of them in the summary
+
+
+def test_a_map_in_which_nothing_was_measured_has_a_page_too(measured):
+    blank = {
+        name: replace(module, rank=1, score=0.0, spectrum=(0.0,), confirmed=(0.0,))
+        for name, module in measured[1].modules.items()
+    }
+    text = page(replace(measured[1], modules=blank, curve=()))
+    assert "Nothing was measured." in text
+    assert "nan" not in text
+
+
 def test_excluded_modules_have_no_adapter(measured, checkpoints, tensors, tmp_path):
     _, result, _ = measured
     assert result.excluded
@@ -165,13 +190,13 @@ def test_another_seed_gives_another_measurement(config, measured):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "lever",
+    "option",
     [{"gradient_checkpointing": False}, {"recompute_layers": 1}, {"swap_blocks": 2}, {"offload_activations": True}],
 )
-def test_memory_levers_give_the_same_map(config, tmp_path, lever):
+def test_memory_options_give_the_same_map(config, tmp_path, option):
     first, second = (
         estimate(replace(config, output=tmp_path / f"{i}.json", **changes), null)
-        for i, changes in enumerate(({}, lever))
+        for i, changes in enumerate(({}, option))
     )
     assert first.rank_pattern == second.rank_pattern
 

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sidestep.audio.io import write_flac
 from sidestep.events import Event, Notice, Saved
+from sidestep.pages.charts import by_layer
 from sidestep.tasks.train import loop, train
-from sidestep.tasks.train.report import MOST_POINTS, as_script_data, curve, page, previews_in, rank_rows, write_report
+from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, write_report
 from sidestep.tasks.train.run import Point
 from tests.tasks.train.test_previews import config, tensors
 
@@ -27,7 +28,7 @@ __all__ = ["tensors"]  # the fixture
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>\"'&amp;\u2028"
 
 
-def facts(**changes) -> dict:
+def values(**changes) -> dict:
     known = {
         "title": "night drive",
         "finished": True,
@@ -111,7 +112,7 @@ def test_a_run_leaves_a_page_with_its_curves_previews_settings_and_command(run):
     ):
         assert words in text, words
     assert f"--output-dir '{folder}'" in unescape(text)
-    drawn = json.loads(text.split('id="facts">')[1].split("</script>")[0])
+    drawn = json.loads(text.split('id="values">')[1].split("</script>")[0])
     assert [p[0] for p in drawn["points"]] == [1, 2]
     assert [v[0] for v in drawn["validation"]] == [1, 2]
     assert sum(b["samples"] for b in drawn["bins"]) == 2
@@ -155,13 +156,13 @@ def test_tensorboard_gets_the_timestep_histogram_and_the_ranks(run):
 
 
 def test_nothing_is_loaded_but_the_previews_themselves():
-    found = outline(page(facts(previews=[preview()])))
+    found = outline(page(values(previews=[preview()])))
     assert sorted(found.loads) == ["previews/base/01.flac", "previews/epoch_0002/01.flac"]
     assert not {"link", "img", "iframe", "object"} & set(found.tags)
 
 
 def test_no_name_or_text_can_break_out_of_the_page():
-    hostile = facts(
+    hostile = values(
         title=HOSTILE,
         model=HOSTILE,
         law=HOSTILE,
@@ -177,10 +178,14 @@ def test_no_name_or_text_can_break_out_of_the_page():
     found = outline(page(hostile))
     assert found.tags.count("script") == 2
     assert "img" not in found.tags
-    text = as_script_data(facts(points=[[1, 1.0, 1.0, 1.0, None]]) | {"validation": [HOSTILE]})
+    text = page(values(validation=[[1, 0.5, HOSTILE]])).split('id="values">')[1].split("</script>")[0]
     assert "<" not in text
     assert "&" not in text
-    assert json.loads(text)["validation"] == [HOSTILE]
+    assert json.loads(text)["validation"] == [[1, 0.5, HOSTILE]]
+
+
+def test_half_a_surrogate_pair_in_a_name_becomes_a_question_mark():
+    assert "a?b" in page(values(title="a\udc80b", previews=[preview("c\ud800d")]))
 
 
 EMPTY = {
@@ -197,7 +202,7 @@ EMPTY = {
 
 
 def test_a_run_without_anything_yet_has_a_page_too():
-    assert "No step has been logged yet." in page(facts(**EMPTY))
+    assert "No step has been logged yet." in page(values(**EMPTY))
 
 
 def test_long_curves_are_averaged_and_numbers_that_are_none_left_out():
@@ -212,9 +217,10 @@ def test_long_curves_are_averaged_and_numbers_that_are_none_left_out():
 
 
 def test_ranks_stand_in_rows_by_layer_and_columns_by_module():
-    columns, rows = rank_rows(facts()["ranks"])
-    assert columns == ["self_attn q_proj", "mlp up_proj"]
+    columns, rows = by_layer(values()["ranks"])
+    assert columns == ["self q", "mlp up"]
     assert rows == [(0, [8, 64]), (1, [32, None])]
+    assert by_layer({"layers.2.cross_attn.to_out.0": 1}) == (["cross o"], [(2, [1])])
 
 
 def test_previews_are_found_with_urls_that_hold_for_any_name(tmp_path):
@@ -250,7 +256,8 @@ const wait = ms => new Promise(done => setTimeout(done, ms));
   fetch('http://127.0.0.1:%d/', {method: 'POST', mode: 'no-cors', body: JSON.stringify(found)});
 })();
 </script>"""
-FRAME = '<!doctype html><meta charset="utf-8"><body style="margin:0"><iframe src="asked.html" style="width:%dpx;height:2400px;border:0"></iframe>'
+FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0">
+<iframe src="asked.html" style="width:%dpx;height:2400px;border:0"></iframe>"""
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -266,7 +273,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def in_browser(folder: Path, text: str, question: str, width: int = 1000) -> dict:
-    """What `question` (JavaScript that fills `found`) sees of the page, opened from disk in a frame `width` pixels wide."""
+    """What `question` (JavaScript that fills `found`) sees of the page, opened from disk in a frame of that width."""
     with HTTPServer(("127.0.0.1", 0), Answers) as server:
         server.answers = queue.Queue()
         Thread(target=server.serve_forever, daemon=True).start()
@@ -316,7 +323,7 @@ class TestInABrowser:
           picture.dispatchEvent(new PointerEvent('pointerleave'));
           found.gone = document.querySelector('#chart-loss .tip').hidden;
         """
-        found = in_browser(tmp_path, page(facts()), question)
+        found = in_browser(tmp_path, page(values()), question)
         assert found["drawn"] == [True] * 6
         assert found["log"]
         assert found["gone"]
@@ -352,7 +359,7 @@ class TestInABrowser:
     def test_the_page_fits_a_phone_and_a_desk_and_runs_no_foreign_script(self, tmp_path, width):
         long = "--" + "very-long-" * 30
         settings = [{"flag": long, "value": long, "default": long, "help": HOSTILE}]
-        hostile = facts(title=HOSTILE + long, previews=[preview(HOSTILE)], settings=settings, command=long)
+        hostile = values(title=HOSTILE + long, previews=[preview(HOSTILE)], settings=settings, command=long)
         question = """
           await wait(200);
           found.spare = innerWidth - document.documentElement.scrollWidth;
@@ -363,7 +370,7 @@ class TestInABrowser:
         assert found["title"] == HOSTILE + long
 
     def test_an_empty_page_and_one_with_a_single_step_work_too(self, tmp_path):
-        one = facts(points=[[1, 0.5, 1e-4, 0.0, None]], validation=[], epoch_losses=[[1, 0.5]])
-        for place, shown in enumerate((facts(**EMPTY), one)):
+        one = values(points=[[1, 0.5, 1e-4, 0.0, None]], validation=[], epoch_losses=[[1, 0.5]])
+        for place, shown in enumerate((values(**EMPTY), one)):
             (tmp_path / str(place)).mkdir()
             in_browser(tmp_path / str(place), page(shown), "found.ok = true;")

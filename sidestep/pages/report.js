@@ -1,7 +1,6 @@
-"use strict";
 // Draws the curves and joins the players. All data stands in this page; nothing is fetched.
 
-const facts = JSON.parse(document.getElementById("facts").textContent);
+const values = JSON.parse(document.getElementById("values").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const colour = (n) => `var(--${["first", "second", "third"][n]})`;
 const element = (id) => document.getElementById(id);
@@ -201,7 +200,7 @@ function drawBars(box, values, name, fill) {
 
 // ---- this page ----------------------------------------------------------------------------------------------------------------------
 
-const column = (n) => facts.points.map((p) => [p[0], p[n]]);
+const column = (n) => values.points.map((p) => [p[0], p[n]]);
 
 function draw() {
   if (element("chart-loss")) {
@@ -209,8 +208,8 @@ function draw() {
     const series = [{ name: "each step", colour: colour(0), points: raw, faint: factor > 0 }];
     if (factor > 0) series.push({ name: "training", colour: colour(0), points: smoothed(raw, factor) });
     else series[0].name = "training";
-    series.push({ name: "validation", colour: colour(1), points: facts.validation.map((v) => [v[0], v[1]]), dots: true });
-    series.push({ name: "validation, averaged weights", colour: colour(2), points: facts.validation.map((v) => [v[0], v[2]]), dots: true });
+    series.push({ name: "validation", colour: colour(1), points: values.validation.map((v) => [v[0], v[1]]), dots: true });
+    series.push({ name: "validation, averaged weights", colour: colour(2), points: values.validation.map((v) => [v[0], v[2]]), dots: true });
     drawLines(element("chart-loss"), series, { logarithmic: element("log").checked });
     drawLines(element("chart-lr"), [{ name: "learning rate", colour: colour(0), points: column(2) }], { fromZero: true });
     drawLines(element("chart-grad"), [{ name: "gradient norm", colour: colour(0), points: column(3) }], { fromZero: true });
@@ -220,8 +219,8 @@ function draw() {
     drawLines(element("chart-memory"), [{ name: "GiB", colour: colour(0), points }], { fromZero: true });
   }
   if (element("chart-binloss")) {
-    drawBars(element("chart-binloss"), facts.bins.map((b) => b.loss), "Mean loss by timestep", colour(0));
-    drawBars(element("chart-bincount"), facts.bins.map((b) => b.samples), "Samples by timestep", colour(2));
+    drawBars(element("chart-binloss"), values.bins.map((b) => b.loss), "Mean loss by timestep", colour(0));
+    drawBars(element("chart-bincount"), values.bins.map((b) => b.samples), "Samples by timestep", colour(2));
   }
 }
 
@@ -248,10 +247,6 @@ for (const preview of document.querySelectorAll(".preview")) {
     to.play();
   });
 }
-document.addEventListener("play", (event) => {
-  for (const other of document.querySelectorAll("audio")) if (other !== event.target) other.pause();
-}, true);
-
 const copy = element("copy");
 if (navigator.clipboard) {
   copy.hidden = false;
