@@ -201,7 +201,8 @@ class WindowProcessor:
         value = attn.to_v(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim))
         if image_rotary_emb is not None:
             query, key = (
-                apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)  # pyrefly: ignore[bad-argument-type] (says tuple[Tensor], takes two)
+                # pyrefly: ignore[bad-argument-type] (it says tuple[Tensor] and takes a pair)
+                apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
                 for x in (query, key)
             )
         # under autocast the norms return fp32, which custom kernels refuse

@@ -88,7 +88,7 @@ def tiled_silence(silence: Tensor, frames: int) -> Tensor:
 
 
 def context_latents(source: Tensor) -> Tensor:
-    """What the DiT sees beside the noise: source latents (silence or hints), a mask of ones. [B, T, D] → [B, T, 2D]"""
+    """What the DiT sees beside the noise: source latents (silence, hints), a mask of ones. [B, T, D] → [B, T, 2D]"""
     return torch.cat([source, torch.ones_like(source)], dim=-1)
 
 
