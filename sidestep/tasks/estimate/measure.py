@@ -89,7 +89,8 @@ class Sums:
 
     def mean(self, *quarters: int) -> torch.Tensor:
         """Mean gradient (as a flat sketch) over the samples of some quarters, fp32."""
-        return sum(self.states[q] for q in quarters) / max(1, sum(self.samples[q] for q in quarters))
+        total = sum((self.states[q] for q in quarters), torch.zeros(()))
+        return total / max(1, sum(self.samples[q] for q in quarters))
 
     def add(self, taken: Sequence[torch.Tensor | None], plan: Sequence[Sequence[MicroBatch]]) -> None:
         """A whole round: each quarter's sketch (None where it was not finite) and its micro-batches."""

@@ -109,7 +109,7 @@ def ranks_of(model: PeftModel) -> dict[str, int]:
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
             ranks = getattr(layer, "r", None) or {}
-            found[to_original(name)] = int(ranks.get("default") or layer.oft_block_size["default"])
+            found[to_original(name)] = int(ranks.get("default") or vars(layer)["oft_block_size"]["default"])
     return {name: found[name] for name in in_model_order(found)}
 
 
