@@ -10,6 +10,8 @@ from sidestep.data.records import Record, save_record
 from sidestep.events import Event
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train import train
+from sidestep.tasks.train.run import Run
+from sidestep.tasks.train.setup import open_accelerator, set_up
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 CHANNELS, WIDTH = 8, 32
@@ -81,6 +83,13 @@ class Log:
     @property
     def text(self) -> str:
         return "\n".join(getattr(event, "message", "") for event in self.events)
+
+
+def prepared(config: TrainConfig) -> Run:
+    """A run as `train` sets it up, before its first step."""
+    log = Log()
+    accelerator, precision = open_accelerator(config, log)
+    return set_up(config, log, accelerator, precision)
 
 
 def run(config: TrainConfig, act=None) -> Log:

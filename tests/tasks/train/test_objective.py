@@ -16,20 +16,16 @@ from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import Metrics, optimizer_step, run_loop
 from sidestep.tasks.train.objective import training_law
 from sidestep.tasks.train.run import Run
-from sidestep.tasks.train.setup import open_accelerator, set_up
 from sidestep.variants import Variant
 from tests.conftest import FIXTURES, assert_golden
-from tests.training_world import Log, settings, write_data
+from tests.training_world import prepared, settings, write_data
 
 CASES = [0, 1]
 
 
 def set_up_run(data: Path, output: Path, **changes) -> Run:
-    """A run as `train` sets it up, before its first step."""
-    log = Log()
-    config = settings(data, output, dropout=0.0, **changes)
-    accelerator, precision = open_accelerator(config, log)
-    return set_up(config, log, accelerator, precision)
+    """A run before its first step, by default without dropout in the adapter."""
+    return prepared(settings(data, output, **{"dropout": 0.0} | changes))
 
 
 def golden_run(golden, tmp_path: Path, **changes) -> Run:
@@ -213,9 +209,7 @@ def untie(run: Run) -> None:
 
 def test_validation_has_no_dropout_and_training_has(data, tmp_path):
     run = set_up_run(data, tmp_path / "a", val_split=0.3)
-    config = settings(data, tmp_path / "b", val_split=0.3, dropout=0.5)
-    accelerator, precision = open_accelerator(config, Log())
-    dropping = set_up(config, Log(), accelerator, precision)
+    dropping = set_up_run(data, tmp_path / "b", val_split=0.3, dropout=0.5)
     untie(run)
     untie(dropping)
     without = grid_loss(run, run.held_out)

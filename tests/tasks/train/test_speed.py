@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidestep.events import StepDone
 from sidestep.tasks.train import train
 from sidestep.tasks.train.loop import Metrics, optimizer_step
-from sidestep.tasks.train.setup import open_accelerator, set_up
-from tests.training_world import Log, settings, write_data
+from tests.training_world import Log, prepared, settings, write_data
 
 # what makes the host wait for a device, by the operators that torch runs for it
 WAITS = {
@@ -68,8 +67,7 @@ def test_the_counter_sees_what_waits():
 )
 def test_no_optimizer_step_waits_for_the_device(data, tmp_path, monkeypatch, changes):
     config = settings(data, tmp_path, **changes)
-    accelerator, precision = open_accelerator(config, Log())
-    run = set_up(config, Log(), accelerator, precision)
+    run = prepared(config)
     metrics, plan = Metrics(), run.plan(0)
     optimizer_step(run, plan[0], metrics)  # the optimizer makes its state in the first
     read: list[str] = []

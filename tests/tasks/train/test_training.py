@@ -20,15 +20,7 @@ from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
 from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import run_loop
-from sidestep.tasks.train.setup import open_accelerator, set_up
-from tests.training_world import CHECKPOINTS, Log, adapter, differing, record, run, settings, write_data
-
-
-def prepared(config):
-    """A run before its first step."""
-    log = Log()
-    accelerator, precision = open_accelerator(config, log)
-    return set_up(config, log, accelerator, precision)
+from tests.training_world import CHECKPOINTS, adapter, differing, prepared, record, run, settings, write_data
 
 
 @pytest.fixture(scope="module")
