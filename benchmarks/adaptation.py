@@ -1,7 +1,8 @@
-"""Does training help? A small model learns acoustic music from scratch; adapters then learn electronic clips through the real training loop.
+"""Does training help? A small model learns acoustic music; adapters then learn electronic clips in the real loop.
 
-The number is the loss on clips that no run has trained on, over the fixed grid of windows, timesteps and noise that `--val-split` uses. Run it with
-`nice -n 19 uv run python -m benchmarks.adaptation`: one CPU thread, a few minutes. It writes benchmarks/results/adaptation.{json,md}.
+The number is the loss on clips that no run has trained on, over the fixed grid of windows, timesteps and noise that
+`--val-split` uses. Run it with `nice -n 19 uv run python -m benchmarks.adaptation`: one CPU thread, a few minutes.
+It writes benchmarks/results/adaptation.{json,md}.
 """
 
 import json
@@ -75,7 +76,10 @@ def write_records(folder: Path, clips: list[Clip]) -> Path:
 
 
 def adapt(checkpoints: Path, data: Path, output: Path, changes: dict) -> dict:
-    """Train one adapter; held-out loss before, after each epoch and of the running average at the end, parameters and seconds."""
+    """Train one adapter.
+
+    Returns the held-out loss before, after each epoch and of the running average at the end, parameters and seconds.
+    """
     config = TrainConfig(
         checkpoint_dir=checkpoints,
         model_variant="base",
@@ -124,12 +128,15 @@ def table(results: dict) -> str:
     for name, r in results["runs"].items():
         change = (r["after"] / r["before"] - 1) * 100
         lines.append(
-            f"| {name} | {r['parameters']:,} | {r['before']:.4f} | {r['after']:.4f} | {r['average_after']:.4f} | {change:+.1f} % |"
+            f"| {name} | {r['parameters']:,} | {r['before']:.4f} | {r['after']:.4f} "
+            f"| {r['average_after']:.4f} | {change:+.1f} % |"
         )
     first = next(iter(results["runs"].values()))
     note = (
-        f"Base: 1.5 M parameters, {results['base_steps']} steps on acoustic clips. Adapters: {EPOCHS} epochs on {first['songs'][0]} windows of electronic clips; "
-        f"the loss is that of {first['songs'][1]} windows of other electronic clips, over 8 timesteps each. {results['machine']}, one thread, {results['seconds']:.0f} s by the clock (at nice 19, beside other work)."
+        f"Base: 1.5 M parameters, {results['base_steps']} steps on acoustic clips. "
+        f"Adapters: {EPOCHS} epochs on {first['songs'][0]} windows of electronic clips; "
+        f"the loss is that of {first['songs'][1]} windows of other electronic clips, over 8 timesteps each. "
+        f"{results['machine']}, one thread, {results['seconds']:.0f} s by the clock (at nice 19, beside other work)."
     )
     return "\n".join([*lines, "", note, "", "`nice -n 19 uv run python -m benchmarks.adaptation`", ""])
 

@@ -1,9 +1,10 @@
-"""How often `build-dataset --analyze` is right, on the 28 clips of immich-memories-music (30 s each, made by ACE-Step 1.5 itself).
+"""How often `build-dataset --analyze` is right, on the 28 clips of immich-memories-music.
 
     uv run python benchmarks/analyze.py
 
-The labels are what the clips were asked for, not what a musician heard in them. Also told: how often librosa's own `feature.tempo` and the profiles of
-Krumhansl and Kessler on plain chroma are right, as a measure of the measure.
+The clips are 30 s each, made by ACE-Step 1.5 itself. The labels are what they were asked for, not what a musician heard
+in them. Also told: how often librosa's own `feature.tempo` and the profiles of Krumhansl and Kessler on plain chroma
+are right, as a measure of the measure.
 """
 
 import re
@@ -77,7 +78,7 @@ def plain_key(mono: np.ndarray) -> str:
         for mode, profile in KRUMHANSL.items()
         for root in range(12)
     }
-    root, mode = max(scores, key=scores.get)
+    root, mode = max(scores, key=lambda key: scores[key])
     return f"{next(n for n, i in NOTES.items() if i == root)} {mode}"
 
 
@@ -93,29 +94,25 @@ def main() -> None:
         rows.append((path.name, known[path.name], found, plain))
         bpm, key = known[path.name]
         print(
-            f"{path.name:32} {bpm:4} {key:9}  found {found.bpm or '-':>4} {found.keyscale or '-':9} {found.timesignature or '-'}/4",
+            f"{path.name:32} {bpm:4} {key:9}  found {found.bpm or '-':>4} {found.keyscale or '-':9} "
+            f"{found.timesignature or '-'}/4",
             flush=True,
         )
     count = len(rows)
     print(f"\n{'':28}{'Side-Step':>12}{'textbook':>12}")
-    for name, ours, plain in [
-        ("bpm within 4 %", lambda k, f, p: same_tempo(f.bpm, k[0]), lambda k, f, p: same_tempo(p[0], k[0])),
-        (
-            "bpm within an octave",
-            lambda k, f, p: same_tempo(f.bpm, k[0], True),
-            lambda k, f, p: same_tempo(p[0], k[0], True),
-        ),
-        ("key", lambda k, f, p: same_key(f.keyscale, k[1]), lambda k, f, p: same_key(p[1], k[1])),
-        (
-            "key or relative",
-            lambda k, f, p: same_key(f.keyscale, k[1], True),
-            lambda k, f, p: same_key(p[1], k[1], True),
-        ),
-    ]:
-        print(f"{name:28}{sum(ours(*r[1:]) for r in rows):9}/{count}{sum(plain(*r[1:]) for r in rows):9}/{count}")
-    print(
-        f"\ntime signature said to be 4/4 (no labels): {sum(r[2].timesignature == '4' for r in rows)}/{count}; {seconds / count:.1f} s a clip"
-    )
+    tempos = [(label[0], found.bpm, plain[0]) for _, label, found, plain in rows]
+    keys = [(label[1], found.keyscale, plain[1]) for _, label, found, plain in rows]
+    for name, same, answers, loosely in (
+        ("bpm within 4 %", same_tempo, tempos, False),
+        ("bpm within an octave", same_tempo, tempos, True),
+        ("key", same_key, keys, False),
+        ("key or relative", same_key, keys, True),
+    ):
+        ours = sum(same(found, label, loosely) for label, found, _ in answers)
+        plain = sum(same(textbook, label, loosely) for label, _, textbook in answers)
+        print(f"{name:28}{ours:9}/{count}{plain:9}/{count}")
+    in_four = sum(found.timesignature == "4" for _, _, found, _ in rows)
+    print(f"\ntime signature said to be 4/4 (no labels): {in_four}/{count}; {seconds / count:.1f} s a clip")
 
 
 if __name__ == "__main__":

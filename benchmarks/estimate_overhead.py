@@ -1,8 +1,9 @@
 """What watching gradients costs: time and peak memory of a forward and backward pass with and without the sketch.
 
-    uv run python -m benchmarks.estimate_overhead          about two minutes on one CPU core; writes benchmarks/results/estimate_overhead.json
+    uv run python -m benchmarks.estimate_overhead
 
-Time is measured on a small model of this architecture. Memory is that of the real 2B decoder: the pass runs on fake tensors, which have shapes and life
+About two minutes on one CPU core; writes benchmarks/results/estimate_overhead.json. Time is measured on a small model
+of this architecture. Memory is that of the real 2B decoder: the pass runs on fake tensors, which have shapes and life
 times but no data, and every tensor alive is counted.
 """
 
@@ -108,7 +109,7 @@ def pass_seconds(recompute: bool, mlp: bool, repeats: int = 5) -> tuple[float, f
                 started = time.process_time()
                 one_pass(model, 750, 256, torch.float32)
                 times[watching].append(time.process_time() - started)
-    return tuple(statistics.median(times[w][1:]) for w in (False, True))
+    return statistics.median(times[False][1:]), statistics.median(times[True][1:])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: every variant runs in turns, and what is told are medians and the ratios of each turn."""
+"""Timing that survives a busy machine: all variants run in turns; told are medians and the ratios of each turn."""
 
 import os
 import platform
@@ -27,9 +27,7 @@ class Setting:
     dtype: torch.dtype
     rounds: int
     quick: bool
-    cpu_time: bool = (
-        False  # count the process's CPU seconds: steady on a machine that does other things, with one thread
-    )
+    cpu_time: bool = False  # count CPU seconds of the process: steady on a busy machine, with one thread
 
     def now(self) -> float:
         return time.process_time() if self.cpu_time else time.perf_counter()
@@ -46,13 +44,19 @@ class Times:
         return statistics.median(self.seconds)
 
     def over(self, other: "Times") -> float:
-        """How many times longer this takes than `other`: the median over turns of their ratio, so that a slow moment meets both."""
+        """How many times longer this takes than `other`.
+
+        It is the median over turns of their ratio, so that a slow moment meets both.
+        """
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One table of the benchmark. rows: one dict per row; facts: single figures that the README quotes; note: how it was measured."""
+    """One table of the benchmark.
+
+    rows: one dict per row; facts: single figures that the README quotes; note: how it was measured.
+    """
 
     name: str
     title: str

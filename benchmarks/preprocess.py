@@ -1,9 +1,11 @@
-"""What preprocessing costs beside the VAE itself: throughput of the first pass, of tiles, and peak memory by length and number of songs.
+"""What preprocessing costs beside the VAE itself: speed of the first pass and of tiles, and peak memory.
 
-    uv run python -m benchmarks.preprocess          a few minutes on two CPU cores; writes benchmarks/results/preprocess.json
+    uv run python -m benchmarks.preprocess
 
-The VAE has the real architecture with few channels and random weights, so everything around it weighs more than with the real one.
-Songs are compressed and at 44.1 kHz, so that decoding and resampling have something to hide. Memory is the resident set's peak (Linux).
+A few minutes on two CPU cores; writes benchmarks/results/preprocess.json. The VAE has the real architecture with few
+channels and random weights, so everything around it weighs more than with the real one. Songs are compressed and at
+44.1 kHz, so that decoding and resampling have something to hide. Memory is the resident set's peak (Linux), by length
+and number of songs.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from sidestep.tasks.preprocess import run as running
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.json"
-# Large blocks go back to the system when they are freed, so that the resident set is what is in use and not what the allocator keeps.
+# Large blocks go back to the system when they are freed, so that the resident set is what is in use and not what the
+# allocator keeps.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 
 
@@ -214,7 +217,7 @@ def main() -> None:
             results["tiles"] = measure_tiles(Path(folder, "tiles"), asked.channels, seconds=40, rounds=asked.rounds)
         if asked.only in (None, "memory"):
             print("Memory added at the peak:", flush=True)
-            cases = {
+            cases: dict[str, tuple[int, float]] = {
                 "one song of 1 min": (1, 60),
                 "one song of 10 min": (1, 600),
                 "4 songs of 20 s": (4, 20),
@@ -222,9 +225,8 @@ def main() -> None:
             }
             results["memory"] = measure_peak(Path(folder, "memory"), cases)
     RESULT.parent.mkdir(exist_ok=True)
-    stored = (
-        json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    )  # parts that were not run keep their figures
+    # parts that were not run keep their figures
+    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     RESULT.write_text(json.dumps(stored | results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=2))
 

@@ -1,9 +1,11 @@
 """Does a rank map earn its place? Adapters of equal size on held-out music, each method at its own best learning rate.
 
-    uv run python -m benchmarks.rank_allocation            about 35 minutes on one CPU core; writes benchmarks/results/rank_allocation.{json,md}
+    uv run python -m benchmarks.rank_allocation
 
-A small model of this architecture learns acoustic music from scratch, then adapters learn electronic clips. Seeds are paired: in one seed all methods share
-songs, batches, noise and timesteps. Learning rates are chosen by the loss on songs that are in neither the training nor the test split.
+About 35 minutes on one CPU core; writes benchmarks/results/rank_allocation.{json,md}. A small model of this
+architecture learns acoustic music from scratch, then adapters learn electronic clips. Seeds are paired: in one seed all
+methods share songs, batches, noise and timesteps. Learning rates are chosen by the loss on songs that are in neither
+the training nor the test split.
 """
 
 import argparse
@@ -142,8 +144,8 @@ def methods(budget: int) -> dict[str, Callable]:
         return proportional(dict.fromkeys(costs, 1.0), costs, budget, 1, cap)
 
     return {
-        "uniform": lambda model, m: (uniform(model, False), None),
-        "uniform + MLP": lambda model, m: (uniform(model, True), None),
+        "uniform": lambda model, _: (uniform(model, False), None),
+        "uniform + MLP": lambda model, _: (uniform(model, True), None),
         "heuristic": lambda model, m: (heuristic(model, m, True), None),
         "ours": lambda model, m: (greedy(model, m, True, confirmed), None),
         "ours + gradient init": lambda model, m: (greedy(model, m, True, confirmed), m.directions),
@@ -159,7 +161,10 @@ def adapt(
     lr: float,
     seed: int,
 ) -> dict:
-    """Train one adapter. songs: train, test, selection. Held-out loss along the way and at the end, and the loss on the selection songs."""
+    """Train one adapter. songs: train, test, selection.
+
+    Returns the held-out loss along the way and at the end, and the loss on the selection songs.
+    """
     train, test, selection = songs
     torch.manual_seed(seed)
     kept = {name: rank for name, rank in ranks.items() if rank}
@@ -175,9 +180,8 @@ def adapt(
         for name, rank in kept.items():
             weight = model.get_submodule(name).lora_A["default"].weight
             known = min(rank, directions[name].shape[1])
-            weight.data[:known] = directions[name][:, :known].T / math.sqrt(
-                3
-            )  # the length that peft's random rows have
+            # divided to the length that peft's random rows have
+            weight.data[:known] = directions[name][:, :known].T / math.sqrt(3)
     parameters = [p for n, p in model.named_parameters() if "lora_" in n]
     for p in model.parameters():
         p.requires_grad_(False)
@@ -209,9 +213,10 @@ def adapt(
 
 
 def split(clips: list[small.Clip], seed: int) -> tuple[list[small.Clip], list[small.Clip], list[small.Clip]]:
-    """(train, test, selection), by song: three of different moods choose learning rates, the others are dealt anew in every seed.
+    """(train, test, selection), by song.
 
-    Training hears a song at all its speeds; test and selection only as it is.
+    Three songs of different moods choose learning rates, the others are dealt anew in every seed. Training hears a song
+    at all its speeds; test and selection only as it is.
     """
     songs = list(dict.fromkeys(clip.name.split("@")[0] for clip in clips))
     selection = songs[2::4]
@@ -246,12 +251,12 @@ class Ledger:
 def best_learning_rate(selection_loss: Callable[[float], float]) -> float:
     """The best of LEARNING_RATES; where the best stands at an end of the grid, the grid grows there."""
     trials = {lr: selection_loss(lr) for lr in LEARNING_RATES}
-    best = min(trials, key=trials.get)
+    best = min(trials, key=lambda lr: trials[lr])
     if best == max(trials):
         trials[best * 2] = selection_loss(best * 2)
     elif best == min(trials):
         trials[best / 2] = selection_loss(best / 2)
-    return min(trials, key=trials.get)
+    return min(trials, key=lambda lr: trials[lr])
 
 
 def key(shift: str, method: str, seed: int, lr: float) -> str:
@@ -270,7 +275,8 @@ def run_shift(
             songs = split(music[kind], seed)
             if seed not in measured:
                 measured[seed] = measure(base(), songs[0], vocabulary, seed)
-            return adapt(base, *found[name](model, measured[seed]), songs, vocabulary, lr, seed)
+            ranks, directions = found[name](model, measured[seed])
+            return adapt(base, ranks, directions, songs, vocabulary, lr, seed)
 
         return ledger.get(key(shift, name, seed, lr), make)
 
@@ -323,7 +329,8 @@ def table(results: dict[str, dict[str, dict]], seeds: int) -> str:
         lines += [
             f"**{shift} shift**",
             "",
-            "| method | lr | parameters | held-out loss | against uniform | better in | steps to uniform's final loss |",
+            "| method | lr | parameters | held-out loss | against uniform | better in "
+            "| steps to uniform's final loss |",
             "|---|---|---|---|---|---|---|",
         ]
         for method, row in rows.items():
@@ -336,7 +343,8 @@ def table(results: dict[str, dict[str, dict]], seeds: int) -> str:
             against = "" if method == "uniform" else f"{row['difference']:+.4f} ± {row['difference_std']:.4f}"
             wins = "" if method == "uniform" else f"{row['better_in']} of {seeds}"
             lines.append(
-                f"| {method} | {row['learning_rate']:g} | {row['parameters']} | {row['held_out_loss']:.4f} | {against} | {wins} | {steps} |"
+                f"| {method} | {row['learning_rate']:g} | {row['parameters']} | {row['held_out_loss']:.4f} "
+                f"| {against} | {wins} | {steps} |"
             )
         lines.append("")
     return "\n".join(lines)

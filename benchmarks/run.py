@@ -1,11 +1,12 @@
 """Speed, measured: one command that prints the tables and stores them with everything that is needed to judge them.
 
     uv run benchmarks/run.py                 all parts, about half an hour on two CPU cores
-    uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes; for a first look, not for publication
+    uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes: a first look, not for publication
     uv run benchmarks/run.py --only epochs   one part: attention, step, loop, epochs, growth, start, compile
 
-Writes speed.json, speed.md and charts to benchmarks/results and the ratios into the README; parts that were not run keep their stored figures. All comparisons are made in
-turns within one process. On a CPU the model has 51 M parameters, on a GPU it is the whole 2B model.
+Writes speed.json, speed.md and charts to benchmarks/results and the ratios into the README; parts that were not run
+keep their stored figures. All comparisons are made in turns within one process. On a CPU the model has 51 M parameters,
+on a GPU it is the whole 2B model.
 """
 
 import argparse
@@ -118,8 +119,9 @@ def report(tables: dict) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
         lines.append(as_markdown(Result(**{name: table[name] for name in ("name", "title", "note", "rows", "facts")})))
         lines.append(
-            f"<sub>commit {facts['commit']}; {facts['device']}, {facts['processor']}, {facts['threads']} of {facts['cores']} cores, {facts['precision']}; "
-            f"{facts['system']}; {versions}; {table['rounds']} turns, {facts['mode']}; {facts['clock']}; load {facts['load_average']}</sub>\n"
+            f"<sub>commit {facts['commit']}; {facts['device']}, {facts['processor']}, "
+            f"{facts['threads']} of {facts['cores']} cores, {facts['precision']}; {facts['system']}; {versions}; "
+            f"{table['rounds']} turns, {facts['mode']}; {facts['clock']}; load {facts['load_average']}</sub>\n"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
-"""A small model of the ACE-Step architecture, trained from scratch on real music in minutes: ground for measurements of quality on a CPU.
+"""A small model of the ACE-Step architecture, trained on real music in minutes: to measure quality on a CPU.
 
-The music is the 28 half-minute clips of `immich-memories-music` (13 acoustic, 15 electronic; a development dependency). A latent frame is 40 ms, as in the
-real model: the log-mel spectra of its two halves, whitened by PCA to 16 channels of unit variance. The VAE of the test fixtures has random weights, which
-would hand the model a random filter bank's phase noise; a whitened spectrum keeps what the real latents hold, music at 25 frames per second.
+The music is the 28 half-minute clips of `immich-memories-music` (13 acoustic, 15 electronic; a development dependency).
+A latent frame is 40 ms, as in the real model: the log-mel spectra of its two halves, whitened by PCA to 16 channels of
+unit variance. The VAE of the test fixtures has random weights, which would hand the model a random filter bank's phase
+noise; a whitened spectrum keeps what the real latents hold, music at 25 frames per second.
 """
 
 import math
@@ -15,12 +16,8 @@ import soundfile
 import torch
 from diffusers import AceStepTransformer1DModel
 
-CHANNELS, WINDOW, WIDTH, WORDS = (
-    16,
-    64,
-    128,
-    6,
-)  # latent channels, frames in a training window, model width, condition tokens
+# latent channels, frames in a training window, model width, condition tokens
+CHANNELS, WINDOW, WIDTH, WORDS = 16, 64, 128, 6
 MU, SIGMA = -0.4, 1.0
 MOODS = ("calm", "energetic", "happy", "nostalgic", "tender")
 
@@ -59,9 +56,10 @@ def _played_at(audio: np.ndarray, speed: float) -> np.ndarray:
 
 
 def music(speeds: tuple[float, ...] = (1.0, 0.8, 0.9, 1.12, 1.25)) -> dict[str, list[Clip]]:
-    """Three sets: `acoustic` (for the base model), `electronic`, and `reversed` (electronic, backwards, a fourth lower).
+    """Three sets: `acoustic` (for the base model), `electronic`, and `reversed`: electronic, backwards, a fourth lower.
 
-    Each clip comes at five speeds, the original first: half a minute is too little music, and pitch and tempo are what differs between songs of one kind.
+    Each clip comes at five speeds, the original first: half a minute is too little music, and pitch and tempo are what
+    differs between songs of one kind.
     """
     spectra: dict[str, list[tuple[str, int, np.ndarray]]] = {"acoustic": [], "electronic": [], "reversed": []}
     for path in sorted((Path(immich_memories_music.__file__).parent / "tracks").glob("*/*.opus")):
@@ -85,9 +83,10 @@ def music(speeds: tuple[float, ...] = (1.0, 0.8, 0.9, 1.12, 1.25)) -> dict[str, 
 
 
 def conditions(latents: torch.Tensor, styles: torch.Tensor, vocabulary: int = 0) -> torch.Tensor:
-    """What a window [B, WINDOW, 16] is told to be, [B, WORDS, WIDTH]: a mood word, and five words on how its loudness and timbre move.
+    """What a window [B, WINDOW, 16] is told to be, [B, WORDS, WIDTH].
 
-    Another `vocabulary` says the same things in words the model has never seen.
+    That is a mood word, and five words on how its loudness and timbre move. Another `vocabulary` says the same things
+    in words the model has never seen.
     """
     generator = torch.Generator().manual_seed(1000 + vocabulary)
     moods = torch.randn(len(MOODS), WIDTH, generator=generator)
@@ -114,12 +113,15 @@ def all_windows(clips: list[Clip]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def law(u: torch.Tensor) -> torch.Tensor:
-    """Quantile of the base variants' timestep law: t = max(a, b), a and b = sigmoid(N(mu, sigma)), has the distribution Φ((logit t − mu) / sigma)²."""
+    """Quantile of the base variants' timestep law.
+
+    t = max(a, b), with a and b = sigmoid(N(mu, sigma)), has the distribution Φ((logit t − mu) / sigma)².
+    """
     return torch.sigmoid(MU + SIGMA * math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-6, 1 - 1e-6).sqrt() - 1))
 
 
 def new_model(seed: int) -> AceStepTransformer1DModel:
-    """1.5 M parameters: six layers, every other one with a sliding window, grouped-query attention, cross attention, AdaLN."""
+    """1.5 M parameters: six layers with grouped-query attention, cross attention and AdaLN, every other one sliding."""
     torch.manual_seed(seed)
     return AceStepTransformer1DModel(
         hidden_size=WIDTH,

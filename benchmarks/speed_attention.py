@@ -1,4 +1,4 @@
-"""Sliding-window attention: block-local against diffusers' dense mask, as a kernel by length and block size, and in a whole training step."""
+"""Sliding-window attention, block-local against diffusers' dense mask: as a kernel, and in a whole training step."""
 
 from functools import partial
 
@@ -68,7 +68,8 @@ def kernel(setting: Setting) -> Result:
     return Result(
         "attention_kernel",
         "Attention of one sliding-window layer, forward and backward",
-        f"{HEADS} heads, {GROUPS} key heads of {DIM}, window {WINDOW}; the dense mask is made once here, but in every step by diffusers.",
+        f"{HEADS} heads, {GROUPS} key heads of {DIM}, window {WINDOW}; "
+        "the dense mask is made once here, but in every step by diffusers.",
         rows,
         {"local attention, cost per token at 240 s over 60 s": per_token[-1] / per_token[0]},
     )
@@ -84,13 +85,14 @@ def block_size(setting: Setting) -> Result:
             b: partial(local_attention, window=WINDOW, scale=DIM**-0.5, dropout=0.0, masks=masks, block=b)
             for b in BLOCKS
         }
-        times = in_turns({b: partial(_there_and_back, attend[b], tensors) for b in BLOCKS}, setting, 3 * setting.rounds)
-        rows.append({"seconds": seconds} | {f"{b}, ms": 1000 * times[b].median for b in BLOCKS})
+        variants = {f"{b}, ms": partial(_there_and_back, attend[b], tensors) for b in BLOCKS}
+        times = in_turns(variants, setting, 3 * setting.rounds)
+        rows.append({"seconds": seconds} | {name: 1000 * taken.median for name, taken in times.items()})
     return Result("block_size", "Block size of local attention, forward and backward", f"window {WINDOW}", rows)
 
 
 def step(setting: Setting) -> Result:
-    """Forward and backward of an 8-layer model on diffusers' dense mask and on local attention, same weights, same inputs."""
+    """Forward and backward of an 8-layer model, same weights and inputs, with diffusers' dense mask and without."""
     rows, model = [], make_model(setting, layers=8)
     width = model.config["hidden_size"] if isinstance(model.config, dict) else model.config.hidden_size
     for seconds in (60, 240) if setting.quick else (15, 30, 60, 120, 240):

@@ -1,4 +1,4 @@
-"""`--compile`: what the first steps cost, cold and from the cache, and what a step gains afterwards. Runs in processes of its own."""
+"""`--compile`: what the first steps cost, cold and from the cache, and what a step gains; in processes of its own."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ WAYS = ("eager", "compiled", "compiled with the recomputation inside")
 
 
 def make(setting: Setting, way: str, recompute: bool) -> torch.nn.Module:
-    """The model as a run has it: eager or compiled, its layers kept or recomputed, around the compiled code or inside it."""
+    """The model as a run has it: eager or compiled, layers kept or recomputed, around the compiled code or inside."""
     model = make_model(setting, LAYERS)
     decoder = model.get_base_model()
     use_attention(model, "auto")
@@ -42,7 +42,7 @@ def make(setting: Setting, way: str, recompute: bool) -> torch.nn.Module:
 
 
 def measure(setting: Setting, only_compile: bool) -> list[dict]:
-    """A row for each way and length: medians in ms and their ratio to eager; and the seconds that the first steps take."""
+    """A row for each way and length: medians in ms and their ratio to eager; and the seconds of the first steps."""
     rows = []
     feeds = {seconds: inputs(setting, sizes(setting)["hidden_size"], seconds) for seconds in (30, 60, 120)}
     for recompute, words in ((False, "kept"), (True, "recomputed")):

@@ -13,7 +13,7 @@ def _step(model, feed: dict) -> None:
 
 
 def growth(setting: Setting) -> Result:
-    """Forward and backward of our model along four axes, one at a time from 60 s, batch 1, rank 16, 100 condition tokens."""
+    """Forward and backward along four axes, one at a time from 60 s, batch 1, rank 16, 100 condition tokens."""
     width = sizes(setting)["hidden_size"]
     models = {
         rank: make_model(setting, rank=rank, alpha=2.0 * rank)
@@ -45,7 +45,7 @@ def growth(setting: Setting) -> Result:
                 }
             )
     note = (
-        f"{parameters(models[16])}, forward and backward. Tokens are half of the latent frames. Per token, cost rises with length because every second layer "
-        "attends to the whole song; everything else is linear."
+        f"{parameters(models[16])}, forward and backward. Tokens are half of the latent frames. Per token, cost rises "
+        "with length because every second layer attends to the whole song; everything else is linear."
     )
     return Result("growth", "How a step's cost grows", note, rows)

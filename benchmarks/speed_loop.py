@@ -1,4 +1,4 @@
-"""The real training loop against the bare model, lever by lever, and whole epochs against the usual way: all in turns inside one run."""
+"""The real loop against the bare model, lever by lever, and whole epochs against the usual way: in turns in one run."""
 
 import tempfile
 from collections.abc import Callable
@@ -32,7 +32,10 @@ CONDITION = 100
 
 
 class Clock:
-    """A report that calls back at steps and epochs; its time stands still in there, so that other things can be measured in between."""
+    """A report that calls back at steps and epochs.
+
+    Its time stands still in there, so that other things can be measured in between.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self._now = setting.now
@@ -64,7 +67,7 @@ def make_run(setting: Setting, folder: Path, lengths: list[float], clock: Clock,
 
 
 def levers(setting: Setting) -> Result:
-    """One optimizer step of four 60 s windows: bare forward and backward, our loop, and the loop with one lever taken away at a time."""
+    """One optimizer step of four 60 s windows: the bare model, our loop, and the loop with one lever taken away."""
     clock = Clock(setting)
     with tempfile.TemporaryDirectory() as name:
         turns = setting.rounds + 1
@@ -127,7 +130,10 @@ def levers(setting: Setting) -> Result:
         }
         for name, t in times.items()
     ]
-    note = f"{parameters(run.model)}, LoRA rank 16, four windows of 60 s, {CONDITION} condition tokens; the loop includes optimizer, clipping, logging every step"
+    note = (
+        f"{parameters(run.model)}, LoRA rank 16, four windows of 60 s, {CONDITION} condition tokens; "
+        "the loop includes optimizer, clipping, logging every step"
+    )
     return Result(
         "levers",
         "What each lever gives: one optimizer step at 60 s windows",
@@ -174,8 +180,10 @@ def epochs(setting: Setting, which: str) -> Result:
     ]
     edge = sorted(edges[1:])[len(edges[1:]) // 2] / sorted(inside)[len(inside) // 2] if len(edges) > 1 else float("nan")
     note = (
-        f"{model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs; {rounds} epochs of each, after one that does not count. "
-        f"Usual: conditions padded to {PADDED_CONDITION}, dense masks, batches of 2 padded with zeros, worker processes, `.item()` and NaN scans in every micro-step."
+        f"{model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs; "
+        f"{rounds} epochs of each, after one that does not count. "
+        f"Usual: conditions padded to {PADDED_CONDITION}, dense masks, batches of 2 padded with zeros, "
+        "worker processes, `.item()` and NaN scans in every micro-step."
     )
     facts = {f"epoch over {what}, usual over ours": theirs.over(mine)}
     if which == "clips":

@@ -1,6 +1,7 @@
-"""The model, the songs and the checkpoint that the speed benchmark trains: real architecture, random weights, real lengths.
+"""The model, songs and checkpoint that the speed benchmark trains: real architecture, random weights, real lengths.
 
-Values do not matter for speed, so latents are noise; lengths are those of the 28 clips of `immich-memories-music` and of songs joined from them.
+Values do not matter for speed, so latents are noise; lengths are those of the 28 clips of `immich-memories-music` and
+of songs joined from them.
 """
 
 import json
@@ -48,13 +49,16 @@ def make_decoder(setting: Setting, layers: int = 0) -> AceStepTransformer1DModel
     """A frozen decoder with random weights."""
     torch.manual_seed(0)
     config = sizes(setting, layers)
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim in_channels audio_acoustic_hidden_dim"
-    chosen = {name: config[name] for name in (*names.split(), "sliding_window", "is_turbo")}
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim in_channels "
+        "audio_acoustic_hidden_dim sliding_window is_turbo"
+    )
+    chosen = {name: config[name] for name in names.split()}
     return AceStepTransformer1DModel(**chosen).to(setting.device, setting.dtype).requires_grad_(False)
 
 
 def train_config(folder: Path = Path(), **changes) -> TrainConfig:
-    """Settings of the benchmark's runs: no recomputation, as on a card that has the memory, unless a table says otherwise."""
+    """Settings of the benchmark's runs: no recomputation, as on a card with the memory, unless a table says so."""
     config = TrainConfig(
         checkpoint_dir=folder / "checkpoints",
         dataset_dir=folder / "tensors",
@@ -108,7 +112,10 @@ def joined_seconds() -> list[float]:
 
 
 def condition_tokens(seconds: float, number: int) -> int:
-    """Condition tokens of a song: 85 to 115 for prompt, timbre and `[Instrumental]`; songs of a minute and more have lyrics, 1.5 tokens a second."""
+    """Condition tokens of a song: 85 to 115 for prompt, timbre and `[Instrumental]`.
+
+    Songs of more than 45 s have lyrics besides, 1.5 tokens a second.
+    """
     return 85 + random.Random(number).randrange(31) + (round(1.5 * seconds) if seconds > 45 else 0)
 
 

@@ -57,7 +57,8 @@ def main() -> None:
     mask.install(decoder)
     model = attach(decoder, config).train()
     print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {frames} latent frames, {CONDITION_TOKENS} condition tokens, {options.threads} threads, torch {torch.__version__}"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {frames} latent frames, "
+        f"{CONDITION_TOKENS} condition tokens, {options.threads} threads, torch {torch.__version__}"
     )
     silence, null = torch.zeros(1, 15000, CHANNELS), torch.zeros(1, 1, 512)
     objective = Objective(config, TrainingLaw("discrete", discrete, 0.0, ""), silence, null, mask)
@@ -105,7 +106,9 @@ def main() -> None:
         f"bare forward and backward {medians['bare'] * 1000:.0f} ms, micro-step {medians['micro-step'] * 1000:.0f} ms"
     )
     print(
-        f"ratio of medians {medians['micro-step'] / medians['bare']:.3f} (paired: median {statistics.median(pairs):.3f}, quartiles {pairs[len(pairs) // 4]:.3f} to {pairs[-len(pairs) // 4]:.3f})"
+        f"ratio of medians {medians['micro-step'] / medians['bare']:.3f} "
+        f"(paired: median {statistics.median(pairs):.3f}, "
+        f"quartiles {pairs[len(pairs) // 4]:.3f} to {pairs[-len(pairs) // 4]:.3f})"
     )
 
 

@@ -1,7 +1,8 @@
-"""How trainers of this model usually run an epoch, rebuilt as the baseline: everything that costs time and gives nothing.
+"""How trainers of this model usually run an epoch, rebuilt as the baseline: all that costs time and gives nothing.
 
-Conditions padded to 769 tokens, dense masks in the sliding-window layers, batches of two padded with zeros to the longer song, records with a stored
-context read anew in worker processes, and after every micro-step the loss brought to the host and every gradient searched for NaN.
+Conditions padded to 769 tokens, dense masks in the sliding-window layers, batches of two padded with zeros to the
+longer song, records with a stored context read anew in worker processes, and after every micro-step the loss brought to
+the host and every gradient searched for NaN.
 """
 
 from pathlib import Path

@@ -1,5 +1,9 @@
-"""Draw the screens of the docs: real sessions in a pseudo-terminal, as SVG by Rich. Run: uv run python -m docs.render_screens"""
+"""Draw the screens of the docs: real sessions in a pseudo-terminal, as SVG by Rich.
 
+uv run python -m docs.render_screens
+"""
+
+import io
 import shutil
 import tempfile
 import time
@@ -27,7 +31,7 @@ def draw(session: Session, name: str, title: str, last: int = 40) -> None:
     lines = [_line(row) for row in rows]
     while lines and not lines[-1].plain.strip():
         lines.pop()
-    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w", encoding="utf-8"), force_terminal=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for line in lines[-last:]:
         console.print(line, no_wrap=True, crop=True)
     OUT.mkdir(exist_ok=True)

@@ -50,8 +50,9 @@ def assert_golden(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def golden_time_table(monkeypatch):
     """The sinusoids of the time embedding as they were on the machine that made the goldens.
 
-    The last bit of exp() differs between processors' mathematics libraries. One such bit in one frequency, times t * 1000, moves the
-    velocity by up to 1.5e-4: more than the goldens' 1e-5, and nothing that a program could be right or wrong about.
+    The last bit of exp() differs between processors' mathematics libraries. One such bit in one frequency, times
+    t * 1000, moves the velocity by up to 1.5e-4: more than the goldens' 1e-5, and nothing that a program could be right
+    or wrong about.
     """
 
     def table(timesteps, embedding_dim, flip_sin_to_cos=True, downscale_freq_shift=0):

@@ -23,7 +23,7 @@ KEYS = {
 
 
 def _hear_ctrl_c() -> None:
-    """What was started in the background ignores Ctrl-C, and so would everything below it; a terminal's programs hear it."""
+    """Hear Ctrl-C as a terminal's programs do: one started in the background ignores it, as does all below it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -89,16 +89,16 @@ class Session:
         deadline = time.monotonic() + seconds
         while not all(text in "\n".join(self.lines()[-60:]) for text in texts):
             alive = self.read()
-            assert time.monotonic() < deadline and alive, f"{texts} did not appear in:\n" + "\n".join(
-                self.lines()[-60:]
-            )
+            if not alive or time.monotonic() >= deadline:
+                raise AssertionError(f"{texts} did not appear in:\n" + "\n".join(self.lines()[-60:]))
 
     def asks(self, text: str, seconds: float = 60) -> None:
         """Wait until the last question is this one and the program waits for keys."""
         deadline = time.monotonic() + seconds
         while not any(text in line for line in self._last_question()):
             alive = self.read()
-            assert time.monotonic() < deadline and alive, f"not asked: {text}, but:\n" + "\n".join(self.lines()[-40:])
+            if not alive or time.monotonic() >= deadline:
+                raise AssertionError(f"not asked: {text}, but:\n" + "\n".join(self.lines()[-40:]))
         for _ in range(3):  # until the list below it is drawn
             self.read()
 

@@ -27,7 +27,8 @@ BESIDE = {
     ("tasks.estimate", "pages"): "the page of a rank map",
     ("tasks.train", "pages"): "the report of a run",
 }
-# Packages that not every machine has, or that take seconds to load and are used by one setting: imported where that setting is.
+# Packages that not every machine has, or that take seconds to load and are used by one setting: imported where that
+# setting is.
 OPTIONAL = ("bitsandbytes", "prodigyopt")
 HEAVY = ("torch", "torchaudio", "numpy", "diffusers", "transformers", "peft", "accelerate", "av", "soundfile")
 SMALL = set(sys.stdlib_module_names) | {
