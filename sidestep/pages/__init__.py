@@ -28,7 +28,8 @@ templates = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-templates.globals.update(source=source, version=__version__)
+# jinja2 gives its globals the types of its own ones, yet takes any value.
+templates.globals.update(source=source, version=__version__)  # pyrefly: ignore[bad-argument-type]
 templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 
 
