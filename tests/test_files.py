@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from sidestep import files
 from sidestep.cli.main import main
 from sidestep.errors import UserError
-from sidestep.files import one_writer
+from sidestep.files import one_writer, write_text
 
 ROOT = Path(__file__).parent.parent
 HOLD = "import sys, time, pathlib\nfrom sidestep.files import one_writer\nwith one_writer(pathlib.Path(sys.argv[1])):\n"
@@ -88,3 +89,47 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be written"), one_writer(tmp_path / "file" / "run"):
         pass
+
+
+def test_the_refusal_does_not_wait_and_says_what_it_can(tmp_path):
+    process = holding(tmp_path / "run")
+    try:
+        for content, told in (
+            (b"caf\xe9 \xff", "caf"),
+            (None, "it has not said which yet"),
+            (b"", "not said which yet"),
+        ):
+            if content is None:
+                (tmp_path / "run" / ".lock-holder").unlink()
+            else:
+                (tmp_path / "run" / ".lock-holder").write_bytes(content)
+            began = time.monotonic()
+            with pytest.raises(UserError, match=told), one_writer(tmp_path / "run"):
+                pass
+            assert time.monotonic() - began < 0.5
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_where_the_file_system_has_no_locks_a_file_does(tmp_path, monkeypatch):
+    def unsupported(_path):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(files, "FileLock", unsupported)
+    with one_writer(tmp_path / "run"):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on "), one_writer(tmp_path / "run"):
+            pass
+        assert time.monotonic() - began < 0.5
+    with one_writer(tmp_path / "run"):
+        pass
+
+
+def test_text_is_utf_8_with_unix_line_ends_on_every_system(tmp_path, monkeypatch):
+    said = {}
+    original = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, text, **how: said.update(how) or original(path, text, **how))
+    write_text(tmp_path / "a", "é\n")
+    assert said == {"encoding": "utf-8", "newline": "\n"}
+    assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\n"

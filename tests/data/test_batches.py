@@ -1,6 +1,8 @@
 """Windows cover songs evenly, batches need no padding, and an epoch's plan is a function of its number."""
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sidestep.data.batches import SAME_LENGTH, Item, MicroBatch, Song, Windows, collate, nearest, plan_epoch
+from sidestep.data.batches import (
+    SAME_LENGTH,
+    Item,
+    MicroBatch,
+    Song,
+    Windows,
+    collate,
+    group_by_length,
+    nearest,
+    plan_epoch,
+    window_start,
+)
 
 
 def song(name: str, frames: int, tokens: int = 5, repeat: int = 1, window: int = 0, hints: bool = False) -> Song:
@@ -128,3 +141,73 @@ def test_conditions_of_unequal_length_are_masked_and_others_are_not():
 def test_the_nearest_start_is_chosen(starts, wanted):
     starts.sort()
     assert abs(starts[nearest(starts, wanted)] - wanted) == min(abs(start - wanted) for start in starts)
+
+
+def test_the_plan_of_a_saved_run_stays_what_it_was():
+    """A run is resumed by later versions too: the order, the windows and the regimes of its epochs may never move."""
+    songs = [song(f"s{i}", 90 + 7 * i, repeat=1 + i % 2, window=40, hints=i != 2) for i in range(5)]
+    songs += [song("whole", 60), song("longer", 62, hints=True)]
+    assert digest_of(songs, batch_size=1) == "2182ead02ddffd1d"
+    assert digest_of(songs, batch_size=2) == "44d6aeedf7ebc27c"
+    assert digest_of(songs, batch_size=2, hints_ratio=0.5) == "a0681b368dc0ef8e"
+
+
+def digest_of(songs: list[Song], **how) -> str:
+    steps = [plan_epoch(songs, epoch, **(PLAN | {"accumulation": 2} | how)) for epoch in range(3)]
+    return hashlib.sha256(repr(steps).encode()).hexdigest()[:16]
+
+
+def test_songs_of_one_length_are_grouped_up_to_the_batch_size():
+    def grouped(frames, batch_size):
+        items = [Item(0, 0, count) for count in frames]
+        return [[item.frames for item in group] for group in group_by_length(items, batch_size)]
+
+    frames = (95, 100, 94, 100, 100)
+    assert grouped(frames, 1) == [[95], [100], [94], [100], [100]]
+    assert grouped(frames, 2) == [[94, 95], [100, 100], [100]]
+    assert grouped(frames, 4) == [[94, 95], [100, 100, 100]]
+    assert grouped((100, 95), 2) == [[95, 100]]  # exactly the share that may be cropped away
+
+
+def test_a_batch_carries_names_slots_and_fp32_latents_of_its_windows():
+    songs = [song("a", 40, hints=True), song("b", 50, hints=True)]
+    songs = [replace(s, latents=s.latents.to(torch.bfloat16)) for s in songs]
+    items = (Item(0, 3, 20), Item(1, 30, 20))
+    text, hinted = (collate(songs, MicroBatch(items, (4, 5), hints=hints)) for hints in (False, True))
+    assert text.songs == ("a", "b")
+    assert text.slots == (4, 5)
+    assert text.latents.dtype == torch.float32
+    assert torch.equal(text.latents[1], songs[1].latents[30:50].float())
+    assert text.source is None
+    assert torch.equal(text.conditions[0], songs[0].conditions)
+    assert torch.equal(hinted.conditions[1], songs[1].hints_conditions)
+    assert torch.equal(hinted.source[0], songs[0].hints[3:23])
+
+
+def test_a_batch_moves_whole():
+    songs = [song("a", 40, tokens=3, hints=True), song("b", 40, tokens=5, hints=True)]
+    batch = collate(songs, MicroBatch((Item(0, 0, 40), Item(1, 0, 40)), (0, 1), hints=True))
+    moved = batch.to(torch.device("meta"))
+    tensors = (moved.latents, moved.conditions, moved.condition_mask, moved.source)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert (moved.songs, moved.slots) == (batch.songs, batch.slots)
+    plain = collate(songs, MicroBatch((Item(0, 0, 40),), (0,))).to(torch.device("meta"))
+    assert (plain.condition_mask, plain.source) == (None, None)
+
+
+def test_only_a_pinned_batch_is_pinned_and_copies_do_not_wait(monkeypatch):
+    songs = [song("a", 40)]
+    batch, pinned, moves = MicroBatch((Item(0, 0, 40),), (0,)), [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *place, **how: moves.append((place, how)) or tensor)
+    collate(songs, batch).to(torch.device("cpu"))
+    assert pinned == []
+    assert moves == [((torch.device("cpu"),), {"non_blocking": True})] * 2
+    collate(songs, batch, pin=True)
+    assert pinned == [(1, 40, 3), (1, 5, 4)]
+
+
+def test_a_song_of_exactly_a_window_is_heard_from_its_start():
+    assert [window_start(30, 30, 1, "x", visit) for visit in range(4)] == [0] * 4
+    starts = {window_start(31, 30, 1, "x", visit) for visit in range(40)}
+    assert starts == {0, 1}
