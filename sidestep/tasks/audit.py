@@ -1,7 +1,9 @@
-"""The audit of a data set: what deserves attention before training, as a table and as a page with a player per song.
+"""`build-dataset --audit`: what deserves attention in a data set before training, as a table and an HTML page.
 
-Every song is decoded once, in threads, and measured: length, level, silence, clipping, and two fingerprints of its
-sound that find copies. What was measured is kept by content beside dataset.json.
+In this order: every song is decoded once and measured (length, level, silence, clipping, and two fingerprints of its
+sound that find copies); its prompts are counted in tokens; from both follow the findings; the page shows them with
+charts and a player per song. `audit` runs all of it, in threads, and keeps the measurements by content beside
+dataset.json.
 """
 
 import hashlib
@@ -44,20 +46,28 @@ from sidestep.pages.charts import bars, histogram, waveform
 from sidestep.words import clock, count
 
 VERSION = 1  # of the measurements: raised whenever they change
-SILENCE_DBFS = -60.0  # a block of 0.1 s below this is silent
+CACHE = Path(".side-step") / "audit.json"
+
+# How a song is measured.
+BLOCK_SAMPLES = SAMPLE_RATE // 10
+SILENCE_DBFS = -60.0  # a block below this is silent
+FLAT_SAMPLES = 3  # so many samples in a row at one song's own peak are a peak that was cut off
+ENVELOPE_POINTS = 160
+SHAPE_SAMPLES = 2 * SAMPLE_RATE
+SHAPE_BANDS = 12
+CHARACTERS_PER_TOKEN = 3.5  # of Latin script; of other scripts a character is about a token
+
+# What is found.
 LONGEST_SECONDS = 600.0
 SHORTEST_SECONDS = 10.0
 QUIET_LUFS = -45.0
 MOSTLY_SILENT = 0.5
 CLIPPED_SAMPLES = 50
 LOW_RATE = 32_000
-ENVELOPE_POINTS = 160
 
-_BLOCK = SAMPLE_RATE // 10
-_FLAT_SAMPLES = 3  # so many samples in a row at one song's own peak are a peak that was cut off
-_FRAME = 2 * SAMPLE_RATE
-_BANDS = 12
-_CHARACTERS_PER_TOKEN = 3.5  # of Latin script; of other scripts a character is about a token
+THREADS = 4  # each holds a whole song
+REPORT_SECONDS = 0.5
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,8 @@ def measure_audio(info: AudioInfo, audio: np.ndarray) -> Measurement:
     seconds = audio.shape[1] / SAMPLE_RATE
     peak = float(max(audio.max(), -audio.min(), 1e-6))
     loudness = integrated_loudness(audio, SAMPLE_RATE)
-    block_count = max(audio.shape[1] // _BLOCK, 1)
-    blocks = audio[:, : block_count * _BLOCK].reshape(2, block_count, -1)
+    block_count = max(audio.shape[1] // BLOCK_SAMPLES, 1)
+    blocks = audio[:, : block_count * BLOCK_SAMPLES].reshape(2, block_count, -1)
     power = np.einsum("cbs,cbs->b", blocks, blocks, dtype=np.float64) / (2 * blocks.shape[2])
     digest = hashlib.blake2b(digest_size=16)
     for start in range(0, audio.shape[1], SAMPLE_RATE * 10):
@@ -129,18 +139,17 @@ def _clipped(audio: np.ndarray, peak: float) -> int:
         flat = np.abs(channel) >= min(peak, 1.0) * 0.9999
         edges = np.flatnonzero(np.diff(np.concatenate(([False], flat, [False])).astype(np.int8)))
         runs = edges[1::2] - edges[::2]
-        clipped += int(runs[runs >= _FLAT_SAMPLES].sum())
+        clipped += int(runs[runs >= FLAT_SAMPLES].sum())
     return clipped
 
 
 def _shape(audio: np.ndarray) -> tuple[int, ...]:
     """Decibels in 12 bands from 60 Hz to 12 kHz, one frame every two seconds, frame after frame."""
-    count = audio.shape[1] // _FRAME
-    edges = np.searchsorted(np.fft.rfftfreq(_FRAME, 1 / SAMPLE_RATE), np.geomspace(60, 12_000, _BANDS + 1))
-    window = np.hanning(_FRAME).astype(np.float32)
+    edges = np.searchsorted(np.fft.rfftfreq(SHAPE_SAMPLES, 1 / SAMPLE_RATE), np.geomspace(60, 12_000, SHAPE_BANDS + 1))
+    window = np.hanning(SHAPE_SAMPLES).astype(np.float32)
     levels = []
-    for i in range(count):
-        mono = audio[:, i * _FRAME : (i + 1) * _FRAME].mean(axis=0) * window
+    for end in range(SHAPE_SAMPLES, audio.shape[1] + 1, SHAPE_SAMPLES):
+        mono = audio[:, end - SHAPE_SAMPLES : end].mean(axis=0) * window
         power = np.abs(np.fft.rfft(mono)) ** 2
         levels += [round(10 * float(np.log10(power[a:b].mean() + 1e-6))) for a, b in itertools.pairwise(edges)]
     return tuple(levels)
@@ -153,10 +162,10 @@ def same_recording(a: Measurement, b: Measurement) -> bool:
     """
     if abs(a.seconds - b.seconds) > 1.0:
         return False
-    length = min(len(a.shape), len(b.shape)) // _BANDS
+    length = min(len(a.shape), len(b.shape)) // SHAPE_BANDS
     if length < 5:
         return False
-    first, second = (np.array(m.shape[: length * _BANDS], np.float64).reshape(length, _BANDS) for m in (a, b))
+    first, second = (np.array(m.shape[: length * SHAPE_BANDS], np.float64).reshape(length, SHAPE_BANDS) for m in (a, b))
     first, second = first - first.mean(axis=0), second - second.mean(axis=0)
     scale = np.sqrt((first**2).sum() * (second**2).sum())
     return bool(scale > 0 and (first * second).sum() / scale > 0.97)
@@ -182,7 +191,7 @@ def token_counter(checkpoint_dir: Path | None) -> Callable[[str], int]:
 def guess(text: str) -> int:
     """About how many tokens a text has, without a tokenizer."""
     latin = sum(c < "\u0250" for c in text)
-    return round(latin / _CHARACTERS_PER_TOKEN + len(text) - latin)
+    return round(latin / CHARACTERS_PER_TOKEN + len(text) - latin)
 
 
 def prompt_tokens(
@@ -225,6 +234,10 @@ class Finding:
 def find(songs: Sequence[Song]) -> list[Finding]:
     """All findings that there are, the gravest first."""
     heard = [(s, s.measured) for s in songs if s.measured]
+    by_sound: dict[str, list[Song]] = defaultdict(list)
+    for song, measured in heard:
+        by_sound[measured.sound].append(song)
+    copies = [(song, f"like {group[0].name}") for group in by_sound.values() for song in group[1:]]
     guessed = "about " if any(s.tokens_guessed for s in songs) else ""
     found = [
         _finding("cannot be read", "left out of training", ((s, s.reason) for s in songs if not s.measured)),
@@ -233,12 +246,16 @@ def find(songs: Sequence[Song]) -> list[Finding]:
             "the file is damaged; what is left is used",
             ((s, clock(m.seconds)) for s, m in heard if m.cut_short),
         ),
-        _finding("same sound", "one of them is enough; to train on it more often, say repeat", _copies(heard)),
+        _finding("same sound", "one of them is enough; to train on it more often, say repeat", copies),
         _finding("same recording in another coding", "likewise", _recodings(heard)),
         _finding(
             "near-silence",
             f"below {QUIET_LUFS:g} LUFS, or silent for more than half of its length",
-            ((s, _level(m)) for s, m in heard if _is_quiet(m)),
+            (
+                (s, f"{_loudness(m, digits=0)}, {m.silence:.0%} silence")
+                for s, m in heard
+                if m.silence > MOSTLY_SILENT or (m.loudness_lufs is not None and m.loudness_lufs < QUIET_LUFS)
+            ),
         ),
         _finding(
             "clipping",
@@ -298,22 +315,8 @@ def _finding(what: str, why: str, songs: Iterable[tuple[Song, str]]) -> Finding:
     return Finding(what, why, tuple(notes), notes)
 
 
-def _is_quiet(measured: Measurement) -> bool:
-    return measured.silence > MOSTLY_SILENT or (
-        measured.loudness_lufs is not None and measured.loudness_lufs < QUIET_LUFS
-    )
-
-
-def _level(measured: Measurement) -> str:
-    level = "silent" if measured.loudness_lufs is None else f"{measured.loudness_lufs:.0f} LUFS"
-    return f"{level}, {measured.silence:.0%} silence"
-
-
-def _copies(heard: Iterable[tuple[Song, Measurement]]) -> list[tuple[Song, str]]:
-    by_sound: dict[str, list[Song]] = defaultdict(list)
-    for song, measured in heard:
-        by_sound[measured.sound].append(song)
-    return [(song, f"like {group[0].name}") for group in by_sound.values() for song in group[1:]]
+def _loudness(measured: Measurement, digits: int) -> str:
+    return "silent" if measured.loudness_lufs is None else f"{measured.loudness_lufs:.{digits}f} LUFS"
 
 
 def _recodings(heard: Sequence[tuple[Song, Measurement]]) -> list[tuple[Song, str]]:
@@ -423,7 +426,7 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
         parts = [
             clock(measured.seconds),
             f"{measured.sample_rate / 1000:g} kHz {channels}",
-            "silent" if measured.loudness_lufs is None else f"{measured.loudness_lufs:.1f} LUFS",
+            _loudness(measured, digits=1),
             f"peak {measured.peak_db:.1f} dB",
         ]
     parts += [
@@ -443,12 +446,6 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
         "waveform": waveform(measured.envelope) if measured else "",
         "length": len(measured.envelope) if measured else 0,
     }
-
-
-CACHE = Path(".side-step") / "audit.json"
-_THREADS = 4  # each holds a whole song
-_REPORT_SECONDS = 0.5
-_SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -509,7 +506,7 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
 
     total, seconds = len(dataset.samples), 0.0
     started = reported = saved = time.monotonic()
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for done, (sample, (content, heard)) in enumerate(
             zip(dataset.samples, pool.map(listen, dataset.samples), strict=True), 1
         ):
@@ -518,7 +515,7 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
                 seconds += heard.seconds
             yield sample, heard
             now = time.monotonic()
-            if now - reported > _REPORT_SECONDS or done == total:
+            if now - reported > REPORT_SECONDS or done == total:
                 eta = (total - done) * (now - started) / done
                 report(
                     Progress(
@@ -532,7 +529,7 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
                     )
                 )
                 reported = now
-            if now - saved > _SAVE_SECONDS:
+            if now - saved > SAVE_SECONDS:
                 _write_cache(cache_path, cache | known)
                 saved = now
     _write_cache(cache_path, known)
