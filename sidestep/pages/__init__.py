@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from sidestep import __version__
 
 FOLDER = Path(__file__).parent
 
 
-def source(name: str) -> Markup:
-    """A stylesheet or script of this folder, to be put inside a page as it is."""
-    return Markup((FOLDER / name).read_text(encoding="utf-8"))
+def source(name: str) -> str:
+    """A stylesheet or script of this folder, put into a page as it is by `|safe`."""
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 # Everything that is put in is escaped; `tojson` writes no character that could end a script element.
