@@ -20,7 +20,7 @@ from sidestep.acestep.layout import original_key
 from sidestep.adapters.attach import attach
 from sidestep.data.records import Record, save_record
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.demo.tiny_checkpoint import write_tiny_checkpoint
+from sidestep.tasks.demo import write_tiny_checkpoint
 from sidestep.variants import CONFIG_2B, OFFICIAL_FOLDERS
 
 FRAMES_PER_SECOND = 25

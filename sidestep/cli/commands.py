@@ -4,18 +4,24 @@ Most commands are a task and nothing else; the functions below are those that do
 so that help and the wizard start without torch.
 """
 
+import argparse
 import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import shtab
+
+from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus
 from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
     COMMANDS,
+    SPELLINGS,
     BuildDatasetConfig,
+    CompletionConfig,
     PlanConfig,
     PreprocessConfig,
     PresetsConfig,
@@ -112,3 +118,19 @@ def presets(config: PresetsConfig, report: Report) -> None:
             file = config.file or Path(f"{config.what}.json")
             path = preset_files.export_file(config.what, file, replace=config.overwrite)
             report(Saved(what=f"preset {config.what}", path=str(path)))
+
+
+def completion(config: CompletionConfig, report: Report) -> str:  # noqa: ARG001  as every command is called
+    """`completion`: the script with which a shell completes the commands, flags, choices and files of `side-step`."""
+    parser = argparse.ArgumentParser("side-step", parents=[global_parser(with_command=False)], add_help=False)
+    commands = parser.add_subparsers()
+    for name, command in SPELLINGS.items():
+        one = commands.add_parser(name, parents=[command_parser(name)], add_help=False, help=COMMANDS[command].help)
+        options = options_for(name)
+        for action in one._actions:
+            option = options.get(action.dest)
+            if option and option.choices:
+                action.choices = option.choices
+            elif option and option.type is Path:
+                action.complete = shtab.FILE  # pyrefly: ignore[missing-attribute]  shtab looks for it
+    return shtab.complete(parser, config.shell)

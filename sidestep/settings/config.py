@@ -923,7 +923,7 @@ COMMANDS = {
     "completion": Command(
         CompletionConfig,
         "print the script with which a shell completes commands and flags of side-step",
-        "cli.completion:completion",
+        "cli.commands:completion",
     ),
 }
 SPELLINGS = {other: name for name, command in COMMANDS.items() for other in (name, *command.spellings)}
