@@ -9,6 +9,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.files import write_text
+from sidestep.words import side_step
 
 FORMAT, VERSION = "side-step rank map", 1
 FILE_NAME = "rank_map.json"
@@ -100,7 +101,7 @@ def write(path: Path, rank_map: RankMap) -> None:
 
 def read(path: Path) -> RankMap:
     """A map from disk. Raises UserError that names what is wrong with it; nothing is repaired."""
-    again = "Make it again: uv run train.py estimate … --overwrite, or train without it: --ignore-rank-map"
+    again = f"Make it again: {side_step('estimate')} … --overwrite, or train without it: --ignore-rank-map"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -180,7 +181,7 @@ def check_fit(rank_map: RankMap, path: Path, variant: str, shapes: Mapping[str, 
 
     shapes: (out, in) of the decoder's Linears by diffusers' names.
     """
-    fix = "Run uv run train.py estimate for this model, or train without the map: --ignore-rank-map"
+    fix = f"Run {side_step('estimate')} for this model, or train without the map: --ignore-rank-map"
     if rank_map.model["variant"] != variant:
         raise UserError(f"{path} was made for the variant {rank_map.model['variant']}, this run uses {variant}.", fix)
     for name, module in rank_map.modules.items():
@@ -204,6 +205,5 @@ def doubts(rank_map: RankMap, path: Path, identity: str, fingerprint: str) -> li
         found.append(f"{path} was measured on other data than --dataset-dir holds now.")
     if not rank_map.converged:
         found.append(f"{path} had not converged (agreement of two halves of the data: {rank_map.agreement:.2f}).")
-    return [
-        f"{problem} It is used as it is; to measure again: uv run train.py estimate … --overwrite" for problem in found
-    ]
+    again = f"It is used as it is; to measure again: {side_step('estimate')} … --overwrite"
+    return [f"{problem} {again}" for problem in found]

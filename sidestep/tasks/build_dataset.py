@@ -136,7 +136,7 @@ def output_path(config: BuildDatasetConfig) -> Path:
         there = "is a file" if config.input.is_file() else "does not exist"
         raise UserError(
             f"--input {config.input} {there}; a folder of songs is needed.",
-            "uv run train.py build-dataset --input FOLDER_OF_SONGS",
+            side_step("build-dataset", "--input", "FOLDER_OF_SONGS"),
         )
     output = config.output or config.input / "dataset.json"
     # Not resolve(): links in the path to the songs are the user's own and stay.

@@ -29,7 +29,7 @@ from sidestep.adapters.write import (
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved
 from sidestep.settings.config import ExportConfig
-from sidestep.words import gib
+from sidestep.words import gib, side_step
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -195,7 +195,8 @@ def _merge(
         if not (target / "vae").is_dir() and not (target.parent / "vae").is_dir():
             message = f"To use it, put it beside the vae and the text encoder: move it into {base.root.parent}."
             report(Notice(message=message, level="warning"))
-        command = f"uv run train.py sample --checkpoint-dir {target.parent} --model-variant {target.name} --prompt '…'"
+        words = ("--checkpoint-dir", str(target.parent), "--model-variant", target.name, "--prompt", "…")
+        command = side_step("sample", *words)
         report(Finished(message=f"Merged into a checkpoint of {gib(total, digits=2)}.", next_commands=(command,)))
 
 
