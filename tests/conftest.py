@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+# A shell that starts the tests in the background, or nohup, leaves these ignored, and every process of the tests with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _name in ("SIGTERM", "SIGHUP"):
+    if hasattr(signal, _name):
+        signal.signal(getattr(signal, _name), signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 

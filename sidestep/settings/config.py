@@ -122,7 +122,7 @@ class PreprocessConfig(ModelConfig):
             raise UserError(
                 "preprocess needs songs: neither --audio-dir nor --dataset-json is given.",
                 "Add --audio-dir FOLDER_OF_SONGS, or build a list first: "
-                "uv run train.py build-dataset --input FOLDER_OF_SONGS",
+                + side_step("build-dataset", "--input", "FOLDER_OF_SONGS"),
             )
 
 
@@ -760,7 +760,9 @@ class PresetsConfig:
     def __post_init__(self) -> None:
         if self.action != "list" and not self.what:
             wanted = "the file of a preset" if self.action == "import" else "the name of a preset"
-            raise UserError(f"presets {self.action} needs {wanted}.", "See what there is: uv run train.py presets list")
+            raise UserError(
+                f"presets {self.action} needs {wanted}.", f"See what there is: {side_step('presets', 'list')}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,12 @@ from sidestep.adapters.write import Card, save_final
 from sidestep.errors import JobError, UserError
 from sidestep.events import Event, Notice, Report, Saved
 from sidestep.files import replacing, write_text
-from sidestep.settings.config import TrainConfig, command_line
+from sidestep.settings.config import TrainConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.processes import shard_like, unshard
 from sidestep.tasks.train.run import History, Position, Run
+from sidestep.words import PROGRAM, paste
 
 STATE_FILE = "training_state.pt"
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
@@ -190,13 +191,15 @@ class SavedRun:
 
 def resume_command(config: TrainConfig) -> str:
     """The command that goes on from the newest checkpoint of a run, started as this one was."""
-    line = command_line(replace(config, resume_from=Path("latest")))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes == 1:
-        return line
+    config = replace(config, resume_from=Path("latest"))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if processes == "1":
+        return command_line(config)
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    launcher = "accelerate launch" if by_accelerate else f"torchrun --nproc-per-node {processes}"
-    return line.replace("uv run train.py", f"uv run {launcher} train.py", 1)
+    launcher = ("accelerate", "launch") if by_accelerate else ("torchrun", "--nproc-per-node", processes)
+    if PROGRAM[0] == "uv":
+        return paste(("uv", "run", *launcher, "train.py", *command_words(config)))
+    return paste((*launcher, "-m", "sidestep.cli", *command_words(config)))
 
 
 def require_writable(folder: Path) -> None:

@@ -43,7 +43,7 @@ from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import NAME, add_ranks, write_report
 from sidestep.tasks.train.run import BackgroundWriter, NoTensorBoard, Run, plan_of
 from sidestep.tasks.train.songs import load_songs, require_hints, split, with_windows
-from sidestep.words import count
+from sidestep.words import count, side_step
 
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LAYER_CLASS = "AceStepTransformerBlock"  # what FSDP gathers at a time
@@ -92,8 +92,16 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         Finished(
             message=f"Trained {run.position.step} optimizer steps. The adapter is in {final}",
             next_commands=(
-                f"uv run train.py sample --checkpoint-dir {config.checkpoint_dir} "
-                f"--model-variant {config.model_variant} --adapter {final} --prompt '…'",
+                side_step(
+                    *(
+                        "sample",
+                        "--checkpoint-dir",
+                        str(config.checkpoint_dir),
+                        "--model-variant",
+                        config.model_variant,
+                    ),
+                    *("--adapter", str(final), "--prompt", "…"),
+                ),
             ),
         )
     )
@@ -315,7 +323,8 @@ def set_start(model: PeftModel, config: TrainConfig, report: Report) -> None:
             report(Notice(message=note, level="warning"))
     elif config.init == "gradient":
         path = config.dataset_dir / maps.DIRECTIONS_NAME
-        fix = f"Measure first: uv run train.py estimate --dataset-dir {config.dataset_dir} …, or use --init default."
+        measure = side_step("estimate", "--dataset-dir", str(config.dataset_dir))
+        fix = f"Measure first: {measure} …, or use --init default."
         try:
             directions = load_file(path)
         except FileNotFoundError:

@@ -34,7 +34,7 @@ from sidestep.files import replacing
 from sidestep.seeding import uniform
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.processes import Processes
-from sidestep.words import count
+from sidestep.words import count, side_step
 
 FOLDER = ".windows"
 SCHEMA = 1  # raise it when what was encoded before must be made anew
@@ -49,10 +49,8 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     JobError when none can be used.
     """
     folder = config.dataset_dir
-    again = (
-        f"Preprocess first: uv run train.py preprocess --audio-dir SONGS --tensor-output {folder} "
-        f"--checkpoint-dir {config.checkpoint_dir}"
-    )
+    preprocess = ("preprocess", "--audio-dir", "SONGS", "--tensor-output", str(folder))
+    again = f"Preprocess first: {side_step(*preprocess, '--checkpoint-dir', str(config.checkpoint_dir))}"
     if not folder.is_dir():
         raise UserError(f"--dataset-dir {folder}: no such folder.", again)
     paths = find_records(folder)
@@ -101,11 +99,11 @@ def require_same_model(songs: list[Song], config: TrainConfig, checkpoint: Check
     """Raises UserError unless the records' tensors are those that this model's own encoders would make."""
     width = checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"]
     channels, model = checkpoint.latent_channels, checkpoint.folder.name
-    fix = (
-        "Preprocess for this model: uv run train.py preprocess --audio-dir SONGS "
-        f"--tensor-output {config.dataset_dir}-{model} --checkpoint-dir {config.checkpoint_dir} "
-        f"--model-variant {config.model_variant}\nor train the model that they were made for."
+    preprocess = side_step(
+        *("preprocess", "--audio-dir", "SONGS", "--tensor-output", f"{config.dataset_dir}-{model}"),
+        *("--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
     )
+    fix = f"Preprocess for this model: {preprocess}\nor train the model that they were made for."
     for song in songs:
         found = song.latents.shape[1], song.conditions.shape[1]
         if found != (channels, width):
@@ -136,7 +134,8 @@ def require_hints(songs: list[Song], config: TrainConfig) -> None:
         raise UserError(
             f"--hints-ratio {config.hints_ratio:g}: {len(without)} of {len(songs)} songs have no hints, "
             f"such as {without[0]}.",
-            f"Make them: uv run train.py preprocess … --tensor-output {config.dataset_dir} --regimes text2music hints",
+            f"Make them: {side_step('preprocess', '--tensor-output', str(config.dataset_dir))} … "
+            "--regimes text2music hints",
         )
 
 

@@ -19,12 +19,13 @@ from sidestep.tasks.train.checkpoints import (
     prune,
     read_checkpoint,
     restore,
+    resume_command,
     snapshot,
     write_checkpoint,
     write_folder,
 )
 from sidestep.tasks.train.run import BackgroundWriter, History, Position
-from tests.training_world import Log
+from tests.training_world import Log, settings
 
 
 def write(folder: Path, step: int) -> Path:
@@ -174,3 +175,27 @@ def test_a_history_comes_back_from_plain_values():
     assert history.update_best(0.5, 1, 1, "validation loss")
     assert not history.update_best(float("nan"), 2, 2, "validation loss")
     assert History.from_values(json.loads(json.dumps(history.as_values()))) == history
+
+
+@pytest.mark.parametrize(
+    ("program", "environment", "begin"),
+    [
+        (("uv", "run", "train.py"), {}, "uv run train.py fixed --checkpoint-dir"),
+        (("side-step",), {}, "side-step fixed --checkpoint-dir"),
+        (("uv", "run", "train.py"), {"LOCAL_WORLD_SIZE": "2"}, "uv run torchrun --nproc-per-node 2 train.py fixed "),
+        (("side-step",), {"LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2 -m sidestep.cli fixed "),
+        (
+            ("side-step",),
+            {"LOCAL_WORLD_SIZE": "4", "ACCELERATE_MIXED_PRECISION": "no"},
+            "accelerate launch -m sidestep.cli fixed ",
+        ),
+    ],
+)
+def test_a_run_is_resumed_by_the_launcher_that_started_it(monkeypatch, tmp_path, program, environment, begin):
+    monkeypatch.setattr("sidestep.words.PROGRAM", program)
+    monkeypatch.setattr("sidestep.tasks.train.checkpoints.PROGRAM", program)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = resume_command(settings(tmp_path / "data", tmp_path / "run"))
+    assert command.startswith(begin)
+    assert "--resume-from latest" in command
