@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# A shell that starts the tests in the background, or nohup, leaves these ignored, and every process of the tests with it.
+# A shell that starts the tests in the background, or nohup, leaves these ignored, for all processes of the tests too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("SIGTERM", "SIGHUP"):
     if hasattr(signal, _name):
