@@ -1,6 +1,8 @@
 """A run: what the training loop works with, and what the run remembers of its own course (kept in every save)."""
 
+import errno
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 
@@ -149,6 +152,12 @@ class NoTensorBoard:
         return lambda *_args, **_kwargs: None
 
 
+def as_os_error(error: SafetensorError) -> OSError:
+    """What the system said of a file that safetensors could not write; its own error is none of the system's."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error))
+
+
 class BackgroundWriter:
     """Runs one write at a time beside training. What it reports and raises comes out in the thread that trains."""
 
@@ -165,6 +174,8 @@ class BackgroundWriter:
         def work() -> None:
             try:
                 self._events = list(write())
+            except SafetensorError as error:
+                self._error = as_os_error(error)
             except (OSError, RuntimeError, ValueError, JobError) as error:  # raised again in the thread that trains
                 self._error = error
 

@@ -41,7 +41,7 @@ from sidestep.tasks.train.objective import ConditionMask, Objective, training_la
 from sidestep.tasks.train.previews import make_previews, previews_for
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import NAME, add_ranks, write_report
-from sidestep.tasks.train.run import BackgroundWriter, NoTensorBoard, Run, plan_of
+from sidestep.tasks.train.run import BackgroundWriter, NoTensorBoard, Run, as_os_error, plan_of
 from sidestep.tasks.train.songs import load_songs, require_hints, split, with_windows
 from sidestep.words import count, side_step
 
@@ -86,6 +86,8 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
             report(Saved(what="report", path=str(config.output_dir / NAME)))
     except OSError as error:
         raise cannot_save(run, error) from error
+    except SafetensorError as error:
+        raise cannot_save(run, as_os_error(error)) from error
     finally:
         run.tensorboard.close()
     report(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.cli.main import main
@@ -103,6 +104,24 @@ def test_a_full_disk_ends_the_run_with_the_last_good_state_kept(data, tmp_path, 
     monkeypatch.setattr(state.torch, "save", original)
     run(replace(config, resume_from=LATEST))
     assert (tmp_path / "run" / "final").is_dir()
+
+
+@pytest.mark.parametrize("saves", [2, 4])  # the second of four checkpoints, and final/
+def test_a_disk_that_fills_up_under_safetensors_ends_the_run_too(data, tmp_path, monkeypatch, saves):
+    """Its error is none of the system's: checkpoints were silently not written, and the run ended with 0."""
+    original, count = state.save_final, []
+
+    def save_final(*args) -> None:
+        count.append(1)
+        if len(count) > saves:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        original(*args)
+
+    monkeypatch.setattr(state, "save_final", save_final)
+    config = settings(data, tmp_path / "run", epochs=4, save_every=1, save_best=False)
+    with pytest.raises(JobError, match=f"the disk is full. The last good state is .*epoch_000{saves}") as stopped:
+        run(config)
+    assert "--resume-from latest" in stopped.value.fix
 
 
 @pytest.mark.slow
