@@ -20,7 +20,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepConditionEncoder,
 )
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3Model
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
 from sidestep.acestep.quantize import make_quantizable
@@ -30,6 +30,34 @@ from sidestep.variants import Variant, detect
 
 M = TypeVar("M", bound=nn.Module)
 DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
+
+# What of a text encoder's config.json is read. The rest may name code: an attention implementation is a kernel that
+# transformers would fetch by that name.
+QWEN3_FIELDS = frozenset(
+    [
+        "attention_bias",
+        "attention_dropout",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    ]
+)
 
 
 class Checkpoint:
@@ -126,7 +154,15 @@ class Checkpoint:
         """(Qwen3 without a head, its tokenizer)."""
         folder = require_folder(self.layout.text_encoder, "The text encoder was", DOWNLOAD_AGAIN)
         self._open(folder)  # a pointer or a cut file gets our message, not the library's
-        model = Qwen3Model.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        config = {name: value for name, value in read_config(folder / "config.json").items() if name in QWEN3_FIELDS}
+        model = Qwen3Model.from_pretrained(
+            folder,
+            config=Qwen3Config(**config),
+            attn_implementation="sdpa",
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
         model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps `to` and loses its self)
         return model.eval().requires_grad_(False), self.load_tokenizer()
 

@@ -225,6 +225,15 @@ def test_code_that_a_checkpoint_brings_is_never_run(broken):
     load_everything(broken, "turbo")
 
 
+@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_a_config_chooses_no_implementation_to_be_fetched(broken, field):
+    path = broken / "Qwen3-Embedding-0.6B" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {field: "somebody/kernel", "auto_map": {"AutoModel": "x.Y"}}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    model, _ = open_checkpoint(broken, TURBO).load_text_encoder()
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_the_folder_itself_may_be_given(checkpoints):
     checkpoint = open_checkpoint(checkpoints / TURBO, "turbo")
     assert checkpoint.folder.name == TURBO
