@@ -15,7 +15,16 @@ from sidestep.acestep.layout import find_layout
 from sidestep.acestep.weights import Weights
 from sidestep.adapters.adapter import Adapter, cast, combined, not_finite, with_strength
 from sidestep.adapters.merge import BaseWeights, merge_file
-from sidestep.adapters.read import DIFFUSERS_WEIGHTS, HEADER, LOKR_WEIGHTS, adapter_file, read_adapter
+from sidestep.adapters.read import (
+    DIFFUSERS_WEIGHTS,
+    HEADER,
+    LOHA_WEIGHTS,
+    LOKR_WEIGHTS,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    adapter_file,
+    read_adapter,
+)
 from sidestep.adapters.write import (
     PLACEHOLDER,
     Card,
@@ -31,6 +40,7 @@ from sidestep.events import Finished, Notice, Progress, Report, Saved
 from sidestep.settings.config import ExportConfig
 from sidestep.words import gib, side_step
 
+ADAPTER_FILES = {PEFT_CONFIG, PEFT_WEIGHTS, LOKR_WEIGHTS, LOHA_WEIGHTS, "README.md"}  # of the folder for every program
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -82,7 +92,8 @@ def export(config: ExportConfig, report: Report) -> Path:
             if weights and needs_placeholder(adapter) and adapter.placeholder is None:
                 layer = weights(PLACEHOLDER)
                 adapter = with_placeholder(adapter, (layer.shape[0], layer.shape[1]), lambda: layer)
-            save_folder(adapter, target, card)
+            with _appearing(target) as temporary:
+                save_folder(adapter, temporary, card)
     if config.dtype in ("fp16", "bf16"):
         report(Notice(message=f"Stored in {config.dtype}: the strength may differ by rounding from what was trained."))
     if config.format == "peft" and adapter.has_magnitudes:
@@ -215,6 +226,21 @@ def _correct_index(index: Path) -> None:
         ) from None
 
 
+def _replace_folder(target: Path, new: Path) -> None:
+    """Put `new` in the place of a folder. Files of another kind of adapter go with it, what is no adapter's stays."""
+    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    for path in old.iterdir():
+        if path.name not in ADAPTER_FILES:
+            path.rename(target / path.name)
+    shutil.rmtree(old)
+
+
 @contextmanager
 def _appearing(target: Path) -> Generator[Path]:
     """A temporary path beside `target` that becomes it when the block ends well, and is removed when it does not.
@@ -234,8 +260,9 @@ def _appearing(target: Path) -> Generator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if target.is_dir():
-            target.rmdir()  # empty, or it would have been refused
-        temporary.replace(target)
+            _replace_folder(target, temporary)
+        else:
+            temporary.replace(target)
     except OSError as error:
         raise JobError(
             f"{target}: could not be written ({error.strerror or error}).",

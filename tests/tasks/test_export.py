@@ -227,6 +227,33 @@ def test_inputs_and_what_is_already_there_are_left_alone(tmp_path):
     assert (there / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_overwriting_leaves_no_mixture_of_two_kinds(tmp_path):
+    lokr, _ = make(tmp_path / "lokr", adapter_type="lokr")
+    lora, _ = make(tmp_path / "lora")
+    out = tmp_path / "out"
+    run(lokr, out)
+    (out / "mine.txt").write_text("mine", encoding="utf-8")
+    run(lora, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in lora.iterdir()), "mine.txt"])
+    assert read_adapter(out).title == read_adapter(lora).title
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_overwriting_export_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch):
+    lokr, _ = make(tmp_path / "lokr", adapter_type="lokr")
+    lora, _ = make(tmp_path / "lora")
+    run(lokr, tmp_path / "out")
+    before = digest(tmp_path / "out")
+
+    def full(*_args) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sidestep.adapters.write.write_text", full)
+    with pytest.raises(JobError, match="No space left"):
+        run(lora, tmp_path / "out", overwrite=True)
+    assert digest(tmp_path / "out") == before
+
+
 def test_an_interrupted_merge_leaves_nothing_behind(tmp_path):
     adapter, _ = make(tmp_path / "adapter")
     before = digest(CHECKPOINTS)
