@@ -76,6 +76,7 @@ def load_record(path: Path) -> Record:
     Those are trimmed by their masks, because the model attends every position it is given. Nothing but tensors and
     plain values is ever unpickled. Raises RecordError.
     """
+    _verify_checksums(path)
     content = _open(path)
     try:
         latents, conditions = content["target_latents"], content["encoder_hidden_states"]
@@ -108,6 +109,18 @@ def find_records(folder: Path) -> list[Path]:
         for path in folder.rglob("*.pt")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+
+
+def _verify_checksums(path: Path) -> None:
+    """Raises RecordError where the bytes are not those that were written: torch reads a zip file without asking."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} is damaged: its checksum is wrong")
+    except UNREADABLE as error:
+        raise _wrong(path, error) from None
 
 
 def _open(path: Path) -> dict[str, Any]:

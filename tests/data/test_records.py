@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import zipfile
 from pathlib import Path
 
@@ -181,3 +182,22 @@ def test_any_bytes_at_all_are_a_record_or_a_record_error(tmp_path_factory, junk:
     path.write_bytes(junk)
     with pytest.raises(RecordError):
         load_record(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_refused(tmp_path):
+    path = tmp_path / "song.pt"
+    save_record(path, Record(torch.randn(200, 8), torch.randn(40, 32), {"caption": "x"}))
+    original, draw = path.read_bytes(), random.Random(2)
+    with zipfile.ZipFile(path) as archive:
+        parts = [
+            (info.header_offset + 200, info.file_size - 200) for info in archive.infolist() if info.file_size > 999
+        ]
+    assert len(parts) == 2
+    for start, length in parts * 5:
+        damaged = bytearray(original)
+        damaged[start + draw.randrange(length)] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(RecordError, match="damaged"):
+            load_record(path)
+    path.write_bytes(original)
+    load_record(path)

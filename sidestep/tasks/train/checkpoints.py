@@ -5,6 +5,7 @@ training waits for the copy to the CPU, not for the disk.
 """
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -92,8 +93,13 @@ def write_checkpoint(
         write_adapter(new)
         with replacing(new / STATE_FILE) as temporary, temporary.open("wb") as f:
             torch.save(state, f)
-        files = {p.relative_to(new).as_posix(): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
-        write_text(new / COMPLETE_FILE, json.dumps({"position": asdict(position), "files": files}, indent=1))
+        paths = {p.relative_to(new).as_posix(): p for p in sorted(new.rglob("*")) if p.is_file()}
+        metadata = {
+            "position": asdict(position),
+            "files": {name: path.stat().st_size for name, path in paths.items()},
+            "digests": {name: digest_of(path) for name, path in paths.items()},
+        }
+        write_text(new / COMPLETE_FILE, json.dumps(metadata | {"seal": seal_of(metadata)}, indent=1))
         with zipfile.ZipFile(new / STATE_FILE) as archive:
             if not is_complete(new) or archive.testzip() is not None:
                 raise JobError(
@@ -104,12 +110,27 @@ def write_checkpoint(
     write_folder(folder, fill)
 
 
+def digest_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
+
+def seal_of(metadata: dict[str, Any]) -> str:
+    """Hex digest of what the last file says, so that no bit of it can change unnoticed either."""
+    return hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def read_metadata(folder: Path) -> dict[str, Any] | None:
     """What the file that is written last says, or None where it is missing or broken."""
     try:
         metadata = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+        seal = metadata.pop("seal", None)  # checkpoints of older versions have none
         Position(**metadata["position"])
-        return metadata if isinstance(metadata["files"], dict) else None
+        is_whole = isinstance(metadata["files"], dict) and seal == (
+            seal_of(metadata) if "digests" in metadata else None
+        )
+        return metadata if is_whole else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -154,6 +175,9 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
     """(state, position) of a checkpoint. Nothing but tensors and plain values is unpickled. Raises JobError."""
     unreadable = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError)
     try:
+        for name, digest in (read_metadata(folder) or {}).get("digests", {}).items():
+            if digest_of(folder / name) != digest:
+                raise ValueError(f"{name} is damaged: its bytes are not those that were written")
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         return state, position_of(folder)
     except (*unreadable, pickle.UnpicklingError, zipfile.BadZipFile) as error:

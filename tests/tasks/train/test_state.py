@@ -1,6 +1,7 @@
 """Folders of results are whole or absent, whenever the process that writes them dies."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from sidestep.tasks.train.checkpoints import (
     write_folder,
 )
 from sidestep.tasks.train.run import BackgroundWriter, History, Position
-from tests.training_world import Log, settings
+from tests.training_world import Log, run, settings, write_data
 
 
 def write(folder: Path, step: int) -> Path:
@@ -199,3 +200,31 @@ def test_a_run_is_resumed_by_the_launcher_that_started_it(monkeypatch, tmp_path,
     command = resume_command(settings(tmp_path / "data", tmp_path / "run"))
     assert command.startswith(begin)
     assert "--resume-from latest" in command
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_or_passed_over(tmp_path):
+    config = settings(write_data(tmp_path / "data"), tmp_path / "run", epochs=1)
+    run(config)
+    (folder,) = complete_checkpoints(config.output_dir)
+    draw = random.Random(3)
+    for path in [path for path in sorted(folder.rglob("*")) if path.is_file()]:
+        original = path.read_bytes()
+        for _ in range(6):
+            damaged = bytearray(original)
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            if complete_checkpoints(config.output_dir):
+                with pytest.raises(JobError, match="not readable"):
+                    read_checkpoint(folder)
+        path.write_bytes(original)
+    read_checkpoint(folder)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_digests_and_is_read(tmp_path):
+    config = settings(write_data(tmp_path / "data"), tmp_path / "run", epochs=1)
+    run(config)
+    (folder,) = complete_checkpoints(config.output_dir)
+    metadata = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+    del metadata["digests"], metadata["seal"]
+    (folder / COMPLETE_FILE).write_text(json.dumps(metadata), encoding="utf-8")
+    assert read_checkpoint(folder)[1].epoch == 1
