@@ -48,6 +48,8 @@ PUT_TOGETHER_WRONGLY = "The file was put together wrongly; export it again."
 INCOMPLETE = "The file is incomplete or was put together wrongly; export it again."
 DAMAGED = "The file is damaged; export or download it again."
 
+ABSURD = 1e6  # trained factors are of the order of 1; a flipped exponent makes 1e7 to 1e38 of them
+
 
 @dataclass(frozen=True)
 class Found:
@@ -97,7 +99,17 @@ def lora_rank(factors: Factors) -> int | None:
 
 def read_adapter(path: Path) -> Adapter:
     """The adapter in a file or folder, whatever program wrote it, with its strength folded in; UserError otherwise."""
-    return find_adapter(path).adapter()
+    adapter = find_adapter(path).adapter()
+    largest, name = max(
+        ((factor.abs().max().item(), name) for name, factors in adapter.modules.items() for factor in factors.values()),
+        default=(0.0, ""),
+    )
+    if ABSURD < largest < math.inf:  # numbers that are none are told apart, by `not_finite`
+        raise UserError(
+            f"{path}: holds values up to {largest:.1e}, in {name}; no training makes such, the file is damaged.",
+            "Use another copy of it, or another checkpoint of that run.",
+        )
+    return adapter
 
 
 def find_adapter(path: Path) -> Found:

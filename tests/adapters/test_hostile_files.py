@@ -186,3 +186,12 @@ def test_a_file_with_a_bit_flipped_anywhere_is_read_or_refused(tmp_path):
 @given(files=hostile.folders())
 def test_whatever_the_folder_only_a_refusal_comes_out(files, tmp_path_factory):
     use(files, tmp_path_factory.getbasetemp() / "hostile")
+
+
+@pytest.mark.parametrize(("value", "is_damage"), [(1e35, True), (-2e7, True), (900.0, False)])
+def test_a_flipped_exponent_is_told_as_damage(tmp_path, value, is_damage):
+    tensors = {key: tensor.clone() for key, tensor in GOOD.items()}
+    tensors[f"{Q}.lora_B.weight"][3, 1] = value
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="the file is damaged") if is_damage else contextlib.nullcontext():
+        read_adapter(tmp_path / "x.safetensors")
