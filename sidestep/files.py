@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,11 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def expand(path: str | Path) -> Path:
+    """A path with the home folder in place of `~`; as it is where nobody has one."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises there)
+
+
 def config_folder() -> Path:
     """Folder of the settings file and of the user's presets; may not exist yet. SIDE_STEP_HOME overrides it."""
     return _folder(platformdirs.user_config_path)
@@ -97,12 +103,18 @@ def state_folder() -> Path:
 
 def _folder(path_of: Callable[..., Path]) -> Path:
     if home := os.environ.get("SIDE_STEP_HOME"):  # one folder for everything: portable installs and tests
-        return Path(home).expanduser()
-    if sys.platform == "darwin":  # XDG variables move it since 0.2.0; what stands in the old place stays there
-        old = Path.home() / "Library" / "Application Support" / "Side-Step"
-        return old if old.is_dir() else path_of("Side-Step", appauthor=False)
-    name = "Side-Step" if sys.platform == "win32" else "side-step"
-    return path_of(name, appauthor=False, roaming=path_of is platformdirs.user_config_path)
+        return expand(home)
+    usual = expand("~/Library/Application Support/Side-Step")
+    if sys.platform == "darwin" and usual.is_dir():  # XDG variables move it since 0.2.0; what stands there stays
+        return usual
+    name = "Side-Step" if sys.platform in ("win32", "darwin") else "side-step"
+    try:
+        folder = path_of(name, appauthor=False, roaming=path_of is platformdirs.user_config_path)
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        folder = Path("~")
+    if not str(folder).startswith("~"):  # as older versions of platformdirs leave it
+        return folder
+    return Path(tempfile.gettempdir()) / f"{name}-{os.getuid() if hasattr(os, 'getuid') else ''}"
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The folders of settings and logs on each platform, and files that are whole or absent."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import platformdirs
@@ -68,3 +71,33 @@ def test_a_file_is_whole_or_what_was_there(tmp_path):
         raise KeyboardInterrupt
     assert path.read_bytes() == b"one\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users are others there")
+def test_without_a_home_and_a_name_presets_and_the_first_error_are_not_lost(tmp_path):
+    """As in a container that was given a user id alone."""
+    nobody = (
+        "import pwd, sys\n"
+        "def unknown(_id): raise KeyError('no such user')\n"
+        "pwd.getpwuid = unknown\n"
+        "from sidestep.cli import main\n"
+    )
+    breaks = "def broken(*_): raise ZeroDivisionError('first error')\nmain.run = broken\n"
+    ends = "sys.exit(main.main(sys.argv[1:]))\n"
+    for code, arguments, status in (
+        (nobody + ends, ["presets", "list"], 0),
+        (nobody + ends, ["presets", "import", "~/presets.json"], 2),
+        (nobody + breaks + ends, ["presets", "list"], 1),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--plain", *arguments],
+            cwd=Path(__file__).parents[1],
+            env={"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    log = tmp_path / f"side-step-{os.getuid()}" / "sidestep.log"
+    assert str(log) in done.stderr
+    assert "first error" in log.read_text(encoding="utf-8")

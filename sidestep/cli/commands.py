@@ -16,6 +16,7 @@ import shtab
 from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus
 from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
+from sidestep.files import expand
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
     COMMANDS,
@@ -111,7 +112,7 @@ def presets(config: PresetsConfig, report: Report) -> None:
         case "import":
             preset = preset_files.import_file(Path(config.what), replace=config.overwrite)
             report(Saved(what=f"preset {preset.name}", path=str(preset.path)))
-            if ignored := preset_files.read(Path(config.what).expanduser()).unknown:
+            if ignored := preset_files.read(expand(config.what)).unknown:
                 message = f"Ignored, because no command has such a setting: {', '.join(ignored)}."
                 report(Notice(message=message, level="warning"))
         case "export":

@@ -11,6 +11,7 @@ from typing import Any
 
 from sidestep import variants
 from sidestep.errors import UserError
+from sidestep.files import expand
 from sidestep.settings.option import Choice
 from sidestep.words import count
 
@@ -78,7 +79,7 @@ def short_name(folder_name: str) -> str:
 def likely_checkpoint_dirs(start: Path) -> list[Path]:
     """Folders near `start` and in the user's home that hold models; near ones relative to it, as `start` is given."""
     names = ("checkpoints", "ACE-Step-1.5/checkpoints", "ACE-Step/checkpoints", "Ace-Step1.5", "models/ACE-Step-1.5")
-    folders = [root / name for root in (start, start / "..", Path.home()) for name in names]
+    folders = [root / name for root in (start, start / "..", expand("~")) for name in names]
     return [folder for folder in dict.fromkeys(folders) if find_models(folder)]
 
 

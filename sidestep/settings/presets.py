@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import config_folder, write_text
+from sidestep.files import config_folder, expand, write_text
 from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
 
@@ -151,14 +151,14 @@ def delete(name: str) -> None:
 
 def import_file(path: Path, name: str = "", replace: bool = False) -> Preset:
     """Copy a preset file into the user's presets, its values checked. Raises UserError."""
-    preset = read(path.expanduser())
+    preset = read(expand(path))
     return save(name or preset.name, preset.values, preset.description, replace)
 
 
 def export_file(name: str, path: Path, replace: bool = False) -> Path:
     """Write a preset to a file of the user's choice (a folder: under its own name); the file. Raises UserError."""
     preset = find(name)
-    path = path.expanduser()
+    path = expand(path)
     target = path / f"{preset.name}.json" if path.is_dir() else path
     if not target.parent.is_dir():
         raise UserError(f"There is no folder {target.parent}.", "Make it first, or choose another one.")

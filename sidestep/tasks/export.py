@@ -37,6 +37,7 @@ from sidestep.adapters.write import (
 )
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved
+from sidestep.files import expand
 from sidestep.settings.config import ExportConfig
 from sidestep.words import gib, side_step
 
@@ -109,14 +110,14 @@ def _path_and_strength(text: str) -> tuple[Path, float]:
     """`OTHER` or `OTHER:0.5`; a colon that belongs to the path (a drive, a name that exists) stays in it."""
     path, _, strength = text.rpartition(":")
     try:
-        value = float(strength) if path and not Path(text).expanduser().exists() else None
+        value = float(strength) if path and not expand(text).exists() else None
     except ValueError:
         value = None
     if value is None:
-        return Path(text).expanduser(), 1.0
+        return expand(text), 1.0
     if not abs(value) <= 1000:
         raise UserError(f"--add {text}: {strength} is no strength.", "Write it as --add FOLDER:0.5")
-    return Path(path).expanduser(), value
+    return expand(path), value
 
 
 def _base(config: ExportConfig) -> Base | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Event, Notice, Report, Table
+from sidestep.files import expand
 from sidestep.settings import presets
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
@@ -192,7 +193,7 @@ def _managed(answers: Answers) -> Event:
             return preset_table(presets.find(name))
         case "import":
             preset = presets.import_file(Path(answers["file"]))
-            unknown = ", ".join(presets.read(Path(answers["file"]).expanduser()).unknown)
+            unknown = ", ".join(presets.read(expand(answers["file"])).unknown)
             ignored = f" Ignored, because no command has such a setting: {unknown}." if unknown else ""
             return Notice(message=f"Imported as {preset.name}.{ignored}")
         case "export":
