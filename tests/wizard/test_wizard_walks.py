@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,7 +107,12 @@ class Wanderer:
 
 def walk(world: World, draw: Any) -> None:
     """One session of two actions: each ends in a config that validates and a command line that parses to it."""
-    shutil.rmtree(world.root / "home", ignore_errors=True)
+    for left in (
+        world.root / "home",
+        world.root / "other",
+        *Path.cwd().iterdir(),
+    ):  # of the walk before: presets, exported
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     welcomed(world.root / "home", depth=draw(st.sampled_from(("basic", "advanced"))))
     wizard = Wizard(Wanderer(draw, world), Screen(), world.outside())
     for _ in range(2):  # the second time what was chosen is carried over, and the next step is offered
