@@ -11,7 +11,8 @@ import torch
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.data.batches import Item, MicroBatch, collate
 from sidestep.data.records import Record, save_record
-from sidestep.flow_matching.timesteps import turbo_timesteps
+from sidestep.flow_matching.timesteps import logit_normal, stratified, turbo_timesteps
+from sidestep.seeding import seed_for, uniform
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import Metrics, optimizer_step, run_loop
 from sidestep.tasks.train.objective import training_law
@@ -137,6 +138,69 @@ def test_dropout_of_conditions_is_that_of_the_model_unless_it_is_typed(data, tmp
     turbo = Variant("turbo", is_turbo=True, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
     assert (training_law(config, base).cfg_ratio, training_law(config, turbo).cfg_ratio) == (0.15, 0.0)
     assert set_up_run(data, tmp_path, cfg_ratio=0.4).objective.law.cfg_ratio == 0.4
+
+
+@pytest.mark.parametrize(
+    ("variant", "typed", "name", "quartiles"),
+    [
+        ("turbo", {}, "discrete, 8 steps", None),
+        ("base", {}, "logit-normal, mu -0.4, sigma 1", (-0.4, 1.0)),
+        ("base", {"timestep_mode": "discrete"}, "discrete, 8 steps", None),
+        ("turbo", {"timestep_mode": "logit-normal"}, "logit-normal, mu -0.4, sigma 1", (-0.4, 1.0)),
+        ("base", {"timestep_mu": 0.5, "timestep_sigma": 2.0}, "logit-normal, mu 0.5, sigma 2", (0.5, 2.0)),
+    ],
+)
+def test_the_law_is_the_models_but_for_what_was_typed(data, tmp_path, variant, typed, name, quartiles):
+    variant = Variant(variant, is_turbo=variant == "turbo", is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
+    law = training_law(settings(data, tmp_path, **typed), variant)
+    assert law.name == name
+    assert law.reason == variant.reason + ("; --timestep-mode typed" if "timestep_mode" in typed else "")
+    u = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    expected = logit_normal(*quartiles)(u) if quartiles else turbo_timesteps()[[2, 6]]
+    torch.testing.assert_close(law.draw(u), expected)
+
+
+def test_the_draws_of_a_saved_run_stay_what_they_were(data, tmp_path):
+    """A run is resumed by later versions too: each stream of random numbers has its own name and may never move."""
+    run, model = set_up_run(data, tmp_path, seed=3, batch_size=2, cfg_ratio=0.5), Recorder()
+    batch = collate(run.songs, MicroBatch((Item(0, 0, 30), Item(1, 0, 30)), (2, 3)))
+    for slot, noise in zip(batch.slots, run.objective.noise(5, batch), strict=True):
+        generator = torch.Generator().manual_seed(seed_for(3, "noise", 5, slot))
+        assert torch.equal(noise, torch.randn(noise.shape, generator=generator))
+    generator = torch.Generator().manual_seed(seed_for(3, "timesteps", 5))
+    expected = run.objective.law.draw(stratified(4, generator)).float()
+    assert torch.equal(run.objective.timesteps(5, 4), expected)
+    drops = [uniform(3, "cfg", 5, slot) < 0.5 for slot in range(32)]
+    assert run.objective.dropped(5, tuple(range(32))).tolist() == drops
+    assert run.objective.dropped(5, (drops.index(False),)) is None
+    run.objective(model, batch, 5, 4)
+    assert torch.initial_seed() == seed_for(3, "dropout", 5, 2)
+
+
+def test_everything_but_t_is_in_the_dtype_of_the_base(data, tmp_path):
+    run, model = set_up_run(data, tmp_path, cfg_ratio=0.0), Recorder()
+    run.objective.null_condition = run.objective.null_condition.bfloat16()  # as a base in bf16 has it
+    run.objective(model, collate(run.songs, MicroBatch((Item(0, 0, 30),), (0,))), 0, 1)
+    given = model.calls[-1]
+    assert {given[name].dtype for name in ("hidden_states", "encoder_hidden_states", "context_latents")} == {
+        torch.bfloat16
+    }
+    assert (given["timestep"].dtype, given["timestep_r"].dtype, given["return_dict"]) == (*[torch.float32] * 2, False)
+
+
+def test_timesteps_and_drops_go_to_the_device_without_waiting(data, tmp_path, monkeypatch):
+    run = set_up_run(data, tmp_path, cfg_ratio=1.0)
+    batch, moves, original = collate(run.songs, MicroBatch((Item(0, 0, 30),), (0,))), [], torch.Tensor.to
+
+    def to(tensor, *place, **how):
+        if place and isinstance(place[0], torch.device | None):
+            moves.append((tensor.dtype, place, how))
+        return original(tensor, *place, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    run.objective(Recorder(), batch, 0, 1)
+    where = ((torch.device("cpu"),), {"non_blocking": True})
+    assert moves == [(torch.float32, *where), (torch.bool, *where)]
 
 
 @pytest.mark.parametrize("hints_ratio", [0.0, 1.0])
