@@ -101,3 +101,30 @@ def test_without_a_home_and_a_name_presets_and_the_first_error_are_not_lost(tmp_
     log = tmp_path / f"side-step-{os.getuid()}" / "sidestep.log"
     assert str(log) in done.stderr
     assert "first error" in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "unknown", [RuntimeError("could not determine the home directory"), Path("~/.config/side-step")]
+)
+def test_where_nobody_has_a_home_the_folder_for_temporary_files_does(platform, monkeypatch, unknown):
+    platform("linux", Unix)
+
+    def path(*_name, **_how) -> Path:
+        if isinstance(unknown, Path):
+            return unknown
+        raise unknown
+
+    monkeypatch.setattr(platformdirs, "user_config_path", path)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: "/scratch")
+    assert config_folder() == Path(f"/scratch/side-step-{os.getuid() if hasattr(os, 'getuid') else ''}")
+
+
+def test_the_name_of_the_program_is_asked_for_without_an_author(platform, monkeypatch):
+    asked = []
+    for name in ("user_config_path", "user_state_path"):
+        monkeypatch.setattr(platformdirs, name, lambda *name, **how: asked.append((name, how)) or Path("/x"))
+    for system, folders in (("linux", Unix), ("win32", Unix), ("darwin", MacOS)):
+        platform(system, folders)
+        assert (config_folder(), state_folder()) == (Path("/x"), Path("/x"))
+    names = [("side-step",)] * 2 + [("Side-Step",)] * 4
+    assert asked == [(n, {"appauthor": False, "roaming": i % 2 == 0}) for i, n in enumerate(names)]

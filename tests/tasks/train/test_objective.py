@@ -138,6 +138,8 @@ def test_dropout_of_conditions_is_that_of_the_model_unless_it_is_typed(data, tmp
     turbo = Variant("turbo", is_turbo=True, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
     assert (training_law(config, base).cfg_ratio, training_law(config, turbo).cfg_ratio) == (0.15, 0.0)
     assert set_up_run(data, tmp_path, cfg_ratio=0.4).objective.law.cfg_ratio == 0.4
+    typed = training_law(settings(data, tmp_path, cfg_ratio=0.4, timestep_mode="discrete"), base)
+    assert typed.reason == f"{base.reason}; --timestep-mode and --cfg-ratio typed"
 
 
 @pytest.mark.parametrize(
