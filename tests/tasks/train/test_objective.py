@@ -3,6 +3,7 @@
 The oracle is the original code's loss on the golden cases; where there is none (hints, weights, shares), the formula.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,17 @@ def test_timesteps_and_drops_go_to_the_device_without_waiting(data, tmp_path, mo
     run.objective(Recorder(), batch, 0, 1)
     where = ((torch.device("cpu"),), {"non_blocking": True})
     assert moves == [(torch.float32, *where), (torch.bool, *where)]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_activations_are_kept_elsewhere_only_on_request(data, tmp_path, monkeypatch, is_on):
+    devices = []
+    monkeypatch.setattr(
+        "sidestep.tasks.train.objective.offload_activations", lambda device: devices.append(device) or nullcontext()
+    )
+    run = set_up_run(data, tmp_path, offload_activations=is_on)
+    run.objective(Recorder(), collate(run.songs, MicroBatch((Item(0, 0, 30),), (0,))), 0, 1)
+    assert devices == [torch.device("cpu")] * is_on
 
 
 @pytest.mark.parametrize("hints_ratio", [0.0, 1.0])
