@@ -573,15 +573,7 @@ FOCUS_RANGES = {"balanced": (0.0, 1.0), "texture": (0.0, 0.4), "structure": (0.6
 class EstimateConfig(ModelConfig):
     """`estimate`: Preprocessing++, which modules respond to this music and what rank each deserves."""
 
-    dataset_dir: Path = option(
-        MISSING,
-        "folder of preprocessed .pt tensors",
-        group="Data",
-        label="Folder of training tensors",
-        plain="your songs as Preprocess audio has written them",
-        holds="tensors",
-        kept=True,
-    )
+    dataset_dir: Path = same_as(TrainConfig, "dataset_dir")
     chunk_duration: float = option(
         0.0, "measure on windows of N seconds; 0 measures on whole songs", group="Data", minimum=0
     )
