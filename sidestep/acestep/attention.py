@@ -22,7 +22,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepAttention,
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from sidestep.acestep.device import Choice
+from sidestep.acestep.device import Choice, is_ampere
 from sidestep.errors import UserError
 
 Attend = Callable[..., Tensor]
@@ -209,16 +209,26 @@ class WindowProcessor:
         query, key = query.to(value.dtype), key.to(value.dtype)
         dropout = attn.dropout if attn.training else 0.0
         if attn.sliding_window is None:
+            if not takes_grouped_heads(query.device, query.dtype):
+                key, value = (x.repeat_interleave(attn.heads // attn.kv_heads, dim=2) for x in (key, value))
             out = F.scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in (query, key, value)),
                 dropout_p=dropout,
                 scale=attn.scaling,
-                enable_gqa=attn.heads != attn.kv_heads,
+                enable_gqa=key.shape[2] != attn.heads,
             ).transpose(1, 2)
         else:
             out = self.attend(query, key, value, attn.sliding_window, attn.scaling, dropout)
         out = attn.to_out[0](out.flatten(2, 3).to(query.dtype))
         return attn.to_out[1](out)
+
+
+def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether SDPA without a mask stays linear in memory when there are fewer key heads than query heads.
+
+    On CUDA only the flash kernel does; in fp32 or on cards before Ampere it would compute all T² scores.
+    """
+    return device.type != "cuda" or (dtype in (torch.bfloat16, torch.float16) and is_ampere(device))
 
 
 def use_attention(
@@ -270,7 +280,7 @@ def flash_obstacle(layer: AceStepAttention, device: torch.device, dtype: torch.d
         return "it has no attention dropout, which this checkpoint asks for"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bf16 and fp16, not in {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if not is_ampere(device):
         return "this GPU is older than Ampere"
     return difference_in_trial(flash_attention, local, layer, device, dtype)
 

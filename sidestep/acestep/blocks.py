@@ -21,6 +21,7 @@ from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from sidestep.acestep.device import Choice
+from sidestep.acestep.streams import CopyStream, PinnedMemory, aligned
 from sidestep.errors import UserError
 
 
@@ -86,12 +87,21 @@ class BlockSwap:
     line.
     """
 
-    def __init__(self, decoder: AceStepTransformer1DModel, count: int, device: torch.device):
+    def __init__(
+        self,
+        decoder: AceStepTransformer1DModel,
+        count: int,
+        device: torch.device,
+        stream: CopyStream | None = None,
+        pin: bool = True,
+    ):
         self.device = device
         self.blocks: list[SwappedBlock] = []
         self.fetched: dict[int, tuple[list[Tensor], torch.Event | None]] = {}
         self._last = -1  # the block that computed last, which tells the direction
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = CopyStream(device) if stream is None and device.type == "cuda" else stream
+        nbytes = (aligned(p.nbytes) for layer in decoder.layers[:count] for p in layer.parameters())
+        memory = PinnedMemory(sum(nbytes), pin=pin) if self._stream else None
         for index, layer in enumerate(decoder.layers[:count]):
             frozen = {
                 (module, name): parameter.detach().to("cpu")
@@ -99,7 +109,7 @@ class BlockSwap:
                 for name, parameter in module._parameters.items()
                 if parameter is not None and not parameter.requires_grad
             }
-            tensors = [tensor.pin_memory() if self._stream else tensor for tensor in frozen.values()]
+            tensors = [memory.put(tensor) if memory else tensor for tensor in frozen.values()]
             block = SwappedBlock(list(frozen), [nn.Parameter(tensor, requires_grad=False) for tensor in tensors])
             self.blocks.append(block)
             # nothing in their places, so that the move below leaves them on the CPU
@@ -115,11 +125,8 @@ class BlockSwap:
         self._fetch(index)
         copies, done = self.fetched.pop(index)
         self.fetched.clear()  # a copy fetched in the other direction
-        if done is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(done)
-            for copy in copies:
-                copy.record_stream(current)
+        if self._stream and done is not None:
+            self._stream.wait_for(done)
         forward = index > self._last
         self._last = index if forward or index else -1
         self.blocks[index].put([nn.Parameter(copy, requires_grad=False) for copy in copies])
@@ -133,12 +140,8 @@ class BlockSwap:
         parameters = self.blocks[index].parameters
         if self._stream is None:
             self.fetched[index] = [p.detach().to(self.device, copy=True) for p in parameters], None
-            return
-        # memory freed by the blocks before may be reused only after them
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            copies = [p.detach().to(self.device, non_blocking=True) for p in parameters]
-            self.fetched[index] = copies, self._stream.record_event()
+        else:
+            self.fetched[index] = self._stream.copy([p.detach() for p in parameters])
 
 
 # short or long songs, first layer or later, training or validation, with or without pad tokens in a batch

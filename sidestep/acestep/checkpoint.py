@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
-from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+from diffusers.models.transformers.ace_step_transformer import AceStepMLP, AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -117,6 +118,8 @@ class Checkpoint:
             timbre._layer_types = list(layer_types[: len(timbre.layers)])
         if self.variant.is_xl:
             prepend_timbre_token(encoder)
+        if dtype == torch.float16:
+            widen_range(encoder)
         return encoder
 
     def load_audio_tokenizer(
@@ -254,6 +257,25 @@ def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:
         return torch.cat([timbre.special_token.expand(frames.shape[0], -1, -1).to(frames.dtype), frames], dim=1)
 
     timbre.embed_tokens.register_forward_hook(with_token)
+
+
+def widen_range(encoder: AceStepConditionEncoder) -> None:
+    """Let the last product of every MLP be computed and added in fp32.
+
+    On trained weights it reaches about 505,000 in the lyric encoder, where fp16 ends at 65,504: every song with lyrics
+    would be NaN.
+    """
+    for layer in (*encoder.lyric_encoder.layers, *encoder.timbre_encoder.layers):
+        layer.mlp.__class__ = WideMlp
+
+
+class WideMlp(AceStepMLP):
+    """diffusers' MLP, computed in fp32 after its first two products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to fp32 [..., C]."""
+        inner = F.silu(self.gate_proj(x).float()) * self.up_proj(x).float()
+        return F.linear(inner, self.down_proj.weight.float())
 
 
 def accepted(model_class: type[nn.Module], config: dict) -> dict:

@@ -1,5 +1,6 @@
 """Which device and dtype a run uses, each with the reason that is shown to the user, and how much memory there is."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Choice:
 def choose_device(request: str = "auto") -> Choice:
     """The torch device for `--device`. Raises UserError when what was asked for is not there.
 
+    Each process that `torchrun` or `accelerate launch` started takes a GPU of its own, unless one is named.
     ROCm builds of torch call their device `cuda` too. cuda, mps and xpu were not run here.
     """
     kind, _, index = request.partition(":")
@@ -41,7 +43,7 @@ def choose_device(request: str = "auto") -> Choice:
     }
     there = ", ".join(k for k, ok in available.items() if ok)
     if request == "auto":
-        device = torch.device(there.partition(",")[0])
+        device = _own(there.partition(",")[0])
         missing = ", ".join(k for k, ok in available.items() if not ok)
         why = f"the first of cuda, mps, xpu and cpu that is there{f' ({missing}: none)' if missing else ''}"
         return Choice(device, f"{_name(device)}: {why}")
@@ -53,7 +55,24 @@ def choose_device(request: str = "auto") -> Choice:
         )
     if index and int(index) >= (count := torch.get_device_module(kind).device_count()):
         raise UserError(f"--device {request}: only {count} {kind} device(s) are there.", "They are counted from 0.")
-    return Choice(torch.device(request), f"{_name(torch.device(request))}: asked for")
+    device = torch.device(request) if index else _own(kind)
+    return Choice(device, f"{_name(device)}: asked for")
+
+
+def _own(kind: str) -> torch.device:
+    """The device of this process, by its number among those of the machine."""
+    if kind not in ("cuda", "xpu") or "LOCAL_RANK" not in os.environ:
+        return torch.device(kind)
+    return torch.device(kind, int(os.environ["LOCAL_RANK"]) % torch.get_device_module(kind).device_count())
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, the copy beside the computation where that is safe.
+
+    CUDA reads pageable memory before it returns and pinned memory in its own time. MPS reads pageable memory later,
+    when it may be another tensor's.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _name(device: torch.device) -> str:
@@ -70,9 +89,14 @@ def choose_precision(request: str, device: torch.device) -> Choice:
         return Choice(PRECISIONS[request], "asked for")
     if device.type == "cpu":
         return Choice(torch.float32, "CPUs compute fp32 fastest and exactly")
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and not (torch.version.hip or is_ampere(device)):
         return Choice(torch.float16, "this GPU is older than Ampere and has no bf16")
     return Choice(torch.bfloat16, f"{device.type} devices compute in bf16, with the range of fp32")
+
+
+def is_ampere(device: torch.device) -> bool:
+    """Whether an NVIDIA GPU is of the first generation with bf16 and the flash kernels, or later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def precision_name(dtype: torch.dtype) -> str:
@@ -109,15 +133,17 @@ class GpuMemory:
         return self.bytes - self.taken
 
 
-def gpu_memory() -> GpuMemory | None:
-    """The memory of the first CUDA GPU, None on a machine without one.
+def gpu_memory(device: torch.device) -> GpuMemory | None:
+    """The memory of this GPU, None where a device does not tell: CPUs, and MPS, which shares the system's.
 
-    Asking makes this process's context. Not run here.
+    What this process's allocator holds is not taken by others. Asking makes this process's context. Not run here.
     """
-    if not torch.cuda.is_available():
+    if device.type not in ("cuda", "xpu"):
         return None
-    free, total = torch.cuda.mem_get_info()
-    return GpuMemory(total, torch.cuda.get_device_name(), max(0, total - free - CONTEXT_BYTES))
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    taken = total - free - module.memory_reserved(device) - CONTEXT_BYTES
+    return GpuMemory(total, module.get_device_name(device), max(0, taken))
 
 
 def with_overhead(tensor_bytes: int) -> int:

@@ -255,9 +255,9 @@ def profile_of(call: Call) -> tuple[str, str]:
         return profile_for(PROFILES[call.vram_profile], is_xl), "asked for"
     gib, card = call.typed.get("vram"), "--vram"
     if not gib:
-        from sidestep.acestep.device import GIB, gpu_memory
+        from sidestep.acestep.device import GIB, choose_device, gpu_memory
 
-        device = gpu_memory()
+        device = gpu_memory(choose_device(call.typed.get("device", "auto")).value)
         if device is None:
             raise UserError(
                 "--vram-profile auto: no GPU was found here.", f"Name a profile: --vram-profile {'|'.join(PROFILES)}"

@@ -99,8 +99,8 @@ class Batch:
     slots: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; copies run beside the computation where memory is pinned."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        """The batch on a device; on CUDA copies run beside the computation where memory is pinned."""
+        return self._each(lambda x: x.to(device, non_blocking=device.type == "cuda"))
 
     def pin(self) -> "Batch":
         """The batch in memory that a CUDA device can read while it computes."""

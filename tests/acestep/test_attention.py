@@ -19,6 +19,7 @@ from sidestep.acestep import attention
 from sidestep.acestep.attention import (
     REQUESTS,
     MaskCache,
+    WindowProcessor,
     difference_in_trial,
     flash_attention,
     local_attention,
@@ -228,6 +229,23 @@ def test_no_dense_mask_is_built_whatever_the_order_of_layers(layer_types, monkey
     use_attention(decoder, "local")
     monkeypatch.setattr(ace_step_transformer, "_create_4d_mask", lambda *a, **k: pytest.fail("a dense mask was built"))
     torch.testing.assert_close(decoder(**inputs)[0], exact, atol=1e-5, rtol=0)
+
+
+def test_key_heads_are_repeated_where_no_kernel_takes_fewer(monkeypatch):
+    decoder, inputs = tiny_decoder(layers=1, layer_types=["full_attention"]), step_inputs()
+    processor = WindowProcessor(local)
+    decoder.layers[0].self_attn.set_processor(processor)
+    expected = gradients(decoder, inputs)
+    seen, sdpa = [], F.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        seen.append((query.shape[1], key.shape[1], options["enable_gqa"]))
+        return sdpa(query, key, value, **options)
+
+    monkeypatch.setattr(attention, "takes_grouped_heads", lambda device, dtype: False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(gradients(decoder, inputs), expected, atol=1e-5, rtol=1e-5)
+    assert (4, 4, False) in seen
 
 
 def test_the_window_can_be_fitted_inside_an_adapter_and_taken_out_again():

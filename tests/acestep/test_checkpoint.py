@@ -278,5 +278,5 @@ def test_the_device_is_chosen_with_a_reason(monkeypatch):
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_old_gpus_get_fp16_and_new_ones_bf16(monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if has_bf16 else (7, 5))
     assert choose_precision("auto", torch.device("cuda")).value == expected

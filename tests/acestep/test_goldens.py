@@ -69,6 +69,33 @@ def test_token_ids_and_conditions_equal_the_original(checkpoints, golden, golden
     assert_golden(states, expected[f"{case}.encoder_hidden_states"])
 
 
+@pytest.mark.parametrize("layer", [0, -1])
+def test_lyrics_that_leave_the_range_of_fp16_keep_their_conditions(checkpoints, golden, monkeypatch, layer):
+    """As trained weights do (505,000 where fp16 ends at 65,504). Not compared with the goldens: the weights differ."""
+    folder, expected = golden
+    checkpoint = open_checkpoint(checkpoints, folder)
+    text_encoder, _ = checkpoint.load_text_encoder()
+    inputs = (
+        encode_text(text_encoder, expected["0.text_ids"]),
+        embed_lyrics(text_encoder, expected["0.lyric_ids"]),
+        checkpoint.silence_latent()[:, : checkpoint.timbre_frames],
+    )
+    largest = []
+
+    def conditions(dtype: torch.dtype) -> torch.Tensor:
+        encoder = checkpoint.load_condition_encoder(dtype=dtype)
+        mlp = encoder.lyric_encoder.layers[layer].mlp
+        with torch.no_grad():
+            mlp.down_proj.weight.copy_(mlp.down_proj.weight.sign() * 3e4)
+        mlp.register_forward_hook(lambda _module, _inputs, out: largest.append(out.abs().max().item()))
+        return encode_conditions(encoder, *inputs).float()
+
+    exact, half = conditions(torch.float32), conditions(torch.float16)
+    assert min(largest) > torch.finfo(torch.float16).max
+    assert torch.isfinite(half).all()
+    assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_and_null_condition_equal_the_original(checkpoints, golden, golden_time_table, case):
     folder, expected = golden

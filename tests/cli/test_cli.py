@@ -244,7 +244,9 @@ def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, 
         lambda config, report: seen.append(config) or report(Notice(message="ran")) or ExitStatus.OK,
         TrainConfig,
     )
-    monkeypatch.setattr("sidestep.acestep.device.gpu_memory", lambda: gib and GpuMemory(round(gib * 2**30), "a card"))
+    monkeypatch.setattr(
+        "sidestep.acestep.device.gpu_memory", lambda device: gib and GpuMemory(round(gib * 2**30), "a card")
+    )
     assert main(f"--plain fixed --checkpoint-dir c --dataset-dir d --output-dir o --seed 7 {typed}".split()) == 0
     values = presets.find(profile).values
     assert {name: getattr(seen[0], name) for name in values} == values
@@ -253,7 +255,7 @@ def test_a_profile_is_the_preset_for_the_card(task, capsys, monkeypatch, typed, 
 
 
 def test_a_profile_cannot_be_chosen_without_a_gpu_or_beside_a_preset(monkeypatch, capsys):
-    monkeypatch.setattr("sidestep.acestep.device.gpu_memory", lambda: None)
+    monkeypatch.setattr("sidestep.acestep.device.gpu_memory", lambda device: None)
     required = ["fixed", "--checkpoint-dir", "c", "--dataset-dir", "d", "--output-dir", "o"]
     assert main([*required, "--vram-profile", "auto"]) == ExitStatus.USAGE
     assert "no GPU was found here" in capsys.readouterr().err

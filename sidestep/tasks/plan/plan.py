@@ -196,7 +196,8 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     asked = resolve(TrainConfig, shared, folders)
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
     planner = Planner(decoder_sizes(sizes), dtype, config.song_seconds, config.condition_tokens)
-    gpu = GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else gpu_memory()
+    asked_for = GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else None
+    gpu = asked_for or gpu_memory(choose_device().value)
     result = Plan(
         asked=planner.candidate(asked),
         gpu=gpu,
@@ -268,13 +269,13 @@ def check_memory(config: TrainConfig, report: Report) -> TrainConfig:
     """The settings with which a run fits into the GPU: as they are, but that `--recompute-as-needed` becomes a number.
 
     Raises UserError when the run cannot fit, unless `--even-if-it-does-not-fit` was typed. The longest song decides,
-    with the most condition tokens that any song has. Without a CUDA GPU nothing is known and nothing refused.
+    with the most condition tokens that any song has. Where the device tells no memory, nothing is refused.
     """
-    gpu = gpu_memory()
-    if gpu is not None and choose_device(config.device).value.type == "cuda":
+    device = choose_device(config.device).value
+    if (gpu := gpu_memory(device)) is not None:
         return fit_into(gpu, config, report)
     if config.recompute_as_needed:
-        reason = "--recompute-as-needed knows only the memory of CUDA GPUs"
+        reason = f"--recompute-as-needed knows no memory of a device of kind {device.type}"
         report(Decision(what="recomputation", value="all layers", reason=reason))
     return replace(config, recompute_as_needed=False)
 

@@ -8,7 +8,6 @@ pass leaves for the second, and which songs failed; all of it can be lost withou
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -307,19 +306,14 @@ def open_job(config: PreprocessConfig, report: Report) -> Job:
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     choice = choose_device(config.device)
     precision = choose_precision(config.precision, choice.value)
-    device = choice.value
-    if device.type in ("cuda", "xpu") and device.index is None and "LOCAL_RANK" in os.environ:
-        # Each process of a machine takes a GPU of its own, unless one was named.
-        count = getattr(torch, device.type).device_count()
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]) % count)
-    report(Decision(what="device", value=str(device), reason=choice.reason))
+    report(Decision(what="device", value=str(choice.value), reason=choice.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     # Latents are made once and learnt from ever after, and the VAE is small: fp32 unless the user says otherwise.
     vae_dtype = precision.value if config.precision != ANY_PRECISION else torch.float32
     if vae_dtype != precision.value:
         report(Decision(what="VAE precision", value="fp32", reason="latents are made once; --precision changes it"))
     identities = {part: checkpoint.identity(part) for part in ("vae", "text_encoder", "condition_encoder")}
-    job = Job(config, checkpoint, device, vae_dtype, precision.value, identities)
+    job = Job(config, checkpoint, choice.value, vae_dtype, precision.value, identities)
     identities["silence"] = hashlib.blake2b(job.timbre_silence().numpy().tobytes(), digest_size=16).hexdigest()
     return job
 

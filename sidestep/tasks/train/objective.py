@@ -10,6 +10,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepAttnProces
 
 from sidestep.acestep.blocks import offload_activations
 from sidestep.acestep.conditions import context_latents, tiled_silence
+from sidestep.acestep.device import to_device
 from sidestep.data.batches import Batch
 from sidestep.flow_matching.guidance import drop_conditions
 from sidestep.flow_matching.loss import flow_matching_loss, min_snr_weight, uniform_weight
@@ -114,10 +115,10 @@ class Objective:
         """(weighted loss [B], plain loss [B], t [B]) of a batch, one part of an optimizer step of `samples`."""
         torch.manual_seed(seed_for(self.seed, "dropout", step, batch.slots[0]))
         device = self.silence.device
-        t = self.timesteps(step, samples)[list(batch.slots)].to(device, non_blocking=True)
+        t = to_device(self.timesteps(step, samples)[list(batch.slots)], device)
         dropped = self.dropped(step, batch.slots)
         if dropped is not None:
-            dropped = dropped.to(device, non_blocking=True)
+            dropped = to_device(dropped, device)
         loss = self.loss(model, batch, self.noise(step, batch), t, dropped)
         return loss * self.weight(t), loss.detach(), t
 

@@ -114,8 +114,8 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
     """(accelerate's view of devices and processes, dtype of the frozen base). Raises UserError."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
-    if device.value.type == "cuda" and device.value.index is not None:
-        torch.cuda.set_device(device.value)
+    if device.value.index is not None:
+        torch.get_device_module(device.value).set_device(device.value)
     mixed = MIXED_PRECISION.get(precision.value, "no")
     accelerator = Accelerator(cpu=device.value.type == "cpu", mixed_precision=mixed)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -172,3 +172,36 @@ def wider_decoder() -> AceStepTransformer1DModel:
         "head_dim": 64,
     }
     return AceStepTransformer1DModel(**sizes, is_turbo=True).eval().requires_grad_(False)
+
+
+class RecordedStream:
+    """A stand-in for a second queue of a CUDA device, which writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def copy(self, tensors):
+        self.calls.append("copy")
+        return [tensor.clone() for tensor in tensors], f"copy {self.calls.count('copy')}"
+
+    def wait_for(self, done):
+        self.calls.append(f"wait for {done}")
+
+
+def test_a_block_computes_after_its_copy_while_the_next_one_is_copied(checkpoints, tmp_path):
+    stream = RecordedStream()
+
+    def prepare(decoder):
+        recompute_layers(decoder)
+        BlockSwap(decoder, 3, CPU, stream, pin=False)
+        for layer in decoder.layers:
+            layer.mlp.register_forward_hook(lambda *_: stream.calls.append("compute"))
+
+    plain, _ = run_steps(checkpoints, tmp_path, steps=1)
+    swapped, _ = run_steps(checkpoints, tmp_path, prepare, steps=1)
+    assert swapped == plain
+    forward = ["copy", "wait for copy 1", "copy", "compute", "wait for copy 2", "copy", "compute", "wait for copy 3"]
+    assert stream.calls[:9] == [*forward, "compute"]
+    # backward: from the last block to the first, each recomputed after its own copy
+    backward = ["copy", "wait for copy 4", "copy", "compute", "wait for copy 5", "copy", "compute", "wait for copy 6"]
+    assert stream.calls[9:] == [*backward, "compute"]

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute_layers
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.acestep.device import GIB, GpuMemory, with_overhead
+from sidestep.acestep.device import GIB, Choice, GpuMemory, with_overhead
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
@@ -394,10 +394,22 @@ def test_recompute_as_needed_becomes_a_number_before_the_run(small_run, monkeypa
     enough = fit_into(GpuMemory(8 * GIB, "a card"), asked, events.append)
     assert (enough.recompute_layers, enough.recompute_as_needed) == (0, False)
     assert (events[0].what, events[0].value) == ("recomputation", "0 of 3 layers")
-    monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda: None)
+    monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda device: None)
     unknown = check_memory(asked, events.append)
     assert (unknown.recompute_layers, unknown.recompute_as_needed) == (None, False)
-    assert "only the memory of CUDA GPUs" in events[-1].reason
+    assert "no memory of a device of kind cpu" in events[-1].reason
+
+
+def test_the_run_is_judged_by_the_card_that_it_will_use(small_run, monkeypatch):
+    monkeypatch.setattr("sidestep.tasks.plan.plan.choose_device", lambda request: Choice(torch.device(request), ""))
+    small = {0: 0.1, 1: 8}
+    monkeypatch.setattr(
+        "sidestep.tasks.plan.plan.gpu_memory", lambda device: GpuMemory(round(small[device.index] * GIB), "a card")
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_memory(dataclasses.replace(small_run, device="cuda:1"), null)
+    with pytest.raises(UserError, match="would run out of memory"):
+        check_memory(dataclasses.replace(small_run, device="cuda:0"), null)
 
 
 @pytest.mark.parametrize("other", [{"gradient_checkpointing": False}, {"recompute_layers": 3}, {"swap_blocks": 2}])

@@ -1,0 +1,129 @@
+"""Devices that are not at hand: which one is asked, its memory, in which dtype and order things go there."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sidestep.acestep.attention import takes_grouped_heads
+from sidestep.acestep.device import CONTEXT_BYTES, GIB, choose_device, choose_precision, gpu_memory, to_device
+from sidestep.acestep.streams import PinnedMemory, aligned
+from sidestep.data.batches import Batch
+
+CARDS = {0: (6 * GIB, 8 * GIB, (7, 5)), 1: (10 * GIB, 24 * GIB, (8, 9))}
+
+
+@pytest.fixture(params=["cuda", "xpu"])
+def cards(request, monkeypatch) -> str:
+    """Two GPUs of a kind: an old one with 8 GiB and a newer one with 24, of each some taken by other programs."""
+    kind, module = request.param, torch.get_device_module(request.param)
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(module, "device_count", lambda: len(CARDS))
+    monkeypatch.setattr(module, "mem_get_info", lambda device: CARDS[device.index or 0][:2])
+    monkeypatch.setattr(module, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(module, "get_device_name", lambda device: f"card {device.index or 0}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CARDS[device.index or 0][2])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return kind
+
+
+def test_the_memory_asked_for_is_that_of_the_card_that_was_named(cards):
+    for index, (free, total, _) in CARDS.items():
+        memory = gpu_memory(choose_device(f"{cards}:{index}").value)
+        assert memory is not None
+        assert (memory.bytes, memory.source) == (total, f"card {index}")
+        assert memory.taken == total - free - GIB - CONTEXT_BYTES, "what this process holds is not taken by others"
+
+
+def test_a_cpu_and_mps_tell_no_memory():
+    assert gpu_memory(torch.device("cpu")) is None
+    assert gpu_memory(torch.device("mps")) is None
+
+
+def test_each_process_of_a_machine_takes_a_card_of_its_own_unless_one_is_named(cards, monkeypatch):
+    taken = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        taken.append(choose_device(cards).value.index)
+        assert choose_device(f"{cards}:0").value.index == 0
+    assert taken == [0, 1, 0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device("auto").value == torch.device(cards, 1)
+
+
+@pytest.mark.parametrize(("index", "dtype"), [(0, torch.float16), (1, torch.bfloat16)])
+def test_the_precision_is_that_of_the_card_that_was_named(cards, index, dtype, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    if cards == "cuda":
+        assert choose_precision("auto", torch.device("cuda", index)).value == dtype
+
+
+def test_amds_cards_compute_in_bf16_whatever_number_they_have(cards, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_precision("auto", torch.device(cards, 0)).value == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("cuda", False), ("mps", True), ("xpu", True), ("cpu", True)])
+def test_only_cuda_reads_memory_of_the_host_in_its_own_time(kind, waits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: seen.append(non_blocking) or x)
+    to_device(torch.zeros(3), torch.device(kind))
+    Batch(torch.zeros(3), torch.zeros(3), None, None, ("a",), (0,)).to(torch.device(kind))
+    assert seen == [not waits] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "index", "takes"),
+    [
+        ("cuda", torch.bfloat16, 1, True),
+        ("cuda", torch.float16, 1, True),
+        ("cuda", torch.float32, 1, False),
+        ("cuda", torch.float16, 0, False),
+        ("cpu", torch.float32, None, True),
+    ],
+)
+def test_fewer_key_heads_are_left_to_the_flash_kernel_alone(monkeypatch, kind, dtype, index, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CARDS[device.index][2])
+    assert takes_grouped_heads(torch.device(kind, index) if index is not None else torch.device(kind), dtype) is takes
+
+
+def test_tensors_are_packed_into_chunks_of_pinned_memory():
+    tensors = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in (5, 40, 7, 90)]
+    tensors.append(torch.arange(3, dtype=torch.int64))
+    memory = PinnedMemory(sum(aligned(tensor.nbytes) for tensor in tensors), chunk_bytes=512, pin=False)
+    packed = [memory.put(tensor) for tensor in tensors]
+    for ours, tensor in zip(packed, tensors, strict=True):
+        assert ours.dtype == tensor.dtype
+        assert torch.equal(ours, tensor)
+        assert ours.data_ptr() % 8 == 0
+    chunks = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in packed}
+    assert list(chunks.values()) == [512, 540, 64], "a tensor larger than a chunk has one of its own"
+    packed[0].zero_()
+    assert torch.equal(packed[1], tensors[1])
+
+
+def test_an_xl_models_blocks_take_hardly_more_pinned_memory_than_their_bytes():
+    """The real sizes, on tensors without bytes; each request rounded up to a power of two, as CUDA's allocator does."""
+    requests = []
+    with FakeTensorMode():
+        empty = torch.empty
+
+        def recorded(*size, **options):
+            requests.append(size[0])
+            return empty(*size, **options)
+
+        sizes = [(2560, 4096), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560), (2560, 9728)] * 32
+        weights = [torch.empty(*size, dtype=torch.bfloat16) for size in sizes]
+        total = sum(aligned(weight.nbytes) for weight in weights)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty", recorded)
+            memory = PinnedMemory(total, pin=False)
+            for weight in weights:
+                memory.put(weight)
+
+    def rounded(nbytes: int) -> int:
+        return 1 << (nbytes - 1).bit_length()
+
+    one_by_one = sum(rounded(weight.nbytes) for weight in weights)
+    packed = sum(rounded(nbytes) for nbytes in requests if nbytes)
+    assert packed <= 1.2 * total
+    assert packed < 0.8 * one_by_one
