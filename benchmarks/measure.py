@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from sidestep.acestep.device import synchronize
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "accelerate")
 
@@ -63,6 +61,12 @@ class Result:
     note: str
     rows: list[dict[str, Any]]
     facts: dict[str, float] = field(default_factory=dict)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue."""
+    if device.type in ("cuda", "xpu", "mps"):
+        torch.get_device_module(device).synchronize()
 
 
 def timed(work: Callable[[], Any], setting: Setting) -> float:

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +20,21 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenizer,
     AceStepConditionEncoder,
 )
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from sidestep.acestep.layout import Layout, diffusers_key, find_layout, read_config, require_folder
+from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
 from sidestep.acestep.weights import CPU, Weights, fill
 from sidestep.errors import UserError
 from sidestep.variants import Variant, detect
 
 M = TypeVar("M", bound=nn.Module)
-DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
+END_OF_TEXT = "<|endoftext|>"
 
-# What of a text encoder's config.json is read. The rest may name code: an attention implementation is a kernel that
-# transformers would fetch by that name.
+# What of a text encoder's config.json is read. The rest may name code and files: an attention implementation is a
+# kernel that transformers would fetch by that name, an adapter_config.json beside it another model.
 QWEN3_FIELDS = frozenset(
     [
         "attention_bias",
@@ -85,8 +86,7 @@ class Checkpoint:
 
     def identity(self, part: str = "transformer") -> str:
         """Fingerprint of a part's weights: transformer, condition_encoder, vae or text_encoder."""
-        folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part) or self.layout.part(part)
-        return self._open(folder).identity()
+        return self._open(part).identity()
 
     def load_decoder(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = ""
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
-        weights = self._open(self.layout.part("condition_encoder"))
+        weights = self._open("condition_encoder")
         if "null_condition_emb" not in weights.shapes:
             raise UserError(f"{weights.path}: null_condition_emb is missing.", DOWNLOAD_AGAIN)
         self.loaded_keys.add("null_condition_emb")
@@ -138,46 +138,31 @@ class Checkpoint:
 
     def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo."""
-        folder = require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN)
-        config = read_config(folder / "config.json")
-        with init_empty_weights(include_buffers=False):
-            vae = AutoencoderOobleck(**accepted(AutoencoderOobleck, config))
-        weights = self._open(folder)
-        fill(vae, weights, {key: key for key in weights.shapes}, dtype, device, "VAE")
-        vae.to(device)  # pyrefly: ignore[bad-argument-type] (diffusers wraps `to` and loses its self)
-        return vae.eval().requires_grad_(False)
+        return self._load(AutoencoderOobleck, "vae", "", self.vae_config(), device, dtype)
 
     def vae_config(self) -> dict:
         """config.json of the VAE: sampling rate, down-sampling ratios."""
-        return read_config(require_folder(self.layout.vae, "The VAE was", DOWNLOAD_AGAIN) / "config.json")
+        return read_config(self.layout.part("vae") / "config.json")
 
     def load_text_encoder(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
-    ) -> tuple[Qwen3Model, Any]:
+    ) -> tuple[Qwen3Model, PreTrainedTokenizerFast]:
         """(Qwen3 without a head, its tokenizer)."""
-        folder = require_folder(self.layout.text_encoder, "The text encoder was", DOWNLOAD_AGAIN)
-        self._open(folder)  # a pointer or a cut file gets our message, not the library's
-        config = {name: value for name, value in read_config(folder / "config.json").items() if name in QWEN3_FIELDS}
-        model = Qwen3Model.from_pretrained(
-            folder,
-            config=Qwen3Config(**config),
-            attn_implementation="sdpa",
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps `to` and loses its self)
-        return model.eval().requires_grad_(False), self.load_tokenizer()
+        read = read_config(self.layout.part("text_encoder") / "config.json")
+        config = Qwen3Config(**{name: value for name, value in read.items() if name in QWEN3_FIELDS})
+        config._attn_implementation = "sdpa"
+        return self._load(Qwen3Model, "text_encoder", "", {"config": config}, device, dtype), self.load_tokenizer()
 
-    def load_tokenizer(self) -> Any:
-        """The text tokenizer alone; a few MB."""
-        folder = require_folder(self.layout.tokenizer, "The tokenizer was", DOWNLOAD_AGAIN)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The text tokenizer alone; a few MB. Of its files only tokenizer.json is read, which holds all of it."""
+        file = self.layout.part("tokenizer") / "tokenizer.json"
+        read_config(file)  # a missing or cut file gets our message, not the library's
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)), pad_token=END_OF_TEXT)
 
     def silence_latent(self) -> Tensor:
         """The VAE's latent of silence, fp32 [1, T, D], 600 s on official checkpoints."""
         if self.layout.kind == "diffusers":
-            weights = self._open(self.layout.part("condition_encoder"))
+            weights = self._open("condition_encoder")
             return next(iter(weights.read(["silence_latent"], torch.float32, CPU)))[1]
         path = self.layout.silence_latent
         if not path.is_file():
@@ -194,10 +179,9 @@ class Checkpoint:
             raise UserError(f"{path}: expected a tensor [1, {self.latent_channels}, frames].", DOWNLOAD_AGAIN)
         return latent.float().transpose(1, 2).contiguous()
 
-    def _open(self, path: Path) -> Weights:
+    def _open(self, part: str) -> Weights:
+        path = self.layout.part(part)
         if path not in self._weights:
-            if not path.is_file():
-                require_folder(path, "A part of the checkpoint was", DOWNLOAD_AGAIN)
             self._weights[path] = Weights(path)
         return self._weights[path]
 
@@ -212,18 +196,24 @@ class Checkpoint:
         extra: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
         quantize: str = "",
     ) -> M:
-        weights = self._open(self.layout.part(part))
-        if self.layout.kind == "diffusers":
-            sizes = read_config(weights.path / "config.json")
-            keys = {key: key for key in weights.shapes if key not in extra}
-        else:
+        """A part in evaluation mode.
+
+        prefix: of its keys in the one file that the model's parts share in the original layout; empty for the parts
+        that are beside it. sizes: what its class takes, unless its own config.json says.
+        """
+        weights = self._open(part)
+        if prefix and self.layout.kind == "original":
             keys = {diffusers_key(key.removeprefix(prefix)): key for key in weights.shapes if key.startswith(prefix)}
+        else:
+            sizes = read_config(weights.path / "config.json") if prefix else sizes
+            # a text encoder may come from a whole language model
+            keys = {k.removeprefix("model."): k for k in weights.shapes if k not in extra and k != "lm_head.weight"}
         with init_empty_weights(include_buffers=False):
             model = model_class(**accepted(model_class, sizes))
             if quantize:
                 make_quantizable(model, quantize, dtype)
         fill(model, weights, keys, dtype, device, part.replace("_", " "), extra)
-        self.loaded_keys.update(keys.values())
+        self.loaded_keys.update(keys.values() if prefix else ())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
 
 

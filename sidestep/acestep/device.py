@@ -104,12 +104,6 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, value in PRECISIONS.items() if value == dtype)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue; for timing only."""
-    if device.type in ("cuda", "xpu", "mps"):
-        torch.get_device_module(device).synchronize()
-
-
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Highest memory that tensors took on the device so far, None where there is no counter. Reads no device value."""
     if device.type in ("cuda", "xpu"):

@@ -9,6 +9,7 @@ from sidestep.variants import OFFICIAL_FOLDERS, official_config
 
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
 SILENCE_LATENT = "silence_latent.pt"
+DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
 
 # original name -> diffusers name, inside a key
 RENAMES = (
@@ -59,8 +60,19 @@ class Layout:
     silence_latent: Path
 
     def part(self, name: str) -> Path:
-        """Where a part's weights are; in the original layout they share one file."""
-        return self.folder if self.kind == "original" else self.folder / name
+        """Where a part's weights are; in the original layout those of the model share one file.
+
+        Raises UserError when it is not there.
+        """
+        beside = {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        path = beside.get(name) or (self.folder if self.kind == "original" else self.folder / name)
+        if not path.exists():
+            what = "VAE" if name == "vae" else name.replace("_", " ")
+            raise UserError(
+                f"The {what} was not found: {path} does not exist (in {path.parent}: {_list_folders(path.parent)}).",
+                DOWNLOAD_AGAIN,
+            )
+        return path
 
 
 def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
@@ -109,15 +121,6 @@ def _single_file(file: Path, model_variant: str) -> Layout:
         (home / SILENCE_LATENT for home in homes if (home / SILENCE_LATENT).is_file()), file.parent / SILENCE_LATENT
     )
     return Layout("original", file, _beside(roots, "vae"), text_encoder, text_encoder, config, silence)
-
-
-def require_folder(folder: Path, what: str, fix: str) -> Path:
-    """The folder, or a UserError when it is not there."""
-    if not folder.is_dir():
-        raise UserError(
-            f"{what} not found: {folder} does not exist (in {folder.parent}: {_list_folders(folder.parent)}).", fix
-        )
-    return folder
 
 
 def read_config(path: Path) -> dict:

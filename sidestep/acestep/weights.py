@@ -31,7 +31,7 @@ class Weights:
 
     def __init__(self, path: Path):
         self.path = path
-        self.files, self._file_of = ([path], {}) if path.is_file() else _index(path)
+        self.files, self._file_of = ([path], {}) if path.is_file() else weight_files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._prefix = ""
         for file in self.files:
@@ -80,8 +80,8 @@ class Weights:
         return digest.hexdigest()
 
 
-def _index(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The safetensors files of a model folder and, when it is sharded, which tensor is in which."""
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The safetensors files of a model folder and, when it is sharded, which tensor is in which. Raises UserError."""
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return [folder / name], {}

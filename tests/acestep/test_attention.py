@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.acestep import attention
 from sidestep.acestep.attention import (
-    REQUESTS,
     MaskCache,
     WindowProcessor,
     difference_in_trial,
@@ -275,7 +274,7 @@ def test_masks_are_built_once_per_length_and_bounded():
         masks.get(tokens, 16, 6, torch.float32, CPU)
         assert masks.nbytes <= 500_000
     assert masks.get(2900, 16, 6, torch.float32, CPU) is masks.get(2900, 16, 6, torch.float32, CPU)
-    assert len(copy.deepcopy(masks)) == 0
+    assert copy.deepcopy(masks).nbytes == 0
 
 
 def test_a_mask_first_used_without_gradients_or_in_a_plan_does_not_spoil_training():
@@ -290,7 +289,7 @@ def test_a_mask_first_used_without_gradients_or_in_a_plan_does_not_spoil_trainin
     assert type(masks.get(300, 16, 6, torch.float32, CPU)) is torch.Tensor
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("request_", ["auto", "sdpa", "local", "flash"])
 def test_every_choice_gives_its_reason(request_):
     decoder = tiny_decoder()
     if request_ == "flash":
@@ -337,12 +336,6 @@ def test_a_model_without_sliding_layers_keeps_its_attention():
     choice = use_attention(tiny_decoder(layer_types=["full_attention"] * 3), "auto")
     assert choice.value == "sdpa"
     assert "no sliding" in choice.reason
-
-
-def test_an_unknown_attention_is_refused():
-    with pytest.raises(UserError, match="--attention flex") as error:
-        use_attention(tiny_decoder(), "flex")
-    assert "auto, sdpa, local, flash" in error.value.fix
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A checkpoint gives only the parts asked for, in both layouts, and says clearly what is wrong with a broken one."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -225,13 +226,100 @@ def test_code_that_a_checkpoint_brings_is_never_run(broken):
     load_everything(broken, "turbo")
 
 
-@pytest.mark.parametrize("field", ["_attn_implementation", "attn_implementation", "experts_implementation"])
-def test_a_config_chooses_no_implementation_to_be_fetched(broken, field):
-    path = broken / "Qwen3-Embedding-0.6B" / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {field: "somebody/kernel", "auto_map": {"AutoModel": "x.Y"}}
-    path.write_text(json.dumps(config), encoding="utf-8")
+def test_the_text_encoder_of_a_whole_language_model_is_read(broken):
+    clean, _ = open_checkpoint(broken, TURBO).load_text_encoder()
+    path = broken / "Qwen3-Embedding-0.6B" / "model.safetensors"
+    tensors = {f"model.{key}": tensor for key, tensor in load_file(path).items()}
+    save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, path, {"format": "pt"})
     model, _ = open_checkpoint(broken, TURBO).load_text_encoder()
-    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in clean.state_dict().items())
+
+
+SOMEBODYS_CODE = {
+    "auto_map": dict.fromkeys(("AutoModel", "AutoConfig", "AutoTokenizer"), "somebody/repository--code.Class"),
+    "custom_pipelines": {"text": {"impl": "code.Class", "pt": ["AutoModel"]}},
+    "_attn_implementation": "somebody/kernel",
+    "attn_implementation": "somebody/kernel",
+    "experts_implementation": "somebody/kernel",
+    "_name_or_path": "somebody/repository",
+    "base_model_name_or_path": "somebody/repository",
+    "quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "somebody/kernel"},
+    "architectures": ["SomebodysModel"],
+    "model_type": "somebodys",
+    "_class_name": "SomebodysModel",
+    "tokenizer_class": "SomebodysTokenizer",
+    "processor_class": "SomebodysProcessor",
+    "vocab_file": "../../elsewhere/vocab.json",
+    "tokenizer_file": "../../elsewhere/tokenizer.json",
+    "chat_template": "{{ cycler.__init__.__globals__.os.system('touch run') }}",
+    "use_kernels": True,
+    "use_flash_attn": True,
+    "device_map": "auto",
+    "dtype": "somebodys",
+}
+CONFIGS = (
+    f"{TURBO}/config.json",
+    "vae/config.json",
+    "Qwen3-Embedding-0.6B/config.json",
+    "Qwen3-Embedding-0.6B/tokenizer_config.json",
+    "Qwen3-Embedding-0.6B/adapter_config.json",  # transformers would load the base that it names instead
+    "Qwen3-Embedding-0.6B/generation_config.json",
+    "Qwen3-Embedding-0.6B/special_tokens_map.json",
+    "vae/adapter_config.json",
+)
+
+
+@pytest.mark.parametrize(
+    "field", [None, "_attn_implementation", "base_model_name_or_path", "quantization_config", "tokenizer_class"]
+)
+def test_no_config_names_code_kernels_or_other_files_to_be_read(broken, field):
+    """field: one alone, since one may hide another; None for all at once."""
+    clean = everything(broken)
+    foreign = SOMEBODYS_CODE if field is None else {field: SOMEBODYS_CODE[field]}
+    for name in CONFIGS:
+        path = broken / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        path.write_text(json.dumps(config | foreign), encoding="utf-8")
+    for folder in (TURBO, "vae", "Qwen3-Embedding-0.6B"):
+        (broken / folder / "code.py").write_text("raise SystemExit('run!')", encoding="utf-8")
+    opened, now = watched(lambda: everything(broken))
+    assert all(torch.equal(now[name], tensor) for name, tensor in clean.items())
+    assert {path for path in opened if not path.startswith(str(Path(torch.__file__).parents[1]))} <= {
+        str(broken / name) for name in READ
+    }
+
+
+READ = (
+    f"{TURBO}/config.json",
+    f"{TURBO}/model.safetensors",
+    f"{TURBO}/silence_latent.pt",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "Qwen3-Embedding-0.6B/config.json",
+    "Qwen3-Embedding-0.6B/model.safetensors",
+    "Qwen3-Embedding-0.6B/tokenizer.json",
+)
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's parts, what its text encoder attends by, and the ids of a text."""
+    checkpoint = open_checkpoint(folder, "turbo")
+    text_encoder, tokenizer = checkpoint.load_text_encoder()
+    assert text_encoder.config._attn_implementation == "sdpa"
+    parts = {"decoder": checkpoint.load_decoder(), "encoder": checkpoint.load_condition_encoder()}
+    parts |= {"vae": checkpoint.load_vae(), "text": text_encoder}
+    found = {f"{part}.{name}": t for part, model in parts.items() for name, t in model.state_dict().items()}
+    return found | {"ids": tokenizer("caption: one <|endoftext|>", return_tensors="pt").input_ids}
+
+
+def watched(work):
+    """(paths that `work` opens by Python's own means, its result)."""
+    opened, original = [], io.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(io, "open", lambda file, *a, **k: opened.append(str(file)) or original(file, *a, **k))
+        patch.setattr("builtins.open", io.open)
+        result = work()
+    return opened, result
 
 
 def test_the_folder_itself_may_be_given(checkpoints):
