@@ -1,12 +1,14 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed.
+"""Files and folders that are whole or absent: written beside their place, flushed to the disk, then renamed.
 
 And the lock of a folder with one writer, and the folders in which this platform keeps a program's settings and logs.
 """
 
+import ctypes
 import hashlib
 import itertools
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from sidestep.errors import UserError
 
 TEMPORARY = re.compile(r"^\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+(-\d+)?$")
+ASIDE = ".replaced-"  # in front of the name of a folder while another is put in its place
+EXCHANGE = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}  # not run here: darwin
 HOLDER = ".lock-holder"  # beside the lock: on Windows a locked file cannot be read
 REPLACE_TRIES = 10  # Windows refuses to replace a file that a virus scanner or an indexer holds open for a moment
 
@@ -50,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
-        _replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -62,15 +66,65 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def replace(old: Path, new: Path) -> None:
+    """Rename a file or folder, over a file that is there; on Windows again while another program holds it for a moment.
+
+    Raises OSError.
+    """
     for attempt in range(REPLACE_TRIES):
         try:
-            temporary.replace(path)
+            old.replace(new)
             return
         except PermissionError:
             if sys.platform != "win32" or attempt == REPLACE_TRIES - 1:
                 raise
             time.sleep(0.05 * (attempt + 1))
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give `new`, a finished file or folder, the name `path`; what was there is deleted.
+
+    On Linux and macOS the two are exchanged in one step where the disk can. Elsewhere a folder is moved aside first: a
+    process killed in that moment leaves it under its name with ASIDE in front (`bring_back`). Raises OSError, with all
+    as it was.
+    """
+    aside = path.with_name(ASIDE + path.name)
+    if not path.exists() or (path.is_file() and new.is_file()):
+        replace(new, path)
+    elif _exchange(new, path):
+        aside = new
+    else:
+        remove(aside)  # left by a process that was killed when all was done
+        replace(path, aside)
+        try:
+            replace(new, path)
+        except OSError:
+            replace(aside, path)
+            raise
+    _flush_folder(path.parent)
+    remove(aside)
+
+
+def bring_back(path: Path) -> None:
+    """Undo what a killed process left of `put_in_place`, if it did. Raises OSError."""
+    aside = path.with_name(ASIDE + path.name)
+    if aside.exists() and not path.exists():
+        replace(aside, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, as far as it can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths of any kind change their names in one step. False where the system or the disk cannot."""
+    name, here = EXCHANGE.get(sys.platform, ("", 0))
+    call = getattr(ctypes.CDLL(None), name, None) if name else None
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), 2) == 0
 
 
 def _flush_folder(folder: Path) -> None:

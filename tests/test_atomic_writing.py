@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sidestep import files
-from sidestep.files import TEMPORARY, host_id, replacing, write_text
+from sidestep.files import TEMPORARY, bring_back, host_id, put_in_place, remove, replacing, write_text
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -176,3 +176,71 @@ def test_text_is_utf_8_with_plain_line_ends(tmp_path):
     assert (tmp_path / "x.txt").read_bytes() == "ä\r\nb\nc".encode()
     write_text(tmp_path / "x.txt", "")
     assert (tmp_path / "x.txt").read_bytes() == b""
+
+
+class Dies(BaseException):
+    """As SIGKILL, but that the test lives on."""
+
+
+def make(path: Path, kind: str, content: str) -> Path:
+    file = path / "inside" / "x" if kind == "folder" else path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return path
+
+
+def content_of(path: Path) -> str:
+    return (path / "inside" / "x" if path.is_dir() else path).read_text(encoding="utf-8")
+
+
+KINDS = [("file", "file"), ("folder", "folder"), ("file", "folder"), ("folder", "file")]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize(("old", "new"), KINDS)
+def test_a_file_or_folder_takes_the_place_of_another_of_any_kind(tmp_path, monkeypatch, old, new, in_one_step):
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda *_paths: False)
+    path, fresh = make(tmp_path / "x", old, "old"), make(tmp_path / "fresh", new, "new")
+    put_in_place(fresh, path)
+    assert content_of(path) == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    put_in_place(make(tmp_path / "fresh", new, "first"), tmp_path / "not there yet")
+    assert content_of(tmp_path / "not there yet") == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["not there yet", "x"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the exchange is a call of Linux")
+def test_linux_exchanges_two_folders_in_one_step(tmp_path, monkeypatch):
+    path, fresh = make(tmp_path / "x", "folder", "old"), make(tmp_path / "fresh", "folder", "new")
+    monkeypatch.setattr(files.Path, "replace", lambda *_: pytest.fail("two steps"))
+    monkeypatch.setattr(files, "remove", lambda *_: None)
+    put_in_place(fresh, path)
+    assert (content_of(path), content_of(fresh)) == ("new", "old")
+
+
+@pytest.mark.parametrize("how", [OSError(5, "broken"), Dies()], ids=["error", "kill"])
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(("old", "new"), KINDS[1:])
+def test_where_a_folder_takes_several_steps_each_may_be_the_last(tmp_path, monkeypatch, old, new, step, how):
+    path, fresh = make(tmp_path / "x", old, "old"), make(tmp_path / "fresh", new, "new")
+    replace, calls = Path.replace, []
+
+    def fails(self: Path, to: Path) -> Path:
+        calls.append(to)
+        if len(calls) == step:
+            raise how
+        return replace(self, to)
+
+    monkeypatch.setattr(files, "_exchange", lambda *_paths: False)
+    monkeypatch.setattr(files.Path, "replace", fails)
+    with pytest.raises(type(how)):
+        put_in_place(fresh, path)
+    monkeypatch.setattr(files.Path, "replace", replace)
+    if isinstance(how, OSError) or step == 1:
+        assert path.exists()
+    bring_back(path)
+    assert content_of(path) == "old"
+    remove(fresh)
+    put_in_place(make(fresh, new, "again"), path)  # leftovers are no obstacle
+    assert content_of(path) == "again"

@@ -37,11 +37,13 @@ from sidestep.adapters.write import (
 )
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved
-from sidestep.files import expand
+from sidestep.files import bring_back, expand, put_in_place, remove
 from sidestep.settings.config import ExportConfig
 from sidestep.words import gib, side_step
 
-ADAPTER_FILES = {PEFT_CONFIG, PEFT_WEIGHTS, LOKR_WEIGHTS, LOHA_WEIGHTS, "README.md"}  # of the folder for every program
+# What each format calls its file in a folder that is given; the folder for every program has several.
+FILE_NAMES = {"comfyui": "comfyui.safetensors", "diffusers": DIFFUSERS_WEIGHTS, "lycoris": "lycoris.safetensors"}
+ADAPTER_WEIGHTS = {PEFT_WEIGHTS, LOKR_WEIGHTS, LOHA_WEIGHTS, *FILE_NAMES.values()}
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -80,20 +82,20 @@ def export(config: ExportConfig, report: Report) -> Path:
     weights = BaseWeights(base.files) if base else None
     if weights:
         weights.check(adapter)
+    if config.format == "peft" and weights and needs_placeholder(adapter) and adapter.placeholder is None:
+        layer = weights(PLACEHOLDER)
+        adapter = with_placeholder(adapter, (layer.shape[0], layer.shape[1]), lambda: layer)
     name, base_model, tag = (str(adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
     card = Card(name=name, base_model=base_model, tag=tag)
-    match config.format:
-        case "comfyui":
-            save_comfyui(adapter, target, card, weights)
-        case "diffusers":
-            save_diffusers(adapter, target, card)
-        case "lycoris":
-            save_lycoris(adapter, target, card)
-        case _:
-            if weights and needs_placeholder(adapter) and adapter.placeholder is None:
-                layer = weights(PLACEHOLDER)
-                adapter = with_placeholder(adapter, (layer.shape[0], layer.shape[1]), lambda: layer)
-            with _appearing(target) as temporary:
+    with _appearing(target) as temporary:
+        match config.format:
+            case "comfyui":
+                save_comfyui(adapter, temporary, card, weights)
+            case "diffusers":
+                save_diffusers(adapter, temporary, card)
+            case "lycoris":
+                save_lycoris(adapter, temporary, card)
+            case _:
                 save_folder(adapter, temporary, card)
     if config.dtype in ("fp16", "bf16"):
         report(Notice(message=f"Stored in {config.dtype}: the strength may differ by rounding from what was trained."))
@@ -137,23 +139,24 @@ def _base(config: ExportConfig) -> Base | None:
 def _target(config: ExportConfig, kind: str, sources: list[Path], base: Base | None) -> Path:
     """Where to write. Raises UserError rather than touch an input, or anything that is there without --overwrite."""
     where, other = f"--output {config.output}", "Choose another --output."
-    files = {
-        "comfyui": "comfyui.safetensors",
-        "diffusers": DIFFUSERS_WEIGHTS,
-        "lycoris": LOKR_WEIGHTS if kind == "lokr" else "lycoris.safetensors",
-    }
+    name = LOKR_WEIGHTS if (config.format, kind) == ("lycoris", "lokr") else FILE_NAMES.get(config.format, "")
     merged, is_file = config.format == "merged", config.output.suffix.lower() == ".safetensors"
     single = merged and base is not None and base.root.is_file()
-    target = config.output if is_file or config.format not in files else config.output / files[config.format]
-    if config.format not in files and is_file != single:
+    if not name and is_file != single:
         form = "a file, such as merged.safetensors, because --base is one" if single else "a folder"
         raise UserError(f"{where}: --format {config.format} writes {form}.", other)
+    target = config.output / name if name and not is_file else config.output
     inputs = {path.resolve() for source in sources for path in (source, source.parent)}
     root = base.root.resolve() if base else None
     if target.resolve() in inputs or (root and root in (target.resolve(), *target.resolve().parents)):
         raise UserError(f"{where}: this is one of the inputs, which are never changed.", other)
-    folder = target.is_dir() and (config.format in files or any(target.iterdir()))
-    if (folder or target.is_file()) and (not config.overwrite or (merged and target.is_dir())):
+    if config.output.exists() and config.output.is_dir() == is_file:
+        raise UserError(f"{where}: {'a folder, not a file' if is_file else 'a file, not a folder'}.", other)
+    beside = sorted({path.name for path in target.parent.glob("*")} & ADAPTER_WEIGHTS - {name})
+    if beside and target != config.output:
+        raise UserError(f"{where}: {beside[0]} is there already, an adapter for other programs.", other)
+    there = any(target.iterdir()) if target.is_dir() else target.exists()
+    if there and (not config.overwrite or (merged and target.is_dir())):
         fix = "or remove it first." if merged else "or add --overwrite."
         raise UserError(f"{where}: there is something already.", f"Choose another --output, {fix}")
     return target
@@ -227,47 +230,40 @@ def _correct_index(index: Path) -> None:
         ) from None
 
 
-def _replace_folder(target: Path, new: Path) -> None:
-    """Put `new` in the place of a folder. Files of another kind of adapter go with it, what is no adapter's stays."""
-    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    target.rename(old)
+def _link(source: str, link: str) -> None:
+    """A second name for a file; a copy where the disk has no links."""
     try:
-        new.rename(target)
+        Path(link).hardlink_to(source)
     except OSError:
-        old.rename(target)
-        raise
-    for path in old.iterdir():
-        if path.name not in ADAPTER_FILES:
-            path.rename(target / path.name)
-    shutil.rmtree(old)
+        shutil.copy2(source, link)
 
 
 @contextmanager
 def _appearing(target: Path) -> Generator[Path]:
     """A temporary path beside `target` that becomes it when the block ends well, and is removed when it does not.
 
-    It may become a file or a folder. Raises JobError for a disk that is full or cannot be written.
+    It may become a file or a folder. What in a folder that was there is no adapter's is in the new one too. Raises
+    JobError for a disk that is full or cannot be written.
     """
-    temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
-
-    def remove() -> None:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
-
-    remove()
+    target = target.resolve()  # a link stays one
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
+        remove(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
+        bring_back(target)
         yield temporary
         if target.is_dir():
-            _replace_folder(target, temporary)
-        else:
-            temporary.replace(target)
+            own = ADAPTER_WEIGHTS | {PEFT_CONFIG} | {path.name for path in temporary.iterdir()}
+
+            def replaced(folder: str, _names: list[str]) -> set[str]:
+                return own if Path(folder) == target else set()
+
+            shutil.copytree(target, temporary, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True)
+        put_in_place(temporary, target)
     except OSError as error:
         raise JobError(
             f"{target}: could not be written ({error.strerror or error}).",
             "Free some space or choose another --output.",
         ) from None
     finally:
-        remove()
+        remove(temporary)

@@ -1,5 +1,6 @@
 """`export`: adapters combined, at another strength, for another program, or merged into a base that stays as it is."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sidestep import files
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters import merge
 from sidestep.adapters.attach import attach
@@ -27,6 +29,7 @@ from tests.adapters.test_adapters import close_velocities, config, shake, turbo
 from tests.adapters.test_write import TYPES, base, close, own_weights, pipeline  # noqa: F401 (a fixture)
 from tests.conftest import FIXTURES
 from tests.consumers import comfyui_weights, diffusers_weights, lycoris_weights, peft_weights, trained_weights
+from tests.dying import Dies, dying_at
 
 CHECKPOINTS = FIXTURES / "checkpoints"
 
@@ -252,6 +255,133 @@ def test_an_overwriting_export_that_fails_leaves_the_old_adapter(tmp_path, monke
     with pytest.raises(JobError, match="No space left"):
         run(lora, tmp_path / "out", overwrite=True)
     assert digest(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "over", "said"),
+    [
+        ({"format": "comfyui"}, "peft", "adapter_model.safetensors is there already"),
+        ({"format": "diffusers"}, "peft", "adapter_model.safetensors is there already"),
+        ({"format": "lycoris"}, "comfyui", "comfyui.safetensors is there already"),
+        ({"format": "comfyui"}, "lycoris", "lycoris.safetensors is there already"),
+        ({"format": "merged", "base": CHECKPOINTS}, "peft", "something already"),
+        ({"format": "peft"}, "a file", "a file, not a folder"),
+        ({"format": "merged", "base": CHECKPOINTS}, "a file", "a file, not a folder"),
+    ],
+)
+def test_a_folder_of_another_kind_is_not_mixed_with(settings, over, said, tmp_path):
+    adapter, _ = make(tmp_path / "adapter")
+    other, _ = make(tmp_path / "other", seed=1)
+    out = tmp_path / "out"
+    if over == "a file":
+        out.write_text("mine", encoding="utf-8")
+    else:
+        run(other, out, format=over)
+    before = digest(tmp_path)
+    with pytest.raises(UserError, match=said) as refused:
+        run(adapter, out, overwrite=True, **settings)
+    assert "--output" in refused.value.problem
+    assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("over", ["comfyui", "diffusers", "lycoris"])
+def test_the_folder_for_every_program_replaces_one_of_any_kind_whole(over, tmp_path):
+    adapter, _ = make(tmp_path / "adapter")
+    other, _ = make(tmp_path / "other", seed=1)
+    out = tmp_path / "out"
+    run(other, out, format=over)
+    (out / "songs").mkdir()
+    (out / "songs" / "mine.txt").write_text("mine", encoding="utf-8")
+    run(adapter, out, overwrite=True)
+    assert contents(out) == contents(run(adapter, tmp_path / "reference")) | {"songs/mine.txt": b"mine"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_given_for_a_single_file_may_hold_others(tmp_path):
+    """As ComfyUI's models/loras does."""
+    adapter, _ = make(tmp_path / "adapter")
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    (loras / "README.md").write_text("mine", encoding="utf-8")
+    (loras / "somebodys.safetensors").write_bytes(b"x")
+    run(adapter, loras, format="comfyui")
+    with pytest.raises(UserError, match="something already"):
+        run(adapter, loras, format="comfyui")
+    run(adapter, loras, format="comfyui", overwrite=True)
+    assert sorted(path.name for path in loras.iterdir()) == [
+        "README.md",
+        "comfyui.safetensors",
+        "somebodys.safetensors",
+    ]
+    assert (loras / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+REPLACED = {  # settings of the adapter that was there, of the export, its name
+    "peft over lokr": ({"adapter_type": "lokr"}, {}, "out"),
+    "peft over peft": ({"rank": 2}, {}, "out"),
+    "comfyui file": ({"rank": 2}, {"format": "comfyui"}, "out.safetensors"),
+    "diffusers in a folder": ({"rank": 2}, {"format": "diffusers"}, "out"),
+    "lycoris in a folder": ({"rank": 2}, {"format": "lycoris"}, "out"),
+    "merged file": ({"rank": 2}, {"format": "merged"}, "out.safetensors"),
+    "merged folder, new": (None, {"format": "merged", "base": CHECKPOINTS}, "out"),
+}
+
+
+@pytest.mark.parametrize("in_one_step", [True, False], ids=["exchanged", "renamed twice"])
+@pytest.mark.parametrize(
+    "case", ["peft over lokr", *(pytest.param(case, marks=pytest.mark.slow) for case in [*REPLACED][1:])]
+)
+def test_a_kill_at_every_change_of_the_disk_leaves_the_old_export_or_the_new(case, in_one_step, tmp_path, monkeypatch):
+    before, settings, name = REPLACED[case]
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda *_paths: False)
+    adapter, _ = make(tmp_path / "adapter")
+    if case == "merged file":
+        settings = settings | {"base": tmp_path / "base.safetensors"}
+        shutil.copyfile(CHECKPOINTS / "acestep-v15-turbo" / "model.safetensors", settings["base"])
+    run(adapter, tmp_path / "reference" / name, **settings)
+    old, new = {}, contents(tmp_path / "reference" / name)
+    if before is not None:
+        run(make(tmp_path / "other", seed=1, **before)[0], tmp_path / "old" / name, **settings)
+        if not settings:
+            (tmp_path / "old" / name / "mine.txt").write_text("mine", encoding="utf-8")
+            new["mine.txt"] = b"mine"
+        old = contents(tmp_path / "old" / name)
+    assert old != new
+    seen = set()
+    for change in range(1, 200):
+        home = tmp_path / f"try {change}"
+        if before is not None:
+            shutil.copytree(tmp_path / "old", home)
+        died = True
+        with dying_at(change, home), contextlib.suppress(Dies):
+            run(adapter, home / name, overwrite=before is not None, **settings)
+            died = False
+        files.bring_back(home / name)  # what the next export does first
+        now = contents(home / name)
+        assert now in (old, new), f"a mixture after change {change}"
+        seen.add("old" if now == old else "new")
+        if not died:
+            assert now == new
+            break
+        if now == old:
+            run(adapter, home / name, overwrite=before is not None, **settings)
+            assert contents(home / name) == new
+            assert [path.name for path in home.iterdir() if not path.name.startswith(".tmp-")] == [name]
+    assert seen == {"old", "new"}
+
+
+def contents(path: Path) -> dict[str, object]:
+    """What a file or folder holds, nothing when it is not there; whatever the order in the headers of safetensors."""
+    found: dict[str, object] = {}
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.name.startswith("."):
+            content: object = file.read_bytes()
+            if file.suffix == ".safetensors":
+                size = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+                content = json.loads(file.read_bytes()[8:size]), file.read_bytes()[size:]
+            found[file.relative_to(path).as_posix()] = content
+    return found
 
 
 def test_an_interrupted_merge_leaves_nothing_behind(tmp_path):

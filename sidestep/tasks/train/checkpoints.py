@@ -22,7 +22,7 @@ from sidestep.adapters.attach import adapter_state
 from sidestep.adapters.write import Card, save_final
 from sidestep.errors import JobError, UserError
 from sidestep.events import Event, Notice, Report, Saved
-from sidestep.files import replacing, write_text
+from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_text
 from sidestep.settings.config import TrainConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
@@ -32,7 +32,7 @@ from sidestep.words import PROGRAM, paste
 
 STATE_FILE = "training_state.pt"
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
-NEW, OLD = ".saving-", ".replaced-"  # folders under way; whatever has such a name is no result
+NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
 # What may not change when a run goes on: the saved tensors or the order of the data would not fit.
@@ -54,29 +54,23 @@ NOT_COMPARED = (
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a new folder that then takes the place of `folder`.
 
-    Raises what `fill` raises, with the old one untouched. A process killed between the two renames leaves the old
-    folder under another name; `restore` brings it back.
+    Raises what `fill` raises, with the old one untouched. Where a process was killed between two renames (`restore`
+    knows them), the old one is brought back.
     """
-    new, old = folder.with_name(NEW + folder.name), folder.with_name(OLD + folder.name)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    new = folder.with_name(NEW + folder.name)
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         fill(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        put_in_place(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(parent: Path) -> None:
     """Bring back folders that a killed process had moved aside and remove what it had not finished."""
     for old in parent.glob(f"{OLD}*"):
-        folder = parent / old.name.removeprefix(OLD)
-        if not folder.exists():
-            old.rename(folder)
+        bring_back(old.with_name(old.name.removeprefix(OLD)))
     for leftover in (*parent.glob(f"{NEW}*"), *parent.glob(f"{OLD}*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -193,7 +187,7 @@ def prune(output_dir: Path, keep: int, also_keep_step: int | None = None) -> Non
     for old in complete_checkpoints(output_dir)[:-keep] if keep else []:
         if position_of(old).step != also_keep_step:
             gone = old.with_name(OLD + old.name)
-            old.replace(gone)  # first out of sight: a half-deleted folder is no checkpoint
+            put_in_place(old, gone)  # first out of sight: a half-deleted folder is no checkpoint
             shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -69,7 +69,7 @@ def die_in_a_save(moment: str) -> None:
     def die(*_args, **_kwargs) -> None:
         os.kill(me, signal.SIGKILL)
 
-    original_save, original_rename = state.torch.save, Path.rename
+    original_save, original_rename = state.torch.save, state.put_in_place
 
     def half_a_save(content, f) -> None:
         original_save(content, f)
@@ -77,8 +77,8 @@ def die_in_a_save(moment: str) -> None:
         f.truncate(f.tell() // 2)
         die()
 
-    def rename_then_die(self, target):
-        original_rename(self, target)
+    def rename_then_die(new, folder):
+        original_rename(new, folder)
         die()
 
     if moment == "before the state":
@@ -88,9 +88,9 @@ def die_in_a_save(moment: str) -> None:
     elif moment == "before the last file":
         state.write_text = die
     elif moment == "before the rename":
-        Path.rename = die
+        state.put_in_place = die
     elif moment == "after the rename":
-        Path.rename = rename_then_die
+        state.put_in_place = rename_then_die
     elif moment == "before old ones are deleted":
         state.shutil.rmtree = die
 
