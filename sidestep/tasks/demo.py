@@ -27,7 +27,7 @@ from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
 from sidestep.acestep.vae import encode_mean
 from sidestep.audio.io import SAMPLE_RATE
 from sidestep.errors import UserError
-from sidestep.events import Finished, Notice, Report
+from sidestep.events import EventLog, Finished, Notice, Report, tee
 from sidestep.settings.config import BuildDatasetConfig, DemoConfig, PreprocessConfig, SampleConfig, TrainConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
@@ -84,7 +84,9 @@ def demo(config: DemoConfig, report: Report) -> None:
             log_every=5,
             save_every=EPOCHS,
         )
-        adapter = train(run, report).final
+        log = EventLog(run.output_dir / "events.jsonl")
+        adapter = train(run, tee(log, report)).final
+        log.close()
 
         report(Notice(message="5/5 sample: the model without and with the adapter"))
         prompt = "sidestep demo, bright plucked arpeggios"

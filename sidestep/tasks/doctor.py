@@ -16,10 +16,11 @@ from sidestep import __version__
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import decoder_sizes
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.errors import JobError, UserError
 from sidestep.events import Report, Table
 from sidestep.files import config_folder, state_folder
 from sidestep.settings.config import DoctorConfig
-from sidestep.settings.path_checks import find_models
+from sidestep.settings.path_checks import DOWNLOAD, find_models, verify
 from sidestep.variants import CONFIG_2B
 from sidestep.words import gib
 
@@ -36,7 +37,15 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
-    """Look at this machine and report it as one table; the findings."""
+    """Look at this machine and report it as one table; the findings.
+
+    Raises UserError for a checkpoint folder without a model, JobError where none of its models can be used.
+    """
+    if config.checkpoint_dir and not find_models(config.checkpoint_dir):
+        try:
+            verify("checkpoints", config.checkpoint_dir, str)
+        except UserError as error:
+            raise UserError(f"--checkpoint-dir {config.checkpoint_dir}: {error.problem}", error.fix) from None
     device, memory = choose_device("auto"), psutil.virtual_memory()
     precision = choose_precision("auto", device.value)
     if device.value.type == "cuda":
@@ -44,16 +53,21 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         device_memory = Finding("device memory", gib(total), f"{gib(free)} free")
     else:
         device_memory = Finding("device memory", gib(memory.total), "shared with the rest of the system")
+    sizes = decoder_sizes(CONFIG_2B | {"num_hidden_layers": 1})  # attention is tried on one layer of the official sizes
+    parameters = inspect.signature(AceStepTransformer1DModel.__init__).parameters
+    with torch.device("meta"):
+        layer = AceStepTransformer1DModel(**{name: value for name, value in sizes.items() if name in parameters})
+    attention = use_attention(layer, "auto", device.value, precision.value)
     findings = [
         Finding("device", str(device.value), device.reason),
         device_memory,
         Finding("precision", precision_name(precision.value), precision.reason),
-        _attention(device.value, precision.value),
+        Finding("attention", attention.value, attention.reason),
     ]
-    if config.checkpoint_dir is not None:
-        models = [model.title.replace("  ", " ") for model in find_models(config.checkpoint_dir)]
-        where = str(config.checkpoint_dir) if config.paths else ""
-        findings.append(Finding("checkpoints", ", ".join(models) or "none found", where))
+    models = find_models(config.checkpoint_dir) if config.checkpoint_dir else []
+    if config.checkpoint_dir:
+        titles = ", ".join(model.title.replace("  ", " ") for model in models)
+        findings.append(Finding("checkpoints", titles, str(config.checkpoint_dir) if config.paths else ""))
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     findings += [
@@ -70,17 +84,10 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         findings.append(Finding("Python", sys.executable))
     rows = tuple((finding.what, finding.value, finding.note) for finding in findings)
     report(Table(title="This machine", columns=("what", "value", "note"), rows=rows))
+    if models and all(model.problem for model in models):
+        problem = f"--checkpoint-dir {config.checkpoint_dir}: none of its models can be used."
+        raise JobError(problem, f"Download again: {DOWNLOAD}")
     return findings
-
-
-def _attention(device: torch.device, dtype: torch.dtype) -> Finding:
-    """What `--attention auto` takes here, tried on one layer of the official sizes."""
-    sizes = decoder_sizes(CONFIG_2B | {"num_hidden_layers": 1})
-    parameters = inspect.signature(AceStepTransformer1DModel.__init__).parameters
-    with torch.device("meta"):
-        layer = AceStepTransformer1DModel(**{name: value for name, value in sizes.items() if name in parameters})
-    choice = use_attention(layer, "auto", device, dtype)
-    return Finding("attention", choice.value, choice.reason)
 
 
 def _version(package: str) -> str:

@@ -52,9 +52,8 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
             f"{config.folder}: no such folder.",
             f"Give a run's --output-dir, or a folder that holds runs: {side_step('history', 'FOLDER')}",
         )
-    in_order = sorted(_find(config.folder, DEEPEST), key=lambda run: run.folder.as_posix())
-    found = {str(run.folder): run for run in in_order}
-    runs = sorted((past_run(run) for run in found.values()), key=lambda run: run.started, reverse=True)
+    found = {str(run.folder): run for run in _find(config.folder, DEEPEST)}
+    runs = sorted((past_run(found[folder]) for folder in sorted(found)), key=lambda run: run.started, reverse=True)
     if not runs:
         report(Notice(message=f"No runs in {config.folder}, nor in the folders below it.", level="warning"))
         return {"runs": []}
@@ -62,8 +61,13 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     rows = tuple(_row(run, config.folder) for run in runs)
     report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=rows))
     resumable = next((run.folder for run in runs if not run.finished and found[run.folder].checkpoints), None)
-    if resumable is not None and (command := _resume(found[resumable])):
-        report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
+    if resumable is not None:
+        there = {"resume_from": "latest", "output_dir": resumable}
+        try:
+            command = command_line(resolve(TrainConfig, found[resumable].settings, there))
+            report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
+        except UserError as error:  # its settings are those of another version
+            report(Notice(message=f"{resumable} is not finished and cannot go on: {error.problem}", level="warning"))
     return {"runs": runs}
 
 
@@ -163,6 +167,7 @@ def _row(run: PastRun, folder: Path) -> tuple[str, ...]:
     place = path.relative_to(folder).as_posix() if path.is_relative_to(folder) and path != folder else run.name
     adapter = f"{run.adapter} {run.rank}" if run.rank else run.adapter
     best = "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})"
+    ended = f"finished, {count(run.steps_done, 'step')}" if run.steps else "finished"
     state = f"stopped at step {run.steps_done} of {run.steps}" if run.steps else "no step logged"
     return (
         place,
@@ -173,13 +178,5 @@ def _row(run: PastRun, folder: Path) -> tuple[str, ...]:
         hours(run.seconds),
         best,
         run.best_by or "-",
-        "finished" if run.finished else state,
+        ended if run.finished else state,
     )
-
-
-def _resume(run: FoundRun) -> str:
-    """The command that goes on with a run; empty where its settings are those of another version."""
-    try:
-        return command_line(resolve(TrainConfig, run.settings, {"resume_from": "latest", "output_dir": run.folder}))
-    except UserError:
-        return ""

@@ -109,12 +109,6 @@ def written_by(found: Found) -> str:
     return {"lycoris": "LyCORIS", "diffusers": "diffusers", "peft": "peft"}.get(found.format, "unknown")
 
 
-def _span(values: list) -> str:
-    if not values:
-        return "-"
-    return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
-
-
 def _show(result: Inspection, applied: list[tuple[str, str, str]], report: Report) -> None:
     """Report an inspection as tables, with what is wrong at the end."""
     bad, metadata = result.not_finite, result.metadata

@@ -1,5 +1,9 @@
 """What the doctor finds, and what it keeps to itself."""
 
+import pytest
+
+from sidestep.cli.main import main
+from sidestep.errors import ExitStatus
 from sidestep.events import Table
 from sidestep.settings.config import DoctorConfig
 from sidestep.tasks.doctor import doctor
@@ -37,8 +41,24 @@ def test_it_names_no_private_folder_unless_asked(checkpoints, monkeypatch, tmp_p
     assert all(path in open_ for path in private)
 
 
-def test_no_checkpoints_is_a_finding_too(tmp_path):
-    found = {
-        finding.what: finding.value for finding in doctor(DoctorConfig(checkpoint_dir=tmp_path), lambda event: None)
-    }
-    assert found["checkpoints"] == "none found"
+@pytest.mark.parametrize(
+    ("there", "problem"),
+    [
+        (lambda folder: None, "There is no such folder or file"),
+        (lambda folder: (folder / "music").mkdir(parents=True), "No ACE-Step model here (folders: music)"),
+        (lambda folder: folder.write_text("x"), "That is a file"),
+    ],
+)
+def test_a_folder_without_checkpoints_is_an_error_of_the_call(there, problem, tmp_path, capsys):
+    there(folder := tmp_path / "nope")
+    assert main(["doctor", "--checkpoint-dir", str(folder)]) == ExitStatus.USAGE
+    assert f"--checkpoint-dir {folder}: {problem}" in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_used_are_shown_and_a_failure(tmp_path, capsys):
+    (tmp_path / "acestep-v15-turbo").mkdir()
+    (tmp_path / "acestep-v15-turbo" / "config.json").write_text('{"is_turbo": true}', encoding="utf-8")
+    assert main(["doctor", "--checkpoint-dir", str(tmp_path)]) == ExitStatus.FAILED
+    shown = capsys.readouterr()
+    assert "no weights: download again" in shown.out
+    assert "none of its models can be used" in shown.err

@@ -87,7 +87,15 @@ def test_runs_are_found_in_folders_below_and_listed_with_what_matters(tmp_path):
     assert set(runs) == {"one", "night"}
     [table] = [event for event in events if isinstance(event, Table)]
     rows = {row[0]: row for row in table.rows}
-    assert rows["one"][2:] == ("xl-base", "lokr 16", "1/1", "2 min", "0.8000 (epoch 1)", "validation", "finished")
+    assert rows["one"][2:] == (
+        "xl-base",
+        "lokr 16",
+        "1/1",
+        "2 min",
+        "0.8000 (epoch 1)",
+        "validation",
+        "finished, 10 steps",
+    )
     assert rows["songs/two"][2:] == (
         "turbo",
         "lora 64",
