@@ -1,5 +1,6 @@
 """How durations, bytes, numbers of things and commands are written for people: the one formatter of each."""
 
+import difflib
 import os
 import re
 import shlex
@@ -55,6 +56,12 @@ def visible(text: str, lines: bool = False) -> str:
     `lines`: line breaks are the text's own and stay; else they too come from a name and are shown.
     """
     return INVISIBLE.sub(lambda found: found[0] if lines and found[0] == "\n" else ascii(found[0])[1:-1], text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question with the one or two of the known words that are nearest, or nothing where none is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=2, cutoff=0.6)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def paste(words: Iterable[str], shell: str = "") -> str:

@@ -84,7 +84,12 @@ def _name(device: torch.device) -> str:
 
 
 def choose_precision(request: str, device: torch.device) -> Choice:
-    """The dtype of the frozen base for `--precision`. Adapters and optimizer stay in fp32 whatever this is."""
+    """The dtype of the frozen base for `--precision`. Adapters and optimizer stay in fp32 whatever this is.
+
+    Raises UserError for fp16 on a CPU, where its small range is had without its speed.
+    """
+    if request == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: not on a CPU.", "Use --precision fp32, or bf16 for half the memory.")
     if request != "auto":
         return Choice(PRECISIONS[request], "asked for")
     if device.type == "cpu":

@@ -5,8 +5,8 @@ so that help and the wizard start without torch.
 """
 
 import argparse
-import dataclasses
 import json
+from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,9 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
     if isinstance(result, str):
         terminal.out.write(result)
     elif getattr(config, "json", False):
-        terminal.out.write(json.dumps(result, default=_plain, ensure_ascii=False) + "\n")
+        terminal.out.write(json.dumps(result, default=lambda v: asdict(v) if is_dataclass(v) else str(v)) + "\n")
+    terminal.out.flush()
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
-
-
-def _plain(value: Any) -> Any:
-    """A value of a result that JSON does not have: dataclasses by their fields, all else as text."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:

@@ -27,7 +27,7 @@ from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee, visible_event
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
-from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig
+from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig, command_line
 from sidestep.stopping import GRACE_SECONDS, StopRequest
 from sidestep.terminal.terminal import PlainView, Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
@@ -59,12 +59,15 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs at every import
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warning their developers, not our users
+    return guarded(terminal or Terminal(), lambda: None, lambda: run_line(argv, terminal))
+
+
+def run_line(argv: list[str], terminal: Terminal | None) -> int:
+    """Read a command line and run what it asks for: the wizard, or one command."""
     try:
         call = parse(argv)
-    except UserError as error:
-        (terminal or Terminal()).error(error.problem, error.fix)
-        return error.status
     except SystemExit as done:  # --help and --version have printed what was asked
+        sys.stdout.flush()
         return int(done.code or 0)
     terminal = terminal or open_terminal(call.plain)
     catch_signals()
@@ -102,20 +105,27 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 
     `running` receives each config as it starts, so that the boundary knows where its log belongs.
     """
-    notes: list[Event] = [Notice(message=note) for note in notes_of(call)]
+    notes: list[Event] = []
     name = call.preset
     if call.vram_profile:
         name, why = profile_of(call)
         notes.append(Decision(what="profile", value=name, reason=why))
     preset = presets.find(name) if name else None
-    configs = configs_of(call, preset.values if preset else {})
+    values = preset.values if preset else {}
+    configs = configs_of(call, values)
+    notes += notes_of(call, configs, values)
     if preset and preset.unknown:
         unknown = f"ignored, because no command has such a setting: {', '.join(preset.unknown)}."
         notes.append(Notice(message=f"Preset {preset.name}: {unknown}", level="warning"))
     worst = ExitStatus.OK
     for config in configs:
         running.append(config)
-        status = run_config(config, terminal, notes)
+        try:
+            status = run_config(config, terminal, notes)
+        except (Interrupted, KeyboardInterrupt):
+            if config is configs[-1]:
+                raise
+            raise Interrupted(command_line(*configs)) from None
         if status not in (ExitStatus.OK, ExitStatus.SOME_FAILED):
             return status
         worst, notes = max(worst, status), []

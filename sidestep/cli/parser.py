@@ -4,19 +4,30 @@
 """
 
 import argparse
-import difflib
-from dataclasses import MISSING, dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
 
 from sidestep import __version__
 from sidestep.errors import UserError
-from sidestep.settings.config import COMMANDS, SPELLINGS, PreprocessConfig, TrainConfig
+from sidestep.events import Decision, Event, Notice
+from sidestep.settings.config import (
+    COMMANDS,
+    RANK_MAP,
+    SET_BY_RANK_MAP,
+    SPELLINGS,
+    PlanConfig,
+    PreprocessConfig,
+    TrainConfig,
+)
 from sidestep.settings.option import Option, options_of, resolve, splits_at_commas
 from sidestep.settings.path_checks import find_models
 from sidestep.settings.presets import COMMANDS_WITH_PRESETS, PROFILES, profile_for
+from sidestep.terminal.terminal import as_typed
 from sidestep.variants import OFFICIAL_FOLDERS
-from sidestep.words import PROGRAM
+from sidestep.words import PROGRAM, did_you_mean
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -46,7 +57,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
-        raise UserError(message[:1].upper() + message[1:] + ".", f"See: {self.prog} --help")
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        nearest = did_you_mean(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
+        raise UserError(message[:1].upper() + message[1:] + ".", nearest or f"See: {self.prog} --help")
 
 
 def parse(argv: list[str]) -> Call:
@@ -59,8 +72,8 @@ def parse(argv: list[str]) -> Call:
     if typed_command is None:
         return Call(plain=namespace.plain, yes=namespace.yes)
     if typed_command not in SPELLINGS:
-        known = f"Commands: {', '.join(COMMANDS)}."
-        raise UserError(f"Unknown command: {typed_command}.", _near(typed_command, list(SPELLINGS)) or known)
+        nearest = did_you_mean(typed_command, SPELLINGS)
+        raise UserError(f"Unknown command: {typed_command}.", nearest or f"Commands: {', '.join(COMMANDS)}.")
     command, parser = SPELLINGS[typed_command], command_parser(typed_command)
     found, extra = parser.parse_known_args(namespace.rest)
     if extra:
@@ -81,52 +94,68 @@ def parse(argv: list[str]) -> Call:
     return Call(command, values, preprocess, preset, vram_profile, plain, yes)
 
 
-def configs_of(call: Call, preset: dict[str, Any]) -> list[Any]:
-    """The configs that a call asks for, in the order in which they run; typed wins over preset.
+def configs_of(call: Call, preset: Mapping[str, Any]) -> list[Any]:
+    """The configs that a call asks for, in the order in which they run. What was typed wins, over rank maps too.
 
     Raises UserError where something is missing, out of range, or typed for a mode that was not asked for.
     """
-
-    def config(config_class: type, *layers: dict[str, Any]) -> Any:
-        known = options_of(config_class)
-        return resolve(
-            config_class, *({name: value for name, value in layer.items() if name in known} for layer in layers)
-        )
-
-    if call.preprocess:
-        first = config(PreprocessConfig, preset, call.typed)
-        if "output_dir" not in call.typed:
-            return [first]
-        return [first, config(TrainConfig, {"dataset_dir": first.tensor_output}, preset, call.typed)]
-    if astray := _flags_without(call, COMMANDS[call.command].config):
+    first = PreprocessConfig if call.preprocess else COMMANDS[call.command].config
+    if not call.preprocess and (astray := _flags_without(call, first)):
         raise UserError(
             f"{', '.join(astray)}: only for preprocessing, which was not asked for.",
             "Add --preprocess to turn audio into training tensors.",
         )
-    return [config(COMMANDS[call.command].config, preset, call.typed)]
+    configs: list[Any] = [resolve(first, _settings_of(first, preset), _settings_of(first, call.typed))]
+    if call.preprocess and "output_dir" in call.typed:
+        layers = ({"dataset_dir": configs[0].tensor_output}, preset, call.typed)
+        configs.append(resolve(TrainConfig, *(_settings_of(TrainConfig, layer) for layer in layers)))
+    if isinstance(then := configs[-1], TrainConfig) and _typed_beside_map(call, then):
+        configs[-1] = replace(then, ignore_rank_map=True)
+    return configs
 
 
-def notes_of(call: Call) -> list[str]:
-    """What a user should know of how a call was read: defaults taken between modes, flags without use."""
-    if not call.preprocess:
-        return []
-    if "output_dir" not in call.typed:
-        unused = ", ".join(_flags_without(call, PreprocessConfig))
-        advice = "for training only, so not used here. Add --output-dir to train after preprocessing."
-        return [f"{unused}: {advice}"] if unused else []
-    notes = ["Preprocessing first, then training."]
-    tensors, dataset = call.typed["tensor_output"], call.typed.get("dataset_dir")
-    if dataset is None:
-        notes.append(f"Training reads --dataset-dir {tensors}, where the tensors go.")
-    elif dataset != tensors:
-        notes.append(f"Tensors go to --tensor-output {tensors}, but training reads --dataset-dir {dataset}.")
+def notes_of(call: Call, configs: list[Any], preset: Mapping[str, Any]) -> list[Event]:
+    """What a user should know of how a call was read: what follows from what was typed, flags without use."""
+    notes: list[Event] = []
+    if call.preprocess and len(configs) == 1:
+        if unused := ", ".join(_flags_without(call, PreprocessConfig)):
+            advice = "for training only, so not used here. Add --output-dir to train after preprocessing."
+            notes.append(Notice(message=f"{unused}: {advice}"))
+    elif call.preprocess:
+        notes.append(Notice(message="Preprocessing first, then training."))
+        tensors, dataset = configs[0].tensor_output, configs[1].dataset_dir
+        words = f"Training reads --dataset-dir {tensors}, where the tensors go."
+        if dataset != tensors:
+            words = f"Tensors go to --tensor-output {tensors}, but training reads --dataset-dir {dataset}."
+        notes.append(Notice(message=words))
+    config = configs[-1]
+    for name, o in options_of(type(config)).items():
+        value = getattr(config, name)
+        if o.follows and name not in call.typed and value != preset.get(name, o.default):
+            flags = " ".join(options_of(type(config))[other].flag for other in o.follows if other in call.typed)
+            reason = f"follows {flags or 'the preset'}; {o.flag} sets it"
+            notes.append(Decision(what=o.flag.removeprefix("--"), value=as_typed(value), reason=reason))
+    if isinstance(config, TrainConfig) and (flags := _typed_beside_map(call, config)):
+        path = config.dataset_dir / RANK_MAP
+        notes.append(Notice(message=f"{flags} goes before {path}, which is not used; --no-ignore-rank-map uses it."))
     return notes
+
+
+def _settings_of(config_class: type, layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in layer.items() if name in options_of(config_class)}
 
 
 def _flags_without(call: Call, config_class: type) -> list[str]:
     """The flags typed that are no settings of a config class."""
     options, known = options_for(call.command), options_of(config_class)
     return [options[name].flag for name in call.typed if name not in known]
+
+
+def _typed_beside_map(call: Call, config: TrainConfig) -> str:
+    """The typed flags that a rank map beside the data would overrule, unless it was said what to do with it."""
+    if "ignore_rank_map" in call.typed or not (config.dataset_dir / RANK_MAP).is_file():
+        return ""
+    return ", ".join(options_of(TrainConfig)[name].flag for name in SET_BY_RANK_MAP if name in call.typed)
 
 
 def options_for(command: str) -> dict[str, Option]:
@@ -173,31 +202,25 @@ def command_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _add(group: Any, name: str, o: Option) -> None:
-    text = (o.help + _default_note(o)).replace("%", "%%")
-    if not o.flag.startswith("-"):
-        nargs = "*" if o.many else None if o.required else "?"
-        group.add_argument(name, metavar=o.flag.upper(), nargs=nargs, help=text)
-        return
+    positional = not o.flag.startswith("-")
+    default = as_typed(o.default)
+    note = " (required)" if o.required else f" (default: {default})" if default not in ("-", "none") else ""
+    text = o.help + ("" if positional and not o.required and note == " (default: .)" else note)
     if o.type is bool:
         action = argparse.BooleanOptionalAction
-        group.add_argument(*o.flags, dest=name, action=action, default=argparse.SUPPRESS, help=text)
+        group.add_argument(*o.flags, dest=name, action=action, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
         return
     few = o.choices and not o.many and len(" ".join(o.choices)) < 40
-    metavar = "{" + ",".join(o.choices) + "}" if few else METAVARS.get(o.type, "PATH")
-    if o.choices and not few:
+    if o.choices and not few and not positional:
         text += f" ({'any' if o.many else 'one'} of {', '.join(o.choices)})"
-    nargs = "*" if o.many else None
-    group.add_argument(*o.flags, dest=name, metavar=metavar, nargs=nargs, default=argparse.SUPPRESS, help=text)
-
-
-def _default_note(o: Option) -> str:
-    if o.default is MISSING:
-        return " (required)"
-    if o.default is None or o.default == "" or o.default == ():
-        return ""
-    if isinstance(o.default, bool):
-        return f" (default: {'on' if o.default else 'off'})"
-    return f" (default: {' '.join(map(str, o.default)) if o.many else o.default})"
+    metavar = "{" + ",".join(o.choices) + "}" if few else METAVARS.get(o.type, "PATH")
+    text = text.replace("%", "%%")
+    if positional:
+        nargs = "*" if o.many else None if o.required else "?"
+        group.add_argument(name, metavar=o.flag.upper(), nargs=nargs, help=text)
+    else:
+        many: dict[str, Any] = {"nargs": "*", "action": "extend"} if o.many else {}  # typed twice: both
+        group.add_argument(*o.flags, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=text, **many)
 
 
 def global_parser(with_command: bool = True) -> argparse.ArgumentParser:
@@ -221,11 +244,6 @@ def global_parser(with_command: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def _near(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    return f"Did you mean {' or '.join(close)}?" if close else ""
-
-
 def _unknown(command: str, parser: argparse.ArgumentParser, extra: list[str]) -> UserError:
     flags = [word.split("=")[0] for word in extra if word.startswith("-")]
     if not flags:
@@ -235,7 +253,7 @@ def _unknown(command: str, parser: argparse.ArgumentParser, extra: list[str]) ->
     fixes = []
     for flag in flags:
         elsewhere = [name for name in others if any(flag in o.flags for o in options_for(name).values())]
-        hint = f"{flag} is a flag of {', '.join(elsewhere)}." if elsewhere else _near(flag, known)
+        hint = f"{flag} is a flag of {', '.join(elsewhere)}." if elsewhere else did_you_mean(flag, known)
         fixes.append(hint or f"See: {parser.prog} --help")
     return UserError(f"{command} has no flag {', '.join(flags)}.", "\n".join(dict.fromkeys(fixes)))
 
@@ -253,7 +271,7 @@ def profile_of(call: Call) -> tuple[str, str]:
         is_xl = any(model.name == variant and model.variant.startswith("xl-") for model in models)
     if call.vram_profile != "auto":
         return profile_for(PROFILES[call.vram_profile], is_xl), "asked for"
-    gib, card = call.typed.get("vram"), "--vram"
+    gib, card = options_of(PlanConfig)["vram"].check(call.typed.get("vram")), "--vram"
     if not gib:
         from sidestep.acestep.device import GIB, choose_device, gpu_memory
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sidestep.errors import UserError
-from sidestep.settings.option import Answers, as_arguments, option, same_as
+from sidestep.settings.option import Answers, as_arguments, changed_from_defaults, option, options_of, same_as
 from sidestep.settings.path_checks import models_offered, run_for, states_offered, tensors_for
 from sidestep.words import side_step
 
@@ -14,6 +14,10 @@ OPTIMIZER_TYPES = ("adamw", "adamw8bit", "adafactor", "prodigy")
 SCHEDULER_TYPES = ("cosine", "cosine_restarts", "linear", "constant", "constant_with_warmup", "warmup_stable_decay")
 NORMALIZATIONS = ("none", "peak", "lufs")
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
+RANK_MAP = "rank_map.json"  # what `estimate` leaves beside the data
+SET_BY_RANK_MAP = (
+    *("rank", "target_modules", "attention_type", "self_target_modules", "cross_target_modules", "target_mlp"),
+)
 
 
 def twice_the_rank(answers: Answers) -> float | None:
@@ -24,6 +28,10 @@ def twice_the_rank(answers: Answers) -> float | None:
 def rate_of_prodigy(answers: Answers) -> float | None:
     """The learning rate of prodigy: it finds its own, and multiplies it by this."""
     return 1.0 if answers.get("optimizer_type") == "prodigy" else None
+
+
+def its_default(_answers: Answers) -> None:
+    """What a setting goes back to where others are given that it would overrule or contradict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +244,8 @@ class TrainConfig(ModelConfig):
         "projections of self attention, where they differ from --target-modules",
         group="Adapter",
         choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        depends_on=("target_modules",),
+        suggest=its_default,
         advanced=True,
     )
     cross_target_modules: tuple[str, ...] | None = option(
@@ -243,6 +253,8 @@ class TrainConfig(ModelConfig):
         "projections of cross attention, where they differ from --target-modules",
         group="Adapter",
         choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        depends_on=("target_modules",),
+        suggest=its_default,
         advanced=True,
     )
     target_mlp: bool = option(
@@ -411,7 +423,12 @@ class TrainConfig(ModelConfig):
         None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True
     )
     recompute_as_needed: bool = option(
-        False, "recompute only as many layers as the GPU's memory needs: as fast as fits", group="Memory", advanced=True
+        False,
+        "recompute only as many layers as the GPU's memory needs: as fast as fits",
+        group="Memory",
+        advanced=True,
+        depends_on=("gradient_checkpointing", "recompute_layers", "swap_blocks"),
+        suggest=its_default,
     )
     base_precision: str = option(
         "auto",
@@ -494,20 +511,16 @@ class TrainConfig(ModelConfig):
     log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
 
     def __post_init__(self) -> None:
-        if self.recompute_as_needed:
-            other = (
-                "--no-gradient-checkpointing"
-                if not self.gradient_checkpointing
-                else "--recompute-layers"
-                if self.recompute_layers is not None
-                else ""
+        others = {
+            "--no-gradient-checkpointing": not self.gradient_checkpointing,
+            "--recompute-layers": self.recompute_layers is not None,
+            "--swap-blocks": self.swap_blocks > 0,
+        }
+        if self.recompute_as_needed and (given := [flag for flag, is_given in others.items() if is_given]):
+            raise UserError(
+                f"--recompute-as-needed and {given[0]} are both given.",
+                "Leave one of them away: both decide which layers are recomputed.",
             )
-            other = other or ("--swap-blocks" if self.swap_blocks else "")
-            if other:
-                raise UserError(
-                    f"--recompute-as-needed and {other} are both given.",
-                    "Leave one of them away: both decide which layers are recomputed.",
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -930,9 +943,17 @@ def command_of(config_class: type) -> str:
 
 def command_words(config: Any) -> list[str]:
     """The words after `train.py` that give this config: its command and flags."""
-    return [command_of(type(config)), *as_arguments(config)]
+    words = [command_of(type(config)), *as_arguments(config)]
+    sets_ranks = not changed_from_defaults(config).keys().isdisjoint(SET_BY_RANK_MAP)
+    if isinstance(config, TrainConfig) and sets_ranks and not config.ignore_rank_map:
+        # typed, they would go before the map
+        words += ["--no-ignore-rank-map"] * (config.dataset_dir / RANK_MAP).is_file()
+    return words
 
 
-def command_line(config: Any) -> str:
-    """The same as one line for the shell at hand, to show, store and paste."""
-    return side_step(*command_words(config))
+def command_line(config: Any, then: TrainConfig | None = None) -> str:
+    """The same as one line for the shell at hand, to show, store and paste. then: the training after preprocessing."""
+    if then is None:
+        return side_step(*command_words(config))
+    of_training = as_arguments(then, but=options_of(type(config)))
+    return side_step("fixed", "--preprocess", *as_arguments(config), *of_training)

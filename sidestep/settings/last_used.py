@@ -31,7 +31,10 @@ def read() -> tuple[dict[str, Any], str]:
         return {}, _set_aside(path, "is damaged")
     match data:
         case {"version": int(version), "values": dict(values)} if version <= VERSION:
-            return {name: value for name, value in values.items() if _is_plain(value)}, ""
+            lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+            return {
+                n: values[n] for n, parts in lists.items() if all(isinstance(p, str | int | float) for p in parts)
+            }, ""
         case {"version": int(), "values": dict()}:
             return {}, _set_aside(path, "was written by a newer Side-Step")
     return {}, _set_aside(path, "is not a settings file")
@@ -49,11 +52,6 @@ def write(values: dict[str, Any]) -> str:
     except OSError as error:
         return f"The settings could not be kept for the next session ({settings_path()}: {error.strerror})."
     return ""
-
-
-def _is_plain(value: Any) -> bool:
-    parts = value if isinstance(value, list) else [value]
-    return all(isinstance(part, str | int | float) for part in parts)
 
 
 def _set_aside(path: Path, why: str) -> str:

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep.errors import UserError
+from sidestep.words import did_you_mean
 
 C = TypeVar("C")
 Answers = Mapping[str, Any]  # values by setting name: what was answered so far
@@ -70,6 +71,16 @@ class Option:
     def flag(self) -> str:
         return self.flags[0]
 
+    @property
+    def follows(self) -> tuple[str, ...]:
+        """The settings whose value, when it is given and this one's is not, decides this one's: alpha follows rank."""
+        return self.depends_on if self.suggest and not self.required else ()
+
+    def default_under(self, given: Answers) -> Any:
+        """The default beside values that are given."""
+        suggested = self.suggest(given) if self.suggest and self.follows else None
+        return self.default if suggested is None else suggested
+
     def check(self, value: Any) -> Any:
         """The value in its declared type. Raises UserError naming the flag, the value and what is allowed."""
         if value is None:
@@ -109,7 +120,8 @@ class Option:
         if self.type is int and abs(checked) > LARGEST:
             raise self._wrong(value, f"must be at most {LARGEST}")
         if self.choices and checked not in self.choices:
-            raise self._wrong(checked, f"must be one of {', '.join(self.choices)}")
+            nearest = did_you_mean(str(checked), self.choices)
+            raise self._wrong(checked, f"must be one of {', '.join(self.choices)}", nearest)
         if self.type in (int, float):
             if checked != checked or checked in (float("inf"), float("-inf")):
                 raise self._wrong(checked, "must be a finite number")
@@ -121,8 +133,8 @@ class Option:
                 raise self._wrong(checked, f"must be above {self.above:g}")
         return checked
 
-    def _wrong(self, value: Any, why: str) -> UserError:
-        return UserError(f"{self.flag} {value}: {why}.", f"Help: {self.help}")
+    def _wrong(self, value: Any, why: str, fix: str = "") -> UserError:
+        return UserError(f"{self.flag} {value}: {why}.", fix or f"Help: {self.help}")
 
 
 def option(default: Any, help: str, *flags: str, group: str, **more: Any) -> Any:
@@ -141,30 +153,19 @@ def same_as(config_class: type, name: str, **changes: Any) -> Any:
     return dataclasses.field(default=changed.default, metadata={"option": changed})
 
 
+@functools.cache  # resolving the type hints of sixty fields takes a millisecond, and a wizard asks often
 def options_of(config_class: type) -> dict[str, Option]:
     """Every setting of a config class by name, in order of declaration."""
-    return dict(_options_of(config_class))
-
-
-@functools.cache  # resolving the type hints of sixty fields takes a millisecond, and a wizard asks often
-def _options_of(config_class: type) -> dict[str, Option]:
     hints = typing.get_type_hints(config_class)
     found = {}
     for f in dataclasses.fields(config_class):
-        kind, optional, many = hints[f.name], False, False
-        if isinstance(kind, types.UnionType):
-            optional = True
+        o, kind = f.metadata["option"], hints[f.name]
+        if optional := isinstance(kind, types.UnionType):
             kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        if typing.get_origin(kind) is tuple:
-            many, kind = True, typing.get_args(kind)[0]
-        found[f.name] = replace(
-            f.metadata["option"],
-            name=f.name,
-            type=kind,
-            many=many,
-            optional=optional,
-            flags=f.metadata["option"].flags or ("--" + f.name.replace("_", "-"),),
-        )
+        if many := typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+        flags = o.flags or ("--" + f.name.replace("_", "-"),)
+        found[f.name] = replace(o, name=f.name, type=kind, many=many, optional=optional, flags=flags)
     return found
 
 
@@ -184,51 +185,55 @@ def splits_at_commas(o: Option) -> bool:
 def resolve(config_class: type[C], *layers: Mapping[str, Any]) -> C:
     """A config from layers of named values; the later layer wins (last used, preset, typed).
 
+    A setting that follows others gives way where a later layer changes one of those and not itself.
     Raises UserError for an unknown name, a value out of range or a missing required setting.
     """
     options = options_of(config_class)
-    merged: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for layer in layers:
-        unknown = sorted(set(layer) - set(options))
-        if unknown:
+        if unknown := sorted(set(layer) - set(options)):
             raise UserError(f"Unknown setting: {', '.join(unknown)}.", f"Known settings: {', '.join(options)}.")
-        merged.update(layer)
-    missing = [o.flag for o in options.values() if o.required and o.name not in merged]
-    if missing:
-        raise UserError(
-            f"Missing: {', '.join(missing)}.",
-            "\n".join(f"{o.flag}: {o.help}" for o in options.values() if o.flag in missing),
-        )
-    return config_class(**{name: options[name].check(value) for name, value in merged.items()})
+        checked = {name: options[name].check(value) for name, value in layer.items()}
+        changed = {name for name, value in checked.items() if value != values.get(name, options[name].default)}
+        values = {name: v for name, v in values.items() if not changed & set(options[name].follows)} | checked
+    if missing := [o for o in options.values() if o.required and o.name not in values]:
+        flags = ", ".join(o.flag for o in missing)
+        raise UserError(f"Missing: {flags}.", "\n".join(f"{o.flag}: {o.help}" for o in missing))
+    return config_class(**{name: o.default_under(values) for name, o in options.items()} | values)
 
 
 def changed_from_defaults(config: Any) -> dict[str, Any]:
-    """The settings whose value is not the default, in order of declaration."""
-    return {
-        name: getattr(config, name)
-        for name, o in options_of(type(config)).items()
-        if o.required or getattr(config, name) != o.default
-    }
+    """The settings that are neither the default nor what follows from the others, in order of declaration."""
+    options, given = options_of(type(config)), {}
+    for name, o in sorted(options.items(), key=lambda item: bool(item[1].follows)):
+        if o.required or getattr(config, name) != o.default_under(given):
+            given[name] = getattr(config, name)
+    return {name: given[name] for name in options if name in given}
 
 
-def as_arguments(config: Any) -> list[str]:
-    """The words that give this config when parsed: positional ones first, then flags; defaults are left out."""
+def as_arguments(config: Any, but: Container[str] = ()) -> list[str]:
+    """The words that give this config when parsed: positional ones first, then flags; defaults are left out.
+
+    but: names of settings that are left out too.
+    """
     changed = changed_from_defaults(config)
     positional: list[str] = []
     flags: list[str] = []
     needed = 0  # positional words up to the last one that is not the default
     for name, o in options_of(type(config)).items():
         value = getattr(config, name)
-        words = [str(part) for part in value] if o.many and value is not None else [str(value)]
+        words = [] if value is None else [str(part) for part in (value if o.many else [value])]
+        if o.type is Path:  # with a dash in front it would be read as a flag
+            words = [f"./{word}" if word.startswith("-") else word for word in words]
         if not o.flag.startswith("-"):
             positional += words
             needed = len(positional) if name in changed else needed
-        elif name not in changed or value is None:
+        elif name not in changed or name in but or value is None:
             continue
         elif o.type is bool:
             flags.append(o.flag if value else "--no-" + o.flag.removeprefix("--"))
-        elif words and any(word.startswith("-") for word in words) and (not o.many or splits_at_commas(o)):
-            flags.append(f"{o.flag}={','.join(words)}")  # -1e-3 alone would be read as a flag
+        elif any(word.startswith("-") for word in words):
+            flags += [f"{o.flag}={word}" for word in ([",".join(words)] if splits_at_commas(o) else words)]
         else:
             flags += [o.flag, *words]
     return positional[:needed] + flags
@@ -236,10 +241,7 @@ def as_arguments(config: Any) -> list[str]:
 
 def as_json_values(config: Any) -> dict[str, Any]:
     """Every setting as plain JSON values: what `config.json` of a run holds and `resolve` reads back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return value.as_posix() if isinstance(value, Path) else value
-
-    return {name: plain(getattr(config, name)) for name in options_of(type(config))}
+    values = {name: getattr(config, name) for name in options_of(type(config))}
+    return {
+        n: v.as_posix() if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for n, v in values.items()
+    }

@@ -244,9 +244,24 @@ def verify(holds: str, path: Path, songs: Songs) -> str:
     glance(holds, path)
     match holds:
         case "checkpoints":
-            return _verify_checkpoints(path)
+            models = find_models(path)
+            usable = [model for model in models if not model.problem]
+            broken = ", ".join(model.title for model in models if model.problem)
+            if usable:
+                return count(len(usable), "model") + (f"; not usable: {broken}" if broken else "")
+            inside = f"(folders: {', '.join(folder.name for folder in _folders(path)[:6]) or 'none'})"
+            found = f"No usable model here: {broken}." if broken else f"No ACE-Step model here {inside}."
+            raise UserError(found, f"Download {'again' if broken else 'one'}: {DOWNLOAD}")
         case "tensors":
-            return _verify_tensors(path, songs)
+            if found := count_tensors(path):
+                return count(found, "song") + " as tensors"
+            try:
+                music = songs(path)
+            except UserError:
+                fix = "Preprocess some audio first, or choose the folder it was written to."
+                raise UserError("No .pt tensors here.", fix) from None
+            problem = f"No .pt tensors here, but {music}: preprocess first?"
+            raise UserError(problem, "Go back to the menu and choose Preprocess audio.")
         case "dataset.json":
             return _verify_list(path)
         case "songs":
@@ -274,34 +289,6 @@ def verify(holds: str, path: Path, songs: Songs) -> str:
                 return f"{count(found, 'song')} there already: what is unchanged is kept"
             return "" if path.exists() else "a new folder"
     return ""
-
-
-def _verify_checkpoints(folder: Path) -> str:
-    models = find_models(folder)
-    usable = [model for model in models if not model.problem]
-    if usable:
-        broken = [model.title for model in models if model.problem]
-        return count(len(usable), "model") + (f"; not usable: {', '.join(broken)}" if broken else "")
-    if models:
-        raise UserError(
-            f"No usable model here: {', '.join(model.title for model in models)}.", f"Download again: {DOWNLOAD}"
-        )
-    inside = ", ".join(path.name for path in _folders(folder)[:6])
-    raise UserError(f"No ACE-Step model here (folders: {inside or 'none'}).", f"Download one: {DOWNLOAD}")
-
-
-def _verify_tensors(folder: Path, songs: Songs) -> str:
-    if found := count_tensors(folder):
-        return count(found, "song") + " as tensors"
-    try:
-        music = songs(folder)
-    except UserError:
-        raise UserError(
-            "No .pt tensors here.", "Preprocess some audio first, or choose the folder it was written to."
-        ) from None
-    raise UserError(
-        f"No .pt tensors here, but {music}: preprocess first?", "Go back to the menu and choose Preprocess audio."
-    )
 
 
 def _verify_list(path: Path) -> str:

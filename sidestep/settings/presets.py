@@ -10,7 +10,8 @@ from typing import Any
 from sidestep.errors import UserError
 from sidestep.files import config_folder, expand, write_text
 from sidestep.settings.config import COMMANDS
-from sidestep.settings.option import Option, options_of
+from sidestep.settings.option import Option, changed_from_defaults, options_of
+from sidestep.words import did_you_mean
 
 BUILT_IN = Path(__file__).resolve().parent / "built_in"
 # the others have no settings worth keeping under a name
@@ -74,8 +75,9 @@ def find(name: str) -> Preset:
         path = folder / f"{name}.json"
         if NAME.fullmatch(name) and path.is_file():
             return read(path)
-    known = ", ".join(preset.name for preset in list_presets())
-    raise UserError(f"--preset {name}: there is no preset of that name.", f"Presets: {known}.")
+    known = [preset.name for preset in list_presets()]
+    nearest = did_you_mean(name, known)
+    raise UserError(f"--preset {name}: there is no preset of that name.", nearest or f"Presets: {', '.join(known)}.")
 
 
 def profile_for(gib: float, is_xl: bool) -> str:
@@ -113,12 +115,7 @@ def read(path: Path) -> Preset:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """What a preset made of this config holds: what differs from the defaults, without folders and files."""
-    options = preset_options()
-    return {
-        name: getattr(config, name)
-        for name, o in options_of(type(config)).items()
-        if name in options and getattr(config, name) != o.default
-    }
+    return {name: value for name, value in changed_from_defaults(config).items() if name in preset_options()}
 
 
 def save(name: str, values: dict[str, Any], description: str = "", replace: bool = False) -> Preset:

@@ -97,24 +97,18 @@ class LiveView:
 
     def board(self) -> RenderableType:
         """What runs now: a bar per task, and the training panel once there is a step."""
-        parts: list[RenderableType] = [self._bar(progress) for progress in self.tasks.values()]
-        if self.step is not None:
-            parts.append(self._training(self.step))
-        return Group(*parts)
-
-    def _bar(self, progress: Progress) -> RenderableType:
-        grid = RichTable.grid(padding=(0, 1))
-        left = "" if progress.eta_seconds is None else f"{clock(progress.eta_seconds)} left"
-        done = "  ".join(part for part in (f"{progress.done}/{progress.total}", rate(progress), left) if part)
-        room = max(8, self.console.width - len(progress.task) - len(done) - 6)
-        grid.add_row(
-            Text(progress.task, style="bold"),
-            ProgressBar(max(progress.total, 1), progress.done, width=min(30, room)),
-            Text(done),
-        )
-        if not progress.current:
-            return grid
-        return Group(grid, Text("  " + progress.current, style="dim", no_wrap=True, overflow="ellipsis"))
+        parts: list[RenderableType] = []
+        for progress in self.tasks.values():
+            left = "" if progress.eta_seconds is None else f"{clock(progress.eta_seconds)} left"
+            done = "  ".join(part for part in (f"{progress.done}/{progress.total}", rate(progress), left) if part)
+            room = max(8, self.console.width - len(progress.task) - len(done) - 6)
+            bar = ProgressBar(max(progress.total, 1), progress.done, width=min(30, room))
+            grid = RichTable.grid(padding=(0, 1))
+            grid.add_row(Text(progress.task, style="bold"), bar, Text(done))
+            parts.append(grid)
+            if progress.current:
+                parts.append(Text("  " + progress.current, style="dim", no_wrap=True, overflow="ellipsis"))
+        return Group(*parts, *([self._training(self.step)] if self.step is not None else []))
 
     def _training(self, step: StepDone) -> RenderableType:
         inner = min(self.console.width, 100) - 4

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TextIO
 
 from sidestep.events import (
@@ -168,7 +168,8 @@ class Terminal:
     def error(self, problem: str, fix: str = "") -> None:
         """An error, on the error stream: what is wrong, then what helps."""
         text = f"error: {visible(problem)}" + (f"\n{visible(fix, lines=True)}" if fix else "")
-        print(text, file=self.err, flush=True)
+        with suppress(OSError):  # nobody reads it; the exit status says it too
+            print(text, file=self.err, flush=True)
 
     def confirm(self, question: str) -> bool:
         """A yes/no question on one line; Enter and the end of input mean no."""

@@ -37,7 +37,12 @@ def test_each_built_in_preset_makes_a_valid_config_and_says_what_it_is_for(path)
 
 def test_saved_settings_come_back_without_folders_and_files():
     config = TrainConfig(
-        checkpoint_dir=Path("c"), dataset_dir=Path("d"), output_dir=Path("o"), rank=8, target_modules=("q_proj",)
+        checkpoint_dir=Path("c"),
+        dataset_dir=Path("d"),
+        output_dir=Path("o"),
+        rank=8,
+        alpha=16.0,
+        target_modules=("q_proj",),
     )
     saved = presets.save("My preset", presets.settings_of(config), "for piano")
     assert presets.find("My preset").values == {"rank": 8, "target_modules": ("q_proj",)}
