@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sidestep.errors import UserError
@@ -19,7 +20,7 @@ from sidestep.settings.config import (
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
 from sidestep.settings.path_checks import Songs, find_runs, likely_checkpoint_dirs, read_run
-from sidestep.wizard.questionnaire import Question, from_option
+from sidestep.wizard.questionnaire import Question, choose, from_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,6 @@ class Flow:
     given: Mapping[str, Any] = field(default_factory=dict)  # what the flow is about
     narrowed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # fewer choices than the setting has
     holds: Mapping[str, str] = field(default_factory=dict)  # what a path must hold here, where that is not the usual
-
-    @property
-    def takes_preset(self) -> bool:
-        return "preset" in self.basic
 
 
 TRAIN: dict[str, Any] = {
@@ -130,7 +127,7 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
     options = options_of(flow.config_class)
     known = {*flow.basic, *flow.given, *flow.covered}
     basic = [*flow.basic, *(name for name, o in options.items() if o.required and name not in known)]
-    questions = [_question(name, flow, context, {}) for name in basic]
+    questions = [question_of(name, flow, context) for name in basic]
     for section, names in sections_of(flow.config_class).items() if advanced else ():
         rest = [name for name in names if name not in (*basic, *flow.covered)]
         if not rest:
@@ -138,7 +135,7 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
         wanted = f"change {section}"
         help = ", ".join(name.replace("_", " ") for name in rest)
         questions.append(Question(wanted, f"Change {section}?", help, "yes-no", section, lambda _answers: False))
-        for question in (_question(name, flow, context, {}) for name in rest):
+        for question in (question_of(name, flow, context) for name in rest):
             questions.append(
                 replace(
                     question,
@@ -147,11 +144,6 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
                 )
             )
     return questions
-
-
-def questions_for(flow: Flow, context: Context, names: list[str], current: Mapping[str, Any]) -> list[Question]:
-    """Questions for these settings, each with its current value as the default: for changes in the review."""
-    return [_question(name, flow, context, current) for name in names]
 
 
 def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
@@ -205,10 +197,11 @@ def _preset_of(answers: Answers) -> dict[str, Any]:
     return dict(presets.find(answers["preset"]).values) if answers.get("preset") else {}
 
 
-def _question(name: str, flow: Flow, context: Context, current: Mapping[str, Any]) -> Question:
+def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, Any] = MappingProxyType({})) -> Question:
+    """The question for a setting of a flow, or one of its own. Suggested is its `current` value, where it has one."""
     options = options_of(flow.config_class)
     if name not in options:
-        return OWN[name](context)
+        return _own_question(name, context)
     o = replace(
         options[name],
         choices=flow.narrowed.get(name, options[name].choices),
@@ -252,61 +245,47 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
     return "" if o.required else o.default
 
 
-# Questions that are asked in place of settings, or before them
+SONGS = Option(
+    name="songs",
+    type=Path,
+    default=MISSING,
+    help="a folder of audio files, or a dataset.json made from one",
+    flags=(),
+    group="Preprocessing",
+    holds="songs or dataset.json",
+)
+RUN = Option(
+    name="run",
+    type=Path,
+    default=MISSING,
+    help="the output folder of the run to go on with",
+    flags=(),
+    group="Run",
+    holds="run",
+)
 
 
-def _songs_question(context: Context) -> Question:
-    o = Option(
-        name="songs",
-        type=Path,
-        default=MISSING,
-        help="a folder of audio files, or a dataset.json made from one",
-        flags=(),
-        group="Preprocessing",
-        holds="songs or dataset.json",
-    )
-    last = [context.last_used[name] for name in ("dataset_json", "audio_dir", "input") if context.last_used.get(name)]
-    return from_option(o, lambda _answers: last[0] if last else "", context.songs)
-
-
-def _run_question(context: Context) -> Question:
-    last = context.last_used.get("output_dir")
-    folders = dict.fromkeys([context.here / "runs", *([Path(last).parent] if last else [])])
-    o = Option(
-        name="run",
-        type=Path,
-        default=MISSING,
-        help="the output folder of the run to go on with",
-        flags=(),
-        group="Run",
-        holds="run",
-    )
-
-    def choices(_answers: Answers) -> tuple[Choice, ...]:
+def _own_question(name: str, context: Context) -> Question:
+    """A question that is asked in place of settings, or before them: songs, run or preset."""
+    used = context.last_used
+    if name == "songs":
+        last = next((used[key] for key in ("dataset_json", "audio_dir", "input") if used.get(key)), "")
+        return from_option(SONGS, lambda _answers: last, context.songs)
+    if name == "run":
+        last = used.get("output_dir", "")
+        folders = dict.fromkeys([context.here / "runs", *([Path(last).parent] if last else [])])
         runs = {run.folder: run for folder in folders for run in find_runs(folder) if run.checkpoints}
-        return tuple(
+        choices = tuple(
             Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
             for r in runs.values()
         )
-
-    def first(answers: Answers) -> str:
-        found = choices(answers)
-        return found[0].value if found else str(last or "")
-
-    return from_option(o, first, context.songs, choices=choices)
-
-
-def _preset_question(context: Context) -> Question:
-    def choices(_answers: Answers) -> tuple[Choice, ...]:
-        none = Choice("", "none", "the defaults of each setting")
-        return (*(Choice(p.name, p.name, p.description) for p in presets.list_presets()), none)
-
-    def first(answers: Answers) -> str:
-        names = [choice.value for choice in choices(answers)]
-        return next((name for name in (str(context.last_used.get("preset")), "recommended") if name in names), "")
-
+        first = choices[0].value if choices else last
+        return from_option(RUN, lambda _answers: first, context.songs, choices=lambda _answers: choices)
+    offered = (
+        *(Choice(p.name, p.name, p.description) for p in presets.list_presets()),
+        Choice("", "none", "the defaults of each setting"),
+    )
+    names = [choice.value for choice in offered]
+    first = next(name for name in (str(used.get("preset")), "recommended", "") if name in names)
     help = "a preset fills in the settings; the review shows them all and lets you change each"
-    return Question("preset", "Preset", help, "choice", "Preset", default=first, choices=choices)
-
-
-OWN = {"songs": _songs_question, "run": _run_question, "preset": _preset_question}
+    return replace(choose(name, "Preset", offered, default=first, section="Preset"), help=help)

@@ -28,7 +28,12 @@ class NumberedAsk:
             print_line(f"  {number}) {choice.title}" + (f" - {choice.note}" if choice.note else ""))
         suggestion = _suggestion(prompt)
         while True:
-            typed = self._line(f"[{suggestion}] (b: back) > " if suggestion else "(b: back) > ")
+            line = f"[{suggestion}] (b: back) > " if suggestion else "(b: back) > "
+            print(line, end="", file=self.terminal.out, flush=True)
+            line = self.terminal.source.readline()
+            if not line:
+                raise KeyboardInterrupt  # nobody is there any more
+            typed = line.strip()
             if typed == "b":
                 return BACK
             if not typed:
@@ -41,13 +46,6 @@ class NumberedAsk:
             if typed.lower() in YES + NO:
                 return typed.lower() in YES
             print_line(f"  Not taken: {typed}. Type y or n.")
-
-    def _line(self, text: str) -> str:
-        print(text, end="", file=self.terminal.out, flush=True)
-        line = self.terminal.source.readline()
-        if not line:
-            raise KeyboardInterrupt  # nobody is there any more
-        return line.strip()
 
 
 def _suggestion(prompt: Prompt) -> str:

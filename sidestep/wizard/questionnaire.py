@@ -200,8 +200,7 @@ class Questionnaire:
             left = sum(self._is_open(later, answers) for later in self.questions[self._next :])
             step = len(self._path) + 1
             prompt = question.asked(answers, default, title=self.title, step=step, steps=step - 1 + left, error=error)
-            error = ""
-            reply = ask(prompt)
+            reply, error = ask(prompt), ""
             if reply is BACK:
                 if not self.back():
                     return None
@@ -212,7 +211,15 @@ class Questionnaire:
             except UserError as refused:
                 error = f"{refused.problem} {refused.fix}".strip()
                 continue
-            self._take(question, value)
+            if self.remembered.get(question.name, value) != value:
+                changed = {question.name}
+                for later in self.questions[self._next + 1 :]:
+                    if changed & set(later.depends_on):
+                        changed.add(later.name)
+                        self.remembered.pop(later.name, None)
+            self.remembered[question.name] = value
+            self._path.append(self._next)
+            self._next += 1
             if line:
                 self.tell(line)
         return self.answers
@@ -226,17 +233,6 @@ class Questionnaire:
 
     def _is_open(self, question: Question, answers: dict[str, Any]) -> bool:
         return question.name not in self.known and question.when(answers)
-
-    def _take(self, question: Question, value: Any) -> None:
-        if question.name in self.remembered and self.remembered[question.name] != value:
-            changed = {question.name}
-            for later in self.questions[self._next + 1 :]:
-                if changed & set(later.depends_on):
-                    changed.add(later.name)
-                    self.remembered.pop(later.name, None)
-        self.remembered[question.name] = value
-        self._path.append(self._next)
-        self._next += 1
 
 
 def ask_one(ask: Ask, question: Question, title: str = "") -> Any:

@@ -11,7 +11,7 @@ from sidestep.settings import presets
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
 from sidestep.terminal.terminal import as_typed
-from sidestep.wizard.flows import Context, Flow, config_of, questions_for, sections_of
+from sidestep.wizard.flows import Context, Flow, config_of, question_of, sections_of
 from sidestep.wizard.questionnaire import BACK, Ask, Move, Question, Questionnaire, ask_one, choose, needed
 
 About = Callable[[Any], list[str]]  # lines on a config that only the outside knows: its data, memory and time
@@ -58,7 +58,9 @@ def review(
             Choice(EDIT, "Change a section", "and come back here"),
             Choice(ALL, "Go through all settings", "the advanced ones too"),
         ]
-        save = [Choice(SAVE, "Save as preset", "to use these settings again")] if config and flow.takes_preset else []
+        save = (
+            [Choice(SAVE, "Save as preset", "to use these settings again")] if config and "preset" in flow.basic else []
+        )
         actions = (*start, *change, *save, Choice(CANCEL, "Cancel", "back to the menu"))
         action = ask_one(ask, choose("review", "What now?", actions, section="Review"), flow.title)
         if action is BACK or action == CANCEL:
@@ -87,7 +89,7 @@ def _edit(
         names = sections[section]
     current = answers | ({name: getattr(config, name) for name in options_of(flow.config_class)} if config else {})
     unasked = {name: value for name, value in current.items() if name not in names}
-    questions = questions_for(flow, context, names, current)
+    questions = [question_of(name, flow, context, current) for name in names]
     changed = Questionnaire(questions, unasked, flow.title, lambda line: show(Notice(message=line))).forward(ask)
     if changed is not None:
         answers.update({name: changed[name] for name in names if name in changed})

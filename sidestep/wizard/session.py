@@ -61,8 +61,7 @@ class Wizard:
         request = None if self.last_used.get("welcomed") else self._first_run()
         while request is None:
             follows_on = bool(self._after)
-            key = self._what_next() if follows_on else self._menu()
-            self._after = ""
+            key = self._choose_next()
             if key == "exit":
                 return None
             if key == "presets":
@@ -79,27 +78,29 @@ class Wizard:
         if ok:
             self._keep(left_by(request.config))
 
-    def _menu(self) -> str:
-        choices = (
-            *(Choice(key, flow.title) for key, flow in FLOWS.items() if key != "demo"),
-            Choice("presets", "Manage presets"),
-            Choice("settings", "Settings"),
-            Choice("demo", FLOWS["demo"].title),
-            Choice("exit", "Exit"),
-        )
-        last = self.last_used.get("last_action")
-        default = last if last in [choice.value for choice in choices] else "preprocess"
-        reply = ask_one(self.ask, choose("menu", "What would you like to do?", choices, default=default), "Side-Step")
-        return "" if reply is BACK else reply
-
-    def _what_next(self) -> str:
-        choices = (
-            *(Choice(key, FLOWS[key].title, "everything filled in") for key in NEXT[self._after]),
-            Choice("", "Back to the menu"),
-            Choice("exit", "Exit"),
-        )
-        question = choose("next", "What next?", choices, default=SUGGESTED.get(self._after))
-        reply = ask_one(self.ask, question, f"Done: {FLOWS[self._after].title}")
+    def _choose_next(self) -> str:
+        """What to do, from the menu; after a flow that went well first from what makes sense then. Empty: ask again."""
+        after, self._after = self._after, ""
+        if after:
+            choices = (
+                *(Choice(key, FLOWS[key].title, "everything filled in") for key in NEXT[after]),
+                Choice("", "Back to the menu"),
+                Choice("exit", "Exit"),
+            )
+            question = choose("next", "What next?", choices, default=SUGGESTED.get(after))
+            title = f"Done: {FLOWS[after].title}"
+        else:
+            choices = (
+                *(Choice(key, flow.title) for key, flow in FLOWS.items() if key != "demo"),
+                Choice("presets", "Manage presets"),
+                Choice("settings", "Settings"),
+                Choice("demo", FLOWS["demo"].title),
+                Choice("exit", "Exit"),
+            )
+            last = self.last_used.get("last_action")
+            default = last if last in [choice.value for choice in choices] else "preprocess"
+            question, title = choose("menu", "What would you like to do?", choices, default=default), "Side-Step"
+        reply = ask_one(self.ask, question, title)
         return "" if reply is BACK else reply
 
     def _run_flow(self, flow: Flow, follows_on: bool) -> Request | None:

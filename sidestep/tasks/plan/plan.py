@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,42 +108,28 @@ class Planner:
         flags = []
         for name, option in options_of(TrainConfig).items():
             value = getattr(config, name)
-            if value == getattr(asked, name):
-                continue
-            if value is None:  # all of the layers
-                value = self.layers
-            flags.append(
-                option.flag
-                if value is True
-                else f"{option.flag} {value:g}"
-                if isinstance(value, float)
-                else f"{option.flag} {value}"
-            )
+            if value != getattr(asked, name):
+                value = self.layers if value is None else f"{value:g}" if isinstance(value, float) else value
+                flags.append(option.flag if value is True else f"{option.flag} {value}")
         return Candidate(config, self.peak(config), tuple(flags))
 
     def memory_options(self, asked: TrainConfig) -> Iterator[Candidate]:
         """Each single setting that saves memory, the one that costs least first."""
         everything_recomputed = asked.gradient_checkpointing and asked.recompute_layers is None
-        changed = []
-        if not everything_recomputed:
-            changed.append(replace(asked, gradient_checkpointing=True, recompute_layers=None))
-        if asked.optimizer_type in ("adamw", "prodigy"):
-            changed.append(replace(asked, optimizer_type="adamw8bit"))
-        if asked.batch_size > 1:
-            accumulation = asked.gradient_accumulation * asked.batch_size
-            changed.append(replace(asked, batch_size=1, gradient_accumulation=accumulation))
-        if asked.base_precision == "auto":
-            changed.append(replace(asked, base_precision="int8"))
-        if not asked.offload_activations:
-            changed.append(replace(asked, offload_activations=True))
-        if asked.base_precision != "nf4":
-            changed.append(replace(asked, base_precision="nf4"))
-        if self.window(asked) > 60:
-            changed.append(replace(asked, chunk_duration=60.0))
-        if asked.swap_blocks < self.layers and everything_recomputed:
-            changed.append(replace(asked, swap_blocks=self.layers))
-        for config in changed:
-            yield self.candidate(asked, config)
+        accumulation = asked.gradient_accumulation * asked.batch_size
+        table: tuple[tuple[bool, dict[str, Any]], ...] = (
+            (not everything_recomputed, {"gradient_checkpointing": True, "recompute_layers": None}),
+            (asked.optimizer_type in ("adamw", "prodigy"), {"optimizer_type": "adamw8bit"}),
+            (asked.batch_size > 1, {"batch_size": 1, "gradient_accumulation": accumulation}),
+            (asked.base_precision == "auto", {"base_precision": "int8"}),
+            (not asked.offload_activations, {"offload_activations": True}),
+            (asked.base_precision != "nf4", {"base_precision": "nf4"}),
+            (self.window(asked) > 60, {"chunk_duration": 60.0}),
+            (everything_recomputed and asked.swap_blocks < self.layers, {"swap_blocks": self.layers}),
+        )
+        for saves, changes in table:
+            if saves:
+                yield self.candidate(asked, replace(asked, **changes))
 
     def mildest(self, asked: TrainConfig, limit: int) -> Candidate | None:
         """The settings asked about, plus one option after another until the step fits into `limit` bytes.

@@ -11,7 +11,7 @@ plan, to within 1 % of all layers.
 
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,10 @@ SILENCE_FRAMES = 15000  # that a checkpoint has; a run keeps as many as its long
 SMALL_TENSOR = 4096  # bitsandbytes keeps fp32 states for tensors of fewer values
 BLOCK = 256  # values that share a scale in an 8-bit state
 
+ELSEWHERE = (  # what `offload_activations` leaves on the device: no activation until the backward pass asks for it
+    lambda tensor: tensor if tensor.is_leaf else (tensor.shape, tensor.stride(), tensor.dtype),
+    lambda kept: kept if isinstance(kept, Tensor) else torch.empty_strided(kept[0], kept[1], dtype=kept[2]),
+)
 _DEVICE_OF = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _UNSAFE_VIEW, _VIEW = torch.ops.aten._unsafe_view.default, torch.ops.aten.view.default
@@ -73,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._cut_at = 0
-        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
@@ -90,23 +94,20 @@ class LiveBytes(TorchDispatchMode):
         """Add the storages of nested tensors that are not counted yet, and return their bytes."""
         before = self.now
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                self._count_storage(tensor.untyped_storage())
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            known = self._alive.get(id(storage))
+            if storage is None or (known is not None and known() is storage):
+                continue
+            key, size = id(storage), allocated(storage.nbytes())
+
+            def freed(_: object, key: int = key, size: int = size) -> None:
+                if self._alive.pop(key, None) is not None:
+                    self.now -= size
+
+            self._alive[key] = weakref.ref(storage, freed)
+            self.now += size
+            self.peak = max(self.peak, self.now)
         return self.now - before
-
-    def _count_storage(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        known = self._alive.get(key)
-        if known is not None and known[0]() is storage:
-            return
-        size = allocated(storage.nbytes())
-        self._alive[key] = weakref.ref(storage, lambda _: self._free(key, size)), size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _free(self, key: int, size: int) -> None:
-        if self._alive.pop(key, None) is not None:
-            self.now -= size
 
     def cut(self) -> Segment:
         """The segment from the last cut to here. The next peak is counted from now on."""
@@ -214,12 +215,8 @@ class Peak:
         return self.between_steps + self.gradients + self.activations
 
 
-@dataclass(frozen=True)
-class BlockKind:
-    """What tells one block of the DiT from another, as far as memory goes."""
-
-    attention: str  # sliding_attention or full_attention
-    recomputed: bool
+# What tells one block of the DiT from another, as far as memory goes: sliding or full attention, recomputed or not.
+BlockKind = tuple[str, bool]
 
 
 @dataclass(frozen=True)
@@ -264,7 +261,7 @@ class StepModel:
         self.attention = list(sizes.get("layer_types") or (["sliding_attention", "full_attention"] * layers)[:layers])
         self._blocks: dict[BlockKind, BlockSegments] = {}
         self._others = OtherSegments(Segment(), Segment(), Segment(), Segment())
-        model = _on_meta(sizes, config, dtype, [BlockKind("full_attention", False)])
+        model = _on_meta(sizes, config, dtype, [("full_attention", False)])
         self._one_block = [p for name, p in model.named_parameters() if ".layers." in name]
         outside = [p for name, p in model.named_parameters() if ".layers." not in name]
         self._outside = [*outside, *model.buffers(), *_constants(sizes, shape.frames, dtype, "meta")]
@@ -295,18 +292,13 @@ class StepModel:
 
     def segment(self, recomputed: int) -> Segment:
         """The step with the first `recomputed` of its layers recomputed. Runs what was not run before."""
-        kinds = [BlockKind(attention, index < recomputed) for index, attention in enumerate(self.attention)]
+        kinds = [(attention, index < recomputed) for index, attention in enumerate(self.attention)]
         for again in (True, False):
-            missing = list(dict.fromkeys(k for k in kinds if k.recomputed == again and k not in self._blocks))
+            missing = list(dict.fromkeys(k for k in kinds if k[1] == again and k not in self._blocks))
             if missing:
                 blocks, self._others = run_step(self.sizes, self.config, self.shape, self.dtype, missing)
                 self._blocks |= zip(missing, blocks, strict=True)
         return whole_step(self._others, [self._blocks[kind] for kind in kinds])
-
-
-def step_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> Peak:
-    """Peak of an optimizer step with these settings."""
-    return StepModel(sizes, config, shape, dtype).peak(config)
 
 
 def stored_bytes(weight: Tensor, base_precision: str) -> int:
@@ -336,7 +328,7 @@ def optimizer_bytes(optimizer_type: str, parameters: list[nn.Parameter]) -> int:
 
 def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[BlockKind]) -> PeftModel:
     """The decoder with so many blocks and its adapter, on `meta`."""
-    sizes = sizes | {"num_hidden_layers": len(kinds), "layer_types": [kind.attention for kind in kinds]}
+    sizes = sizes | {"num_hidden_layers": len(kinds), "layer_types": [attention for attention, _ in kinds]}
     with torch.device("meta"):
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, sizes))
         for parameter in decoder.parameters():
@@ -379,11 +371,12 @@ def run_step(
         memory = LiveBytes()
         memory.count([*model.parameters(), *model.buffers(), *(p.grad for p in trained), silence, null])
         with memory:
-            watch = StepWatch(memory, decoder, [recompute if kind.recomputed else nn.Module.__call__ for kind in kinds])
+            calls = [recompute if recomputed else nn.Module.__call__ for _, recomputed in kinds]
+            watch = StepWatch(memory, decoder, calls)
             memory.count([latents, conditions])
             with (
                 torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-                _activations_elsewhere() if config.offload_activations else nullcontext(),
+                saved_tensors_hooks(*ELSEWHERE) if config.offload_activations else nullcontext(),
             ):
                 weighted, _, _ = objective(model, batch, 0, shape.batch)
             weighted.sum().backward()
@@ -397,45 +390,49 @@ class StepWatch:
 
     def __init__(self, memory: LiveBytes, decoder: Any, calls: list[Callable[..., Tensor]]):
         self._memory, self._calls = memory, dict(zip(decoder.layers, calls, strict=True))
-        self._forward: list[Segment] = []  # before the blocks, then each block, then what follows to the model's end
-        self._backward: list[Segment] = []  # the loss, then each block from the last to the first
-        self._casts = Segment()
+        # before the blocks, each block, to the model's end, autocast's copies; the loss, each block from the last on
+        self._cuts: list[Segment] = []
         # what all blocks read; it is freed with the last of them, which is no part of that block
         self._shared: tuple[Tensor | None, ...] = ()
-        decoder.enable_gradient_checkpointing(self._through)
-        decoder.norm_out.register_forward_pre_hook(self._after_blocks)
-        decoder.register_forward_hook(self._after_model)
+        decoder.enable_gradient_checkpointing(self.call_block)
+        decoder.norm_out.register_forward_pre_hook(self.end_blocks)
+        decoder.register_forward_hook(self.end_model)
         memory.cut()
 
-    def _through(self, layer: nn.Module, hidden: Tensor, *rest: Tensor | None) -> Tensor:
-        if not self._forward:
+    def cut(self, *_: object) -> None:
+        """End a segment here; as a hook at a gradient, too."""
+        self._cuts.append(self._memory.cut())
+
+    def call_block(self, layer: nn.Module, hidden: Tensor, *rest: Tensor | None) -> Tensor:
+        """Call a block, with a cut before it in both directions."""
+        if not self._cuts:
             # there is nothing to train before the first block; a gradient for its input makes it like all others
             hidden = _AfterTraining.apply(hidden, torch.zeros((), requires_grad=True))
             self._shared = rest
-        hidden.register_hook(self._at_gradient)
-        self._forward.append(self._memory.cut())
+        hidden.register_hook(self.cut)
+        self.cut()
         return self._calls[layer](layer, hidden, *rest)
 
-    def _after_blocks(self, _module: nn.Module, inputs: tuple[Tensor]) -> None:
-        self._forward.append(self._memory.cut())
-        inputs[0].register_hook(self._at_gradient)
+    def end_blocks(self, _module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """Cut after the last block in both directions."""
+        self.cut()
+        inputs[0].register_hook(self.cut)
 
-    def _after_model(self, *_: object) -> None:
-        self._forward.append(self._memory.cut())
+    def end_model(self, *_: object) -> None:
+        """Cut at the model's end, and again without autocast's copies."""
+        self.cut()
         torch.clear_autocast_cache()  # a run leaves autocast here too; what that frees grows with the number of blocks
-        self._casts = self._memory.cut()
-
-    def _at_gradient(self, _gradient: Tensor) -> None:
-        self._backward.append(self._memory.cut())
+        self.cut()
 
     def result(self) -> tuple[list[BlockSegments], OtherSegments]:
         """The blocks and the rest of a step that ends here."""
-        before, *forward, after = self._forward
-        loss, *backward = self._backward
-        casts = Segment(self._casts.rise // len(forward), 0)
         self._shared = ()
+        self.cut()
+        count, before, end = len(self._calls), self._cuts[0], self._cuts[-1]
+        forward, (after, casts, loss, *backward) = self._cuts[1 : count + 1], self._cuts[count + 1 : -1]
+        casts = Segment(casts.rise // count, 0)
         blocks = [BlockSegments(there, casts, back) for there, back in zip(forward, backward[::-1], strict=True)]
-        return blocks, OtherSegments(before, after, loss, self._memory.cut())
+        return blocks, OtherSegments(before, after, loss, end)
 
 
 class _AfterTraining(torch.autograd.Function):
@@ -448,15 +445,3 @@ class _AfterTraining(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:  # noqa: ARG004 (torch's signature)
         return None, None
-
-
-def _activations_elsewhere() -> AbstractContextManager:
-    """What `offload_activations` leaves on the device: no activation until the backward pass asks for it."""
-
-    def forget(tensor: Tensor) -> Any:
-        return tensor if tensor.is_leaf else (tensor.shape, tensor.stride(), tensor.dtype)
-
-    def make_again(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else torch.empty_strided(kept[0], kept[1], dtype=kept[2])
-
-    return saved_tensors_hooks(forget, make_again)

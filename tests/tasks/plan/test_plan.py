@@ -26,7 +26,6 @@ from sidestep.settings.presets import find
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.plan import Planner, check_memory, fit_into, plan
 from sidestep.tasks.plan.step import (
-    BlockKind,
     LiveBytes,
     Segment,
     Shape,
@@ -34,7 +33,6 @@ from sidestep.tasks.plan.step import (
     joined,
     optimizer_bytes,
     run_step,
-    step_peak,
     whole_step,
 )
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
@@ -119,7 +117,7 @@ def measured_peak(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.d
 
 
 def check_prediction(sizes: dict, config: TrainConfig, shape: Shape, dtype: torch.dtype) -> None:
-    assert step_peak(sizes, config, shape, dtype).total == pytest.approx(
+    assert StepModel(sizes, config, shape, dtype).peak(config).total == pytest.approx(
         measured_peak(sizes, config, shape, dtype), rel=0.05
     )
 
@@ -168,7 +166,7 @@ def test_each_option_and_adapter_is_predicted_within_5_percent(tmp_path, changes
 )
 def test_a_step_put_together_from_a_block_of_each_kind_is_the_whole_step(tmp_path, recomputed, changes):
     config, shape = config_of(tmp_path, recompute_layers=recomputed, **changes), Shape(1, 1500, 500)
-    kinds = [BlockKind(("sliding_attention", "full_attention")[index % 2], index < recomputed) for index in range(24)]
+    kinds = [(("sliding_attention", "full_attention")[index % 2], index < recomputed) for index in range(24)]
     blocks, others = run_step(official_config("turbo"), config, shape, BF16, kinds)
     model = StepModel(official_config("turbo"), config, shape, BF16)
     assert model.segment(recomputed).peak == pytest.approx(whole_step(others, blocks).peak, rel=0.01)
@@ -178,7 +176,7 @@ def test_a_step_put_together_from_a_block_of_each_kind_is_the_whole_step(tmp_pat
 @pytest.mark.parametrize("adapter_type", ["lora", "dora", "lokr", "loha", "oft"])
 def test_every_kind_of_adapter_is_planned_on_every_base(tmp_path, adapter_type, base_precision):
     config = config_of(tmp_path, rank=4, adapter_type=adapter_type, base_precision=base_precision)
-    peak = step_peak(SMALLER, config, Shape(1, 250, 60), BF16)
+    peak = StepModel(SMALLER, config, Shape(1, 250, 60), BF16).peak(config)
     assert 0 < peak.adapter < peak.activations
 
 
@@ -236,7 +234,7 @@ PROMISED = [  # (variant, seconds, base, the most GiB that it may take)
 @pytest.mark.parametrize(("variant", "seconds", "base", "limit_gib"), PROMISED)
 def test_promised_peaks_are_kept_and_stand_in_the_readme(tmp_path, variant, seconds, base, limit_gib):
     config = config_of(tmp_path, optimizer_type="adamw8bit", base_precision="auto" if base == "bf16" else base)
-    peak = step_peak(official_config(variant), config, Shape(1, 25 * seconds, 512), BF16).total / GIB
+    peak = StepModel(official_config(variant), config, Shape(1, 25 * seconds, 512), BF16).peak(config).total / GIB
     assert peak <= limit_gib
     model, songs = "XL" if variant.startswith("xl") else "2B", "240 s" if seconds == 240 else f"{seconds} s windows"
     assert f"| {model} | {songs} | {base} | {peak:.1f} GiB |" in README.read_text(encoding="utf-8")
@@ -431,7 +429,6 @@ def test_each_profile_fits_the_smallest_card_it_names(tmp_path, name, variant):
     }
     planner_config = config_of(tmp_path, **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
     seconds = 240 if variant == "turbo" or gib >= 16 else 60
-    peak = step_peak(
-        official_config(variant), planner_config, Shape(planner_config.batch_size, 25 * seconds, 512), BF16
-    )
+    shape = Shape(planner_config.batch_size, 25 * seconds, 512)
+    peak = StepModel(official_config(variant), planner_config, shape, BF16).peak(planner_config)
     assert with_overhead(peak.total) <= gib * GIB, json.dumps(dataclasses.asdict(peak))
