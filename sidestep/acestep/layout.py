@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sidestep.errors import UserError
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
+from sidestep.words import did_you_mean
 
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
 SILENCE_LATENT = "silence_latent.pt"
@@ -147,11 +148,10 @@ def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
         return checkpoint_dir
     models = [path.name for path in sorted(checkpoint_dir.iterdir()) if _is_model(path)]
     found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
-    fix = (
-        f"Use one of them: --model-variant {models[0]}"
-        if models
-        else "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
-    )
+    fix = "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
+    if models:
+        short = [name for name, folder in OFFICIAL_FOLDERS.items() if folder in models]
+        fix = did_you_mean(variant, [*short, *models]) or f"Use one of them: --model-variant {models[0]}"
     raise UserError(f"--model-variant {variant}: no folder {official} in {checkpoint_dir} ({found}).", fix)
 
 

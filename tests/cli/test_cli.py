@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -14,10 +15,11 @@ from sidestep.acestep.device import GpuMemory
 from sidestep.cli import commands, outside
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main, output_folder
+from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import EventLog, Notice, Saved
 from sidestep.settings import presets
-from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, TrainConfig, command_of
+from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PlanConfig, PreprocessConfig, TrainConfig, command_of
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
@@ -162,6 +164,86 @@ def test_songs_that_failed_are_in_the_status_of_the_training_that_followed(task)
     task(lambda config, report: ExitStatus.SOME_FAILED, PreprocessConfig)
     task(lambda config, report: ExitStatus.OK, TrainConfig)
     assert main(BOTH) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("train.py preprocess …")])
+@pytest.mark.parametrize(
+    "more", [[], ["--rank", "8", "--normalize", "peak"], ["--dataset-dir", "other", "--epochs", "3"]]
+)
+def test_ctrl_c_while_preprocessing_prints_a_command_that_trains_afterwards(task, capsys, error, more):
+    task(raising(error), PreprocessConfig)
+    assert main([*BOTH, *more]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    words = shlex.split(line)[3:]
+    assert words[:2] == ["fixed", "--preprocess"]
+    assert configs_of(parse(words), {}) == configs_of(parse([*BOTH, *more]), {})
+
+
+def test_ctrl_c_while_training_afterwards_prints_the_command_of_the_training(task, capsys):
+    task(lambda config, report: ExitStatus.OK, PreprocessConfig)
+    task(raising(Interrupted("train.py fixed --resume-from latest")), TrainConfig)
+    assert main(BOTH) == 130
+    assert capsys.readouterr().err.endswith("  train.py fixed --resume-from latest\n")
+
+
+def test_flags_of_both_without_a_folder_for_tensors_are_a_wrong_call(capsys):
+    assert main([word for word in BOTH if word not in ("--tensor-output", "t")]) == 2
+    assert "Missing: --tensor-output." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("vram", "profile"), [("8", "minimal"), ("24", "comfortable"), ("16.5", "standard")])
+def test_a_profile_is_chosen_for_the_memory_that_was_typed(task, vram, profile):
+    seen = []
+    task(lambda config, report: seen.append(config) or ExitStatus.OK, PlanConfig)
+    assert main(["plan", "--vram", vram, "--vram-profile", "auto"]) == 0
+    assert seen[0].rank == presets.find(profile).values["rank"]
+    assert seen[0].chunk_duration == presets.find(profile).values.get("chunk_duration", 0.0)
+
+
+@pytest.mark.parametrize("vram", ["nan", "abc", "-3", "inf"])
+def test_memory_that_is_no_number_is_refused_also_beside_a_profile(capsys, vram):
+    assert main(["plan", f"--vram={vram}", "--vram-profile", "auto"]) == 2
+    assert f"--vram {vram.replace('-3', '-3.0')}: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [TRAIN, ["estimate", "--checkpoint-dir", "c", "--dataset-dir", "d"]])
+def test_fp16_on_a_cpu_is_refused_before_anything_is_loaded(capsys, argv):
+    assert main([*argv, "--device", "cpu", "--precision", "fp16"]) == 2
+    assert "--precision fp16: not on a CPU." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (["fxied"], "fixed"),
+        (["preproces"], "preprocess"),
+        (["presets", "shwo", "x"], "show"),
+        (["presets", "Exprot", "x"], "export"),
+        (["presets", "show", "recomended"], "recommended"),
+        ([*TRAIN, "--preset", "hihg_quality"], "high_quality"),
+        ([*TRAIN, "--vram-profile", "tihgt"], "tight"),
+        ([*TRAIN, "--optimizer-type", "adamw8"], "adamw8bit"),
+        ([*TRAIN, "--adapter-type", "LORA"], "lora"),
+        ([*TRAIN, "--traget-mlp"], "--target-mlp"),
+        (["plan", "--model-variant", "xl-trubo"], "xl-turbo"),
+        (["completion", "bsh"], "bash"),
+    ],
+    ids=str,
+)
+def test_the_nearest_word_that_there_is_is_offered(capsys, argv, nearest):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean " in error
+    assert nearest in error.partition("Did you mean ")[2]
+
+
+@pytest.mark.parametrize(
+    ("variant", "nearest"), [("trubo", "turbo"), ("acestep-v15-turb", "acestep-v15-turbo"), ("xl_turbo", "xl-turbo")]
+)
+def test_the_nearest_model_that_is_in_the_folder_is_offered(checkpoints, variant, nearest, capsys):
+    argv = ["sample", "--checkpoint-dir", str(checkpoints), "--model-variant", variant, "--prompt", "p"]
+    assert main(argv) == 2
+    assert nearest in capsys.readouterr().err.partition("Did you mean ")[2]
 
 
 def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):
@@ -324,18 +406,6 @@ def test_a_missing_torch_prints_the_command_that_installs_it():
     assert done.returncode == 1
     assert "uv --no-config pip install torch --torch-backend=auto" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_reader_that_goes_away_is_no_error():
-    done = subprocess.run(  # noqa: S602
-        f'"{sys.executable}" train.py presets list | head -n 1',
-        shell=True,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stderr == ""
 
 
 def test_sigterm_stops_like_ctrl_c(task):

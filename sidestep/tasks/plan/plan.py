@@ -29,7 +29,7 @@ from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
-from sidestep.words import gib
+from sidestep.words import did_you_mean, gib
 
 FRAMES_PER_SECOND = 25
 SHORTEST_WINDOW_SECONDS = 15.0
@@ -176,7 +176,8 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     else:
         raise UserError(
             f"--model-variant {config.model_variant}: its sizes are not known without its files.",
-            f"Add --checkpoint-dir, or use one of {', '.join(OFFICIAL_FOLDERS)}.",
+            did_you_mean(config.model_variant, OFFICIAL_FOLDERS)
+            or f"Add --checkpoint-dir, or use one of {', '.join(OFFICIAL_FOLDERS)}.",
         )
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(TrainConfig)}
     folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
