@@ -30,11 +30,12 @@ FP16_LOSS_SCALE = 4096.0  # keeps small gradients out of fp16's subnormal number
 def deal(songs: Sequence[Song]) -> list[list[Song]]:
     """Four groups without a song in common; fewer than four songs are cut in time first, so that each has music."""
     parts = -(-QUARTERS // len(songs))
-    pieces = [_part(song, part, parts) for part in range(parts) for song in songs] if parts > 1 else list(songs)
+    pieces = [part_of(song, part, parts) for part in range(parts) for song in songs] if parts > 1 else list(songs)
     return [pieces[quarter::QUARTERS] for quarter in range(QUARTERS)]
 
 
-def _part(song: Song, part: int, parts: int) -> Song:
+def part_of(song: Song, part: int, parts: int) -> Song:
+    """One of so many parts of a song, in time."""
     if song.frames < 2 * parts:
         return song  # too short to cut: the same moment in each group
     name = f"{song.name}#{part}"
@@ -150,10 +151,6 @@ class Measurement:
                 measure_round(batches)
         self.loss_scale = FP16_LOSS_SCALE if self.precision == torch.float16 else 1.0
 
-    def batches_of_round(self) -> list[list[MicroBatch]]:
-        """The micro-batches of the next round, by quarter."""
-        return [measure_round(batches) for batches in self.streams]
-
     def take(self) -> torch.Tensor | None:
         """What the sketch holds, fp32 on the CPU, or None when it is not finite; empties it. Waits for the device."""
         taken = self.sketch.take()
@@ -169,12 +166,6 @@ class Measurement:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             weighted, _, _ = self.objective(self.model, batch, self.sums.rounds * QUARTERS + number, samples)
         (weighted.sum() * self.loss_scale).backward()
-
-    def songs_of(self, number: int, micro_batches: list[MicroBatch]) -> tuple[str, ...]:
-        """Names of the songs in some micro-batches."""
-        return tuple(
-            dict.fromkeys(self.groups[number][item.song].name for batch in micro_batches for item in batch.items)
-        )
 
 
 AGREED = 0.9  # Spearman correlation between the ranks from two halves at which the map counts as converged
@@ -193,17 +184,14 @@ class Ranking:
         return self.agreement > AGREED
 
 
-def ranks_from(
-    spectra: Mapping[str, Spectrum],
-    costs: Mapping[str, int],
-    caps: Mapping[str, int],
-    budget: int,
-    config: EstimateConfig,
-) -> dict[str, int]:
+def ranks_from(layout: Layout, spectra: Mapping[str, Spectrum], budget: int, config: EstimateConfig) -> dict[str, int]:
     """The budget spent on the modules whose gradient the other half of the data confirms at all; others get rank 0."""
     values = {
-        name: found.values(min(config.rank_max, caps[name])) for name, found in spectra.items() if found.score > 0
+        name: found.values(min(config.rank_max, layout.slots[name].columns))
+        for name, found in spectra.items()
+        if found.score > 0
     }
+    costs = {name: layout.slots[name].cost for name in values}
     return dict.fromkeys(spectra, 0) | allocate(values, costs, budget, config.rank_min, config.rank_max)
 
 
@@ -213,8 +201,6 @@ def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> R
     Each half's ranks come from the same procedure as the whole's: its own two parts confirm each other.
     Raises JobError when no module shows a gradient that repeats.
     """
-    costs = {name: slot.out_features + slot.in_features for name, slot in layout.slots.items()}
-    caps = {name: slot.columns for name, slot in layout.slots.items()}
 
     def measured(first: tuple[int, ...], second: tuple[int, ...]) -> dict[str, Spectrum]:
         one, two = sums.mean(*first), sums.mean(*second)
@@ -226,9 +212,9 @@ def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> R
             "No module shows a gradient that repeats in both halves of the songs: there is nothing to allocate by.",
             "Measure more batches (--batches 256) or more songs, or train without a rank map.",
         )
-    by_half = [ranks_from(found, costs, caps, budget, config) for found in (first, second)]
+    by_half = [ranks_from(layout, found, budget, config) for found in (first, second)]
     agreement = rank_correlation(*(list(ranks.values()) for ranks in by_half))
-    return Ranking(ranks_from(whole, costs, caps, budget, config), whole, agreement)
+    return Ranking(ranks_from(layout, whole, budget, config), whole, agreement)
 
 
 def captured(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int]) -> float:
@@ -285,11 +271,8 @@ def run_rounds(
     if ranking is None or decided_at != sums.rounds:
         ranking = decide(layout, sums, budget, config)
     text = f"Agreement of two halves after {sums.batches} batches: {ranking.agreement:.3f} (Spearman), "
-    if ranking.converged:
-        report(Notice(message=text + "converged"))
-    else:
-        text += "not converged: more songs or more --batches would make it surer"
-        report(Notice(message=text, level="warning"))
+    surer = "not converged: more songs or more --batches would make it surer"
+    report(Notice(message=text + "converged") if ranking.converged else Notice(message=text + surer, level="warning"))
     return ranking
 
 
@@ -302,7 +285,7 @@ def one_round(measurement: Measurement, meter: "Meter", stop: StopRequest, repor
 
     None when asked to stop: what was not whole is dropped.
     """
-    plan, taken = measurement.batches_of_round(), []
+    plan, taken = [measure_round(batches) for batches in measurement.streams], []
     for number, micro_batches in enumerate(plan):
         for micro_batch in micro_batches:
             if stop.requested:
@@ -311,8 +294,9 @@ def one_round(measurement: Measurement, meter: "Meter", stop: StopRequest, repor
             meter.tick()
         taken.append(measurement.take())
         if taken[-1] is None:
-            names = ", ".join(measurement.songs_of(number, micro_batches))
-            text = f"A gradient was not finite and was left out; one of these songs: {names}"
+            songs = measurement.groups[number]
+            names = dict.fromkeys(songs[item.song].name for batch in micro_batches for item in batch.items)
+            text = f"A gradient was not finite and was left out; one of these songs: {', '.join(names)}"
             report(Notice(message=text, level="warning"))
     measurement.sums.add(taken, plan)
     return sum(state is not None for state in taken)

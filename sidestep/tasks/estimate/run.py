@@ -73,7 +73,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     decoder, mask = load_frozen(training, checkpoint, device, precision, report)
     layout = Layout(linear_shapes(decoder, target_names(decoder, training)), config.sketch_width, config.seed)
     budget = config.budget or attention_budget(decoder, config)
-    cheapest = min(slot.out_features + slot.in_features for slot in layout.slots.values())
+    cheapest = min(slot.cost for slot in layout.slots.values())
     if budget < cheapest:
         raise UserError(
             f"--budget {budget}: one rank of one module already takes {cheapest} parameters.", "Raise --budget."
@@ -148,8 +148,7 @@ def as_training(config: EstimateConfig) -> TrainConfig:
 
 def attention_budget(decoder: torch.nn.Module, config: EstimateConfig) -> int:
     """Parameters of a uniform adapter of `--rank` on all attention, whether or not the MLP may get ranks."""
-    names = [name for name in target_names(decoder, as_training(config)) if "_attn." in name]
-    shapes = linear_shapes(decoder, names)
+    shapes = linear_shapes(decoder, [name for name in target_names(decoder, as_training(config)) if "_attn." in name])
     return uniform_budget({n: sum(s) for n, s in shapes.items()}, {n: min(s) for n, s in shapes.items()}, config.rank)
 
 
@@ -206,12 +205,15 @@ def as_map(
     sums: Sums,
 ) -> RankMap:
     """The rank map of a ranking."""
-    costs = {name: slot.out_features + slot.in_features for name, slot in layout.slots.items()}
-    caps = {name: slot.columns for name, slot in layout.slots.items()}
-    curve = []
-    for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
-        ranks = ranks_from(ranking.spectra, costs, caps, int(budget * share), config)
-        curve.append((sum(r * costs[n] for n, r in ranks.items()), round(captured(ranking.spectra, ranks), 6)))
+    costs = {name: slot.cost for name, slot in layout.slots.items()}
+    maps_by_share = (
+        ranks_from(layout, ranking.spectra, int(budget * share), config)
+        for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+    )
+    curve = [
+        (sum(r * costs[n] for n, r in ranks.items()), round(captured(ranking.spectra, ranks), 6))
+        for ranks in maps_by_share
+    ]
     modules = {
         name: maps.Module(
             shape=(slot.out_features, slot.in_features),
@@ -257,8 +259,7 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
     report(heat_map(result))
     for path in (output, output.with_suffix(".safetensors"), output.with_name("estimate.html")):
         report(Saved(what="rank map", path=str(path)))
-    left_out = result.excluded
-    if left_out:
+    if left_out := result.excluded:
         names = ", ".join(left_out[:6]) + (" …" if len(left_out) > 6 else "")
         report(Notice(message=f"{len(left_out)} modules get no adapter: {names}"))
     command = ["fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]

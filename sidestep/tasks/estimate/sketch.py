@@ -46,6 +46,11 @@ class Slot:
         return min(self.out_features, self.in_features)
 
     @property
+    def cost(self) -> int:
+        """Parameters of one rank."""
+        return self.out_features + self.in_features
+
+    @property
     def transposed(self) -> bool:
         """Rows are the inputs, not the outputs."""
         return self.in_features > self.out_features
