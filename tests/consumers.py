@@ -1,9 +1,10 @@
 """What other programs make of an adapter file: each function gives the weights [out, in] that a program computes with.
 
-peft, diffusers and lycoris-lora are run themselves; ComfyUI's formulas are written out as its code states them.
+peft, diffusers and lycoris-lora are run themselves; what ComfyUI and acestep.cpp compute is written out here.
 """
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -139,19 +140,18 @@ def comfyui_weights(decoder: nn.Module, file: Path) -> Weights:
             used.add(key)
         return tensors.get(key)
 
-    for name in weights:
+    for name, base in list(weights.items()):
         for x in (f"diffusion_model.decoder.{name}", f"base_model.model.{name}", f"lycoris_{name.replace('.', '_')}"):
             change, rank = _comfyui_change(x, take)
             if change is None:
                 continue
             alpha, magnitude = take(f"{x}.alpha"), take(f"{x}.dora_scale")
             change = change * (alpha.item() / rank if alpha is not None and rank else 1.0)
-            weight = weights[name]
-            if magnitude is None:
-                weights[name] = weight + change
-            else:
-                norm = weight.norm(dim=1, keepdim=True) + torch.finfo(weight.dtype).eps
-                weights[name] = (weight + change) * (magnitude / norm)
+            # One patch to a weight: that of a second name for it takes the place of the first.
+            weights[name] = base + change
+            if magnitude is not None:
+                norm = base.norm(dim=1, keepdim=True) + torch.finfo(base.dtype).eps
+                weights[name] = (base + change) * (magnitude / norm)
     assert used == set(tensors), f"ComfyUI does not load {sorted(set(tensors) - used)[:3]}"
     return weights
 
@@ -172,6 +172,46 @@ def _comfyui_change(x: str, take) -> tuple[Tensor | None, int | None]:
             factor = take(f"{x}.{part}_a") @ take(f"{x}.{part}_b")
         factors.append(factor)
     return (torch.kron(*factors), rank) if None not in factors else (None, None)
+
+
+def acestep_cpp_weights(decoder: nn.Module, path: Path) -> Weights:
+    """acestep.cpp, from its rules. What it does not know it leaves alone, without an error.
+
+    A folder: `adapter_model.safetensors`, else `lokr_weights.safetensors`. LoRA: alpha of the module's own tensor, else
+    `lora_alpha` of the config (a whole number) for all modules, else the rank, over the rank of the module's shapes;
+    magnitudes are not looked at. LoKr, told by a factor's name anywhere in the file: names of LyCORIS only, each module
+    with its alpha and one W1; over the rank of a split W2, for a whole one over `linear_dim` of the header.
+    """
+    file = path
+    if path.is_dir():
+        file = next(f for f in (path / "adapter_model.safetensors", path / "lokr_weights.safetensors") if f.is_file())
+    tensors, weights = load_file(file), base_weights(decoder)
+    if any(".lokr_w1" in key or ".lokr_w2" in key for key in tensors):
+        dim = json.loads((header_of(file) or {}).get("lokr_config", "{}")).get("linear_dim")
+        for name, weight in weights.items():
+            x = f"lycoris_{name.replace('.', '_')}."
+            w1, w2, alpha = (tensors.get(x + factor) for factor in ("lokr_w1", "lokr_w2", "alpha"))
+            rank = dim
+            if w2 is None and f"{x}lokr_w2_b" in tensors:
+                w2, rank = tensors[f"{x}lokr_w2_a"] @ tensors[f"{x}lokr_w2_b"], tensors[f"{x}lokr_w2_b"].shape[0]
+            if w1 is not None and w2 is not None and alpha is not None and rank:
+                weights[name] = weight + alpha.item() / rank * torch.kron(w1, w2)
+                if f"{x}dora_scale" in tensors:
+                    norm = weights[name].norm(dim=1, keepdim=True) + torch.finfo(torch.bfloat16).eps
+                    weights[name] *= tensors[f"{x}dora_scale"] / norm
+        return weights
+    config = file.parent / "adapter_config.json"
+    stated = json.loads(config.read_text(encoding="utf-8")).get("lora_alpha", 0) if config.is_file() else 0
+    for key, down in tensors.items():
+        module, _, factor = key.partition(".lora_")
+        if factor in ("A.weight", "down.weight"):
+            up = tensors.get(f"{module}.lora_B.weight", tensors.get(f"{module}.lora_up.weight"))
+            alpha = tensors[f"{module}.alpha"].item() if f"{module}.alpha" in tensors else int(stated)
+            prefix = next((p for p in ("base_model.model.", "diffusion_model.") if module.startswith(p)), "")
+            name = module.removeprefix(prefix).removeprefix("decoder.")
+            if name in weights and up is not None:
+                weights[name] = weights[name] + (alpha / len(down) if alpha else 1.0) * up @ down
+    return weights
 
 
 def header_of(file: Path) -> dict[str, str]:

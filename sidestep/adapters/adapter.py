@@ -6,11 +6,13 @@ writer states alpha = r, so that programs which read alpha and programs which do
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
@@ -37,7 +39,8 @@ class Adapter:
 
     ranks: the rank each module was trained with; of full LoKr factors it cannot be told from the shapes. metadata: the
     `sidestep` header. placeholder: factors that change nothing, of a q_proj that was not trained (`write.save_peft`).
-    notes: what a person should know of how it was read, such as modules that were left out.
+    remarks: what a person should know of how it was read. outside: what a file of another program changes of modules
+    that our adapters cannot sit on (time embedding, norms, encoder); `merge` alone can use it. path: of the file.
     """
 
     kind: str
@@ -45,7 +48,20 @@ class Adapter:
     ranks: dict[str, int]
     metadata: dict[str, Any] = field(default_factory=dict)
     placeholder: dict[str, Tensor] | None = None
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    outside: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The remarks and, wherever it is used but in a merge, what is lost of it."""
+        if not self.outside:
+            return self.remarks
+        lost = (
+            f"{self.path}: what {len(self.outside)} modules outside the decoder's attention and MLP have learned is "
+            f"lost, such as {next(iter(self.outside))}; only export --format merged carries it."
+        )
+        return (lost, *self.remarks)
 
     @property
     def has_magnitudes(self) -> bool:
@@ -55,9 +71,14 @@ class Adapter:
     @property
     def title(self) -> str:
         """Its kind in words."""
-        if not self.has_magnitudes:
-            return TITLES[self.kind]
-        return "DoRA" if self.kind == "lora" else f"weight-decomposed {TITLES[self.kind]}"
+        return title(self.kind, self.has_magnitudes)
+
+
+def title(kind: str, has_magnitudes: bool) -> str:
+    """A kind of adapter in words."""
+    if not has_magnitudes:
+        return TITLES[kind]
+    return "DoRA" if kind == "lora" else f"weight-decomposed {TITLES[kind]}"
 
 
 def kind_of(factors: Factors) -> str | None:
@@ -253,10 +274,23 @@ def _lokr_rank(adapter: Adapter, name: str, decompose_both: bool) -> int | None:
     return next((rank for rank in candidates if fits(rank)), None)
 
 
-def with_full_factors(adapter: Adapter) -> Adapter:
+def with_full_factors(adapter: Adapter, parts: Iterable[str] = ("lokr_w1", "lokr_w2")) -> Adapter:
     """The same LoKr with W1 and W2 as one matrix each: what LyCORIS' `full_matrix` loads whatever the ranks are."""
     modules = {}
     for name, factors in adapter.modules.items():
-        rest = {key: tensor for key, tensor in factors.items() if not key.startswith("lokr_")}
-        modules[name] = {part: kronecker_factor(factors, part) for part in ("lokr_w1", "lokr_w2")} | rest
+        rest = {key: tensor for key, tensor in factors.items() if not key.startswith(tuple(parts))}
+        modules[name] = {part: kronecker_factor(factors, part) for part in parts} | rest
     return replace(adapter, modules=modules)
+
+
+def with_equal_ranks(adapter: Adapter) -> Adapter:
+    """The same LoRA with rows of zeros up to its highest rank."""
+    rank, modules = max(adapter.ranks.values()), {}
+    for name, factors in adapter.modules.items():
+        missing = rank - adapter.ranks[name]
+        padded = {
+            "lora_A": F.pad(factors["lora_A"], (0, 0, 0, missing)),
+            "lora_B": F.pad(factors["lora_B"], (0, missing)),
+        }
+        modules[name] = factors | padded
+    return replace(adapter, modules=modules, ranks=dict.fromkeys(modules, rank))

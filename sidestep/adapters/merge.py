@@ -6,8 +6,10 @@ be streamed (https://github.com/huggingface/safetensors#format).
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sidestep.adapters.adapter import Adapter, changed_weight, shape_of
+from sidestep.adapters.adapter import MAGNITUDE, Adapter, Factors, changed_weight, kronecker_factor, shape_of
 from sidestep.adapters.names import is_adaptable, to_original
 from sidestep.adapters.read import DTYPES
 from sidestep.errors import UserError
@@ -65,15 +67,47 @@ def weight_name(key: str) -> str | None:
     return name if is_adaptable(name) else None
 
 
+def flat_name(key: str) -> str:
+    """Any tensor of a base by its module's original name with underscores, the form that all programs' files share."""
+    name = key.removeprefix("model.").removeprefix("diffusion_model.").removeprefix("decoder.").removesuffix(".weight")
+    return re.sub(r"^proj_(in|out)_conv\b", r"proj_\1_1", name).replace(".", "_")
+
+
+def changed_outside(weight: Tensor, factors: Factors, strength: float = 1.0) -> Tensor:
+    """`changed_weight` of a module that our adapters cannot sit on: a weight of any shape, [out, ...].
+
+    Raises RuntimeError or KeyError for factors that do not fit it.
+    """
+    weight, f = weight.float(), {name: tensor.float() for name, tensor in factors.items()}
+    if "diff" in f:
+        change = f["diff"]
+    elif "lora_A" in f:
+        change = f["lora_B"].flatten(1) @ f["lora_A"].flatten(1)
+    elif "hada_w1_a" in f:
+        change = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
+    else:
+        w1, w2 = kronecker_factor(f, "lokr_w1"), kronecker_factor(f, "lokr_w2")
+        w2 = w2.reshape(len(w2), weight.shape[1] // w1.shape[1], *weight.shape[2:])
+        change = torch.kron(w1.reshape(*w1.shape, *(1 for _ in w2.shape[2:])), w2)
+    changed = weight + change.reshape(weight.shape)
+    if MAGNITUDE in f:
+        gain = f[MAGNITUDE] / torch.linalg.norm(changed.flatten(1), dim=1)
+        changed = changed * gain.reshape(-1, *(1 for _ in weight.shape[1:]))
+    return weight + strength * (changed - weight)
+
+
 class BaseWeights:
-    """The adaptable weights of a base, found in its files and read one by one."""
+    """The weights of a base, found in its files and read one by one: adaptable ones by name, others by `flat_name`."""
 
     def __init__(self, files: Sequence[Path]):
         self.found: dict[str, tuple[Path, Entry]] = {}
+        self.others: dict[str, tuple[Path, Entry]] = {}
         for file in files:
             for entry in read_header(file)[0]:
                 if name := weight_name(entry.key):
                     self.found[name] = (file, entry)
+                else:
+                    self.others[flat_name(entry.key)] = (file, entry)
 
     def _find(self, name: str) -> tuple[Path, Entry]:
         if name not in self.found:
@@ -100,6 +134,17 @@ class BaseWeights:
                     f"{name} is stored in {entry.dtype}, into which nothing can be merged.",
                     "Use a base in bfloat16, float16 or float32.",
                 )
+
+    def placed(self, adapter: Adapter) -> tuple[Adapter, list[str]]:
+        """The adapter without those changes outside attention and MLP that no weight here can take; their names."""
+        taken = {}
+        for name, factors in adapter.outside.items():
+            file, entry = self.others.get(name.replace(".", "_"), (None, None))
+            if file and entry and entry.dtype in DTYPES:
+                with file.open("rb") as opened, suppress(RuntimeError, KeyError):  # factors for another shape
+                    changed_outside(_read(opened, entry), factors)
+                    taken[name] = factors
+        return replace(adapter, outside=taken), [name for name in adapter.outside if name not in taken]
 
 
 def merge_file(
@@ -138,13 +183,21 @@ def _merged(
     reading: BinaryIO, entry: Entry, adapters: Sequence[tuple[Adapter, float]], dtype: torch.dtype | None
 ) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor as it is to be written."""
-    name = weight_name(entry.key)
-    changes = [(adapter.modules[name], strength) for adapter, strength in adapters if name in adapter.modules]
+    name, flat = weight_name(entry.key), flat_name(entry.key)
+    changes = [
+        (change, factors, strength)
+        for adapter, strength in adapters
+        for change, factors in (
+            (changed_weight, adapter.modules.get(name or "")),
+            (changed_outside, next((f for n, f in adapter.outside.items() if n.replace(".", "_") == flat), None)),
+        )
+        if factors
+    ]
     if changes:
         weight = _read(reading, entry).float()
         merged = weight.clone()
-        for factors, strength in changes:
-            merged += changed_weight(weight, factors, strength) - weight
+        for change, factors, strength in changes:
+            merged += change(weight, factors, strength) - weight
         yield _bytes(merged.to(dtype))
         return
     reading.seek(entry.start)

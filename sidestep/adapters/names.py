@@ -120,9 +120,9 @@ def parse_outside_key(key: str) -> tuple[str, str] | None:
     if match is None:
         return None
     name = _without_prefixes(match["module"])
-    if match["bias"] and module_name(match["module"]):
-        return f"{name}.bias", "diff_b"
-    return (name, match["same"] or str(match.lastgroup)) if _OUTSIDE.fullmatch(name) else None
+    if not _OUTSIDE.fullmatch(name) and not (match["bias"] and module_name(match["module"])):
+        return None
+    return (f"{name}.bias", "diff") if match["bias"] else (name, match["same"] or str(match.lastgroup))
 
 
 def _without_prefixes(spelled: str) -> str:

@@ -26,6 +26,7 @@ from sidestep.adapters.adapter import (
     kronecker_shape,
     scaled,
     shape_of,
+    title,
 )
 from sidestep.adapters.names import FORMATS, in_model_order, module_name, parse_key, parse_outside_key, prefix_of
 from sidestep.errors import UserError
@@ -36,6 +37,8 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 HEADER = "sidestep"  # our own entry in a safetensors header
 COMFYUI_MAGNITUDES = "comfyui_magnitudes"  # in it: they were rewritten for ComfyUI's formula, and are DoRA's no more
+AGAIN = "again_as"  # in it: what the keys begin with under which the same LoKr stands a second time
+OF_ONE_FILE = ("placeholder", "ranks", AGAIN)  # in it: what is so of this file and not of the adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_TENSORS = 100_000
 MAX_JSON_BYTES = 10_000_000
@@ -56,8 +59,9 @@ class Found:
     """An adapter as its file states it.
 
     format: peft, diffusers, comfyui, lycoris, kohya or plain. alphas: from tensors. stated: alpha/r by module from a
-    config or header, where there is one; stated_by: that file's or header's name, or nothing. config: of
-    adapter_config.json. metadata: the `sidestep` entry of the header. placeholder, notes: see `Adapter`.
+    config or header, where there is one; stated_by: that file's or header's name, or nothing. ranks: of the shapes.
+    config: of adapter_config.json. lokr: `lokr_config` of the header. metadata: the `sidestep` entry of the header.
+    outside, placeholder, remarks: see `Adapter`.
     """
 
     path: Path
@@ -71,21 +75,38 @@ class Found:
     ranks: dict[str, int]
     config: dict[str, Any]
     header: dict[str, str]
+    lokr: dict[str, Any]
     metadata: dict[str, Any]
+    outside: dict[str, dict[str, Tensor]]
     placeholder: dict[str, Tensor] | None
-    notes: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Its kind in words."""
+        return title(self.kind, any(MAGNITUDE in factors for factors in self.modules.values()))
 
     def scale(self, name: str) -> float:
         """What this module's product is to be multiplied with: alpha/r where the file says it, otherwise 1."""
         if name in self.alphas:
-            rank = lora_rank(self.modules[name])
+            rank = lora_rank(self.modules.get(name) or self.outside[name])
             return self.alphas[name] / rank if rank else 1.0
         return self.stated.get(name, 1.0)
 
     def adapter(self) -> Adapter:
-        """The adapter with its strength folded in."""
-        modules = {name: scaled(factors, self.scale(name)) for name, factors in self.modules.items()}
-        return Adapter(self.kind, modules, self.ranks, self.metadata, self.placeholder, self.notes)
+        """The adapter with its strength folded in, without the zero rows that `write.save_peft` adds."""
+        noted, modules, ranks = self.metadata.get("ranks"), {}, dict(self.ranks)
+        for name, factors in self.modules.items():
+            rank = noted.get(name) if isinstance(noted, dict) else None
+            modules[name] = scaled(factors, self.scale(name))
+            if "lora_A" in factors and isinstance(rank, int) and 0 < rank < ranks[name]:
+                a, b = modules[name]["lora_A"], modules[name]["lora_B"]
+                if not a[rank:].any() and not b[:, rank:].any():
+                    modules[name] |= {"lora_A": a[:rank].clone(), "lora_B": b[:, :rank].clone()}
+                    ranks[name] = rank
+        outside = {name: scaled(factors, self.scale(name)) for name, factors in self.outside.items()}
+        metadata = {key: value for key, value in self.metadata.items() if key not in OF_ONE_FILE}
+        return Adapter(self.kind, modules, ranks, metadata, self.placeholder, self.remarks, outside, self.path)
 
 
 def lora_rank(factors: Factors) -> int | None:
@@ -121,9 +142,17 @@ def find_adapter(path: Path) -> Found:
     has_config = needs_config or (file.name == PEFT_WEIGHTS and config_file.is_file())
     config = _read_config(config_file) if has_config else {}
     metadata = _json(header.get(HEADER, "{}"), file)
-    placeholder = _placeholder(tensors, metadata)
-    kept = {key: tensor for key, tensor in tensors.items() if key not in placeholder.values()}
-    modules, alphas, left_out = _sorted(kept, file)
+    parsed = {key: parse_key(key) for key in tensors}
+    placeholder = {p[1]: key for key, p in parsed.items() if p and p[0] == metadata.get("placeholder")}
+    if "lora_B" not in placeholder or tensors[placeholder["lora_B"]].any():  # it must really change nothing
+        placeholder = {}
+    again = metadata.get(AGAIN)
+    kept = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key not in placeholder.values() and not (isinstance(again, str) and again and key.startswith(again))
+    }
+    modules, outside, alphas = _by_module(kept, file)
     kinds = sorted({_check(name, factors, file) for name, factors in modules.items()})
     if len(kinds) > 1:
         raise UserError(f"{file}: mixes {' and '.join(kinds)}.", "Give an adapter of one kind.")
@@ -136,11 +165,24 @@ def find_adapter(path: Path) -> Found:
             f"{file}: its magnitudes were rewritten for ComfyUI and serve no other program.",
             "Use the adapter it was exported from.",
         )
-    ranks = _ranks(modules, config, header, metadata, file)
-    stated, stated_by = _stated_scales(modules, ranks, config, header, file)
-    notes = _left_out(left_out, file)
+    # Every change is a product of all its factors, so one that is zero leaves the base as it is. A magnitude alone is
+    # not counted: it is trained together with its factors.
+    changed = {
+        name: factors
+        for name, factors in sorted(outside.items())
+        if all(tensor.any() for factor, tensor in factors.items() if factor != MAGNITUDE)
+    }
+    lokr = _json(header.get("lokr_config", "{}"), file)
+    ranks = _ranks(modules, config, lokr, metadata, file)
+    stated, stated_by = _stated_scales(modules | changed, ranks, config, header, lokr, file)
+    remarks = []
+    if outside and not changed:
+        remarks.append(
+            f"{file}: {len(outside)} modules outside the decoder's attention and MLP are left out; "
+            "nothing is lost, the file does not change them."
+        )
     if not alphas and not stated and any(key.startswith("base_model.model.decoder.") for key in kept):
-        notes.append(
+        remarks.append(
             f"{file}: an adapter of the whole model, as SimpleTuner saves it without its alpha: the strength it "
             "was trained at cannot be known. It is read with alpha = rank."
         )
@@ -157,9 +199,11 @@ def find_adapter(path: Path) -> Found:
         ranks=ranks,
         config=config,
         header=header,
+        lokr=lokr,
         metadata=metadata,
+        outside=changed,
         placeholder={factor: tensors[key] for factor, key in placeholder.items()} or None,
-        notes=tuple(notes),
+        remarks=tuple(remarks),
     )
 
 
@@ -215,32 +259,23 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
-def _placeholder(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Factor → key of the module that the header names as a placeholder, if it really changes nothing."""
-    name = metadata.get("placeholder")
-    keys = {parsed[1]: key for key in tensors if (parsed := parse_key(key)) and parsed[0] == name}
-    return keys if "lora_B" in keys and not tensors[keys["lora_B"]].any() else {}
-
-
-def _sorted(
+def _by_module(
     tensors: Mapping[str, Tensor], file: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], dict[str, bool]]:
-    """The tensors by module, in model order, and factor; the modules' alphas; ACE-Step's modules that are left out.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]], dict[str, float]]:
+    """The tensors by module, in model order, and factor; those of ACE-Step's other modules; the alphas of them all.
 
-    Of the latter: whether the file changes them. Raises UserError for tensors of another model.
+    Raises UserError for tensors of another model.
     """
     modules: dict[str, dict[str, Tensor]] = {}
     outside: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     unknown = []
     for key, tensor in tensors.items():
-        parsed = parse_key(key)
+        parsed, place = parse_key(key), modules
         if parsed is None:
-            other = parse_outside_key(key)
-            if other is None:
-                unknown.append(key)
-            else:
-                outside.setdefault(other[0], {})[other[1]] = tensor
+            parsed, place = parse_outside_key(key), outside
+        if parsed is None:
+            unknown.append(key)
             continue
         name, factor = parsed
         if factor == "alpha":
@@ -249,11 +284,11 @@ def _sorted(
                     f"{file}: {_short(key)} has shape {list(tensor.shape)}; alpha is one number.", PUT_TOGETHER_WRONGLY
                 )
             alphas[name] = _number(tensor.item(), _short(key), file)
-        elif factor in modules.setdefault(name, {}):
-            raise UserError(f"{file}: two tensors for {factor} of {name}.", PUT_TOGETHER_WRONGLY)
+        elif factor in place.setdefault(name, {}):
+            raise UserError(f"{file}: two tensors for {factor} of {_short(name)}.", PUT_TOGETHER_WRONGLY)
         else:
             column = factor == MAGNITUDE and tensor.ndim == 2 and tensor.shape[1] == 1
-            modules[name][factor] = tensor.reshape(-1) if column else tensor
+            place[name][factor] = tensor.reshape(-1) if column else tensor
     if unknown:
         some = f"{len(unknown)} of {len(tensors)} tensors are"
         every = "it was made for another model, or is no adapter: its tensors are"
@@ -264,49 +299,31 @@ def _sorted(
         )
     if not modules:
         raise UserError(f"{file}: holds no adapter tensors.", NOT_AN_ADAPTER)
-    stray = sorted(set(alphas) - set(modules))
+    stray = sorted(set(alphas) - set(modules) - set(outside))
     if stray:
         raise UserError(
-            f"{file}: an alpha for {stray[0]}, but none of its factors.", "The file is incomplete; export it again."
+            f"{file}: an alpha for {_short(stray[0])}, but none of its factors.",
+            "The file is incomplete; export it again.",
         )
-    # Every change is a product of all its factors, so one that is zero leaves the base as it is. A magnitude alone is
-    # not counted: it is trained together with its factors.
-    left_out = {
-        name: all(tensor.any() for factor, tensor in factors.items() if factor not in ("alpha", MAGNITUDE))
-        for name, factors in outside.items()
-    }
     lokr = any(kind_of(factors) == "lokr" for factors in modules.values())
-    left_out |= {
-        name: False for name, factors in modules.items() if set(factors) == {"diff"} and not factors["diff"].any()
-    }
-    found = {name: modules[name] for name in in_model_order(set(modules) - set(left_out))}
-    if not found:
+    for name, factors in list(modules.items()):
+        diff = factors.get("diff")
+        if diff is None or len(factors) > 1 or diff.ndim != 2:
+            continue
+        if not diff.any():
+            outside[name] = modules.pop(name)
+            continue
+        # A change that is given as one matrix (ComfyUI, ai-toolkit) is the exact product of it and the identity.
+        rows, columns = diff.shape
+        if lokr:
+            modules[name] = {"lokr_w1": torch.eye(1, dtype=diff.dtype), "lokr_w2": diff}
+        elif rows < columns:
+            modules[name] = {"lora_A": diff, "lora_B": torch.eye(rows, dtype=diff.dtype)}
+        else:
+            modules[name] = {"lora_A": torch.eye(columns, dtype=diff.dtype), "lora_B": diff}
+    if not modules:
         raise UserError(f"{file}: changes nothing of the decoder's attention and MLP.", NOT_AN_ADAPTER)
-    return {name: _factored(factors, lokr) for name, factors in found.items()}, alphas, left_out
-
-
-def _factored(factors: dict[str, Tensor], lokr: bool) -> dict[str, Tensor]:
-    """A change that is given as one matrix (ComfyUI, ai-toolkit) as the exact product of it and the identity."""
-    diff = factors.get("diff")
-    if diff is None or len(factors) > 1 or diff.ndim != 2:
-        return factors
-    rows, columns = diff.shape
-    if lokr:
-        return {"lokr_w1": torch.eye(1, dtype=diff.dtype), "lokr_w2": diff}
-    if rows < columns:
-        return {"lora_A": diff, "lora_B": torch.eye(rows, dtype=diff.dtype)}
-    return {"lora_A": torch.eye(columns, dtype=diff.dtype), "lora_B": diff}
-
-
-def _left_out(changed: Mapping[str, bool], file: Path) -> list[str]:
-    """What to say of modules that are left out: whether anything is lost by it."""
-    lost = sorted(name for name, changes in changed.items() if changes)
-    if not changed:
-        return []
-    which = f"{len(changed)} modules outside the decoder's attention and MLP are left out"
-    if not lost:
-        return [f"{file}: {which}; nothing is lost, the file does not change them."]
-    return [f"{file}: {which}. What {len(lost)} of them have learned is lost, such as {_short(lost[0])}."]
+    return {name: modules[name] for name in in_model_order(modules)}, outside, alphas
 
 
 def _check(name: str, factors: Mapping[str, Tensor], file: Path) -> str:
@@ -351,10 +368,9 @@ def _check(name: str, factors: Mapping[str, Tensor], file: Path) -> str:
 
 
 def _ranks(
-    modules: Mapping[str, Factors], config: Mapping, header: Mapping[str, str], metadata: Mapping, file: Path
+    modules: Mapping[str, Factors], config: Mapping, lokr: Mapping, metadata: Mapping, file: Path
 ) -> dict[str, int]:
     """Rank of each module: from the shapes; of full LoKr factors what the file says, or the least that fills them."""
-    lokr = _json(header.get("lokr_config", "{}"), file)
     default = config.get("r", lokr.get("linear_dim") if not lokr.get("full_matrix") else None)
     noted = metadata.get("ranks") if isinstance(metadata.get("ranks"), dict) else {}
     said = {**(noted or {}), **_pattern(config.get("rank_pattern"), modules, file)}
@@ -369,7 +385,12 @@ def _ranks(
 
 
 def _stated_scales(
-    modules: Mapping[str, Factors], ranks: Mapping[str, int], config: dict, header: Mapping[str, str], file: Path
+    modules: Mapping[str, Factors],
+    ranks: Mapping[str, int],
+    config: Mapping,
+    header: Mapping[str, str],
+    lokr: Mapping,
+    file: Path,
 ) -> tuple[dict[str, float], str]:
     """(alpha/r by module, what says so) from adapter_config.json, diffusers' header or LyCORIS' header."""
     said, by = config, PEFT_CONFIG
@@ -383,8 +404,11 @@ def _stated_scales(
             return {}, by
         pattern = _pattern(said.get("alpha_pattern"), modules, file)
         power = 0.5 if said.get("use_rslora") else 1  # alpha / √r: rank-stabilised (Kalajdzievski 2023)
-        return {name: _number(pattern.get(name, default), "alpha", file) / ranks[name] ** power for name in modules}, by
-    lokr = _json(header.get("lokr_config", "{}"), file)
+        return {
+            name: _number(pattern.get(name, default), "alpha", file)
+            / (ranks.get(name) or lora_rank(factors) or 1) ** power
+            for name, factors in modules.items()
+        }, by
     if not lokr.get("full_matrix") and "linear_alpha" in lokr and "linear_dim" in lokr:
         divisor = _rank(lokr["linear_dim"], "linear_dim", file) ** (0.5 if lokr.get("rs_lora") else 1)
         scale = _number(lokr["linear_alpha"], "linear_alpha", file) / divisor

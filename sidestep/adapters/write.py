@@ -1,7 +1,7 @@
 """Write an adapter the way each program reads it, and say what each program makes of a file.
 
 The strength is the same in every form: alpha/r is in the factors and alpha = r is stated (acestep-facts, section 5).
-A folder has a model card beside its weights; `applied_by_each` is the table of programs, for files of any origin.
+A folder has a model card beside its weights. Which program reads which form: `programs.WAYS`.
 """
 
 import hashlib
@@ -26,12 +26,14 @@ from sidestep.adapters.adapter import (
     lokr_settings,
     most_common,
     not_finite,
+    with_equal_ranks,
     with_full_factors,
 )
 from sidestep.adapters.attach import adapter_of, settings_of
 from sidestep.adapters.layers import KINDS
-from sidestep.adapters.names import comfyui_key, diffusers_key, lycoris_key, peft_key, prefix_of, to_diffusers
+from sidestep.adapters.names import comfyui_key, diffusers_key, lycoris_key, peft_key, to_diffusers
 from sidestep.adapters.read import (
+    AGAIN,
     COMFYUI_MAGNITUDES,
     DIFFUSERS_HEADER,
     HEADER,
@@ -39,7 +41,6 @@ from sidestep.adapters.read import (
     LOKR_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
-    Found,
     lora_rank,
 )
 from sidestep.errors import JobError, UserError
@@ -104,24 +105,28 @@ def save_final(
 
 def save_folder(adapter: Adapter, folder: Path, card: Card | None = None) -> list[Path]:
     """Write the folder that every program which can read this kind of adapter reads; returns its files."""
-    card, written, in_peft = card or Card(), [], not (adapter.kind == "lokr" and adapter.has_magnitudes)
+    card, written = card or Card(), []
     if adapter.kind in ("lokr", "loha"):
         file = folder / (LOKR_WEIGHTS if adapter.kind == "lokr" else LOHA_WEIGHTS)
         written.append(save_lycoris(adapter, file, card))
-    if in_peft:
+    if adapter.kind == "lora" or not adapter.has_magnitudes:
         written += save_peft(adapter, folder, card)
     write_text(folder / "README.md", model_card(adapter, card))
     return [*written, folder / "README.md"]
 
 
 def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[Path]:
-    """A PEFT folder in original names, which diffusers and ComfyUI read too (OFT: peft only)."""
-    if adapter.kind == "lokr" and adapter.has_magnitudes:
+    """A PEFT folder in original names, which diffusers, ComfyUI and acestep.cpp read too (OFT: peft only).
+
+    acestep.cpp divides one alpha by the rank of each module: a LoRA is filled with zero rows up to its highest rank. A
+    LoKr it reads in LyCORIS' names only, so the factors stand there once more.
+    """
+    if adapter.kind != "lora" and adapter.has_magnitudes:
         raise UserError(
-            "peft has no weight-decomposed LoKr.",
+            f"peft has no {adapter.title}.",
             "Export it with --format lycoris, or merge it: --format merged --base CHECKPOINT_DIR",
         )
-    header = {}
+    header: dict[str, Any] = {}
     if needs_placeholder(adapter):
         if adapter.placeholder is None:
             raise UserError(
@@ -133,7 +138,14 @@ def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[
         ranks = {PLACEHOLDER: adapter.placeholder["lora_A"].shape[0], **adapter.ranks}
         adapter = replace(adapter, modules=modules, ranks=ranks)
         header["placeholder"] = PLACEHOLDER
-    texts = _header(adapter, card, header)
+    again, texts = {}, {}
+    if adapter.kind == "lora" and not adapter.has_magnitudes and len(set(adapter.ranks.values())) > 1:
+        header["ranks"] = adapter.ranks
+        adapter = with_equal_ranks(adapter)
+    if adapter.kind == "lokr":
+        header[AGAIN] = "lycoris_"
+        again, texts = _lycoris_form(with_full_factors(adapter, ("lokr_w1",)))
+    texts |= _header(adapter, card, header)
     if adapter.kind == "lora":
         texts[DIFFUSERS_HEADER] = _diffusers_header(adapter)
     settings, targets = settings_of(adapter, str)
@@ -141,7 +153,7 @@ def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[
     config.base_model_name_or_path = (card.base_model if card else "") or None
     config.inference_mode = True
     said = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
-    written = _save(_keyed(adapter, peft_key), folder / PEFT_WEIGHTS, texts)
+    written = _save(_keyed(adapter, peft_key) | again, folder / PEFT_WEIGHTS, texts)
     write_text(folder / PEFT_CONFIG, json.dumps(said, indent=2, sort_keys=True))
     return [written, folder / PEFT_CONFIG]
 
@@ -157,7 +169,7 @@ def save_diffusers(adapter: Adapter, file: Path, card: Card | None = None) -> Pa
 def save_comfyui(
     adapter: Adapter, file: Path, card: Card | None = None, weights: Callable[[str], Tensor] | None = None
 ) -> Path:
-    """A single file for ComfyUI, with alpha tensors.
+    """A single file for ComfyUI, with alpha tensors, in names that old and new versions map.
 
     weights(name) -> base weight [out, in]: needed where there are magnitudes. ComfyUI divides those of DoRA by the
     norms of the base's rows, not of the changed ones; they are rewritten so that its formula gives the trained weight.
@@ -179,26 +191,28 @@ def save_comfyui(
             modules[name] = {**factors, MAGNITUDE: factors[MAGNITUDE].float() * ratio}
         adapter = replace(adapter, modules=modules)
         header[COMFYUI_MAGNITUDES] = True
-    if adapter.kind != "lora":
-        return save_lycoris(adapter, file, card, header)
     return _save(_keyed(_with_alphas(adapter, adapter.ranks), comfyui_key), file, _header(adapter, card, header))
 
 
-def save_lycoris(
-    adapter: Adapter, file: Path, card: Card | None = None, header: Mapping[str, Any] | None = None
-) -> Path:
-    """A file with LyCORIS' keys; for LoKr with the `lokr_config` header from which ACE-Step's app rebuilds the network.
-
-    The app rebuilds every module with one rank: where ranks differ, the factors are written as full matrices, which
-    need none. header: more for the `sidestep` header.
-    """
+def save_lycoris(adapter: Adapter, file: Path, card: Card | None = None) -> Path:
+    """A file with LyCORIS' keys; a LoKr has the `lokr_config` header from which ACE-Step's app rebuilds the network."""
     if adapter.kind == "oft":
         raise UserError("LyCORIS' OFT rotates outputs, peft's inputs: one cannot stand for the other.", MERGE_INSTEAD)
-    texts, ranks = _header(adapter, card, header or {}), adapter.ranks
+    tensors, texts = _lycoris_form(adapter)
+    return _save(tensors, file, texts | _header(adapter, card))
+
+
+def _lycoris_form(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of an adapter as LyCORIS has it.
+
+    The app rebuilds every module of a LoKr with one rank: where ranks differ, the factors are written as full matrices,
+    which need none. acestep.cpp divides the alpha of those, too, by that rank.
+    """
+    ranks, texts = adapter.ranks, {}
     if adapter.kind == "lokr":
         settings = lokr_settings(adapter)
-        ranks = settings.ranks
-        rank, others = most_common(ranks)
+        rank, others = most_common(settings.ranks)
+        ranks = dict.fromkeys(adapter.modules, rank)
         adapter = with_full_factors(adapter) if others else adapter
         app = {
             "linear_dim": rank,
@@ -210,8 +224,8 @@ def save_lycoris(
             **dict.fromkeys(("use_tucker", "use_scalar", "bypass_mode", "rs_lora", "unbalanced_factorization"), False),
             "target_modules": list(adapter.modules),  # full names: what was not trained stays without an adapter
         }
-        texts |= {"algo": "lokr", "lokr_config": json.dumps(app)}
-    return _save(_keyed(_with_alphas(adapter, ranks), lycoris_key), file, texts)
+        texts = {"algo": "lokr", "lokr_config": json.dumps(app)}
+    return _keyed(_with_alphas(adapter, ranks), lycoris_key), texts
 
 
 def _keyed(adapter: Adapter, key: Callable[[str, str], str]) -> dict[str, Tensor]:
@@ -342,98 +356,3 @@ def model_card(adapter: Adapter, card: Card) -> str:
 def _line(text: str) -> str:
     """A text from outside on one line, without what Markdown would read."""
     return " ".join(text.split()).replace("|", "/").replace("`", "'")
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What a program does with a file.
-
-    strength: least and greatest of its modules, 1 being what the file states; None: not read.
-    """
-
-    program: str
-    strength: tuple[float, float] | None
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.strength is None:
-            return "not read"
-        low, high = self.strength
-        return f"{low:g}" if abs(high - low) < 1e-6 * max(abs(low), abs(high), 1) else f"{low:g} to {high:g}"
-
-
-EXACT = (1.0, 1.0)
-COMFYUI_NAMES = (
-    "base_model.model.layers.",
-    "diffusion_model.decoder.layers.",
-    "lycoris_layers_",
-    "lora_unet_decoder_layers_",
-)
-
-
-def applied_by_each(found: Found) -> list[Applied]:
-    """How ACE-Step's app, ComfyUI, diffusers and Side-Step apply a file (acestep-facts, section 5)."""
-    return [
-        Applied("Side-Step", EXACT),
-        Applied("ACE-Step's app", *_by_app(found)),
-        Applied("ComfyUI", *_by_comfyui(found)),
-        Applied("diffusers", *_by_diffusers(found)),
-    ]
-
-
-Strength = tuple[tuple[float, float] | None, str]
-
-
-def _by_app(found: Found) -> Strength:
-    if found.config:
-        beside = (found.path.parent / LOKR_WEIGHTS).is_file()
-        return EXACT, f"takes {LOKR_WEIGHTS} beside it" if beside else f"alpha and rank from {PEFT_CONFIG}"
-    if found.kind != "lokr" or ("lokr_config" not in found.header and found.path.name != LOKR_WEIGHTS):
-        return None, f"needs a folder with {PEFT_CONFIG}: export --format peft"
-    if "lokr_config" not in found.header:
-        return None, "there is no lokr_config in its header: the app would guess the shapes"
-    if found.stated_by != "lokr_config":
-        return EXACT, "full matrices"
-    scales = {name: found.stated.get(name, 1.0) for name in found.modules}
-    return _range(found, scales), "linear_alpha / linear_dim of lokr_config; alpha tensors are not used"
-
-
-def _by_comfyui(found: Found) -> Strength:
-    if found.kind == "oft":
-        return None, "its OFT is another one: export --format merged"
-    foreign = [key for key in found.keys if not key.startswith(COMFYUI_NAMES)]
-    if foreign:
-        return None, f"does not know names such as {foreign[0]}: export --format comfyui"
-    for factor, how in (
-        ("_magnitude_vector", "without the magnitudes"),
-        (".dora_scale", "magnitudes over other norms"),
-    ):
-        if any(factor in key for key in found.keys):
-            return EXACT, f"{how}, so not as trained: export --format comfyui --base CHECKPOINT_DIR"
-    scales = {
-        name: found.alphas[name] / rank if name in found.alphas and (rank := lora_rank(factors)) else 1.0
-        for name, factors in found.modules.items()
-    }
-    return _range(found, scales), "alpha tensors" if found.alphas else "no alpha tensors: 1 · up · down"
-
-
-def _by_diffusers(found: Found) -> Strength:
-    if found.kind != "lora":
-        return None, "takes LoRA and DoRA only: export --format merged"
-    if found.alphas:
-        return None, "refuses alpha tensors: export --format diffusers"
-    prefixes = {prefix_of(key) for key in found.keys}
-    if prefixes == {"base_model.model."} and not any("q_proj" in key or "k_proj" in key for key in found.keys):
-        return None, "loads nothing from original names without a q_proj or k_proj: export --format diffusers"
-    named = all(key.startswith(f"{prefix}layers.") for prefix in prefixes for key in found.keys)
-    if prefixes not in ({"base_model.model."}, {"transformer."}) or not named:
-        return None, "does not know these names: export --format diffusers"
-    if DIFFUSERS_HEADER in found.header:
-        return EXACT, f"alpha and rank from {DIFFUSERS_HEADER} in the header"
-    return _range(found, dict.fromkeys(found.modules, 1.0)), f"no {DIFFUSERS_HEADER}: 1 · B · A"
-
-
-def _range(found: Found, scales: Mapping[str, float]) -> tuple[float, float]:
-    """Least and greatest of what a program multiplies with over what the file states."""
-    ratios = [scales[name] / stated if (stated := found.scale(name)) else 1.0 for name in found.modules]
-    return min(ratios), max(ratios)

@@ -70,7 +70,7 @@ def export(config: ExportConfig, report: Report) -> Path:
                 f"{path}: holds numbers that are not finite in {len(bad)} modules, first in {bad[0]}.",
                 "Use another checkpoint of that run.",
             )
-        for note in adapter.notes:
+        for note in adapter.remarks if config.format == "merged" else adapter.notes:
             report(Notice(message=note, level="warning"))
         adapters.append((adapter, strength))
     base = _base(config)
@@ -167,8 +167,16 @@ def _merge(
 ) -> None:
     """Write the whole base with the adapters in it; `target` is there when it is complete, and not before."""
     weights = BaseWeights(base.files)
-    for adapter, _ in adapters:
+    for number, (adapter, strength) in enumerate(adapters):
         weights.check(adapter)
+        placed, lost = weights.placed(adapter)
+        adapters[number] = (placed, strength)
+        for names, what in ((placed.outside, "is merged too"), (lost, "is lost: this base has no weight for them")):
+            if names:
+                which = f"what {len(names)} modules outside the decoder's attention and MLP have learned"
+                report(
+                    Notice(message=f"{adapter.path}: {which}, such as {next(iter(names))}, {what}.", level="warning")
+                )
     is_folder = base.root.is_dir()
     others = [path for path in base.root.rglob("*") if path not in base.files and path.is_file()] if is_folder else []
     total = sum(path.stat().st_size for path in (*base.files, *others))

@@ -10,8 +10,8 @@ import torch
 
 from sidestep.adapters.adapter import MAGNITUDE, Factors, change_of, kronecker_factor, not_finite, rotation
 from sidestep.adapters.names import ORDER, parts
+from sidestep.adapters.programs import applied_by_each
 from sidestep.adapters.read import Found, find_adapter
-from sidestep.adapters.write import applied_by_each
 from sidestep.events import Notice, Report, Table
 from sidestep.settings.config import InspectConfig
 
@@ -64,14 +64,14 @@ def inspect_adapter(config: InspectConfig, report: Report) -> Inspection:
         modules=len(found.modules),
         parameters=sum(tensor.numel() for tensor in tensors),
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        ranks=sorted(set(found.ranks.values())),
+        ranks=sorted(set(adapter.ranks.values())),
         alphas=sorted(alphas),
         strength=[min(scales.values()), max(scales.values())],
         targets=dict(Counter(".".join(parts(name)[1:]) for name in found.modules)),
         programs={a.program: {"strength": list(a.strength) if a.strength else None, "note": a.note} for a in applied},
         norms={name: round(norm, 6) for name, norm in norms.items() if name not in broken},
         not_finite=broken,
-        notes=list(found.notes),
+        notes=list(adapter.notes),
         metadata=found.metadata,
     )
     if not config.json:

@@ -11,8 +11,9 @@ from torch import Tensor
 from sidestep.adapters.adapter import Adapter, change_of
 from sidestep.adapters.attach import adapter_of
 from sidestep.adapters.names import adaptable_names, in_model_order
+from sidestep.adapters.programs import applied_by_each
 from sidestep.adapters.read import find_adapter, read_adapter
-from sidestep.adapters.write import applied_by_each, save_final, save_folder
+from sidestep.adapters.write import save_final, save_folder
 from sidestep.errors import UserError
 from sidestep.events import Notice
 from sidestep.settings.config import ExportConfig, InspectConfig
@@ -24,9 +25,13 @@ from tests.consumers import OriginalNames, response
 
 # What LyCORIS adds on ACE-Step's decoder beside attention and MLP, in its flat names, with the shape of W2.
 FROZEN = {
-    "lycoris_proj_in_1": (8, 6, 2),
-    "lycoris_condition_embedder": (8, 8),
-    **{f"lycoris_time_embed{r}_{layer}": (8, 8) for r in ("", "_r") for layer in ("linear_1", "linear_2", "time_proj")},
+    "proj_in.1": (16, 12, 2),
+    "condition_embedder": (16, 16),
+    **{
+        f"time_embed{r}.{layer}": shape
+        for r in ("", "_r")
+        for layer, shape in (("linear_1", (16, 128)), ("linear_2", (16, 16)), ("time_proj", (96, 16)))
+    },
 }
 
 
@@ -53,10 +58,11 @@ def official_lokr(tmp_path: Path, kind: str, frozen: float) -> tuple[Path, dict[
     save_final(model, tmp_path / "final", settings)
     tensors = load_file(tmp_path / "final" / "lokr_weights.safetensors")
     for name, shape in FROZEN.items():
-        tensors |= {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.full(shape, frozen)}
-        tensors[f"{name}.alpha"] = torch.tensor(4.0)
+        flat = f"lycoris_{name.replace('.', '_')}"
+        tensors |= {f"{flat}.lokr_w1": torch.ones(2, 2), f"{flat}.lokr_w2": torch.full(shape, frozen)}
+        tensors[f"{flat}.alpha"] = torch.tensor(4.0)
         if kind == "lokr decomposed":
-            tensors[f"{name}.dora_scale"] = torch.ones(16, 1)
+            tensors[f"{flat}.dora_scale"] = torch.ones(2 * shape[0], 1)
     save_file(tensors, tmp_path / "official.safetensors")
     return tmp_path / "official.safetensors", own_weights(tmp_path / "final")
 
@@ -103,7 +109,86 @@ def test_what_lycoris_itself_saves_is_read_as_it_computes(options, tmp_path):
 def test_what_an_older_lokr_has_learned_outside_is_said_to_be_lost(tmp_path):
     file, expected = official_lokr(tmp_path, "lokr", frozen=0.5)
     close(own_weights(file), expected)
-    assert "What 8 of them have learned is lost, such as condition_embedder" in lost(file)
+    assert "what 8 modules outside the decoder's attention and MLP have learned is lost, such as cond" in lost(file)
+    assert "--format merged" in lost(file)
+
+
+@pytest.mark.parametrize("kind", ["lokr", "lokr decomposed"])
+def test_what_an_older_lokr_has_learned_outside_goes_into_a_merged_base(kind, checkpoints, tmp_path):
+    file, _ = official_lokr(tmp_path, kind, frozen=0.5)
+    before, after = merged(file, checkpoints, tmp_path)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key for key in changed if key.removeprefix("decoder.").removesuffix(".weight") in FROZEN} == {
+        f"decoder.{name}.weight" for name in FROZEN
+    }
+    for name in FROZEN:
+        expected = before[f"decoder.{name}.weight"] + 0.5
+        if kind == "lokr decomposed":
+            expected = torch.nn.functional.normalize(expected.flatten(1), dim=1).reshape(expected.shape)
+        torch.testing.assert_close(after[f"decoder.{name}.weight"], expected, rtol=0, atol=1e-6)
+
+
+def merged(file: Path, checkpoints: Path, tmp_path: Path, events: list | None = None, **settings):
+    """(tensors of the turbo base, of the base with an adapter merged in)."""
+    config = ExportConfig(adapter=file, output=tmp_path / "merged", format="merged", base=checkpoints, **settings)
+    export(config, (events if events is not None else []).append)
+    return (load_file(f / "model.safetensors") for f in (checkpoints / "acestep-v15-turbo", tmp_path / "merged"))
+
+
+def test_every_form_of_a_change_outside_is_merged_exactly_at_its_strength(checkpoints, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    own, tensors = lora(), {}
+    for name, factors in own.modules.items():
+        tensors |= {f"diffusion_model.decoder.{name}.{factor}.weight": t for factor, t in factors.items()}
+    f = {  # module → factors: low-rank and whole Kronecker factors of a convolution, LoRA, LoHa, plain differences
+        "decoder.proj_in.1": {"lokr_w1": (2, 4), "lokr_w2_a": (16, 3), "lokr_w2_b": (3, 12)},
+        "decoder.time_embed.linear_1": {"lora_down.weight": (3, 256), "lora_up.weight": (32, 3)},
+        "decoder.time_embed.linear_2": {f"hada_w{i}_{x}": ((32, 2), (2, 32))[x == "b"] for i in (1, 2) for x in "ab"},
+        "decoder.norm_out": {"diff": (32,)},
+        "decoder.proj_out.1": {"diff_b": (8,)},
+        "encoder.lyric_encoder.embed_tokens": {"diff": (32, 32)},
+    }
+    f = {m: {k: torch.randn(shape, generator=draw) / 8 for k, shape in given.items()} for m, given in f.items()}
+    tensors |= {f"diffusion_model.{m}.{k}": tensor for m, given in f.items() for k, tensor in given.items()}
+    tensors["diffusion_model.decoder.time_embed.linear_1.alpha"] = torch.tensor(6.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    events = []
+    before, after = merged(tmp_path / "x.safetensors", checkpoints, tmp_path, events, strength=0.5)
+    conv, low, had = f["decoder.proj_in.1"], f["decoder.time_embed.linear_1"], f["decoder.time_embed.linear_2"]
+    w2 = (conv["lokr_w2_a"] @ conv["lokr_w2_b"]).reshape(16, 6, 2)
+    expected = {
+        "decoder.proj_in.1.weight": torch.einsum("ab,cdk->acbdk", conv["lokr_w1"], w2).reshape(32, 24, 2),
+        "decoder.time_embed.linear_1.weight": 2 * low["lora_up.weight"] @ low["lora_down.weight"],
+        "decoder.time_embed.linear_2.weight": (had["hada_w1_a"] @ had["hada_w1_b"])
+        * (had["hada_w2_a"] @ had["hada_w2_b"]),
+        "decoder.norm_out.weight": f["decoder.norm_out"]["diff"],
+        "decoder.proj_out.1.bias": f["decoder.proj_out.1"]["diff_b"],
+        "encoder.lyric_encoder.embed_tokens.weight": f["encoder.lyric_encoder.embed_tokens"]["diff"],
+    }
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == set(expected) | {f"decoder.{name}.weight" for name in own.modules}
+    for key, change in expected.items():
+        torch.testing.assert_close(after[key], before[key] + 0.5 * change, rtol=0, atol=1e-6)
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert any("what 6 modules outside" in message and "is merged too" in message for message in told)
+    assert not any("lost" in message for message in told)
+
+
+def test_changes_outside_that_a_base_cannot_take_are_named(checkpoints, tmp_path):
+    own, tensors = lora(), {}
+    for name, factors in own.modules.items():
+        tensors |= {f"base_model.model.decoder.{name}.{factor}.weight": t for factor, t in factors.items()}
+    tensors |= {"base_model.model.decoder.condition_embedder.lora_A.weight": torch.ones(1, 5)}  # of another size
+    tensors |= {"base_model.model.decoder.condition_embedder.lora_B.weight": torch.ones(5, 1)}
+    tensors["base_model.model.decoder.norm_out.diff"] = torch.ones(32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    events = []
+    before, after = merged(tmp_path / "x.safetensors", checkpoints, tmp_path, events)
+    key = "decoder.condition_embedder.weight"
+    assert torch.equal(before[key], after[key])
+    told = " ".join(event.message for event in events if isinstance(event, Notice))
+    assert "such as condition_embedder, is lost" in told
+    assert "such as norm_out, is merged too" in told
 
 
 def test_identities_in_a_loha_are_left_out(tmp_path):
@@ -130,8 +215,7 @@ def test_of_a_whole_model_adapter_the_decoders_part_is_read(tmp_path):
     save_file(tensors, file)
     same_change(file, {name: change_of(factors) for name, factors in own.modules.items()})
     left, strength = read_adapter(file).notes
-    assert "2 modules" in left
-    assert "What 2 of them have learned is lost" in left
+    assert "what 2 modules outside the decoder's attention and MLP have learned is lost" in left
     assert "cannot be known" in strength
     applied = {each.program: each.strength for each in applied_by_each(find_adapter(file))}
     assert applied["diffusers"] is None

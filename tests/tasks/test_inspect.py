@@ -47,8 +47,10 @@ def test_a_final_folder_has_strength_one_in_every_program(tmp_path):
     )
     assert found.program.startswith("Side-Step")
     assert found.metadata["config_fingerprint"]
-    assert list(found.programs) == ["Side-Step", "ACE-Step's app", "ComfyUI", "diffusers"]
-    assert all(said["strength"] == [1.0, 1.0] for said in found.programs.values())
+    programs = ["ACE-Step's app", "ComfyUI", "diffusers", "peft", "LyCORIS", "acestep.cpp"]
+    assert list(found.programs) == ["Side-Step", *programs]
+    not_read = [program for program, said in found.programs.items() if said["strength"] != [1.0, 1.0]]
+    assert not_read == ["LyCORIS"]
     titles = [event.title for event in events if isinstance(event, Table)]
     assert titles[0] == "adapter_model.safetensors"
     assert "Strength in each program" in titles[1]
@@ -89,6 +91,9 @@ def test_the_usual_file_plays_at_half_strength_elsewhere(tmp_path):
         "ACE-Step's app": [1.0, 1.0],
         "ComfyUI": [0.5, 0.5],
         "diffusers": [0.5, 0.5],
+        "peft": [1.0, 1.0],
+        "LyCORIS": None,
+        "acestep.cpp": [1.0, 1.0],
     }
 
 
@@ -125,17 +130,22 @@ def test_each_file_says_who_reads_it(tmp_path):
         assert {"kohya": "kohya's sd-scripts, or one like it", "ai-toolkit": "ai-toolkit"}.get(
             name, found.program
         ) == found.program
-    assert readers == {"comfyui": {"ComfyUI"}, "diffusers": {"diffusers"}, "kohya": set(), "ai-toolkit": set()}
+    assert readers == {
+        "comfyui": {"ComfyUI", "acestep.cpp"},
+        "diffusers": {"diffusers"},
+        "kohya": set(),
+        "ai-toolkit": {"acestep.cpp"},
+    }
 
 
 @pytest.mark.parametrize(
     ("kind", "readers"),
     [
-        ("dora", {"ACE-Step's app", "ComfyUI", "diffusers"}),
-        ("lokr", {"ACE-Step's app", "ComfyUI"}),
-        ("loha", {"ACE-Step's app", "ComfyUI"}),
-        ("oft", {"ACE-Step's app"}),
-        ("lokr decomposed", {"ACE-Step's app", "ComfyUI"}),
+        ("dora", {"ACE-Step's app", "ComfyUI", "diffusers", "peft", "acestep.cpp"}),
+        ("lokr", {"ACE-Step's app", "ComfyUI", "peft", "LyCORIS", "acestep.cpp"}),
+        ("loha", {"ACE-Step's app", "ComfyUI", "peft", "LyCORIS"}),
+        ("oft", {"ACE-Step's app", "peft"}),
+        ("lokr decomposed", {"ACE-Step's app", "ComfyUI", "LyCORIS", "acestep.cpp"}),
     ],
 )
 def test_each_kind_says_who_reads_its_final_folder(kind, readers, tmp_path):
