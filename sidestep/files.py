@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
-        replace(temporary, path)
+        move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def replace(old: Path, new: Path) -> None:
+def move(old: Path, new: Path) -> None:
     """Rename a file or folder, over a file that is there; on Windows again while another program holds it for a moment.
 
     Raises OSError.
@@ -90,16 +90,16 @@ def put_in_place(new: Path, path: Path) -> None:
     """
     aside = path.with_name(ASIDE + path.name)
     if not path.exists() or (path.is_file() and new.is_file()):
-        replace(new, path)
+        move(new, path)
     elif _exchange(new, path):
         aside = new
     else:
         remove(aside)  # left by a process that was killed when all was done
-        replace(path, aside)
+        move(path, aside)
         try:
-            replace(new, path)
+            move(new, path)
         except OSError:
-            replace(aside, path)
+            move(aside, path)
             raise
     _flush_folder(path.parent)
     remove(aside)
@@ -109,7 +109,7 @@ def bring_back(path: Path) -> None:
     """Undo what a killed process left of `put_in_place`, if it did. Raises OSError."""
     aside = path.with_name(ASIDE + path.name)
     if aside.exists() and not path.exists():
-        replace(aside, path)
+        move(aside, path)
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The rule of Windows for open files, on Linux: what this process has open or mapped cannot be deleted or renamed.
 
 An audit hook of the interpreter sees every deletion and renaming, whoever asks for it, and /proc knows what is held.
-`from tests.mandatory_locks import mandatory_locks` makes the fixture known to a test file.
+Lock files are left out: their deletion has a branch of its own for Windows. To use the fixture, a test file imports it.
 """
 
 import os
@@ -17,18 +17,20 @@ HELD = "The process cannot access the file because it is being used by another p
 _root: list[str] = []  # below it the rule holds; an audit hook stays for good, so it has to be told
 
 
-def held_files() -> set[str]:
-    """Every file that this process has open or mapped."""
+def held_files(root: str) -> set[str]:
+    """Every file below `root` that this process has open or mapped; lock files are left out."""
     held = set()
     for link in Path("/proc/self/fd").iterdir():
         try:
-            path = link.readlink()
+            path = str(link.readlink())
         except FileNotFoundError:  # the descriptor of the listing itself
             continue
-        if not path.is_dir():
-            held.add(str(path))
+        if path.startswith(root) and not Path(path).is_dir():
+            held.add(path)
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
-    return held | {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/" in line}
+    if root in maps:
+        held |= {line[line.index(root) :] for line in maps.splitlines() if root in line}
+    return {path for path in held if not path.endswith(".lock")}
 
 
 def _full(path, dir_fd: int) -> str:
@@ -47,7 +49,7 @@ def _hook(event: str, arguments: tuple) -> None:
     root = _root[0]
     if not any(path.startswith(root) for path in paths):
         return
-    held = {path for path in held_files() if path.startswith(root)}
+    held = held_files(root)
     for path in paths:
         if any(name == path or name.startswith(path + os.sep) for name in held):
             raise PermissionError(13, HELD, path)

@@ -2,12 +2,19 @@
 
 import gc
 import shutil
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sidestep.cli.main import main
+from sidestep.data.records import Record, load_record, read_metadata, save_record
+from sidestep.settings import presets
+from sidestep.tasks.preprocess.job import LATENTS, WorkFolder
+from tests.conftest import FIXTURES, golden_audio
 from tests.mandatory_locks import HELD, mandatory_locks  # noqa: F401 (a fixture)
 
 
@@ -36,3 +43,90 @@ def test_the_simulation_refuses_what_windows_refuses(tmp_path):
     other.replace(path)
     shutil.rmtree(path.parent)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("mandatory_locks")
+def test_what_was_read_holds_no_file(tmp_path):
+    """While the tensors are in use."""
+    work = WorkFolder(tmp_path)
+    work.save("song", LATENTS, {"latents": torch.ones(4, 8)}, {"seconds": 4})
+    held = work.load("song", LATENTS), work.metadata("song", LATENTS)
+    work.drop("song")
+    record, path = Record(torch.ones(9, 4), torch.ones(3, 8), {"caption": "a"}), tmp_path / "song.pt"
+    save_record(path, record)
+    held += (load_record(path), read_metadata(path))
+    save_record(path, record)
+    path.unlink()
+    assert torch.equal(held[0][0]["latents"], torch.ones(4, 8))
+    assert torch.equal(held[2].target_latents, record.target_latents)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mandatory_locks")
+def test_the_demo(tmp_path, capsys):
+    assert main(["--plain", "--yes", "demo", "--output-dir", str(tmp_path / "demo")]) == 0, capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mandatory_locks")
+def test_every_command_twice_over_its_own_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    songs, checkpoints = tmp_path / "songs", Path(shutil.copytree(FIXTURES / "checkpoints", tmp_path / "checkpoints"))
+    songs.mkdir()
+    for number in range(3):
+        soundfile.write(songs / f"{number}.wav", golden_audio(number, 4.0).T, 48000)
+        (songs / f"{number}.txt").write_text("caption: a tone\nlyrics:\n[Verse]\nla", encoding="utf-8")
+    base = ("--checkpoint-dir", str(checkpoints))
+    one_file = tmp_path / "base.safetensors"
+    shutil.copyfile(checkpoints / "acestep-v15-turbo" / "model.safetensors", one_file)
+    shutil.copyfile(checkpoints / "acestep-v15-turbo" / "config.json", tmp_path / "base.json")
+
+    def run(*words: object) -> None:
+        assert main(["--plain", "--yes", *map(str, words)]) == 0, (words, capsys.readouterr().err[-2000:])
+        capsys.readouterr()
+
+    preprocess = ("preprocess", *base, "--dataset-json", songs / "dataset.json", "--tensor-output", "tensors")
+    preprocess += ("--regimes", "text2music", "hints")
+    run("build-dataset", "--input", songs)
+    run("build-dataset", "--input", songs, "--overwrite", "--audit")
+    run(*preprocess)
+    dataset = songs / "dataset.json"
+    dataset.write_text(dataset.read_text(encoding="utf-8").replace("a tone", "a bell"), encoding="utf-8")
+    run(*preprocess)  # the conditions anew, out of the old records
+    dataset.write_text(dataset.read_text(encoding="utf-8").replace('"repeat": 1', '"repeat": 2'), encoding="utf-8")
+    run(*preprocess)  # the metadata alone
+
+    estimate = ("estimate", *base, "--dataset-dir", "tensors", "--rank", 4, "--rank-min", 1, "--batches", 16)
+    run(*estimate)
+    run(*estimate, "--overwrite")
+    train = ("fixed", *base, "--dataset-dir", "tensors", "--output-dir", "run", "--rank", 4, "--save-every", 1)
+    train += ("--keep-checkpoints", 2, "--val-split", 0.34, "--chunk-duration", 2, "--ema-decay", 0.5)
+    run(*train, "--epochs", 3, "--init", "gradient")
+    run(*train, "--epochs", 5, "--init", "gradient", "--resume-from", "latest")
+    run("sample", *base, "--adapter", "run/final", "--prompt", "a tone", "--duration", 1, "--output", "samples")
+
+    for form, output in (
+        ("peft", "exports/peft"),
+        ("comfyui", "exports/c.safetensors"),
+        ("comfyui", "exports/comfyui"),
+        ("diffusers", "exports/diffusers"),
+        ("lycoris", "exports/lycoris"),
+    ):
+        export = ("export", "run/final", "--format", form, "--output", output)
+        run(*export)
+        run(*export, "--overwrite", "--add", "run/final:0.5")
+    run("export", "run/final", "--format", "peft", "--output", "exports/comfyui", "--overwrite")
+    run("export", "run/final", "--format", "merged", "--base", checkpoints, "--output", "exports/merged")
+    merged = ("export", "run/final", "--format", "merged", "--base", one_file, "--output", "exports/m.safetensors")
+    run(*merged)
+    run(*merged, "--overwrite")
+    run("inspect", "exports/peft")
+    run("history", "run")
+
+    run("presets", "export", "recommended", "mine.json")
+    for overwrite in ((), ("--overwrite",)):
+        run("presets", "import", "mine.json", *overwrite)
+        run("presets", "export", "recommended", "again.json", *overwrite)
+    assert presets.rename("mine", "yours").name == "yours"
+    presets.delete("yours")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sidestep.files import config_folder, write_text
+from sidestep.files import config_folder, move, write_text
 
 VERSION = 1
 
@@ -58,7 +58,7 @@ def _set_aside(path: Path, why: str) -> str:
     names = itertools.chain(["settings.broken.json"], (f"settings.broken-{n}.json" for n in itertools.count(2)))
     aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     try:
-        path.replace(aside)
+        move(path, aside)
     except OSError as error:
         return f"The settings file {path} {why} and is ignored ({error.strerror})."
     return f"The settings file {why}; it was set aside as {aside}, and this session starts fresh."

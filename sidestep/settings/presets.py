@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import config_folder, expand, write_text
+from sidestep.files import config_folder, expand, move, write_text
 from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, changed_from_defaults, options_of
 from sidestep.words import did_you_mean
@@ -137,7 +137,7 @@ def rename(old: str, new: str) -> Preset:
     path = _own_path(new)
     if path.exists():
         raise UserError(f"There is a preset {new} already.", "Choose another name.")
-    preset.path.rename(path)
+    move(preset.path, path)
     return read(path)
 
 

@@ -104,7 +104,8 @@ class WorkFolder:
     def load(self, key: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, metadata) of a file. Raises OSError or SafetensorError."""
         with safe_open(self.folder / f"{key}{kind}", framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()["metadata"])
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # views would hold the file open
+            return tensors, json.loads(f.metadata()["metadata"])
 
     def drop(self, key: str) -> None:
         """Remove a song's intermediate files and its failure: its record is up to date."""
