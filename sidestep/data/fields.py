@@ -7,8 +7,7 @@ timesignature "2", "3", "4" or "6": also "4/4", "6/8"
 language      a code of the languages that the model sings: also "English", "eng", "en-US"
 duration      seconds: also "3:25"; only ever compared with the file, which has the last word
 caption, genre, custom_tag   one line: line breaks and runs of spaces become one space
-lyrics        as they are, but for trailing spaces, the blank lines around them and, with LRC time marks, LRC headers
-              such as [ar: artist]
+lyrics        as they are, but for what `lyrics.cleaned` takes out or brings into LRC's form
 
 Ways of saying "not known" ("", "N/A", "unknown", "none", "-", null; 0 as a bpm) give nothing and are no mistake.
 Whatever else has no meaning raises a FieldError, whose words go to the user; the value never reaches a prompt.
@@ -16,8 +15,11 @@ Whatever else has no meaning raises a FieldError, whose words go to the user; th
 
 import math
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
+
+from sidestep.data.lyrics import cleaned
 
 FIELDS = (
     "caption",
@@ -63,15 +65,11 @@ _CLOCK = re.compile(r"^(?:(\d{1,3}):)?(\d{1,3}):(\d{2}(?:\.\d{1,6})?)$")
 _KEY = re.compile(r"^([A-Ga-g])\s*(♯|♭|#|b|-?sharp|-?flat)?\s*[-_]?\s*(major|maj|dur|minor|min|moll|m|M)?$")
 _NOTE = re.compile(r"^[A-Ga-g]\s*(♯|♭|#|b|-?sharp|-?flat)?$")
 _MODE = re.compile(r"^(major|maj|dur|minor|min|moll)$", re.IGNORECASE)
-_LRC_TIME = re.compile(r"^\s*\[\d{1,3}:\d{2}(?:[.:]\d{1,3})?\]")
-_LRC_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
-_LRC_OFFSET = re.compile(r"^\s*\[offset\s*:\s*([+-]?\d{1,7})\s*\]\s*$", re.IGNORECASE)
-_LRC_MARK = re.compile(r"([\[<])(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)([\]>])")
 _CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 _LINE_ENDS = re.compile("\\r\\n?|[\\x85\\u2028\\u2029]")
-_UNPAIRED = re.compile("[\\ud800-\\udfff]")
+_UNPAIRED = re.compile("[\\ud800-\\udfff]")  # as JSON may hold them: no tokenizer and no file takes them
 _CAMELOT = re.compile(r"^(\d{1,2})\s*([ABabdmDM])$")
-_ENERGY = re.compile(r"\s*-\s*energy\s*\d+$", re.IGNORECASE)  # Mixed In Key: "8A - Energy 7"
+_ENERGY = re.compile(r"\s*[-/]\s*(?:energy\s*)?\d+$", re.IGNORECASE)  # Mixed In Key: "8A - Energy 7", "Am - 7"
 _CIRCLE_OF_FIFTHS = ("C", "G", "D", "A", "E", "B", "F#", "Db", "Ab", "Eb", "Bb", "F")  # clockwise from C
 _RELATIVE_MINORS = ("A", "E", "B", "F#", "C#", "G#", "D#", "Bb", "F", "C", "G", "D")
 
@@ -155,8 +153,10 @@ def parse_field(name: str, value: Any) -> Any:
     elif isinstance(value, dict | list):
         raise FieldError(f"{_quoted(value)} is no {name}")
     if isinstance(value, str):
-        if not value.isprintable():  # control characters and unpaired surrogates: no tokenizer and no file takes them
-            value = _UNPAIRED.sub("\ufffd", _CONTROLS.sub("", _LINE_ENDS.sub("\n", value)))
+        if not value.isprintable():
+            value = _CONTROLS.sub("", _LINE_ENDS.sub("\n", value))
+            if _UNPAIRED.search(value):
+                raise FieldError(f"{value[:60]!a} holds half of a character (an unpaired surrogate)")
         if name != "lyrics" and value.strip().casefold() in _NOTHING:
             return None
     if value is None:
@@ -167,7 +167,10 @@ def parse_field(name: str, value: Any) -> Any:
                 raise FieldError(f"{_quoted(value)} is no text")
             return " ".join(str(value).split()) or None
         case "lyrics":
-            return _lyrics(value)
+            if not isinstance(value, str):
+                raise FieldError(f"{_quoted(value)} is no text")
+            text = cleaned(value)
+            return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
         case "bpm":
             number = _number(value, "tempo; a number of beats per minute is, such as 120")
             bpm = math.floor(number + 0.5)
@@ -175,7 +178,18 @@ def parse_field(name: str, value: Any) -> Any:
                 raise FieldError(f"a tempo of {number:g} is outside {BPM_RANGE[0]}–{BPM_RANGE[1]}")
             return bpm if number else None
         case "keyscale":
-            return _keyscale(value)
+            text = _ENERGY.sub("", str(value).strip())
+            if (match := _CAMELOT.match(text)) and 1 <= int(match[1]) <= 12:
+                number, letter = int(match[1]), match[2].lower()
+                fifths = (number - 8) % 12 if letter in "ab" else number - 1  # 8B and 1d are C major
+                return f"{_RELATIVE_MINORS[fifths]} minor" if letter in "am" else f"{_CIRCLE_OF_FIFTHS[fifths]} major"
+            match = _KEY.match(text) or _KEY.match(text[:1] + text[1:].casefold())
+            if not match:
+                raise FieldError(f'{_quoted(value)} is no key; "A minor", "F# major" or "Bbm" is')
+            sign, mode = match[2] or "", match[3] or ""
+            accidental = "#" if sign in ("♯", "#") or "sharp" in sign else "b" if sign else ""
+            is_minor = mode == "m" or mode.casefold() in ("minor", "min", "moll")
+            return f"{match[1].upper()}{accidental} {'minor' if is_minor else 'major'}"
         case "timesignature":
             text = str(int(value) if isinstance(value, float) and value.is_integer() else value)
             beats = re.sub(r"[/:](2|4|8|16)$", "", re.sub(r"\s", "", text))
@@ -217,47 +231,25 @@ def parse_field(name: str, value: Any) -> Any:
 
 
 def joined_key(first: Any, second: Any) -> str | None:
-    """The key of which one field has the note and another the mode ("key: A", "scale: minor"), else None."""
-    words = [str(word).strip() for word in (first, second) if word]
-    notes = [word for word in words if _NOTE.match(word)]
-    modes = [word for word in words if _MODE.match(word)]
-    return f"{notes[0]} {modes[0]}" if len(words) == 2 and len(notes) == len(modes) == 1 else None
+    """The key of which one field has the note, or all, and another the mode ("key: A", "scale: minor"), else None."""
+    key, mode = (str(word or "").strip() for word in (first, second))
+    if _MODE.match(key):
+        key, mode = mode, key
+    if not key or not _MODE.match(mode):
+        return None
+    return f"{key} {mode}" if _NOTE.match(key) else key
 
 
-def _lyrics(value: Any) -> str | None:
-    if not isinstance(value, str):
-        raise FieldError(f"{_quoted(value)} is no text")
-    lines = [line.rstrip() for line in value.split("\n")]
-    if "[" in value and any(_LRC_TIME.match(line) for line in lines):
-        offset = next((int(match[1]) / 1000 for line in lines if (match := _LRC_OFFSET.match(line))), 0.0)
-        lines = [line for line in lines if not _LRC_HEADER.match(line)]
-        if offset:  # in milliseconds; a positive one makes the lines appear sooner
-            lines = [_LRC_MARK.sub(lambda mark: _moved(mark, -offset), line) for line in lines]
-    text = "\n".join(lines).strip("\n")
-    return None if text.strip().casefold() in ("", "n/a", "none", "null") else text
-
-
-def _moved(mark: re.Match[str], seconds: float) -> str:
-    """A time mark that many seconds later, not before the start."""
-    moved = int(mark[2]) * 60 + float(mark[3].replace(":", ".")) + seconds
-    minutes, hundredths = divmod(max(round(moved * 100), 0), 6000)
-    return f"{mark[1]}{minutes:02}:{hundredths / 100:05.2f}{mark[4]}"
-
-
-def _keyscale(value: Any) -> str:
-    text = _ENERGY.sub("", str(value).strip())
-    if match := _CAMELOT.match(text):
-        number, letter = int(match[1]), match[2].lower()
-        if 1 <= number <= 12:
-            fifths = (number - 8) % 12 if letter in "ab" else number - 1  # 8B and 1d are C major
-            return f"{_RELATIVE_MINORS[fifths]} minor" if letter in "am" else f"{_CIRCLE_OF_FIFTHS[fifths]} major"
-    match = _KEY.match(text) or _KEY.match(text[:1] + text[1:].casefold())
-    if not match:
-        raise FieldError(f'{_quoted(value)} is no key; "A minor", "F# major" or "Bbm" is')
-    sign, mode = match[2] or "", match[3] or ""
-    accidental = "#" if sign in ("♯", "#") or "sharp" in sign else "b" if sign else ""
-    minor = mode == "m" or mode.casefold() in ("minor", "min", "moll")
-    return f"{match[1].upper()}{accidental} {'minor' if minor else 'major'}"
+def fields_of(pairs: Iterable[tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Field → (key, value) of what is written under any names; of several the first counts that says something."""
+    found: dict[str, tuple[str, Any]] = {}
+    for key, value in pairs:
+        name = field_named(key)
+        if name == "keyscale" and name in found and (whole := joined_key(found[name][1], value)):
+            found[name] = (key, whole)
+        elif name and (name not in found or found[name][1] is None or str(found[name][1]).casefold() in _NOTHING):
+            found[name] = (key, value)
+    return found
 
 
 def _number(value: Any, what: str) -> float:

@@ -1,11 +1,18 @@
-"""Lyrics with time marks, as in .lrc files: `[01:23.45] words`."""
+"""Lyrics with time marks, as in .lrc files: `[01:23.45] words`; subtitles (SRT, VTT) are brought into that form."""
 
+import html
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-TIME_MARK = re.compile(r"[\[<](\d{1,3}):([0-5]?\d)(?:[.:](\d{1,3}))?[\]>][ \t]?")
-_SEVERAL_MARKS = re.compile(r"^[ \t]*(?:\[\d{1,3}:[0-5]?\d(?:[.:]\d{1,3})?\][ \t]*){2}", re.MULTILINE)
+_TIME = r"(\d{1,3}):([0-5]?\d)(?:[.:,](\d{1,3}))?"
+TIME_MARK = re.compile(rf"[\[<]{_TIME}[\]>][ \t]?")
+_SEVERAL_MARKS = re.compile(rf"^[ \t]*\[{_TIME}\][ \t]*\[{_TIME}\]", re.MULTILINE)
+_HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
+_OFFSET = re.compile(r"^\s*\[offset\s*:\s*([+-]?\d{1,7})\s*\]\s*$", re.IGNORECASE)
+_CUE_TIME = r"(?:(\d{1,2}):)?(\d{1,2}):(\d\d[.,]\d{1,3})"
+_CUE = re.compile(rf"^[ \t]*{_CUE_TIME}[ \t]*-->[ \t]*{_CUE_TIME}(?:[ \t].*)?$")
+_CUE_STYLE = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")  # <i>, <c.red>, <00:01.000>, {\an8}
 SECTION = re.compile(r"^\s*\[[^\]]*\]\s*$")  # [Verse], [Chorus - whispered]
 LAST_LINE_SECONDS = 10.0  # how long the last line is sung at most
 HEARD = 0.5  # share of a line's time that must lie in a window for the line to belong to it
@@ -19,6 +26,59 @@ class Line:
     end: float
     text: str
     section: str
+
+
+def time_mark(seconds: float) -> str:
+    """[01:23.45], not before the start."""
+    minutes, hundredths = divmod(max(round(seconds * 100), 0), 6000)
+    return f"[{minutes:02}:{hundredths / 100:05.2f}]"
+
+
+def cleaned(text: str) -> str:
+    """Lyrics in their one form: without trailing spaces and the blank lines around them, timed only as LRC is.
+
+    Subtitles get time marks. With time marks, headers such as [ar: artist] go and [offset: ms] is applied (a positive
+    one makes lines appear sooner).
+    """
+    lines = [line.rstrip() for line in text.split("\n")]
+    if "-->" in text and any(map(_CUE.match, lines)):
+        lines = _subtitles(lines)
+    elif "[" in text and has_time_marks(text):
+        offset = next((int(match[1]) / 1000 for match in map(_OFFSET.match, lines) if match), 0.0)
+        lines = [line for line in lines if not _HEADER.match(line)]
+        if offset:
+            lines = [
+                TIME_MARK.sub(lambda mark: re.sub(_TIME, time_mark(_seconds(mark) - offset)[1:-1], mark[0]), line)
+                for line in lines
+            ]
+    return "\n".join(lines).strip("\n")
+
+
+def _seconds(mark: re.Match[str]) -> float:
+    minutes, seconds, fraction = mark.groups()
+    return int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}")
+
+
+def _subtitles(lines: list[str]) -> list[str]:
+    """The cues of an SRT or VTT file as lines of LRC; a pause between two becomes a mark without words."""
+    found: list[str] = []
+    sung_until, is_cue, mark = 0.0, False, ""
+    for line in lines:
+        if match := _CUE.match(line):
+            start, end = (
+                int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+                for hours, minutes, seconds in (match.groups()[:3], match.groups()[3:])
+            )
+            if found and start > sung_until:
+                found.append(time_mark(sung_until))
+            sung_until, is_cue, mark = end, True, time_mark(start)
+        elif not line.strip():
+            is_cue = False
+        elif is_cue and (words := html.unescape(_CUE_STYLE.sub("", line)).strip(" \t♪♫")):
+            is_section = bool(SECTION.match(words))
+            found.append(words if is_section else mark + words)
+            mark = mark if is_section else ""  # further lines of a cue belong to the first
+    return found
 
 
 def without_time_marks(lyrics: str) -> str:
@@ -44,8 +104,7 @@ def timed_lines(lyrics: str) -> list[Line]:
         line = raw.strip()
         marks = []
         while (match := TIME_MARK.match(line)) and (line[0] == "[" or not marks):  # <mark> after [mark] times a word
-            minutes, seconds, fraction = match.groups()
-            marks.append(int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}"))
+            marks.append(_seconds(match))
             line = line[match.end() :].lstrip()
         words = without_time_marks(line).strip()  # marks within a line, one per word
         if SECTION.match(words):

@@ -33,19 +33,23 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, parse_field
-from sidestep.data.text import decode_text
+from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, fields_of, parse_field
+from sidestep.data.text import read_text
 from sidestep.errors import UserError
+from sidestep.events import Progress, Report, null
 from sidestep.files import write_text
 from sidestep.words import count, side_step
 
 TAG_POSITIONS = ("prepend", "append", "replace")
+MAX_BYTES = 512 << 20
 _MISTAKES_SHOWN = 20
+_REPORT_SECONDS = 0.5
 SECTION = "sidestep"
 EDITABLE = (
     "caption",
@@ -151,14 +155,7 @@ def relative_path(audio: Path, folder: Path) -> str:
 def write(path: Path, dataset: Dataset) -> None:
     """Write the whole file or leave the old one."""
     folder = path.absolute().parent
-    samples = []
-    for sample in dataset.samples:
-        entry = {"id": sample.id, **_as_json(sample, folder)}
-        entry["duration"] = int(sample.duration) if sample.duration >= 1 else round(sample.duration, 3)
-        if not sample.estimated:
-            del entry["estimated"]
-        del entry["extra"]
-        samples.append({**entry, **sample.extra})
+    samples = [_as_json(sample, folder) for sample in dataset.samples]
     metadata = {
         "name": dataset.metadata.name,
         "custom_tag": dataset.metadata.custom_tag,
@@ -174,22 +171,18 @@ def write(path: Path, dataset: Dataset) -> None:
     write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
 
 
-def read(path: Path) -> Dataset:
+def read(path: Path, report: Report = null) -> Dataset:
     """The data set in `path`; whether its audio exists is not asked.
 
     Raises UserError: no such file, no JSON, or every mistake in it with its JSON path.
     """
+    if not path.exists():
+        raise UserError(f"There is no {path}.", f"Build it: {side_step('build-dataset', '--input', 'FOLDER_OF_SONGS')}")
+    text, problem = read_text(path, MAX_BYTES)
+    if problem and not text:
+        raise UserError(f"{path} {problem}.", "Check the path and its permissions.")
     try:
-        text, problem = decode_text(path.read_bytes())
-        if problem and not text:
-            raise UserError(f"{path} {problem}.")
         data = json.loads(text)
-    except FileNotFoundError:
-        build = side_step("build-dataset", "--input", "FOLDER_OF_SONGS")
-        raise UserError(f"There is no {path}.", f"Build it: {build}") from None
-    except OSError as error:
-        problem = f"{path} cannot be read: {error.strerror or error}."
-        raise UserError(problem, "Check the path and its permissions.") from error
     except (ValueError, RecursionError) as error:
         build = side_step("build-dataset", "--overwrite")
         fix = f"Put it right at that place, or build it anew: {build} …"
@@ -206,7 +199,13 @@ def read(path: Path) -> Dataset:
         listed = []
     samples: list[Sample] = []
     first: dict[tuple[str, Any], int] = {}
+    started = last = time.monotonic()
     for i, entry in enumerate(listed):
+        if (now := time.monotonic()) - last > _REPORT_SECONDS:
+            rate, last = (i + 1) / (now - started), now
+            eta = (len(listed) - i - 1) / rate
+            task = f"Reading {path.name}"
+            report(Progress(task=task, done=i + 1, total=len(listed), rate=rate, unit="songs", eta_seconds=eta))
         if sample := _read_sample(entry, f"$.samples[{i}]", path.absolute().parent, mistakes):
             samples.append(sample)
             for name, hint in (("id", ""), ("audio_path", '; to train on it more often, say "repeat"')):
@@ -250,8 +249,8 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     if not isinstance(data, dict):
         mistakes.append(f"{where}: an object is needed")
         return None
-    filename = _text(data.pop("filename", None), f"{where}.filename", mistakes)
-    written = _text(data.pop("audio_path", None), f"{where}.audio_path", mistakes) or filename
+    filename = _text(data.pop("filename", None), f"{where}.filename", mistakes, is_path=True)
+    written = _text(data.pop("audio_path", None), f"{where}.audio_path", mistakes, is_path=True) or filename
     if not written or "\0" in written:
         mistakes.append(f"{where}.audio_path: the path of an audio file is needed")
         return None
@@ -266,13 +265,11 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     if not isinstance(estimated, list) or not all(isinstance(name, str) for name in estimated):
         mistakes.append(f"{where}.estimated: a list of field names is needed")
         estimated = []
+    # A field's own name comes before others for it; of two such ("prompt", "description") the second is kept as it is.
+    chosen = fields_of((key, value) for key, value in data.items() if key in FIELDS or field_named(key) not in data)
+    extra = {key: value for key, value in data.items() if (key, value) not in chosen.values()}
     known: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    for key, value in data.items():
-        name = key if key in FIELDS else field_named(key)
-        if name is None or (name != key and name in data):
-            extra[key] = value
-            continue
+    for name, (key, value) in chosen.items():
         try:
             parsed = parse_field(name, value)
         except FieldError as error:
@@ -293,10 +290,15 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     )
 
 
-def _text(value: Any, where: str, mistakes: list[str]) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    mistakes.append(f"{where}: {json.dumps(value)[:60]} is no text")
+def _text(value: Any, where: str, mistakes: list[str], is_path: bool = False) -> str:
+    try:
+        if value is None or isinstance(value, str):
+            # Half of a surrogate pair is no text; in a path it may stand for a byte that is no UTF-8.
+            (os.fsencode if is_path else str.encode)(value or "")
+            return value or ""
+    except UnicodeEncodeError:
+        pass
+    mistakes.append(f"{where}: {json.dumps(value)[:60]} is no {'name of a file' if is_path else 'text'}")
     return ""
 
 
@@ -315,20 +317,23 @@ class Rebuilt:
     notes: Mapping[str, Any]
 
 
-def merge(old: Dataset, fresh: Iterable[Sample], folder: Path) -> Rebuilt:
-    """`fresh`, as just built, with all that was edited in `old` (an empty Dataset where there was none).
+def merge(old: Dataset, fresh: Sequence[Sample], folder: Path, songs_folder: Path) -> Rebuilt:
+    """`fresh`, as just built from `songs_folder`, with all that was edited in `old` (empty where there was none).
 
     `folder` is the one of dataset.json.
     """
     notes = _notes(old)
-    names = {f.name for f in fields(Sample)}
-    earlier = {}
+    earlier: dict[Path, Sample] = {}
     for entry in notes["absent"]:  # what cannot be read of it is passed over
-        readable = isinstance(entry, dict) and set(entry) <= names
-        if readable and isinstance(entry.get("audio_path"), str) and isinstance(entry.get("id"), str):
-            audio, estimated = folder / entry["audio_path"], tuple(entry.get("estimated", ()))
-            earlier[audio] = replace(Sample(**entry), audio_path=audio, estimated=estimated)
+        mistakes: list[str] = []
+        before = _read_sample(entry, "", folder, mistakes)
+        if before and not mistakes:
+            earlier[before.audio_path] = before
     earlier |= {s.audio_path: s for s in old.samples}
+    for sample in fresh:  # a file kept elsewhere may name its songs as they lie in their own folder
+        named = folder / sample.audio_path.relative_to(songs_folder)
+        if sample.audio_path not in earlier and named in earlier and not named.is_file():
+            earlier[sample.audio_path] = replace(earlier.pop(named), audio_path=sample.audio_path)
     built: dict[str, Mapping[str, str]] = {}
     samples, excluded, edits = [], [], 0
     for sample in fresh:
@@ -415,7 +420,12 @@ def _packed(built: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _as_json(sample: Sample, folder: Path) -> dict[str, Any]:
-    return {**asdict(sample), "audio_path": relative_path(sample.audio_path, folder)}
+    entry: dict[str, Any] = {"id": sample.id, **vars(sample), "audio_path": relative_path(sample.audio_path, folder)}
+    entry["duration"] = int(sample.duration) if sample.duration >= 1 else round(sample.duration, 3)
+    if not sample.estimated:
+        del entry["estimated"]
+    del entry["extra"]
+    return {**entry, **sample.extra}
 
 
 def _notes(dataset: Dataset) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""Text beside songs: what each sidecar file and each list (CSV) knows of which song.
+"""Text beside songs: what each sidecar file and each list (CSV, JSON Lines) knows of which song.
 
 Sources of a song `song.ext`, the best first; they are merged field by field, the first that knows a field has it:
 
 1. `song.ext.json`, `song.json`   an object of fields
 2. `song.ext.txt`, `song.txt`     `key: value` lines, or plain text
-3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1);
-   `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner) and
-   `song.ext.lrc`, `song.lrc`   the lyrics
-4. rows of `*.csv`, 5. tags inside the audio file (see `tags`), 6. its name.
+3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1) and `song.caption`;
+   `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner), `.lrc`
+   and the subtitles `.srt` and `.vtt`   the lyrics
+4. rows of `*.csv`, `*.tsv` and `*.jsonl`, 5. tags inside the audio file (see `tags`), 6. its name.
 
 `song.txt` speaks for every song of that stem in its folder (song.wav and song.mp3), `song.wav.txt` for song.wav alone.
 A file whose name is the whole name of one song plus a suffix never speaks for another: `a.caption.txt` beside `a.wav`
@@ -16,7 +16,7 @@ suffixes without regard to case. For encodings see `text`; a sidecar above 1 MiB
 
 A `.txt` file:
 - Fields stand at its top, one `key: value` a line (blank lines between them are passed over; keys in any case, see
-  `fields` for their names).
+  `fields` for their names). A first block of such lines is a header even where some of their words are no fields.
 - `lyrics:` comes last: all that follows is lyrics, whatever it looks like. The same holds from a section mark such as
   [Verse] on.
 - A line right below `caption:` or `genre:` that is no `word: value` goes on with it. A `word: value` with an unknown
@@ -29,10 +29,11 @@ A `.txt` file:
 A section mark is a line that begins with [Verse], [Chorus 2], [Intro: piano] and the like, or with a time such as
 [01:23.45]; two lines that are nothing but words in brackets also count, in any language.
 
-A list is a `.csv` file with one row per song, a File column and any of the fields (BPM, Key, Caption, Genre, Language,
-…), separated by comma, semicolon, tab or what Excel's first line `sep=;` says. It speaks for the songs of its own
-folder and of the folders below. File names a song by its path relative to the list, or by its bare name; the suffix may
-be left out, the row then speaks for every song of that stem. A bare name that stands in several folders is meant for
+A list is a `.csv` or `.tsv` file with one row per song, a File column and any of the fields (BPM, Key, Caption, Genre,
+Language, …), separated by comma, semicolon, tab or what Excel's first line `sep=;` says; or a `.jsonl` file with one
+object of fields a line, `file_name` among them. It speaks for the songs of its own folder and of the folders below.
+File names a song by its path, absolute or relative to the list, or by its bare name; the suffix may be left out, the
+row then speaks for every song of that stem. A bare name that stands in several folders is meant for
 the list's own folder, else it is ambiguous: reported, and no song gets the row. Lists nearer to a song come first, then
 by name; of two rows for one song the first counts. A list above 32 MiB is reported and not read.
 """
@@ -41,6 +42,7 @@ import csv
 import io
 import itertools
 import json
+import posixpath
 import re
 import unicodedata
 from collections import defaultdict
@@ -49,33 +51,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.fields import FieldError, field_named, joined_key, parse_field
-from sidestep.data.text import decode_text
+from sidestep.data.fields import FieldError, field_named, fields_of, joined_key, parse_field
+from sidestep.data.text import read_text
 from sidestep.words import count
 
 MAX_BYTES = 1 << 20
 MAX_LIST_BYTES = 32 * MAX_BYTES
 
-_FIELD_LINE = re.compile(r"^\s*([^\W\d][\w \t-]{0,30}?)\s*[:：]\s*(.*)$")
+_FIELD_LINE = re.compile(r"^\s*([^\W\d][\w \t-]{0,30}?)\s*[:：](?!//)\s*(.*)$")
 _WORD_LINE = re.compile(r"^\s*[^\W\d][\w-]{0,30}\s*[:：](?!//)")
 _SECTIONS = (
     "intro|verse|chorus|bridge|outro|hook|refrain|interlude|instrumental|inst|solo|drop|breakdown|break|build|prelude"
     "|coda|end|pre|post|rap|spoken|fade"
 )
 _SECTION_MARK = re.compile(rf"^\s*[\[［](?:(?:{_SECTIONS})(?![^\W\d])|\d{{1,3}}:\d\d)[^\]］\n]*[\]］]", re.IGNORECASE)
-_SIDECAR_SUFFIX = re.compile(r"((\.caption|\.lyrics|_prompt|_lyrics)?\.txt|\.json|\.lrc|\.lyrics)$", re.IGNORECASE)
 _BRACKETED_LINE = re.compile(r"^\s*[\[［][^\]］\n]{1,60}[\]］]\s*$")
 _SIDECAR_SUFFIXES = {  # what a file is, the best first
     ".json": "json",
     ".txt": "txt",
     ".caption.txt": "caption",
     "_prompt.txt": "caption",
+    ".caption": "caption",
     ".lyrics.txt": "lyrics",
     "_lyrics.txt": "lyrics",
     ".lyrics": "lyrics",
     ".lrc": "lyrics",
+    ".srt": "lyrics",
+    ".vtt": "lyrics",
 }
-_TAGGED_FIELD = re.compile(r"<([A-Za-z_]+)>(.*?)</\1>", re.DOTALL)
+_SIDECAR_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, sorted(_SIDECAR_SUFFIXES, reverse=True)))})$", re.IGNORECASE)
+_LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_TAG = re.compile(r"<(/?)([A-Za-z_]+)>")
 _FILE_COLUMNS = ("file", "filename", "file name", "file_name", "path", "audio_path", "audio", "song")
 
 
@@ -97,6 +103,11 @@ class Known:
             if parsed is not None:
                 self.values[name] = parsed
 
+    def add_all(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        """Take every value whose key stands for a field; what other programs keep there is passed over."""
+        for name, (key, value) in fields_of(pairs).items():
+            self.add(name, value, key)
+
 
 def has_section_mark(text: str) -> bool:
     """Whether the text is set out as lyrics: a section mark such as [Verse 1], or two bracketed lines."""
@@ -112,14 +123,14 @@ def has_section_mark(text: str) -> bool:
 def parse_txt(text: str, source: str = "text") -> Known:
     """The fields of a `.txt` sidecar, by the rules at the top of this file. Never fails."""
     known = Known(source)
-    tagged = [(tag, value) for tag, value in _TAGGED_FIELD.findall(text) if field_named(tag)]
-    if tagged and text.lstrip().startswith("<"):
-        for tag, value in tagged:
-            known.add(field_named(tag) or "", value.strip("\r\n"), tag)
+    if text.lstrip().startswith("<") and (tagged := _tagged(text)):
+        known.add_all(tagged)
         return known
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     header = list(itertools.takewhile(_FIELD_LINE.match, lines))
-    is_header = any(_says_something(line) for line in header)
+    probe = Known("header")
+    probe.add_all((match[1], match[2]) for match in map(_FIELD_LINE.match, header) if match)
+    header_end = len(header) if probe.values else 0
     fields: dict[str, str] = {}
     written_at: dict[str, str] = {}
     goes_on = ""  # the field that the next line may go on with
@@ -141,14 +152,14 @@ def parse_txt(text: str, source: str = "text") -> Known:
             elif value.strip():
                 known.problems.append(f"line {i + 1}: {key} stands here twice; the first counts")
             goes_on = name if name in ("caption", "genre") else ""
-        elif (
-            (not fields and not (is_header and i < len(header)))
+        elif i >= header_end and (
+            not fields
             or _SECTION_MARK.match(line)
             or (_BRACKETED_LINE.match(line) and has_section_mark("\n".join(lines[i:])))
         ):
             body = "\n".join(lines[i:])
             break
-        elif _WORD_LINE.match(line):
+        elif i < header_end or _WORD_LINE.match(line):
             known.problems.append(f'line {i + 1}: "{line.strip()[:60]}" begins with no known field and was left out')
             goes_on = ""
         elif goes_on:
@@ -171,14 +182,16 @@ def parse_txt(text: str, source: str = "text") -> Known:
     return known
 
 
-def _says_something(line: str) -> bool:
-    """Whether a line is a field with a value that has a meaning in it."""
-    match = _FIELD_LINE.match(line)
-    name = field_named(match[1]) if match else None
-    try:
-        return bool(match and name and parse_field(name, match[2]) is not None)
-    except FieldError:
-        return False
+def _tagged(text: str) -> list[tuple[str, str]]:
+    """(field, text) of <FIELD>text</FIELD>, whatever stands between."""
+    found, opened = [], None
+    for tag in _TAG.finditer(text):
+        if opened and tag[1] and tag[2] == opened[2]:
+            found.append((tag[2], text[opened.end() : tag.start()].strip("\r\n")))
+            opened = None
+        elif not opened and not tag[1] and field_named(tag[2]):
+            opened = tag
+    return found
 
 
 def parse_json(text: str, source: str = "json") -> Known:
@@ -192,12 +205,7 @@ def parse_json(text: str, source: str = "json") -> Known:
     if not isinstance(data, dict):
         known.problems.append("holds no JSON object of fields")
     elif not isinstance(data.get("samples"), list):  # that would be a dataset.json beside a song called dataset
-        for key, value in data.items():
-            name = field_named(key)
-            if name == "keyscale" and (whole := joined_key(data.get("key"), data.get("scale"))):
-                known.add(name, whole, key)
-            elif name and name not in known.values:
-                known.add(name, value, key)
+        known.add_all(data.items())
     return known
 
 
@@ -212,14 +220,13 @@ class Sidecars:
             self._stems[song.parent].add(composed(song.stem))
         self._text_files: list[Path] = []
         self._read_files: set[Path] = set()
-        self._files: dict[Path, dict[str, Path]] = defaultdict(
-            dict
-        )  # composed name, its suffixes in small letters → file
+        # Of each folder: composed name, its suffixes in small letters → file
+        self._files: dict[Path, dict[str, Path]] = defaultdict(dict)
         for folder in self._names:
             for path in _listed(folder):
-                if path.suffix.lower() in (".txt", ".lrc", ".lyrics"):
-                    self._text_files.append(path)
                 if end := _SIDECAR_SUFFIX.search(path.name):
+                    if path.suffix.lower() != ".json":
+                        self._text_files.append(path)
                     key = composed(path.name[: end.start()]) + end[0].lower()
                     if key not in self._files[folder] or not end[0].isupper():  # the usual spelling wins over .TXT
                         self._files[folder][key] = path
@@ -237,7 +244,7 @@ class Sidecars:
                 if kind in ("caption", "lyrics") and (owner in names or owner in stems):
                     continue
                 if path := self._files[song.parent].get(base + suffix):
-                    text, problem = _read(path, MAX_BYTES, "1 MiB")
+                    text, problem = read_text(path, MAX_BYTES)
                     known = Known(path.name)
                     if kind == "json" and (text or not problem):
                         known = parse_json(text, path.name)
@@ -264,18 +271,21 @@ class Tables:
     def __init__(self, root: Path, songs: Iterable[Path]):
         self.problems: list[tuple[Path, str]] = []
         self._rows: dict[Path, list[Known]] = defaultdict(list)
-        songs = list(songs)
-        folders = {root}.union(*({p for p in song.parents if root in p.parents} for song in songs))
-        for folder in sorted(folders, key=lambda f: (-len(f.parts), f.as_posix())):
-            lists = [p for p in _listed(folder) if p.suffix.lower() == ".csv" and p.is_file()]
-            # The songs at and below the folder by relative path, by that without suffix, by name and by stem.
-            names: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(4)]
-            for song in songs if lists else []:
-                if folder in song.parents:
-                    path = song.relative_to(folder)
-                    spellings = path.as_posix(), path.with_suffix("").as_posix(), path.name, path.stem
-                    for by_name, spelling in zip(names, spellings, strict=True):
-                        by_name[composed(spelling)].append(song)
+        below: dict[Path, list[Path]] = {root: []}
+        for song in songs:
+            for folder in song.parents:
+                below.setdefault(folder, []).append(song)
+                if folder == root:
+                    break
+        for folder in sorted(below, key=lambda f: (-len(f.parts), f.as_posix())):
+            lists = [path for path in _listed(folder) if path.suffix.lower() in _LIST_SUFFIXES and not path.is_dir()]
+            # The songs at and below the folder by absolute and relative path, by that without suffix, by name and stem.
+            names: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(5)]
+            for song in below[folder] if lists else []:
+                path = song.relative_to(folder)
+                spellings = song.absolute().as_posix(), path.as_posix(), path.with_suffix("").as_posix()
+                for by_name, spelling in zip(names, (*spellings, path.name, path.stem), strict=True):
+                    by_name[composed(spelling)].append(song)
             for path in lists:
                 self.problems += ((path, problem) for problem in self._read_list(path, names))
 
@@ -285,34 +295,27 @@ class Tables:
 
     def _read_list(self, path: Path, names: list[dict[str, list[Path]]]) -> Iterator[str]:
         """Take the rows of one list; yields what is wrong with it."""
-        text, problem = _read(path, MAX_LIST_BYTES, "32 MiB")
+        text, problem = read_text(path, MAX_LIST_BYTES)
         if problem:
             yield problem
             if not text:
                 return
-        first_line, _, rest = text.partition("\n")
-        delimiter = max(",;\t", key=first_line.count)
-        if said := re.fullmatch(r"\s*sep=(.)\s*", first_line, re.IGNORECASE):  # Excel's own, not a row
-            delimiter, text = said[1], rest
         try:
-            rows = list(csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter))
-        except csv.Error as error:
+            rows = list(_rows(path, text))
+        except (csv.Error, ValueError, RecursionError) as error:
             yield f"is no list that can be read: {error}"
             return
-        header = [cell.strip() for cell in rows[0]] if rows else []
-        titles = [cell.casefold() for cell in header]
-        file_column = next((titles.index(name) for name in _FILE_COLUMNS if name in titles), None)
-        if file_column is None:
-            yield "has no File column, so it speaks for no song"
-            return
-        columns = {i: name for i, cell in enumerate(header) if i != file_column and (name := field_named(cell))}
         seen: set[Path] = set()
         unmatched: list[str] = []
-        for number, row in enumerate(rows[1:], 3 if said else 2):
-            written = row[file_column].strip() if file_column < len(row) else ""
+        is_list = False
+        for number, row in rows:
+            titled = {key.casefold(): key for key in reversed(row)}
+            column = next((titled[name] for name in _FILE_COLUMNS if name in titled), None)
+            written = str(row.pop(column)).strip() if column is not None else ""
             if not written:
                 continue
-            wanted = composed(written.replace("\\", "/").removeprefix("./"))
+            is_list = True
+            wanted = composed(posixpath.normpath(written.replace("\\", "/")))
             songs = next((by_name[wanted] for by_name in names if wanted in by_name), [])
             if len({song.parent for song in songs}) > 1:
                 yield f'row {number}: "{written}" stands in several folders; write its path'
@@ -324,11 +327,11 @@ class Tables:
                     yield f'row {number}: "{written}" has a row already; the first counts'
                     continue
                 known = Known(f"{path.name} row {number}")
-                for i, name in columns.items():
-                    if i < len(row):
-                        known.add(name, row[i], header[i])
+                known.add_all(row.items())
                 self._rows[song].append(known)
             seen.update(songs)
+        if not is_list:
+            yield "names no song: it has no File column, or nothing in it"
         if unmatched:
             verb = "names" if len(unmatched) == 1 else "name"
             yield f'{count(len(unmatched), "row")} {verb} no song here, such as "{unmatched[0]}"'
@@ -342,16 +345,24 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def _read(path: Path, limit: int, limit_in_words: str) -> tuple[str, str | None]:
-    """(text, problem) of a file; no text where it cannot be read or is larger than `limit` bytes."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        return "", f"cannot be read: {error.strerror or error}"
-    if len(data) > limit:
-        return "", f"is larger than {limit_in_words} and was not read"
-    return decode_text(data)
+def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, values by title) of each row of a list. Raises csv.Error, and ValueError for what is no JSON object."""
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no JSON object")
+                yield number, row
+        return
+    first_line, _, rest = text.partition("\n")
+    delimiter, first = max(",;\t", key=first_line.count), 2
+    if said := re.fullmatch(r"\s*sep=(.)\s*", first_line, re.IGNORECASE):  # Excel's own, not a row
+        delimiter, text, first = said[1], rest, 3
+    rows = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter)
+    titles = [title.strip() for title in next(rows, [])]
+    for number, row in enumerate(rows, first):
+        yield number, dict(zip(titles, row, strict=False))
 
 
 def composed(name: str) -> str:

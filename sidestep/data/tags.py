@@ -1,24 +1,31 @@
 """Tags inside audio files (ID3, Vorbis comments, MP4, ASF, APE) as fields of a song, read by mutagen."""
 
+import io
 import struct
+import threading
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mutagen
+from mutagen.id3 import _frames
 
-from sidestep.data.fields import language_code, parse_field
+from sidestep.data.fields import language_code
+from sidestep.data.lyrics import time_mark
 from sidestep.data.sidecars import MAX_BYTES, Known
 
+MAX_TAG_BYTES = 64 * MAX_BYTES  # of a file, pictures included
 _KEYS = {  # field → its names in the various kinds of tags, compared without regard to case
     "title": ("TIT2", "title", "©nam"),
     "artist": ("TPE1", "artist", "©ART", "author"),
     "genre": ("TCON", "genre", "©gen", "wm/genre"),
     "bpm": ("TBPM", "bpm", "tempo", "tmpo", "wm/beatsperminute"),
-    "keyscale": ("TKEY", "initialkey", "initial key", "key", "----:com.apple.itunes:initialkey", "wm/initialkey"),
+    "keyscale": ("TKEY", "initialkey", "initial key", "key", "wm/initialkey"),
     "language": ("TLAN", "language", "wm/language"),
-    "lyrics": ("SYLT", "USLT", "lyrics", "unsyncedlyrics", "unsynced lyrics", "©lyr", "wm/lyrics"),
+    "lyrics": ("lyrics", "unsyncedlyrics", "unsynced lyrics", "©lyr", "wm/lyrics"),
 }
+_OWN_NAMES = ("txxx:", "----:com.apple.itunes:")  # before names that programs give themselves
 # What mutagen lets through on damaged files, besides its own error.
 _DAMAGE = (
     mutagen.MutagenError,
@@ -41,48 +48,113 @@ class Tags(Known):
     artist: str = ""
 
 
-def read_tags(path: Path) -> Tags:
-    """The tags of an audio file; nothing where it has none. Never fails: damage is a problem of the source."""
+class _BoundedFile(io.BufferedReader):
+    """A file of which at most MAX_TAG_BYTES are read, whatever its tags promise. Raises OSError beyond that."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.open("rb", buffering=0))
+        self.size, self.left = path.stat().st_size, MAX_TAG_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = min(self.size, self.left + 1)  # memory for all that is asked for would be taken at once
+        data = super().read(most if size is None or size < 0 else min(size, most))
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(f"its tags are larger than {MAX_TAG_BYTES >> 20} MiB")
+        return data
+
+
+class _BoundedZlib(threading.local):
+    """zlib as mutagen calls it for compressed frames, which it unpacks whole: a frame to 1 MiB at most, a file to 16.
+
+    `left`: how many bytes the frames of this thread's file may still have; `refused`: whether one had more.
+    """
+
+    error = zlib.error
+    left = 0
+    refused = False
+
+    def decompress(self, data: bytes) -> bytes:
+        unpacker, limit = zlib.decompressobj(), min(self.left, MAX_BYTES)
+        unpacked = unpacker.decompress(data, limit + 1)
+        if len(unpacked) > limit:
+            self.refused = True
+        if len(unpacked) > limit or not unpacker.eof:
+            raise zlib.error("too large or incomplete")
+        self.left -= len(unpacked)
+        return unpacked
+
+
+_zlib = _BoundedZlib()
+vars(_frames)["zlib"] = _zlib
+
+
+def read_tags(path: Path, language: str = "") -> Tags:
+    """The tags of an audio file; nothing where it has none. Never fails: damage is a problem of the source.
+
+    Of lyrics in several languages those in `language` (a code that a better source gave, else the tags' own) are taken.
+    """
     tags = Tags("tags")
-    written: dict[str, str] = {}  # every text tag as one string by its key in small letters; several values are joined
+    written: dict[str, list[str]] = {}  # texts by their key in small letters
+    sung: list[tuple[str | None, list[str]]] = []  # (language, lyrics) of ID3, the timed ones first
+    _zlib.left, _zlib.refused = 16 * MAX_BYTES, False
     try:
-        file = mutagen.File(path)
-        content = file.tags if file is not None and file.tags is not None else {}
-        sung_in = language_code(str(content["TLAN"])) if "TLAN" in content else None
+        with _BoundedFile(path) as file:
+            opened = mutagen.File(file)
+        content = {} if opened is None or opened.tags is None else opened.tags
         for key in content.keys():
-            value = content[key]
-            name = key.split(":", 1)[0] if key[:4] in ("USLT", "SYLT") else key.removeprefix("TXXX:")
-            genres = getattr(value, "genres", None)  # ID3 may hold numbers there; mutagen knows their names
-            texts = _texts(genres or getattr(value, "text", value))
-            if name == "SYLT":
-                if value.format != 2:  # its times are not in milliseconds
-                    continue
-                times = [(f"{ms // 60_000:02}:{ms % 60_000 / 1000:05.2f}", line.strip()) for line, ms in value.text]
-                texts = ["\n".join(f"[{time}]{line}" for time, line in times)]
-            if name == "USLT" and sung_in and language_code(value.lang) == sung_in:
-                written[name.casefold()] = ", ".join(texts)
-            written.setdefault(name.casefold(), ", ".join(texts))
+            value, name = content[key], key.casefold()
+            for prefix in _OWN_NAMES:
+                name = name.removeprefix(prefix)
+            if name.startswith("uslt"):
+                sung.append((language_code(value.lang), [value.text]))
+            elif name.startswith("sylt") and value.format == 2:  # its times are in milliseconds
+                sung.insert(0, (language_code(value.lang), [_timed(value.text)]))
+            elif any(name == known.casefold() for names in _KEYS.values() for known in names):
+                values = getattr(value, "genres", None) or getattr(value, "text", value)  # mutagen names ID3's numbers
+                written.setdefault(name, []).extend(
+                    part
+                    for text in (values if isinstance(values, list | tuple) else [values])
+                    for part in (text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).split("\0")
+                )
     except _DAMAGE as error:
         tags.problems.append(f"cannot be read: {error}")
         return tags
+    if _zlib.refused:
+        tags.problems.append("a compressed tag unpacks to more than 1 MiB and was not read")
+    language = language or language_code("".join(written.get("tlan", []))) or ""
+    if sung:
+        in_language = [texts for code, texts in sung if code == language]
+        written["lyrics"] = (in_language or [texts for _, texts in sung])[0]
+        languages = sorted({code for code, _ in sung if code})
+        if not in_language and len(languages) > 1:
+            several = f"lyrics stand there in {' and '.join(languages)}; the first were taken"
+            tags.problems.append(f"{several} (a sidecar with language: {languages[0]} chooses)")
     for name, keys in _KEYS.items():
-        value = next((written[key.casefold()] for key in keys if written.get(key.casefold())), None)
-        if value is not None and name in ("title", "artist"):
-            setattr(tags, name, parse_field("caption", value) or "")
-        elif value is not None and len(value) > MAX_BYTES:
+        texts = next((written[key.casefold()] for key in keys if any(written.get(key.casefold(), ()))), None)
+        if not texts:
+            continue
+        value: Any = texts if name in ("title", "artist", "genre", "lyrics") else texts[0]
+        if name in ("title", "artist"):
+            called = Known(name)
+            called.add("caption", value)
+            setattr(tags, name, called.values.get("caption", ""))
+        elif sum(map(len, texts)) > MAX_BYTES:
             tags.problems.append(f"{name}: is larger than 1 MiB and was not read")
-        elif value is not None and not (name == "keyscale" and value == "o"):  # ID3's word for no key
+        elif not (name == "keyscale" and value == "o"):  # ID3's word for no key
             tags.add(name, value)
     return tags
 
 
-def _texts(values: Any) -> list[str]:
-    texts = []
-    for value in values if isinstance(values, list | tuple) else [values]:
-        if isinstance(value, bytes):
-            texts.append(value.decode("utf-8", "replace"))
-        elif (
-            isinstance(value, str | int | float) or hasattr(value, "value") or type(value).__str__ is not object.__str__
-        ):
-            texts.append(str(value))
-    return texts
+def _timed(sung: list[tuple[str, int]]) -> str:
+    """LRC of (words, milliseconds), which may be lines, or words and syllables with line breaks among them."""
+    lines: list[str] = []
+    by_words = any("\n" in words for words, _ in sung)
+    before = ""
+    for words, milliseconds in sung:
+        if lines and by_words and not words.startswith("\n") and not before.endswith("\n"):
+            lines[-1] += words.rstrip("\n")
+        else:
+            lines.append(time_mark(milliseconds / 1000) + words.lstrip().rstrip("\n"))
+        before = words
+    return "\n".join(lines)

@@ -7,9 +7,13 @@ measure of language to decide, so among those the encoding counts whose text hol
 
 import codecs
 import re
+import stat
 from contextlib import suppress
+from pathlib import Path
 
 from charset_normalizer import from_bytes
+
+from sidestep.words import size
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -49,26 +53,42 @@ _KANA = re.compile("[\u3041-\u30ff]")
 _BETWEEN_WORDS = re.compile(r"[\s!-/:-@\[-`{-~«»‹›„“”‚‘’´…–—¿¡]+")
 _MOST_CONTROLS = 0.1  # of all characters: more of them is no text, though it may be valid UTF-8
 _MOST_UNUSUAL = 0.5  # of all words beyond ASCII: what has more of them was not written in that encoding
+_LEAST_VALID = 2  # letters that are valid UTF-8 for each byte that is not: chance makes fewer
+_JUDGED_BYTES = 1 << 16  # what is looked at to tell an encoding: of a list of megabytes that is enough
 UNREADABLE = "is in no encoding that can be told and was not read; save it as UTF-8"
+
+
+def read_text(path: Path, limit: int) -> tuple[str, str | None]:
+    """(text, problem) of a file, as `decode_text` gives it.
+
+    Only a regular file is opened, for a pipe or a device may never end, and one of more than `limit` bytes is not read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            return "", f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file, and was not read"
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        return "", f"cannot be read: {error.strerror or error}"
+    if len(data) > limit:
+        return "", f"is larger than {size(limit)} and was not read"
+    return decode_text(data)
 
 
 def decode_text(data: bytes) -> tuple[str, str | None]:
     """(text, problem). A guessed encoding is a problem that names it; bytes that are no text give "" and UNREADABLE."""
-    text, problem = _decode(data)
+    text, problem = _decode_marked(data) or _guess(data)
     if len(_CONTROLS.findall(text)) > max(_MOST_CONTROLS * len(text), 1):
         return "", UNREADABLE
     return text, problem
 
 
-def _decode(data: bytes) -> tuple[str, str | None]:
+def _decode_marked(data: bytes) -> tuple[str, str | None] | None:
+    """(text, problem) of bytes that say or prove that they are Unicode."""
     for mark, encoding in _MARKS:
         if data.startswith(mark):
-            data = data[len(mark) :]
-            try:
-                return data.decode(encoding), None
-            except UnicodeDecodeError:
-                problem = f"is damaged {encoding.upper()}; what could not be read was replaced"
-                return data.decode(encoding, errors="replace"), problem
+            return _decode_damaged(data[len(mark) :], encoding)
     candidates = ["utf-8"]
     for encoding, zeros in (("utf-16-le", data[1::2]), ("utf-16-be", data[0::2])):
         if len(data) > 1 and len(data) % 2 == 0 and zeros.count(0) > 0.6 * len(zeros):
@@ -78,7 +98,27 @@ def _decode(data: bytes) -> tuple[str, str | None]:
             return data.decode(encoding), None
         except UnicodeDecodeError:
             continue
-    found = from_bytes(data, cp_isolation=list(_GUESSED), enable_fallback=False)
+    damaged = _decode_damaged(data, "utf-8")
+    own_letters = sum(not c.isascii() for c in damaged[0])
+    lost = len(data) - len(damaged[0].encode())
+    return damaged if own_letters >= _LEAST_VALID * lost else None
+
+
+def _decode_damaged(data: bytes, encoding: str) -> tuple[str, str | None]:
+    try:
+        return data.decode(encoding), None
+    except UnicodeDecodeError:
+        problem = f"is damaged {encoding.upper()}; what could not be read was left out"
+        return data.decode(encoding, "ignore"), problem
+
+
+def _guess(data: bytes) -> tuple[str, str | None]:
+    """(text, problem) in the encoding in which the text has the fewest unusual words."""
+    judged = data
+    if len(data) > _JUDGED_BYTES:
+        judged = b"\n".join(line for line in data.split(b"\n") if not line.isascii())
+        judged = judged[: max(judged.rfind(b"\n", 0, _JUDGED_BYTES), 0) or _JUDGED_BYTES]
+    found = from_bytes(judged, cp_isolation=list(_GUESSED), enable_fallback=False)
     doubts = {name: m.chaos - m.coherence / 4 for m in found for name in (m.encoding, *m.could_be_from_charset)}
     if doubts:
         doubts.setdefault("cp1252", 0.1)  # a few typographic marks and nothing else are too little for the library
@@ -87,7 +127,7 @@ def _decode(data: bytes) -> tuple[str, str | None]:
         with suppress(UnicodeDecodeError):
             if encoding in doubts:
                 text = data.decode(encoding)
-                unusual = _unusual(text, encoding)
+                unusual = _unusual(judged.decode(encoding, "ignore"), encoding)
                 readings.append((unusual + doubts[encoding], place, called, unusual, text))
     _, _, called, unusual, text = min(readings, default=(0, 0, "", 1.0, ""))
     if unusual > _MOST_UNUSUAL:

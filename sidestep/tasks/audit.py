@@ -464,7 +464,7 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
     page cannot be written.
     """
     path = Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
-    dataset = read(path)
+    dataset = read(path, report)
     tokens_in = token_counter(checkpoint_dir)
     songs = []
     for sample, heard in _listen(dataset, path, report):

@@ -35,6 +35,7 @@ from sidestep.audio.io import AUDIO_SUFFIXES, AudioError, AudioInfo, content_has
 from sidestep.audio.signals import VERSION, Estimate, estimate_file, is_available
 from sidestep.data.fields import INSTRUMENTAL
 from sidestep.data.manifest import (
+    MAX_BYTES,
     SECTION,
     Dataset,
     Sample,
@@ -49,6 +50,7 @@ from sidestep.data.manifest import (
 )
 from sidestep.data.sidecars import Known, Sidecars, Tables
 from sidestep.data.tags import Tags, read_tags
+from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import write_text
@@ -75,7 +77,7 @@ class BuildSummary:
 
 @dataclass(frozen=True)
 class _Song:
-    """A song as found: its path, what its header says and every source of text, the best first."""
+    """A song as found: its path, what its header says and every source of text, the best first, its tags the last."""
 
     path: Path
     info: AudioInfo
@@ -89,7 +91,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     Raises UserError for paths that cannot be, JobError when no song could be read.
     """
     output = output_path(config)
-    old = read(output) if output.exists() and not config.overwrite else Dataset()
+    old = read(output, report) if output.exists() and not config.overwrite else Dataset()
     before = old.metadata
     metadata = replace(  # what was typed, else what the file says, else the default
         before,
@@ -102,7 +104,8 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     songs, failed = _find_songs(config.input, report)
     origins: Counter[str] = Counter()
     fresh = [_describe(song, config.input, output.parent, metadata.custom_tag, origins, report) for song in songs]
-    rebuilt = merge(old, fresh, output.parent)
+    songs_folder = Path(os.path.abspath(config.input))  # noqa: PTH100 - resolve() would follow links
+    rebuilt = merge(old, fresh, output.parent, songs_folder)
     notes = {**rebuilt.notes, "tag": metadata.custom_tag}
     dataset = Dataset(metadata=metadata, samples=rebuilt.samples, extra={**old.extra, SECTION: notes})
     try:
@@ -116,9 +119,14 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
     if rebuilt.excluded:
         excluded = f"{len(rebuilt.excluded)} songs that were taken out of {output.name} by hand stay out"
         report(Notice(message=f"{excluded}, such as {rebuilt.excluded[0]}."))
-    for sample in rebuilt.absent:
-        kept = f"what {output.name} knows of it is kept aside until it is back"
-        report(Notice(level="warning", message=f"{sample.audio_path} is not there; {kept}."))
+    if absent := rebuilt.absent:
+        gone = (
+            f"{absent[0].audio_path} is"
+            if len(absent) == 1
+            else f"{absent[0].audio_path} and {len(absent) - 1} more are"
+        )
+        kept = f"what {output.name} knows of missing songs is kept aside until they are back"
+        report(Notice(level="warning", message=f"{gone} not there; {kept}."))
     report(_summary(dataset, origins, len(failed)))
     shown = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
     report(Saved(what="dataset", path=str(shown)))
@@ -151,11 +159,14 @@ def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[P
         failed.append((path, reason))
         report(FileFailed(path=str(path), reason=reason, stage=stage))
 
-    def read_one(path: Path) -> tuple[AudioInfo, Tags] | AudioError:
+    def read_one(path: Path) -> _Song | AudioError:
         try:
-            return probe(path), read_tags(path)
+            info = probe(path)
         except AudioError as error:
             return error
+        sources = [*sidecars.of(path), *tables.of(path)]
+        tags = read_tags(path, next((s.values["language"] for s in sources if "language" in s.values), ""))
+        return _Song(path, info, [*sources, tags], tags)
 
     paths = find_audio(folder, lambda path, reason: fail(path, f"folder cannot be listed: {reason}", "search"))
     if not paths:
@@ -167,12 +178,11 @@ def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[P
     songs: list[_Song] = []
     started = last = time.monotonic()
     with ThreadPoolExecutor(_THREADS) as pool:  # reads ahead
-        for done, (path, content) in enumerate(zip(paths, pool.map(read_one, paths), strict=True), 1):
-            if isinstance(content, AudioError):
-                fail(path, content.reason, "read")
+        for done, (path, song) in enumerate(zip(paths, pool.map(read_one, paths), strict=True), 1):
+            if isinstance(song, AudioError):
+                fail(path, song.reason, "read")
             else:
-                info, tags = content
-                songs.append(_Song(path, info, [*sidecars.of(path), *tables.of(path), tags], tags))
+                songs.append(song)
             now = time.monotonic()
             if now - last >= _REPORT_SECONDS or done == len(paths):
                 name = relative_path(path, folder)
@@ -288,7 +298,7 @@ def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
             "uv sync --extra analyze (or: pip install librosa), then the same command again",
         )
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
-    dataset = read(path)
+    dataset = read(path, report)
     wanted: dict[Path, list[str]] = {}
     for sample in dataset.samples:
         emptied = emptied_by_hand(dataset, sample, path.parent)
@@ -319,10 +329,10 @@ def _hear(songs: list[Path], dataset_path: Path, report: Report, workers: int) -
     """The estimate of every song that can be read; those of the cache are not heard again."""
     cache_path = dataset_path.parent / CACHE
     try:
-        kept = json.loads(cache_path.read_text(encoding="utf-8"))
+        kept = json.loads(read_text(cache_path, MAX_BYTES)[0])
         songs_kept = kept["songs"].items() if kept["version"] == VERSION else ()
         cache = {content: Estimate(**values) for content, values in songs_kept}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
+    except (ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
         cache = {}
     heard: dict[Path, Estimate] = {}
     same: dict[str, list[Path]] = {}

@@ -67,3 +67,62 @@ def test_a_line_with_several_marks_stands_in_the_whole_as_often_as_it_is_sung():
 )
 def test_an_offset_moves_the_marks(offset, moved):
     assert parse_field("lyrics", f"[offset: {offset}]\n[00:05.00]One\n[00:55.00]Two") == moved
+
+
+SRT = """1
+00:00:05,000 --> 00:00:08,500
+<i>One</i> &amp; only
+with an echo
+
+2
+01:00:10,250 --> 01:00:12,000
+♪ Two ♪
+"""
+VTT = """WEBVTT - a song
+
+NOTE
+not sung
+
+STYLE
+::cue { color: red }
+
+verse
+00:05.000 --> 00:08.500 align:start position:10%
+[Verse]
+<v Singer>One
+
+00:08.500 --> 00:10.000
+Two
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "lyrics", "words"),
+    [
+        (
+            SRT,
+            "[00:05.00]One & only\nwith an echo\n[00:08.50]\n[60:10.25]Two",
+            "One & only\nwith an echo\n\nTwo",
+        ),
+        (SRT.replace("\n", "\r\n"), "[00:05.00]One & only\nwith an echo\n[00:08.50]\n[60:10.25]Two", None),
+        (VTT, "[Verse]\n[00:05.00]One\n[00:08.50]Two", "[Verse]\nOne\nTwo"),
+        ("we go --> there\n1 --> 2", "we go --> there\n1 --> 2", None),
+    ],
+    ids=["SRT", "SRT of Windows", "VTT", "an arrow in lyrics"],
+)
+def test_subtitles_become_timed_lyrics(text, lyrics, words):
+    assert parse_field("lyrics", text) == lyrics
+    assert parse_field("lyrics", lyrics) == lyrics
+    assert words is None or without_time_marks(lyrics) == words
+
+
+def test_the_pause_after_a_subtitle_is_not_sung_through():
+    lyrics = parse_field("lyrics", SRT)
+    assert lyrics_between(lyrics, 4, 9) == "One & only\nwith an echo"
+    assert lyrics_between(lyrics, 20, 60) == ""
+
+
+def test_an_offset_moves_the_marks_of_words_too():
+    assert parse_field("lyrics", "[offset:500]\n[00:05.00] <00:05.00> a <00:06.50> b") == (
+        "[00:04.50] <00:04.50> a <00:06.00> b"
+    )

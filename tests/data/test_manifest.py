@@ -155,6 +155,15 @@ MISTAKES = [
     ({"metadata": {"genre_ratio": 120}, "samples": []}, "$.metadata.genre_ratio: 120"),
     ({"metadata": {"name": 3}, "samples": []}, "$.metadata.name: 3 is no text"),
     ([{}], "$.samples[0].audio_path"),
+    ([{"audio_path": "\ud800.wav"}], r'$.samples[0].audio_path: "\ud800.wav" is no name of a file'),
+    ([{"audio_path": "a.wav", "filename": "\ud800.wav"}], "$.samples[0].filename"),
+    ([{"audio_path": "a.wav", "id": "\udfff"}], "$.samples[0].id"),
+    ([{"audio_path": "a.wav", "caption": "\ud83d"}], "$.samples[0].caption"),
+    ([{"audio_path": "a.wav", "lyrics": "la \udc80"}], "$.samples[0].lyrics"),
+    ([{"audio_path": "a.wav", "repeat": 1e23}], "$.samples[0].repeat"),
+    ([{"audio_path": "a.wav", "bpm": 10**400}], "$.samples[0].bpm"),
+    ({"metadata": {"custom_tag": "\ud800"}, "samples": []}, "$.metadata.custom_tag"),
+    ({"metadata": {"genre_ratio": 1e999}, "samples": []}, "$.metadata.genre_ratio"),
     ([3], "$.samples[0]: an object"),
     ([{"audio_path": "a.wav", "bpm": "fast"}], '$.samples[0].bpm: "fast"'),
     ([{"audio_path": "a.wav", "timesignature": "5/4"}], '$.samples[0].timesignature: "5/4"'),
@@ -201,6 +210,44 @@ def test_a_file_that_is_not_there_is_told_with_the_command_that_makes_it(tmp_pat
     with pytest.raises(UserError) as error:
         read(tmp_path / "dataset.json")
     assert "build-dataset" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "kept"),
+    [
+        ({"prompt": "soft", "description": "a long text"}, "soft", {"description": "a long text"}),
+        ({"description": "a long text", "prompt": "soft"}, "a long text", {"prompt": "soft"}),
+        ({"prompt": "", "description": "a long text"}, "a long text", {"prompt": ""}),
+        ({"description": "x", "caption": "soft", "prompt": "y"}, "soft", {"description": "x", "prompt": "y"}),
+    ],
+)
+def test_of_two_names_for_one_field_neither_is_lost(tmp_path, names, known, kept):
+    for _ in range(2):
+        dataset = read(stored(tmp_path, {"samples": [{"audio_path": "a.wav", "id": "1", **names}]}))
+        write(tmp_path / "dataset.json", dataset)
+        (sample,) = read(tmp_path / "dataset.json").samples
+        assert (sample.caption, sample.extra) == (known, kept)
+
+
+def test_key_and_scale_are_one_key(tmp_path):
+    (sample,) = read(stored(tmp_path, [{"audio_path": "a.wav", "key": "A", "scale": "minor"}])).samples
+    assert sample.keyscale == "A minor"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path, kind):
+    path = tmp_path / "dataset.json"
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    with pytest.raises(UserError, match="not a file, and was not read"):
+        read(path)
+
+
+def test_a_long_list_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep.data.manifest._REPORT_SECONDS", 0)
+    events = []
+    read(stored(tmp_path, [{"audio_path": f"{i}.wav"} for i in range(5)]), events.append)
+    assert [(event.done, event.total) for event in events][-1] == (5, 5)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

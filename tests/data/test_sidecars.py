@@ -1,8 +1,11 @@
 """The text beside a song: what becomes which field, and which song it speaks for."""
 
 import json
+import os
+import socket
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -124,6 +127,8 @@ def test_what_is_left_out_is_told(text, told):
         ("[" * 100_000, {}, "no JSON"),
         ('{"bpm": ' + "9" * 5000 + "}", {}, "no JSON"),
         ('{"bpm": NaN}', {}, "no tempo"),
+        ('{"bpm": 1e999, "repeat": 1e23}', {}, "no tempo"),
+        (r'{"caption": "a \ud800 b", "genre": "pop \ud83c\udfb5"}', {"genre": "pop 🎵"}, "half of a character"),
         ('{"metadata": {}, "samples": []}', {}, None),
     ],
 )
@@ -305,9 +310,11 @@ def test_section_marks_are_told_from_other_brackets():
     [
         ({"x_prompt.txt": "techno, 124 BPM", "x_lyrics.txt": "[Verse]\nla"}, ("techno, 124 BPM", "[Verse]\nla")),
         ({"x.txt": "dark synthwave", "x.lyrics": "[Verse]\nla"}, ("dark synthwave", "[Verse]\nla")),
+        ({"x.caption": "techno", "x.SRT": "1\n00:00:01,000 --> 00:00:02,000\nla"}, ("techno", "[00:01.00]la")),
+        ({"x.caption": "techno", "x.vtt": "WEBVTT\n\n00:01.000 --> 00:02.000\nla"}, ("techno", "[00:01.00]la")),
         ({"x.txt": "<CAPTION>\nballad\n</CAPTION>\n<LYRICS>\n[Verse]\nla\n</LYRICS>\n"}, ("ballad", "[Verse]\nla")),
     ],
-    ids=["ACE-Step 1", "SimpleTuner", "ai-toolkit"],
+    ids=["ACE-Step 1", "SimpleTuner", "SRT", "VTT", "ai-toolkit"],
 )
 def test_captions_of_other_programs_arrive_in_their_fields(tmp_path, files, values):
     put(tmp_path, **files, **{"x.wav": "", "readme.txt": "words"})
@@ -324,7 +331,13 @@ def test_a_file_of_tags_gives_numbers_too():
     assert parse_txt("<BPM>72</BPM>\n<KEYSCALE>Dm</KEYSCALE>").values == {"bpm": 72, "keyscale": "D minor"}
 
 
-@pytest.mark.parametrize("text", ["key: A\nscale: minor", "Scale: minor\nKey: A", '{"key": "A", "scale": "minor"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("key: A\nscale: minor", "Scale: minor\nKey: A", "key: Am\nscale: minor", "scale: minor\nkey: Am"),
+        *('{"key": "A", "scale": "minor"}', '{"scale": "minor", "key": "A minor"}'),
+    ],
+)
 def test_note_and_mode_in_two_fields_are_one_key(text):
     known = parse_json(text) if text.startswith("{") else parse_txt(text)
     assert (known.values, known.problems) == ({"keyscale": "A minor"}, [])
@@ -334,4 +347,33 @@ def test_a_header_may_begin_with_words_that_are_no_field():
     known = parse_txt("Title: Home\nBPM: 120\nStyle: dream pop\n\n[Verse]\nKey: of my heart")
     assert known.values == {"bpm": 120, "caption": "dream pop", "lyrics": "[Verse]\nKey: of my heart"}
     assert ["Title" in problem for problem in known.problems] == [True]
+    known = parse_txt("BPM: 120\nVocal Style: breathy\nKey: Am\n[Verse]\nla")
+    assert known.values == {"bpm": 120, "keyscale": "A minor", "lyrics": "[Verse]\nla"}
     assert parse_txt("You: and me\nTempo: of the night").values == {"caption": "You: and me Tempo: of the night"}
+
+
+def test_a_second_name_of_a_field_counts_where_the_first_says_nothing():
+    assert parse_json('{"prompt": "N/A", "description": "soft", "caption": ""}').values == {"caption": "soft"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.caption.txt", "a.lrc", "a.srt"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_what_is_no_regular_file_is_told_and_never_opened(tmp_path, monkeypatch, name, kind):
+    monkeypatch.chdir(tmp_path)
+    if kind == "pipe":
+        os.mkfifo(name)
+    elif kind == "device":
+        Path(name).symlink_to("/dev/zero")
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(name)
+    (known,) = Sidecars([tmp_path / "a.wav"]).of(tmp_path / "a.wav")
+    assert (known.values, known.problems) == ({}, ["is a pipe or a device, not a file, and was not read"])
+
+
+def test_tags_that_never_close_take_no_time():
+    started = time.process_time()
+    parse_txt("<a>" * 300_000)
+    parse_txt("<caption>" * 100_000)
+    assert time.process_time() - started < 5

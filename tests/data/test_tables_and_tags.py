@@ -1,5 +1,10 @@
 """Lists of songs in CSV files, and what audio files say of themselves."""
 
+import json
+import os
+import tracemalloc
+import zlib
+
 import mutagen
 import mutagen.id3
 import pytest
@@ -193,8 +198,48 @@ def test_an_audiofolder_names_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", '{"file_name": "one.wav", "caption": "warm", "key": "A", "scale": "minor"}\n\n'),
+        ("metadata.csv", "file_name,caption,key,scale\n./x/../one.wav,warm,A,minor\n"),
+        ("metadata.tsv", "caption\tscale\tFile\tkey\nwarm\tminor\tone\tA\n"),
+        ("metadata.csv", "{folder}/one.wav"),
+        ("metadata.jsonl", "{folder}/one.wav"),
+    ],
+)
+def test_lists_of_every_kind_name_songs_by_any_path(tmp_path, name, text):
+    if "{folder}" in text:
+        path = text.format(folder=tmp_path)
+        row = {"file_name": path, "caption": "warm", "scale": "minor", "key": "A"}
+        text = json.dumps(row) if name.endswith("jsonl") else f"{','.join(row)}\n{','.join(row.values())}\n"
+    found = tables(tmp_path, ["one.wav", "two.wav"], **{name: text})
+    assert values(found, tmp_path / "one.wav") == [{"caption": "warm", "keyscale": "A minor"}]
+    assert values(found, tmp_path / "two.wav") == []
+    assert found.problems == []
+
+
+@pytest.mark.parametrize("line", ["[1]", "{", "3", "[" * 100_000])
+def test_a_line_that_is_no_object_is_told(tmp_path, line):
+    found = tables(tmp_path, ["one.wav"], **{"m.jsonl": '{"file_name": "one.wav", "bpm": 90}\n' + line})
+    assert "is no list that can be read" in found.problems[0][1]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+def test_a_pipe_under_the_name_of_a_list_is_told(tmp_path):
+    os.mkfifo(tmp_path / "l.csv")
+    (tmp_path / "folder.csv").mkdir()
+    assert [problem for _, problem in tables(tmp_path, ["one.wav"]).problems] == [
+        "is a pipe or a device, not a file, and was not read"
+    ]
+
+
+@pytest.mark.parametrize(
     ("frames", "expected"),
     [
+        ([("TKEY", "", "Am - 7"), ("TXXX", "TEMPO", "90")], {"keyscale": "A minor", "bpm": 90}),
+        ([("TXXX", "Initial Key", "8A/Energy 6"), ("TBPM", "", "128.00")], {"keyscale": "A minor", "bpm": 128}),
+        ([("TKEY", "", "o"), ("TXXX", "LYRICS", "la\nla")], {"lyrics": "la\nla"}),
+        ([("TCON", "", "(17)(26)")], {"genre": "Rock, Ambient"}),
         ([("TXXX", "INITIALKEY", "Am"), ("TXXX", "BPM", "121")], {"keyscale": "A minor", "bpm": 121}),
         ([("TKEY", "", "o")], {}),
         ([("TKEY", "", "8A - Energy 7")], {"keyscale": "A minor"}),
@@ -229,6 +274,82 @@ def test_timed_lyrics_of_a_tag_become_time_marks(tmp_path):
     tags.add(mutagen.id3.SYLT(encoding=3, lang="eng", format=2, type=1, desc="", text=[("One", 1000), ("Two", 65_500)]))
     tags.save(tmp_path / "a.mp3")
     assert read_tags(tmp_path / "a.mp3").values == {"lyrics": "[00:01.00]One\n[01:05.50]Two"}
+
+
+def with_lyrics(path, *frames):
+    write_sndfile(path, tone(), 48_000, format="MP3")
+    tags = mutagen.id3.ID3()
+    for kind, language, text in frames:
+        timed = {"format": 2, "type": 1} if kind == "SYLT" else {}
+        tags.add(getattr(mutagen.id3, kind)(encoding=3, lang=language, desc="", text=text, **timed))
+    tags.save(path)
+    return path
+
+
+THREE = ("USLT", "eng", "Line"), ("USLT", "spa", "A long line in Spanish"), ("SYLT", "eng", [("Line", 1000)])
+
+
+@pytest.mark.parametrize(
+    ("language", "lyrics", "told"),
+    [("es", "A long line in Spanish", 0), ("en", "[00:01.00]Line", 0), ("fr", "[00:01.00]Line", 1)],
+)
+def test_of_lyrics_in_several_languages_the_songs_own_are_taken(tmp_path, language, lyrics, told):
+    read = read_tags(with_lyrics(tmp_path / "a.mp3", *THREE), language)
+    assert (read.values, len(read.problems)) == ({"lyrics": lyrics}, told)
+    assert all("en and es" in problem for problem in read.problems)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [("Soft ", 1000), ("rain", 1500), ("\non the ", 4000), ("roof", 4500)],
+        [("Soft ", 1000), ("rain\n", 1500), ("on the ", 4000), ("roof\n", 4500)],
+        [("\nSoft rain", 1000), ("\non the roof", 4000)],
+    ],
+)
+def test_timed_words_make_timed_lines(tmp_path, words):
+    read = read_tags(with_lyrics(tmp_path / "a.mp3", ("SYLT", "eng", words)))
+    assert read.values == {"lyrics": "[00:01.00]Soft rain\n[00:04.00]on the roof"}
+
+
+def compressed(identity, data, version=4):
+    payload, length = zlib.compress(data, 9), len(data)
+    sizes = (21, 14, 7, 0) if version == 4 else (24, 16, 8, 0)
+    number = lambda n: bytes((n >> s) & (127 if version == 4 else 255) for s in sizes)  # noqa: E731
+    flags = b"\0\x09" if version == 4 else b"\0\x80"
+    return identity + number(len(payload) + 4) + flags + number(length) + payload
+
+
+def with_frames(path, frames, version=4):
+    size = bytes((len(frames) >> s) & 127 for s in (21, 14, 7, 0))
+    write_sndfile(path, tone(), 48_000, format="MP3")
+    path.write_bytes(b"ID3" + bytes([version, 0, 0]) + size + frames + path.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("kind", ["one frame", "many frames", "chapter"])
+def test_what_unpacks_beyond_a_mebibyte_is_refused_in_bounds_of_memory(tmp_path, version, kind):
+    title = compressed(b"TIT2", b"\x03Night", version)
+    if kind == "one frame":
+        bombs = compressed(b"USLT", b"\x03eng\0" + b"a" * (64 << 20), version)
+    elif kind == "many frames":
+        bombs = b"".join(compressed(b"TXXX", f"\x03{i}\0".encode() + b"a" * 1_000_000, version) for i in range(64))
+    else:
+        bombs = compressed(b"CHAP", b"a\0" + bytes(16) + compressed(b"TIT2", b"a" * (64 << 20), version), version)
+    path = with_frames(tmp_path / "a.mp3", title + bombs, version)
+    tracemalloc.start()
+    read = read_tags(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (read.title, read.problems) == ("Night", ["a compressed tag unpacks to more than 1 MiB and was not read"])
+    assert peak < 60 << 20
+
+
+def test_a_file_after_one_that_was_refused_is_read(tmp_path):
+    read_tags(with_frames(tmp_path / "a.mp3", compressed(b"USLT", b"\x03eng\0" + b"a" * (2 << 20))))
+    read = read_tags(with_frames(tmp_path / "b.mp3", compressed(b"USLT", b"\x03eng\0la")))
+    assert (read.values, read.problems) == ({"lyrics": "la"}, [])
 
 
 def test_a_tag_of_more_than_a_mebibyte_reaches_no_prompt(tmp_path):

@@ -1,6 +1,7 @@
 """Text files as people's editors leave them, in whatever encoding."""
 
 import random
+import time
 
 import pytest
 
@@ -87,3 +88,22 @@ def test_bytes_that_are_no_text_reach_no_prompt_and_are_told(name, tmp_path):
     found = Sidecars([tmp_path / "song.wav"]).of(tmp_path / "song.wav")
     assert len(found) == 5
     assert all(known.values == {} and known.problems == [UNREADABLE] for known in found)
+
+
+@pytest.mark.parametrize("text", ["für dich ist es schön, Grüße über alles hinweg", RUSSIAN, CHINESE * 3])
+@pytest.mark.parametrize("damage", [b"\xff", b"\xc3", b"\xe6\x9c"])
+def test_a_damaged_byte_is_left_out_of_utf_8(text, damage):
+    data = text.encode()
+    at = data.index(b"\n") + 1 if "\n" in text else len("für ".encode())
+    assert decode_text(data[:at] + damage + data[at:]) == (
+        text,
+        "is damaged UTF-8; what could not be read was left out",
+    )
+
+
+@pytest.mark.parametrize(("encoding", "text"), WRITTEN[::4])
+def test_a_long_file_is_told_by_its_letters_wherever_they_stand(encoding, text):
+    whole = "words of plain letters\n" * 20_000 + text * 4_000
+    started = time.process_time()
+    assert decode_text(whole.encode(encoding))[0] == whole
+    assert time.process_time() - started < 20

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import mutagen
+import mutagen.id3
 import pytest
 from immich_memories_music import tracks_dir
 
@@ -253,6 +254,45 @@ def test_a_song_from_elsewhere_stays_in_the_list(tmp_path):
     build(tmp_path / "out", output=tmp_path / "dataset.json")
     build_dataset(BuildDatasetConfig(input=tmp_path / "in", output=tmp_path / "dataset.json"), lambda e: None)
     assert [s.filename for s in read(tmp_path / "dataset.json").samples] == ["a.wav", "b.wav"]
+
+
+def test_a_file_kept_elsewhere_is_rebuilt_with_what_it_says_of_songs_in_their_own_folder(tmp_path):
+    songs(tmp_path, "music/a.wav", "music/x/b.wav", "lists/c.wav")
+    written = [{"audio_path": "a.wav", "caption": "soft", "id": "7"}, {"filename": "x/b.wav", "caption": "hard"}]
+    (tmp_path / "lists" / "dataset.json").write_text(json.dumps([*written, {"filename": "c.wav"}]), encoding="utf-8")
+    for _ in range(2):
+        events = []
+        config = BuildDatasetConfig(input=tmp_path / "music", output=tmp_path / "lists")
+        summary = build_dataset(config, events.append)
+        assert [(s.audio_path.relative_to(tmp_path).as_posix(), s.caption) for s in summary.dataset.samples] == [
+            ("music/a.wav", "soft"),
+            ("music/x/b.wav", "hard"),
+            ("lists/c.wav", ""),
+        ]
+        assert summary.dataset.samples[0].id == "7"
+        assert "is not there" not in messages(events)
+
+
+def test_many_songs_that_are_away_are_one_line(tmp_path):
+    songs(tmp_path, "a.wav")
+    (tmp_path / "dataset.json").write_text(json.dumps([{"filename": f"{i}.wav"} for i in range(9)]), encoding="utf-8")
+    _, events = build(tmp_path)
+    assert messages(events).count("not there") == 1
+    assert "0.wav and 8 more are not there" in messages(events)
+
+
+def test_the_language_of_a_sidecar_chooses_among_the_lyrics_of_the_tags(tmp_path):
+    for name, language in (("a", "es"), ("b", "English")):
+        path = tmp_path / f"{name}.mp3"
+        write_sndfile(path, tone(), 48_000, format="MP3")
+        tags = mutagen.id3.ID3()
+        for code, text in (("eng", "English line"), ("spa", "Linea")):
+            tags.add(mutagen.id3.USLT(encoding=3, lang=code, desc="", text=text))
+        tags.save(path)
+        (tmp_path / f"{name}.txt").write_text(f"language: {language}", encoding="utf-8")
+    found, events = build(tmp_path)
+    assert {name: song.lyrics for name, song in found.items()} == {"a.mp3": "Linea", "b.mp3": "English line"}
+    assert "languages" not in messages(events)
 
 
 def test_a_song_called_dataset_is_not_described_by_the_output(tmp_path):

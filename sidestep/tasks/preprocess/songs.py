@@ -111,7 +111,7 @@ def find_dataset(config: PreprocessConfig, report: Report) -> tuple[Path, Datase
         if folder:
             reason = "--dataset-json lists them; --audio-dir is not searched"
             report(Decision(what="songs", value=str(path), reason=reason))
-        return path.absolute().parent, read_dataset(path)
+        return path.absolute().parent, read_dataset(path, report)
     if not folder or not folder.is_dir():
         raise UserError(f"--audio-dir {folder}: no such folder.", "Give the folder that holds the songs.")
     path = folder / DATASET_NAME
@@ -121,7 +121,7 @@ def find_dataset(config: PreprocessConfig, report: Report) -> tuple[Path, Datase
         return folder.absolute(), index_folder(folder, report)
     reason = "--audio-dir holds a dataset.json; build-dataset --overwrite lists the folder anew"
     report(Decision(what="songs", value=str(path), reason=reason))
-    dataset = read_dataset(path)
+    dataset = read_dataset(path, report)
     listed = {os.path.normcase(absolute(sample.audio_path)) for sample in dataset.samples}
     unlisted = [audio for audio in find_audio(folder) if os.path.normcase(absolute(audio)) not in listed]
     if unlisted:
