@@ -63,6 +63,27 @@ class Result:
     facts: dict[str, float] = field(default_factory=dict)
 
 
+def as_markdown(result: Result) -> str:
+    """A result as a Markdown table with its note and its facts."""
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    lines = [f"### {result.title}", "", result.note, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |" for row in result.rows]
+    return "\n".join(
+        [
+            *lines,
+            *([""] if result.facts else []),
+            *(f"- {name}: **{value:.2f}**" for name, value in result.facts.items()),
+            "",
+        ]
+    )
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device's queue."""
     if device.type in ("cuda", "xpu", "mps"):

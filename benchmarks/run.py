@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 import torch
 
 from benchmarks import charts, speed_attention, speed_compile, speed_growth, speed_loop, speed_start
-from benchmarks.measure import ROOT, Result, Setting, machine
+from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
 from sidestep.acestep.device import choose_device, choose_precision
 
 RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
@@ -83,27 +83,6 @@ def with_ratios(readme: str, tables: dict) -> str:
     return "\n".join(
         [before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]]
     )
-
-
-def as_markdown(result: Result) -> str:
-    """A result as a Markdown table with its note and its facts."""
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    lines = [f"### {result.title}", "", result.note, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |" for row in result.rows]
-    return "\n".join(
-        [
-            *lines,
-            *([""] if result.facts else []),
-            *(f"- {name}: **{value:.2f}**" for name, value in result.facts.items()),
-            "",
-        ]
-    )
-
-
-def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def report(tables: dict) -> str:

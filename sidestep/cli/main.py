@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress is ours to show
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs at every import
+    # where it is installed, bitsandbytes and transformers fetch code by it; none runs here that was not installed
+    sys.modules.setdefault("kernels", None)  # pyrefly: ignore[no-matching-overload]  None: not to be imported
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries warning their developers, not our users
     return guarded(terminal or Terminal(), lambda: None, lambda: run_line(argv, terminal))

@@ -426,3 +426,18 @@ def test_sigterm_stops_like_ctrl_c(task):
 def test_cli_main_is_what_train_py_runs():
     assert cli_main.main is main
     assert "from sidestep.cli.main import entry" in (ROOT / "train.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_no_library_fetches_code_even_where_it_could(tmp_path):
+    """A stand-in for the package by which bitsandbytes and transformers fetch kernels: it is never imported."""
+    marker = tmp_path / "imported"
+    (tmp_path / "kernels.py").write_text(f"open({str(marker)!r}, 'w')\ndef get_kernel(*a, **k): raise ImportError")
+    code = "from sidestep.cli.main import main; main(['--version']); import bitsandbytes, peft, transformers, diffusers"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not marker.exists()
