@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
@@ -117,6 +118,8 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
     if device.value.index is not None:
         torch.get_device_module(device.value).set_device(device.value)
     mixed = MIXED_PRECISION.get(precision.value, "no")
+    # accelerate keeps what the first job of a process chose, and the wizard runs several in one
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=device.value.type == "cpu", mixed_precision=mixed)
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate would train with DDP here without a word; torch shards on CPUs too
