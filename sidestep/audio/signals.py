@@ -15,6 +15,7 @@ Time signature. Whether onsets repeat more after three beats or after four. Two 
 What has no pulse or no tonality gives None. Accuracy: `benchmarks/analyze.py`.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyloudnorm
 import soxr
+from pyloudnorm import IIRfilter
 from scipy.ndimage import gaussian_filter1d
+from scipy.signal import lfilter
 
-from sidestep.audio.io import SAMPLE_RATE, decode
+from sidestep.audio.io import PIECE_SAMPLES, SAMPLE_RATE, probe, stream
 
 # The extra may not be installed; `is_available` says so before anything is asked of it.
 librosa: Any = import_module("librosa") if find_spec("librosa") else None
@@ -34,56 +36,61 @@ librosa: Any = import_module("librosa") if find_spec("librosa") else None
 PEAK_DBFS = -1.0
 LOUDNESS_LUFS = -14.0
 
-_BLOCKS_AT_ONCE = 100  # ten seconds
-_WARM_UP_BLOCKS = 10  # the K-weighting filter has forgotten its start well before
+TENTH = SAMPLE_RATE // 10
 
 
-def normalize(audio: np.ndarray, mode: str, sample_rate: int) -> np.ndarray:
-    """`audio` float32 [2, S] times one gain, changed in place and returned: a long song is not held twice.
+class LevelMeter:
+    """Length, peak and integrated loudness (ITU-R BS.1770-4) of a song, of which only one piece need be in memory."""
 
-    none: as it is. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS integrated (ITU-R BS.1770-4), but never
-    above a peak of -1 dBFS, so a dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs
-    also what is too short (0.4 s) or too quiet (-70 LUFS) to measure.
-    """
-    if mode == "none":
-        return audio
-    if mode not in ("peak", "lufs"):
-        raise ValueError(f"normalization {mode!r}: must be none, peak or lufs")
-    peak = float(max(audio.max(initial=0.0), -audio.min(initial=0.0)))
-    if peak <= 0:
-        return audio
-    to_peak_db = PEAK_DBFS - 20 * np.log10(peak)
-    gain_db = to_peak_db
-    if mode == "lufs":
-        loudness = integrated_loudness(audio, sample_rate)
-        if not np.isfinite(loudness):
-            return audio
-        gain_db = min(LOUDNESS_LUFS - loudness, to_peak_db)
-    audio *= np.float32(10 ** (gain_db / 20))
-    return audio
+    def __init__(self) -> None:
+        self.samples, self.peak = 0, 0.0
+        # K-weighting.
+        self._filters = (
+            IIRfilter(4.0, 0.5**0.5, 1500.0, SAMPLE_RATE, "high_shelf"),
+            IIRfilter(0.0, 0.5, 38.0, SAMPLE_RATE, "high_pass"),
+        )
+        self._states = [np.zeros((2, 2)) for _ in self._filters]
+        self._rest = np.empty((2, 0))
+        self._powers = [np.empty(0)]  # of each tenth of a second, both channels together
 
+    def add(self, piece: np.ndarray) -> None:
+        """Hear the next piece, float32 [2, n] at 48 kHz."""
+        self.samples += piece.shape[1]
+        self.peak = max(self.peak, float(np.abs(piece).max(initial=0.0)))
+        for i, weighting in enumerate(self._filters):
+            piece, self._states[i] = lfilter(weighting.b, weighting.a, piece, zi=self._states[i])
+        piece = np.concatenate((self._rest, piece), axis=1)
+        whole = piece.shape[1] // TENTH * TENTH
+        self._powers.append(np.square(piece[:, :whole]).reshape(2, -1, TENTH).mean(axis=2).sum(axis=0))
+        self._rest = piece[:, whole:]
 
-def integrated_loudness(audio: np.ndarray, sample_rate: int) -> float:
-    """LUFS of float32 [2, S]; -inf where every block of 0.4 s is below the gate or there is none.
+    @property
+    def loudness_lufs(self) -> float:
+        """LUFS; -inf where every block of 0.4 s is below the gate or there is none."""
+        tenths = np.concatenate(self._powers)
+        if len(tenths) < 4:
+            return -np.inf
+        powers = np.convolve(tenths, np.full(4, 0.25), "valid")
+        audible = powers[powers >= 10 ** ((-70 + 0.691) / 10)]
+        if not len(audible):
+            return -np.inf
+        gated = audible[audible > audible.mean() / 10]
+        return float(-0.691 + 10 * np.log10(gated.mean()))
 
-    pyloudnorm filters and measures the blocks, ten seconds at a time (it would otherwise hold the song several times
-    over); the two gates of BS.1770-4 are then applied to the blocks of the whole song.
-    """
-    meter = pyloudnorm.Meter(sample_rate)
-    step = sample_rate // 10  # blocks of 0.4 s start every 0.1 s
-    whole_blocks = max((audio.shape[1] - 4 * step) // step + 1, 0)
-    blocks: list[float] = []
-    for first in range(0, whole_blocks, _BLOCKS_AT_ONCE):
-        last = min(first + _BLOCKS_AT_ONCE, whole_blocks) - 1
-        warm_up = min(first, _WARM_UP_BLOCKS)
-        meter.integrated_loudness(audio[:, (first - warm_up) * step : (last + 4) * step].T)
-        blocks += meter.blockwise_loudness[warm_up : warm_up + last - first + 1]
-    powers = 10 ** ((np.array(blocks, np.float64) + 0.691) / 10)
-    audible = powers[powers >= 10 ** ((-70 + 0.691) / 10)]
-    if not len(audible):
-        return -np.inf
-    gated = audible[audible > audible.mean() / 10]
-    return float(-0.691 + 10 * np.log10(gated.mean()))
+    def gain(self, mode: str) -> float:
+        """The factor that brings the song to its level.
+
+        none: 1. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS, but never above a peak of -1 dBFS, so a
+        dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs also what is too short
+        (0.4 s) or too quiet (-70 LUFS) to measure.
+        """
+        if mode not in ("none", "peak", "lufs"):
+            raise ValueError(f"normalization {mode!r}: must be none, peak or lufs")
+        loudness = self.loudness_lufs
+        if mode == "none" or not self.peak or (mode == "lufs" and loudness == -np.inf):
+            return 1.0
+        to_peak_db = PEAK_DBFS - 20 * np.log10(self.peak)
+        return float(10 ** ((min(LOUDNESS_LUFS - loudness, to_peak_db) if mode == "lufs" else to_peak_db) / 20))
 
 
 VERSION = 1  # of the results: raised whenever they change
@@ -117,33 +124,36 @@ def is_available() -> bool:
 
 def estimate_file(path: Path) -> Estimate:
     """Tempo, key and time signature of an audio file. Raises AudioError."""
-    audio = decode(path)
-    middle, half = audio.shape[1] // 2, SECONDS * SAMPLE_RATE // 2
-    mono = audio[:, max(middle - half, 0) : middle + half].mean(axis=0)
-    return estimate(soxr.resample(mono, SAMPLE_RATE, _RATE))
+    end = round((probe(path).seconds + SECONDS) / 2 * SAMPLE_RATE)
+    heard: deque[np.ndarray] = deque(maxlen=SECONDS * SAMPLE_RATE // PIECE_SAMPLES + 1)
+    total = 0
+    for piece in stream(path):
+        heard.append(piece.mean(axis=0))
+        total += piece.shape[1]
+        if total >= end:
+            break
+    mono = np.concatenate(heard)
+    middle = mono[: len(mono) - max(total - end, 0)][-SECONDS * SAMPLE_RATE :]
+    return estimate(soxr.resample(middle, SAMPLE_RATE, _RATE))
 
 
 def estimate(mono: np.ndarray) -> Estimate:
     """The same of float32 [S] at 22,050 Hz."""
     if len(mono) < 5 * _RATE or np.abs(mono).max() < 1e-4:
         return Estimate()
-    repeats = _autocorrelation(_onset_strength(mono))
-    bpm = _tempo(repeats)
+    onsets = librosa.onset.onset_strength(y=mono, sr=_RATE, hop_length=_HOP, n_mels=128, fmax=10_000)
+    usual = gaussian_filter1d(onsets, 0.5 * _RATE / _HOP)
+    # Onsets less what is usual around them, smoothed over 35 ms: players are not exact.
+    repeats = autocorrelation(gaussian_filter1d(np.maximum(onsets - usual, 0), 3))
+    bpm = tempo(repeats)
     return Estimate(
         bpm=round(bpm) if bpm else None,
         keyscale=_key(mono),
-        timesignature=_time_signature(repeats, bpm) if bpm else None,
+        timesignature=time_signature(repeats, bpm) if bpm else None,
     )
 
 
-def _onset_strength(mono: np.ndarray) -> np.ndarray:
-    """Onset strength per hop, less what is usual around it, smoothed over 35 ms: players are not exact."""
-    onsets = librosa.onset.onset_strength(y=mono, sr=_RATE, hop_length=_HOP, n_mels=128, fmax=10_000)
-    usual = gaussian_filter1d(onsets, 0.5 * _RATE / _HOP)
-    return gaussian_filter1d(np.maximum(onsets - usual, 0), 3)
-
-
-def _autocorrelation(signal: np.ndarray) -> np.ndarray:
+def autocorrelation(signal: np.ndarray) -> np.ndarray:
     """Unbiased autocorrelation over lags of up to 16 s or half of the signal, 1 at lag 0."""
     signal = signal - signal.mean()
     n = len(signal)
@@ -158,7 +168,8 @@ def _at(repeats: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return np.interp(seconds * _RATE / _HOP, np.arange(len(repeats)), repeats, right=0.0)
 
 
-def _tempo(repeats: np.ndarray) -> float | None:
+def tempo(repeats: np.ndarray) -> float | None:
+    """Beats per minute of an autocorrelation; None where nothing repeats enough."""
     beat = 60 / _TEMPOS
     strength = sum((weight * _at(repeats, beat * beats) for beats, weight in _BEATS.items()), np.zeros_like(beat))
     strength /= sum(_BEATS.values())
@@ -167,7 +178,8 @@ def _tempo(repeats: np.ndarray) -> float | None:
     return float(_TEMPOS[best]) if strength[best] >= _LEAST_PULSE else None
 
 
-def _time_signature(repeats: np.ndarray, bpm: float) -> str:
+def time_signature(repeats: np.ndarray, bpm: float) -> str:
+    """Beats in a bar, "3" or "4", of an autocorrelation."""
     threes, fours, twos = (float(_at(repeats, np.array(beats) * 60 / bpm).mean()) for beats in ((3, 6), (4, 8), (2, 4)))
     return "3" if threes > max(fours, twos) else "4"
 

@@ -24,8 +24,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sidestep.acestep.conditions import LYRIC_TOKENS, TEXT_TOKENS, lyric_prompt, text_prompt
-from sidestep.audio.io import SAMPLE_RATE, AudioError, AudioInfo, content_hash, decode, is_cut_short, probe
-from sidestep.audio.signals import integrated_loudness
+from sidestep.audio.io import SAMPLE_RATE, AudioError, AudioInfo, content_hash, is_cut_short, probe, stream
+from sidestep.audio.signals import TENTH, LevelMeter
 from sidestep.data.fields import INSTRUMENTAL
 from sidestep.data.lyrics import without_time_marks
 from sidestep.data.manifest import (
@@ -45,16 +45,21 @@ from sidestep.pages import render
 from sidestep.pages.charts import bars, histogram, waveform
 from sidestep.words import clock, count
 
-VERSION = 1  # of the measurements: raised whenever they change
+VERSION = 2  # of the measurements: raised whenever they change
 CACHE = Path(".side-step") / "audit.json"
 
 # How a song is measured.
-BLOCK_SAMPLES = SAMPLE_RATE // 10
-SILENCE_DBFS = -60.0  # a block below this is silent
+SILENCE_DBFS = -60.0  # a tenth of a second below this is silent
+CLIPPED_PEAK = 10 ** (-1 / 20)  # a song whose peak is lower is not clipped; all samples beyond full scale are
 FLAT_SAMPLES = 3  # so many samples in a row at one song's own peak are a peak that was cut off
 ENVELOPE_POINTS = 160
+ENVELOPE_SAMPLES = SAMPLE_RATE // 100
 SHAPE_SAMPLES = 2 * SAMPLE_RATE
-SHAPE_BANDS = 12
+SHAPE_BANDS = 12  # from 60 Hz to 12 kHz
+SHAPE_WINDOW = np.hanning(SHAPE_SAMPLES).astype(np.float32)
+SHAPE_EDGES = np.searchsorted(
+    np.fft.rfftfreq(SHAPE_SAMPLES, 1 / SAMPLE_RATE), np.geomspace(60, 12_000, SHAPE_BANDS + 1)
+)
 CHARACTERS_PER_TOKEN = 3.5  # of Latin script; of other scripts a character is about a token
 
 # What is found.
@@ -65,7 +70,7 @@ MOSTLY_SILENT = 0.5
 CLIPPED_SAMPLES = 50
 LOW_RATE = 32_000
 
-THREADS = 4  # each holds a whole song
+THREADS = 4
 REPORT_SECONDS = 0.5
 SAVE_SECONDS = 30.0
 
@@ -93,66 +98,54 @@ class Measurement:
 
 
 def measure(path: Path) -> Measurement:
-    """Decode one song and measure it. Raises AudioError."""
-    return measure_audio(probe(path), decode(path))
+    """Decode one song and measure it, piece by piece. Raises AudioError."""
+    return measure_pieces(probe(path), stream(path))
 
 
-def measure_audio(info: AudioInfo, audio: np.ndarray) -> Measurement:
-    """The same of float32 [2, S] at 48 kHz that was decoded from a file with header `info`."""
-    seconds = audio.shape[1] / SAMPLE_RATE
-    peak = float(max(audio.max(), -audio.min(), 1e-6))
-    loudness = integrated_loudness(audio, SAMPLE_RATE)
-    block_count = max(audio.shape[1] // BLOCK_SAMPLES, 1)
-    blocks = audio[:, : block_count * BLOCK_SAMPLES].reshape(2, block_count, -1)
-    power = np.einsum("cbs,cbs->b", blocks, blocks, dtype=np.float64) / (2 * blocks.shape[2])
-    digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, audio.shape[1], SAMPLE_RATE * 10):
-        part = audio[:, start : start + SAMPLE_RATE * 10]
-        digest.update((part * 32767).round().astype(np.int32).tobytes())
-    starts = np.unique(np.linspace(0, audio.shape[1], ENVELOPE_POINTS + 1).astype(int)[:-1])
-    above, below = (ufunc.reduceat(audio, starts, axis=1) for ufunc in (np.maximum, np.minimum))
+def measure_pieces(info: AudioInfo, pieces: Iterable[np.ndarray]) -> Measurement:
+    """The same of pieces, float32 [2, n] at 48 kHz, that were decoded from a file with header `info`.
+
+    Each piece is whole seconds long, an even number of them, but for the last.
+    """
+    meter, digest, clipped = LevelMeter(), hashlib.blake2b(digest_size=16), 0
+    silent: list[np.ndarray] = []
+    peaks: list[np.ndarray] = []
+    shape: list[int] = []
+    for piece in pieces:
+        top_before = min(meter.peak, 1.0)
+        meter.add(piece)
+        top = min(meter.peak, 1.0) * 0.9999
+        if top > top_before:  # what was flat before did not reach it
+            clipped = 0
+        if meter.peak >= CLIPPED_PEAK:
+            edges = np.flatnonzero(np.diff(np.pad(np.abs(piece) >= top, ((0, 0), (1, 1))).ravel()))
+            runs = edges[1::2] - edges[::2]
+            clipped += int(runs[runs >= FLAT_SAMPLES].sum())
+        digest.update((piece * 32767).round().astype(np.int32).tobytes())
+        tenths = max(piece.shape[1] // TENTH, 1)
+        blocks = piece[:, : tenths * TENTH].reshape(2, tenths, -1)
+        silent.append(np.square(blocks, dtype=np.float64).mean(axis=(0, 2)) < 10 ** (SILENCE_DBFS / 10))
+        peaks.append(np.maximum.reduceat(np.abs(piece).max(axis=0), np.arange(0, piece.shape[1], ENVELOPE_SAMPLES)))
+        for end in range(SHAPE_SAMPLES, piece.shape[1] + 1, SHAPE_SAMPLES):
+            power = np.abs(np.fft.rfft(piece[:, end - SHAPE_SAMPLES : end].mean(axis=0) * SHAPE_WINDOW)) ** 2
+            bands = (power[a:b].mean() for a, b in itertools.pairwise(SHAPE_EDGES))
+            shape += [round(10 * float(np.log10(band + 1e-6))) for band in bands]
+    seconds, envelope = meter.samples / SAMPLE_RATE, np.concatenate(peaks).clip(0, 1)
+    starts = np.unique(np.linspace(0, len(envelope), ENVELOPE_POINTS + 1).astype(int)[:-1])
     return Measurement(
         seconds=seconds,
         sample_rate=info.sample_rate,
         channels=info.channels,
         format=info.format,
         cut_short=is_cut_short(info, seconds),
-        peak_db=20 * float(np.log10(peak)),
-        loudness_lufs=float(loudness) if np.isfinite(loudness) else None,
-        silence=float(np.mean(power < 10 ** (SILENCE_DBFS / 10))),
-        clipped=_clipped(audio, peak),
+        peak_db=20 * float(np.log10(max(meter.peak, 1e-6))),
+        loudness_lufs=meter.loudness_lufs if np.isfinite(meter.loudness_lufs) else None,
+        silence=float(np.concatenate(silent).mean()),
+        clipped=clipped,
         sound=digest.hexdigest(),
-        envelope=tuple(round(float(min(v, 1.0)), 3) for v in np.maximum(above, -below).max(axis=0)),
-        shape=_shape(audio),
+        envelope=tuple(round(float(peak), 3) for peak in np.maximum.reduceat(envelope, starts)),
+        shape=tuple(shape),
     )
-
-
-def _clipped(audio: np.ndarray, peak: float) -> int:
-    """Samples in runs of three and more at the song's highest level, where that is within 1 dB of full scale or above.
-
-    All samples beyond full scale count.
-    """
-    if peak < 10 ** (-1 / 20):
-        return 0
-    clipped = 0
-    for channel in audio:
-        flat = np.abs(channel) >= min(peak, 1.0) * 0.9999
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], flat, [False])).astype(np.int8)))
-        runs = edges[1::2] - edges[::2]
-        clipped += int(runs[runs >= FLAT_SAMPLES].sum())
-    return clipped
-
-
-def _shape(audio: np.ndarray) -> tuple[int, ...]:
-    """Decibels in 12 bands from 60 Hz to 12 kHz, one frame every two seconds, frame after frame."""
-    edges = np.searchsorted(np.fft.rfftfreq(SHAPE_SAMPLES, 1 / SAMPLE_RATE), np.geomspace(60, 12_000, SHAPE_BANDS + 1))
-    window = np.hanning(SHAPE_SAMPLES).astype(np.float32)
-    levels = []
-    for end in range(SHAPE_SAMPLES, audio.shape[1] + 1, SHAPE_SAMPLES):
-        mono = audio[:, end - SHAPE_SAMPLES : end].mean(axis=0) * window
-        power = np.abs(np.fft.rfft(mono)) ** 2
-        levels += [round(10 * float(np.log10(power[a:b].mean() + 1e-6))) for a, b in itertools.pairwise(edges)]
-    return tuple(levels)
 
 
 def same_recording(a: Measurement, b: Measurement) -> bool:
@@ -192,20 +185,6 @@ def guess(text: str) -> int:
     """About how many tokens a text has, without a tokenizer."""
     latin = sum(c < "\u0250" for c in text)
     return round(latin / CHARACTERS_PER_TOKEN + len(text) - latin)
-
-
-def prompt_tokens(
-    sample: Sample, metadata: Metadata, seconds: float, tokens_in: Callable[[str], int]
-) -> tuple[int, int]:
-    """(tokens of the text prompt, of the lyric prompt), as they reach the model."""
-    text = text_prompt(
-        prompt_caption(sample, metadata),
-        bpm=sample.bpm,
-        timesignature=sample.timesignature,
-        keyscale=sample.keyscale,
-        duration=seconds,
-    )
-    return tokens_in(text), tokens_in(lyric_prompt(without_time_marks(prompt_lyrics(sample)), sample.language))
 
 
 @dataclass(frozen=True)
@@ -393,24 +372,17 @@ def _plots(songs: Sequence[Song]) -> list[dict[str, Any]]:
     tempos = [float(s.sample.bpm) for s in songs if s.sample.bpm]
     lyrics = [float(s.lyric_tokens) for s in songs if s.sample.lyrics not in ("", INSTRUMENTAL)]
     limit = [(LONGEST_SECONDS / 60, "the model's limit")]
-    plots = []
-    if heard:
-        plots += [
-            histogram([m.seconds / 60 for m in heard], "minutes", "Length", limit),
-            bars({f"{rate / 1000:g}": rates[rate] for rate in sorted(rates)}, "kHz", "Sample rate"),
-            bars(dict(formats.most_common(10)), "files", "Format"),
-        ]
-    if keys:
-        plots.append(bars(dict(keys.most_common(14)), "m: minor", "Key"))
-    if loudness:
-        plots.append(histogram(loudness, "LUFS", "Loudness", [(-14.0, "--normalize lufs")]))
-    if heard:
-        plots.append(histogram([m.peak_db for m in heard], "dBFS", "Highest sample", [(0.0, "full scale")]))
-    if tempos:
-        plots.append(histogram(tempos, "bpm", "Tempo"))
-    if lyrics:
-        plots.append(histogram(lyrics, "tokens", "Lyrics", [(LYRIC_TOKENS, "limit")]))
-    return plots
+    plots: list[Any] = [
+        heard and histogram([m.seconds / 60 for m in heard], "minutes", "Length", limit),
+        heard and bars({f"{rate / 1000:g}": rates[rate] for rate in sorted(rates)}, "kHz", "Sample rate"),
+        heard and bars(dict(formats.most_common(10)), "files", "Format"),
+        keys and bars(dict(keys.most_common(14)), "m: minor", "Key"),
+        loudness and histogram(loudness, "LUFS", "Loudness", [(-14.0, "--normalize lufs")]),
+        heard and histogram([m.peak_db for m in heard], "dBFS", "Highest sample", [(0.0, "full scale")]),
+        tempos and histogram(tempos, "bpm", "Tempo"),
+        lyrics and histogram(lyrics, "tokens", "Lyrics", [(LYRIC_TOKENS, "limit")]),
+    ]
+    return [plot for plot in plots if plot]
 
 
 def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -470,9 +442,17 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
     for sample, heard in _listen(dataset, path, report):
         measured, reason = (None, heard.reason) if isinstance(heard, AudioError) else (heard, "")
         seconds = measured.seconds if measured else sample.duration
-        text, lyrics = prompt_tokens(sample, dataset.metadata, seconds, tokens_in)
+        text = text_prompt(
+            prompt_caption(sample, dataset.metadata),
+            bpm=sample.bpm,
+            timesignature=sample.timesignature,
+            keyscale=sample.keyscale,
+            duration=seconds,
+        )
+        lyrics = lyric_prompt(without_time_marks(prompt_lyrics(sample)), sample.language)
         name = relative_path(sample.audio_path, path.parent)
-        songs.append(Song(sample, name, measured, reason, text, lyrics, checkpoint_dir is None))
+        tokens = tokens_in(text), tokens_in(lyrics)
+        songs.append(Song(sample, name, measured, reason, *tokens, tokens_guessed=checkpoint_dir is None))
     findings = find(songs)
     rows = []
     for f in findings:
@@ -494,7 +474,15 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
 def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Sample, Measurement | AudioError]]:
     """Every sample with its measurement or why there is none, in order."""
     cache_path = path.parent / CACHE
-    cache = _read_cache(cache_path)
+    cache: dict[str, Measurement] = {}
+    try:
+        data = json.loads(cache_path.read_text(encoding="utf-8"))
+        if data["version"] == VERSION:
+            for content, values in data["songs"].items():
+                lists = {name: tuple(values[name]) for name in ("envelope", "shape")}
+                cache[content] = Measurement(**values | lists)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
+        cache = {}
     known: dict[str, Measurement] = {}
 
     def listen(sample: Sample) -> tuple[str, Measurement | AudioError]:
@@ -533,20 +521,6 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
                 _write_cache(cache_path, cache | known)
                 saved = now
     _write_cache(cache_path, known)
-
-
-def _read_cache(path: Path) -> dict[str, Measurement]:
-    """What was measured before; nothing where it cannot be read or is of another version."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != VERSION:
-            return {}
-        measured = data["songs"]
-        for values in measured.values():
-            values |= {name: tuple(values[name]) for name in ("envelope", "shape")}
-        return {content: Measurement(**values) for content, values in measured.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
 
 
 def _write_cache(path: Path, known: dict[str, Measurement]) -> None:

@@ -11,7 +11,17 @@ import pytest
 import soundfile
 from immich_memories_music import tracks_dir
 
-from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, decode, find_audio, is_cut_short, probe
+from sidestep.audio.io import (
+    PIECE_SAMPLES,
+    SAMPLE_RATE,
+    AudioError,
+    content_hash,
+    decode,
+    find_audio,
+    is_cut_short,
+    probe,
+    stream,
+)
 from tests.song_library import SECONDS, make_library, tone, write_ffmpeg, write_sndfile
 
 
@@ -180,15 +190,15 @@ def test_a_broken_header_that_promises_terabytes_costs_no_memory(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [44_100, 48_000])
-def test_decoding_holds_the_result_and_little_else(tmp_path, rate):
-    write_sndfile(tmp_path / "a.wav", tone(seconds=60, rate=rate), rate)
+def test_streaming_holds_a_piece_and_little_else(tmp_path, rate):
+    write_sndfile(tmp_path / "a.wav", tone(seconds=120, rate=rate), rate)
     decode(tmp_path / "a.wav", max_seconds=1)
     tracemalloc.start()
-    audio = decode(tmp_path / "a.wav")
+    lengths = [piece.shape[1] for piece in stream(tmp_path / "a.wav")]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert audio.shape == (2, 60 * SAMPLE_RATE)
-    assert peak < 1.1 * audio.nbytes
+    assert lengths == [PIECE_SAMPLES] * 12
+    assert peak < 3 * 2 * 4 * PIECE_SAMPLES
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sidestep.audio.io import content_hash
-from sidestep.audio.signals import VERSION, Estimate, _autocorrelation, _tempo, _time_signature, estimate, estimate_file
+from sidestep.audio.signals import VERSION, Estimate, autocorrelation, estimate, estimate_file, tempo, time_signature
 from sidestep.data.manifest import read
 from sidestep.events import FileFailed, Notice, Progress, Table
 from sidestep.settings.config import BuildDatasetConfig
@@ -34,25 +34,25 @@ FOUR = "9050505070505050"
 @pytest.mark.parametrize(
     "pattern", [FOUR, "9000700080007000", "9005009080057000"], ids=["straight", "quarters", "dotted"]
 )
-def test_a_tempo_is_found_whatever_the_rhythm(bpm, pattern):
-    found = _tempo(_autocorrelation(onsets(bpm, pattern)))
+def test_atempo_is_found_whatever_the_rhythm(bpm, pattern):
+    found = tempo(autocorrelation(onsets(bpm, pattern)))
     assert any(abs(found * octave / bpm - 1) < 0.02 for octave in (0.5, 1, 2))
 
 
 @pytest.mark.parametrize("bpm", [80, 100, 120])
-def test_a_usual_tempo_is_found_in_its_octave(bpm):
-    assert _tempo(_autocorrelation(onsets(bpm, FOUR))) == pytest.approx(bpm, rel=0.02)
+def test_a_usualtempo_is_found_in_its_octave(bpm):
+    assert tempo(autocorrelation(onsets(bpm, FOUR))) == pytest.approx(bpm, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("pattern", "signature"), [("900050005000", "3"), ("900050506050", "3"), (FOUR, "4"), ("9000500070005000", "4")]
 )
 def test_three_beats_are_told_from_four(pattern, signature):
-    assert _time_signature(_autocorrelation(onsets(110, pattern)), 110) == signature
+    assert time_signature(autocorrelation(onsets(110, pattern)), 110) == signature
 
 
-def test_what_has_no_pulse_has_no_tempo():
-    assert _tempo(_autocorrelation(np.random.default_rng(0).uniform(0, 1, 3000))) is None
+def test_what_has_no_pulse_has_notempo():
+    assert tempo(autocorrelation(np.random.default_rng(0).uniform(0, 1, 3000))) is None
     assert estimate(np.zeros(300_000, np.float32)) == estimate(np.ones(100, np.float32)) == Estimate()
 
 
@@ -76,7 +76,7 @@ def piece(bpm: float, root: float, minor: bool, seconds: float = 16) -> np.ndarr
     ("bpm", "root", "minor", "key"),
     [(100, 261.63, False, "C major"), (120, 220.0, True, "A minor"), (90, 185.0, False, "F# major")],
 )
-def test_a_piece_of_known_tempo_and_key_is_heard_right(tmp_path, bpm, root, minor, key):
+def test_a_piece_of_knowntempo_and_key_is_heard_right(tmp_path, bpm, root, minor, key):
     write_sndfile(tmp_path / "a.wav", piece(bpm, root, minor), 48_000)
     heard = estimate_file(tmp_path / "a.wav")
     assert heard.bpm == pytest.approx(bpm, rel=0.02)

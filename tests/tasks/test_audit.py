@@ -28,7 +28,7 @@ from sidestep.tasks.audit import (
     find,
     guess,
     measure,
-    measure_audio,
+    measure_pieces,
     same_recording,
     token_counter,
     url,
@@ -125,7 +125,7 @@ def test_measurements_are_those_of_the_signal():
     audio = 0.5 * np.ones((2, 12 * SAMPLE_RATE), np.float32)
     audio[:, ::2] *= -1
     audio[:, : 3 * SAMPLE_RATE] = 0
-    measured = measure_audio(INFO, audio)
+    measured = measure_pieces(INFO, [audio])
     assert measured.seconds == 12
     assert measured.silence == pytest.approx(0.25)
     assert measured.clipped == 0
@@ -137,16 +137,16 @@ def test_measurements_are_those_of_the_signal():
 @pytest.mark.parametrize(("gain", "clipped"), [(1.0, False), (2.0, False), (4.0, True), (40.0, True)])
 def test_clipping_is_what_was_cut_off_not_what_is_loud(gain, clipped):
     audio = (tone(seconds=2).T * gain).clip(-1, 1)
-    assert (measure_audio(INFO, audio).clipped > 50) is clipped
+    assert (measure_pieces(INFO, [audio]).clipped > 50) is clipped
 
 
 def test_a_file_beyond_full_scale_counts_as_clipped():
-    assert measure_audio(INFO, tone(seconds=1).T * 5).clipped > 1000
+    assert measure_pieces(INFO, [tone(seconds=1).T * 5]).clipped > 1000
 
 
 def test_one_recording_is_known_in_every_coding_and_two_are_told_apart(tmp_path):
     clips = [decode(p, max_seconds=14) for p in sorted(tracks_dir().rglob("calm_*.opus"))[:3]]
-    measured = [measure_audio(INFO, clip) for clip in clips]
+    measured = [measure_pieces(INFO, [clip]) for clip in clips]
     assert not any(
         same_recording(a, replace(b, seconds=a.seconds)) for i, a in enumerate(measured) for b in measured[:i]
     )

@@ -1,25 +1,27 @@
 """The first pass, into the work folder: latents by the VAE, then text states by the text encoder.
 
 One model at a time is on the device. Songs are decoded ahead of the VAE, within a bound on the memory that waits,
-and files are written behind it.
+and files are written behind it. A song of more than HELD_SECONDS is never in memory: it is decoded once for its length
+and level, and once more on its way through the VAE.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from os import cpu_count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from sidestep.acestep.conditions import COVER, LYRIC_TOKENS, TEXT_TOKENS, embed_lyrics, encode_text, token_ids
-from sidestep.acestep.vae import TILE_FRAMES, encode_mean, samples_per_frame
-from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, decode, is_cut_short, probe
-from sidestep.audio.signals import normalize
+from sidestep.acestep.vae import ENCODER_HALO_FRAMES, TILE_FRAMES, encode_mean, samples_per_frame
+from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, is_cut_short, probe, stream
+from sidestep.audio.signals import LevelMeter
 from sidestep.errors import JobError
 from sidestep.tasks.preprocess.job import LATENTS, TEXT, Inspection, Job, Stage, audio_stat
 from sidestep.tasks.preprocess.passes import Pass, Results
@@ -29,18 +31,27 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MODEL_SECONDS = 600.0  # the longest song the model was made for
+HELD_SECONDS = 1200  # 460 MB
+SEGMENT_FRAMES = 10 * TILE_FRAMES  # of a song, that are at hand at once
 BYTES_PER_SECOND = SAMPLE_RATE * 2 * 4
 BUDGET_BYTES = {"cpu": 256 * 1024**2}  # of decoded songs that wait
 BUDGET_BYTES_GPU = 1024**3
 SMALLEST_TILE_FRAMES = 60
+CHANGED = "changed while it was read"
 TIMES_ENCODED = 3  # by one process, before it gives a song up whose latents are replaced again and again
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A song ready for the VAE. audio: float32 [2, S] at 48 kHz. content, stat: digest, size and times of its file."""
+    """A song ready for the VAE.
 
-    audio: np.ndarray
+    pieces: float32 [2, n] at 48 kHz, decoded anew where the song is too long to be held. content, stat: digest, size
+    and times of its file.
+    """
+
+    pieces: Iterable[np.ndarray]
+    gain: float
+    seconds: float
     content: str
     stat: list[int]
     warnings: tuple[str, ...]
@@ -49,8 +60,8 @@ class Decoded:
 def encode_songs(job: Job, songs: Sequence[tuple[Song, Inspection]], results: Results) -> None:
     """Latents of each song that no other process has, into the work folder.
 
-    Holds one song's samples beside those that wait ahead, whatever the number and length of songs; the device holds
-    one tile.
+    Holds at most HELD_SECONDS of one song beside those that wait ahead, whatever the number and length of songs; the
+    device holds one tile.
     """
     threads = min(8, max(2, (cpu_count() or 2) // 2)) if job.device.type != "cpu" else 2
     budget = BUDGET_BYTES.get(job.device.type, BUDGET_BYTES_GPU)
@@ -62,7 +73,7 @@ def encode_songs(job: Job, songs: Sequence[tuple[Song, Inspection]], results: Re
             ahead(
                 songs,
                 lambda item: decode_song(job, audio_pass, item[0]),
-                lambda item: int(item[1].seconds * BYTES_PER_SECOND),
+                lambda item: int(min(item[1].seconds, HELD_SECONDS) * BYTES_PER_SECOND),
                 threads=threads,
                 budget_bytes=budget,
             )
@@ -90,14 +101,18 @@ def encode_songs(job: Job, songs: Sequence[tuple[Song, Inspection]], results: Re
                 reason = "its latents are replaced again and again: does a job with other settings work in this folder?"
                 audio_pass.fail(song, "encode", reason)
                 continue
-            latents = encoder.encode(decoded.audio)
+            try:
+                latents = encoder.encode(decoded)
+            except AudioError as error:  # the second reading of a long song
+                audio_pass.fail(song, "decode", error.reason)
+                continue
             if latents is None:
                 audio_pass.fail(song, "encode", "the VAE gives values that are no numbers (try --precision fp32)")
                 continue
             metadata = {
                 "fingerprint": {"audio": job.audio_part(decoded.content, made=True)},
                 "audio_stat": decoded.stat,
-                "seconds": decoded.audio.shape[1] / SAMPLE_RATE,
+                "seconds": decoded.seconds,
             }
             del decoded  # or its samples would stay while the next song is waited for
             audio_pass.write(song, partial(job.work.save, song.key, LATENTS, {"latents": latents}, metadata))
@@ -111,11 +126,17 @@ def decode_song(job: Job, audio_pass: Pass, song: Song) -> Decoded | None:
     promised = probe(song.source)
     content = content_hash(song.source)
     limit = job.config.max_duration
-    audio = decode(song.source, limit)
+    meter, held = LevelMeter(), []
+    for piece in stream(song.source, limit):
+        meter.add(piece)
+        if meter.samples <= HELD_SECONDS * SAMPLE_RATE:
+            held.append(piece)
+        else:
+            held.clear()
     if audio_stat(song.source) != stat:
-        raise AudioError(song.source, "changed while it was read")
-    seconds = audio.shape[1] / SAMPLE_RATE
-    if audio.shape[1] < samples_per_frame(job.checkpoint.vae_config()):
+        raise AudioError(song.source, CHANGED)
+    seconds = meter.samples / SAMPLE_RATE
+    if meter.samples < samples_per_frame(job.checkpoint.vae_config()):
         raise AudioError(song.source, f"shorter than one latent frame ({seconds:.3f} s)")
     warnings = []
     if is_cut_short(promised, seconds) and not (limit and seconds >= limit):
@@ -127,7 +148,35 @@ def decode_song(job: Job, audio_pass: Pass, song: Song) -> Decoded | None:
             f"{seconds:.0f} s long; the model was made for {MODEL_SECONDS:.0f} s, {beyond} latent frames fewer. "
             f"Use --max-duration {MODEL_SECONDS:.0f}, or train on windows with --chunk-duration."
         )
-    return Decoded(normalize(audio, job.config.normalize, SAMPLE_RATE), content, stat, tuple(warnings))
+    gain = meter.gain(job.config.normalize)
+    return Decoded(held or again(song.source, limit, stat), gain, seconds, content, stat, tuple(warnings))
+
+
+def again(path: Path, limit: float, stat: list[int]) -> Iterator[np.ndarray]:
+    """The pieces of a file that has been heard before. Raises AudioError, also where it is another one since."""
+    yield from stream(path, limit)
+    if audio_stat(path) != stat:
+        raise AudioError(path, CHANGED)
+
+
+def segments(
+    pieces: Iterable[np.ndarray], frames: int, halo_frames: int, hop: int
+) -> Iterator[tuple[np.ndarray, int, int | None]]:
+    """(audio [2, S], its first own latent frame, its first no more): what comes before and after is a neighbour's.
+
+    Segments have `frames` own frames, and on each side where there is a neighbour `halo_frames` of it; the last one
+    has what is left.
+    """
+    parts, held, before = [], 0, 0
+    for piece in pieces:
+        parts.append(piece)
+        held += piece.shape[1]
+        while held > (before + frames + halo_frames) * hop:
+            audio = np.concatenate(parts, axis=1)
+            yield audio[:, : (before + frames + halo_frames) * hop], before, before + frames
+            rest = audio[:, (before + frames - halo_frames) * hop :]
+            parts, held, before = [rest], rest.shape[1], halo_frames
+    yield np.concatenate(parts, axis=1), before, None
 
 
 def ahead(
@@ -169,11 +218,21 @@ class _AudioEncoder:
         self.job, self.tile_frames = job, TILE_FRAMES
         self.vae: Any = None
 
-    def encode(self, audio: np.ndarray) -> torch.Tensor | None:
-        """Latents [T, D] fp32 on the CPU of audio [2, S]; None when they are not finite.
+    def encode(self, song: Decoded) -> torch.Tensor | None:
+        """Latents [T, D] fp32 on the CPU; None when they are not finite.
 
-        Raises JobError when there is no memory for the smallest tile.
+        Raises AudioError when a long song cannot be read again, JobError when there is no memory for the smallest tile.
         """
+        hop = samples_per_frame(self.job.checkpoint.vae_config())
+        latents = [
+            self._encode(audio * np.float32(song.gain))[first:end]
+            for audio, first, end in segments(song.pieces, SEGMENT_FRAMES, ENCODER_HALO_FRAMES, hop)
+        ]
+        whole = torch.cat(latents)
+        return whole if bool(torch.isfinite(whole).all()) else None
+
+    def _encode(self, audio: np.ndarray) -> torch.Tensor:
+        """The same of one segment, audio [2, S]."""
         device = self.job.device
         if self.vae is None:
             self.vae = self.job.checkpoint.load_vae(device, self.job.vae_dtype)
@@ -181,8 +240,7 @@ class _AudioEncoder:
             self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute]
         while True:
             try:
-                latents = encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames)[0].float().cpu()
-                return latents if bool(torch.isfinite(latents).all()) else None
+                return encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames)[0].float().cpu()
             except torch.OutOfMemoryError as error:
                 if self.tile_frames <= SMALLEST_TILE_FRAMES:
                     raise JobError(
