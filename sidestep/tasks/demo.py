@@ -5,7 +5,6 @@ them. Then its model: a checkpoint in the original layout, the real architecture
 whose weights are random: it makes noise, not music.
 """
 
-import inspect
 import json
 from pathlib import Path
 
@@ -23,11 +22,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from sidestep.acestep.checkpoint import accepted
 from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
 from sidestep.acestep.vae import encode_mean
 from sidestep.audio.io import SAMPLE_RATE
 from sidestep.errors import UserError
 from sidestep.events import EventLog, Finished, Notice, Report, tee
+from sidestep.files import one_writer, remove, write_text
 from sidestep.settings.config import BuildDatasetConfig, DemoConfig, PreprocessConfig, SampleConfig, TrainConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
@@ -37,6 +38,8 @@ from sidestep.variants import CONFIG_2B, OFFICIAL_FOLDERS
 from sidestep.words import side_step
 
 EPOCHS = 20
+UNFINISHED = ".unfinished"  # in a folder whose demo has not come to its end
+PARTS = ("checkpoints", "songs", "tensors", "run", "samples")
 OWN_SONGS = (
     ("build-dataset", "--input", "SONGS"),
     ("preprocess", "--dataset-json", "SONGS/dataset.json", "--tensor-output", "TENSORS"),
@@ -46,13 +49,39 @@ OWN_SONGS = (
 
 
 def demo(config: DemoConfig, report: Report) -> None:
-    """The whole pipeline in `--output-dir`. Raises UserError when something is there already."""
+    """The whole pipeline in `--output-dir`; a demo that did not come to its end there is made anew.
+
+    Raises UserError when something else is there already.
+    """
     home = config.output_dir
-    if home.exists() and any(home.iterdir()):
-        raise UserError(
-            f"--output-dir {home}: not empty, and the demo overwrites nothing.",
-            f"Delete it, or choose another folder: {side_step('demo', '--output-dir', f'{home}-2')}",
+    with one_writer(home):
+        if (home / UNFINISHED).exists():
+            report(Notice(message="The demo that did not come to its end here is made anew."))
+            for part in PARTS:
+                remove(home / part)
+        elif any(not path.name.startswith(".lock") for path in home.iterdir()):
+            raise UserError(
+                f"--output-dir {home}: not empty, and the demo overwrites nothing.",
+                f"Delete it, or choose another folder: {side_step('demo', '--output-dir', f'{home}-2')}",
+            )
+        write_text(home / UNFINISHED, "")
+        songs = run_pipeline(home, report)
+        (home / UNFINISHED).unlink()
+    listing, *others = OWN_SONGS
+    report(
+        Finished(
+            message=f"The demo ran from {songs} songs to an adapter and a preview. Its weights are random, so it "
+            "sounds like noise; your songs and the real model go the same way:",
+            next_commands=(
+                side_step(*listing),
+                *(side_step(*words, "--checkpoint-dir", "CHECKPOINTS") for words in others),
+            ),
         )
+    )
+
+
+def run_pipeline(home: Path, report: Report) -> int:
+    """Every step from nothing to a sample, in a folder. Returns how many songs there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model computes faster alone than threads take to meet
     try:
@@ -103,17 +132,7 @@ def demo(config: DemoConfig, report: Report) -> None:
         )
     finally:
         torch.set_num_threads(threads)
-    listing, *others = OWN_SONGS
-    report(
-        Finished(
-            message=f"The demo ran from {len(songs)} songs to an adapter and a preview. Its weights are random, so it "
-            "sounds like noise; your songs and the real model go the same way:",
-            next_commands=(
-                side_step(*listing),
-                *(side_step(*words, "--checkpoint-dir", "CHECKPOINTS") for words in others),
-            ),
-        )
-    )
+    return len(songs)
 
 
 # The music.
@@ -287,7 +306,7 @@ def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
     tensors = {
         prefix + original_key(name): tensor
         for prefix, part in parts.items()
-        for name, tensor in _with_sizes(part).state_dict().items()
+        for name, tensor in part(**accepted(part, MODEL_SIZES)).state_dict().items()
     }
     tensors["null_condition_emb"] = tensors.pop("encoder.null_condition_emb")
     del tensors["encoder.silence_latent"]  # it has a file of its own
@@ -298,8 +317,3 @@ def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
     )
     silence = encode_mean(vae, torch.zeros(1, 2, round(SILENCE_SECONDS * SAMPLE_RATE)))
     torch.save(silence.transpose(1, 2).contiguous(), folder / "silence_latent.pt")
-
-
-def _with_sizes(part: type[torch.nn.Module]) -> torch.nn.Module:
-    """A part of the model made with those of MODEL_SIZES that it takes."""
-    return part(**{name: MODEL_SIZES[name] for name in inspect.signature(part).parameters if name in MODEL_SIZES})
