@@ -24,6 +24,9 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from sidestep.errors import UserError
 
 TEMPORARY = re.compile(r"^\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+(-\d+)?$")
+# Names that Windows keeps for devices, whatever follows a dot, and also with blanks before it.
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
+LONGEST_PATH = 259  # of Windows, unless long paths are switched on there
 ASIDE = ".replaced-"  # in front of the name of a folder while another is put in its place
 EXCHANGE = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}  # not run here: darwin
 HOLDER = ".lock-holder"  # beside the lock: on Windows a locked file cannot be read

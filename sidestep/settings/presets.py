@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import config_folder, expand, move, write_text
+from sidestep.files import RESERVED, config_folder, expand, move, write_text
 from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, changed_from_defaults, options_of
 from sidestep.words import did_you_mean
@@ -20,7 +20,6 @@ COMMANDS_WITH_PRESETS = ("fixed", "preprocess", "estimate", "plan")
 PROFILES = {"comfortable": 24, "standard": 16, "tight": 12, "minimal": 8}
 USABLE = 0.93  # what a card of so many GB reports of them
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.\-]{0,60}[A-Za-z0-9]|[A-Za-z0-9]")
-RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # names that Windows keeps for devices
 LARGEST_BYTES = 1_000_000
 
 

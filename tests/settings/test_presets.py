@@ -49,7 +49,9 @@ def test_saved_settings_come_back_without_folders_and_files():
     assert (saved.description, saved.built_in) == ("for piano", False)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "con", "NUL.txt", "-x", "x" * 80, "a\nb", " a"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a\\b", "con", "NUL.txt", "aux .x", "-x", "x" * 80, "a\nb", " a"]
+)
 def test_a_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(UserError):
         presets.save(name, {"rank": 8})

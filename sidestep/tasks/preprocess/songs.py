@@ -6,6 +6,7 @@ Records are nested like the sources, never two songs in one file, never outside 
 import hashlib
 import os
 import re
+import sys
 import tempfile
 import unicodedata
 from collections import defaultdict
@@ -19,6 +20,7 @@ from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, pr
 from sidestep.data.manifest import read as read_dataset
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Notice, Progress, Report
+from sidestep.files import LONGEST_PATH, RESERVED
 from sidestep.settings.config import BuildDatasetConfig, PreprocessConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.words import side_step
@@ -28,7 +30,6 @@ OUTSIDE = "_outside"  # folder for songs that do not lie below the base folder
 SUFFIX = ".pt"
 MAX_NAME_BYTES = 200  # of 255, to leave room for suffixes; counted in UTF-8, as Linux does
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f]')  # on Windows, and so on any drive that may travel there
-_RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,32 @@ def read_songs(config: PreprocessConfig, report: Report) -> list[Song]:
             f"Point --audio-dir at a folder with audio files, or build a list: {build}",
         )
     named = sorted(((relative_path(s.audio_path, base), s) for s in dataset.samples), key=lambda pair: pair[0])
-    return [
+    songs = [
         Song(name, absolute(sample.audio_path), config.tensor_output / record, key_of(record), sample, dataset.metadata)
         for (name, sample), record in zip(named, record_names([name for name, _ in named]), strict=True)
     ]
+    require_short_paths(songs, config)
+    return songs
+
+
+def require_short_paths(songs: list[Song], config: PreprocessConfig) -> None:
+    """Raises UserError where Windows does not take the longest path of a record: all it says itself is "not found"."""
+    longest = max((absolute(song.record) for song in songs), key=lambda path: len(str(path)))
+    if sys.platform != "win32" or len(str(longest)) <= LONGEST_PATH:
+        return
+    trial = longest.with_name(longest.name[:-1] + "~")
+    try:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError:
+        raise UserError(
+            f"--tensor-output {config.tensor_output}: {longest} would have {len(str(longest))} characters, and Windows "
+            f"takes {LONGEST_PATH} as it is set up here.",
+            "Choose a short folder, such as --tensor-output C:\\tensors, or switch long paths on in a terminal run as "
+            "administrator: reg add HKLM\\SYSTEM\\CurrentControlSet\\Control\\FileSystem /v LongPathsEnabled "
+            "/t REG_DWORD /d 1 /f",
+        ) from None
 
 
 def find_dataset(config: PreprocessConfig, report: Report) -> tuple[Path, Dataset]:
@@ -199,7 +222,7 @@ def _portable(part: str) -> str:
     safe = _FORBIDDEN.sub("_", safe)
     if safe.startswith("."):
         safe = "_" + safe[1:]  # hidden files are not looked at when records are read
-    if safe != safe.rstrip(" .") or _RESERVED.match(safe):
+    if safe != safe.rstrip(" .") or RESERVED.fullmatch(safe):
         safe = f"_{safe.rstrip(' .')}"
     while len(safe.encode()) > MAX_NAME_BYTES:
         safe = safe[1:]  # from the front: the end says which format it was

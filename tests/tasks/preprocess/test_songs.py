@@ -1,5 +1,6 @@
 """Where records go: every song one of its own, inside the output folder, on every file system."""
 
+import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 
@@ -8,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidestep.data.manifest import relative_path
-from sidestep.tasks.preprocess.songs import absolute, key_of, record_names
+from sidestep.errors import UserError
+from sidestep.events import null
+from sidestep.settings.config import PreprocessConfig
+from sidestep.tasks.preprocess import songs as songs_module
+from sidestep.tasks.preprocess.songs import absolute, key_of, read_songs, record_names
 
 
 def folded(path: PurePosixPath) -> str:
@@ -39,6 +44,7 @@ def test_records_are_nested_and_named_like_their_songs(names: list[str], records
         ["x?.wav", "x*.wav"],
         ["\udcff.wav", "?.wav", "_.wav"],
         ["con.wav", "_con.wav"],
+        ["Song.WAV", "song.wav", "sONG.wav."],
         ["n" * 300 + ".wav", "n" * 301 + ".wav"],
         ["../up/song.wav", "../other/song.wav", "_outside/song.wav", "C:/song.wav", "/abs/song.wav"],
         ["trail. /a.wav", "trail/a.wav"],
@@ -72,6 +78,61 @@ def test_any_names_at_all_get_records_that_every_system_takes(names: list[str]):
             assert not part.startswith(".")
             assert part == part.rstrip(" .")
             assert len(part.encode("utf-8", "surrogatepass")) < 240
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "CON",
+        "nul.wav",
+        "aux .flac",
+        "COM1.mp3",
+        "lpt9",
+        "com¹.wav",
+        "CONIN$",
+        "What? 3:15",
+        "end.",
+        "end ",
+        "a<b>|c*",
+        '"',
+    ],
+)
+def test_titles_become_names_that_windows_takes_and_tell_them_apart(title: str):
+    near = title.strip(" .").lower() + ".wav"
+    paths = record_names([f"{title}/{title}", near, "album/" + title])
+    assert len({folded(path) for path in paths}) == 3
+    for path in paths:
+        for part in path.parts:
+            assert not re.match(r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])[ .]*(\.|$)", part), part
+            assert part == part.rstrip(". ")
+            assert not set(part) & set('<>:"|?*\\')
+
+
+@pytest.mark.parametrize(("long_paths", "platform"), [(False, "win32"), (True, "win32"), (False, "linux")])
+def test_a_path_that_windows_would_call_not_found_is_refused_by_its_length(
+    tmp_path: Path, monkeypatch, capsys, long_paths: bool, platform: str
+):
+    deep = tmp_path / "songs" / ("album " * 15).strip() / ("disc " * 15).strip()
+    deep.mkdir(parents=True)
+    (deep / "song.wav").write_bytes(b"no audio")
+    touch = Path.touch
+
+    def windows(path: Path, **how) -> None:
+        if len(str(path)) > 259 and not long_paths:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        touch(path, **how)
+
+    monkeypatch.setattr(songs_module.sys, "platform", platform)
+    monkeypatch.setattr(Path, "touch", windows)
+    config = PreprocessConfig(
+        checkpoint_dir=tmp_path, audio_dir=tmp_path / "songs", tensor_output=tmp_path / ("t" * 60)
+    )
+    if long_paths or platform == "linux":
+        assert [song.name.rpartition("/")[2] for song in read_songs(config, null)] == ["song.wav"]
+    else:
+        with pytest.raises(UserError, match=r"--tensor-output .* Windows takes 259") as refused:
+            read_songs(config, null)
+        assert "LongPathsEnabled" in refused.value.fix
 
 
 def test_names_are_relative_to_the_base_folder_without_following_links(tmp_path: Path):
