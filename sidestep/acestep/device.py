@@ -13,6 +13,8 @@ GIB = 1 << 30
 # pieces too small to use.
 CONTEXT_BYTES = round(0.5 * GIB)
 SLACK = 0.06
+# Left free by all advice, whichever is more.
+RESERVE_BYTES, RESERVE = round(0.8 * GIB), 0.08
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -130,6 +132,11 @@ class GpuMemory:
     def free(self) -> int:
         """Bytes that a run can have while the other programs go on."""
         return self.bytes - self.taken
+
+    @property
+    def usable(self) -> int:
+        """Bytes that advice may fill: a card reports more than it gives, and a desktop wants some of it."""
+        return self.bytes - max(RESERVE_BYTES, round(RESERVE * self.bytes))
 
 
 def gpu_memory(device: torch.device) -> GpuMemory | None:

@@ -71,12 +71,12 @@ def about(config: Any) -> list[str]:
     plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})))
     if not isinstance(plan, dict):
         return [*lines, f"Memory: not worked out in time; {PROGRAM[-1]} plan has the answer"]
-    needed, there, fits = gib(plan["asked"]["needed_bytes"]), gib(plan["device_bytes"]), plan["fits"]
-    if fits is None:
-        return [*lines, f"Memory: {needed} at most for songs of four minutes (no GPU found to compare with)"]
-    verdict = "fits" if fits else "DOES NOT FIT"
-    lines.append(f"Memory: {needed} at most of {there} for songs of four minutes: {verdict}")
-    if not fits and plan["best"]:
+    needed, longest = gib(plan["asked"]["needed_bytes"]), f"for the longest song ({clock(plan['song_seconds'])})"
+    if plan["fits"] is None:
+        return [*lines, f"Memory: {needed} {longest} (no GPU found to compare with)"]
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    lines.append(f"Memory: {needed} of {gib(plan['device_bytes'])} {longest}: {verdict}")
+    if not plan["fits"] and plan["best"]:
         lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")
     return lines
 

@@ -852,7 +852,10 @@ class PlanConfig:
     vram: float | None = option(
         None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0
     )
-    song_seconds: float = option(240.0, "length of the songs", group="Plan", above=0)
+    dataset_dir: Path | None = option(
+        None, "folder of tensors: plan for the longest of these songs", group="Plan", label="Folder of tensors"
+    )
+    song_seconds: float = option(240.0, "length of the songs, where no folder is named", group="Plan", above=0)
     condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1)
     json: bool = option(False, "print one JSON object and nothing else", group="Plan")
 

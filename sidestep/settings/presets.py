@@ -80,9 +80,9 @@ def find(name: str) -> Preset:
 
 
 def profile_for(gib: float, is_xl: bool) -> str:
-    """The preset for a card of so many GiB: the most comfortable that is made for it; XL has one for the smallest."""
+    """The preset for a card of so many GiB: the most comfortable made for it; XL has its own for the smaller ones."""
     name = next((name for name, least in PROFILES.items() if gib >= USABLE * least), "minimal")
-    return f"{name}_xl" if is_xl and name == "minimal" else name
+    return f"{name}_xl" if is_xl and name in ("tight", "minimal") else name
 
 
 def read(path: Path) -> Preset:

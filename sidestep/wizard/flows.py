@@ -30,7 +30,7 @@ class Flow:
     key: str
     title: str
     config_class: type
-    basic: tuple[str, ...]  # names of settings, or of OWN questions
+    basic: tuple[str, ...]  # names of settings, or songs, run and preset
     covered: tuple[str, ...] = ()  # settings that an own question answers
     given: Mapping[str, Any] = field(default_factory=dict)  # what the flow is about
     narrowed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # fewer choices than the setting has

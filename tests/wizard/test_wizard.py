@@ -214,7 +214,7 @@ def test_a_lokr_stays_one_under_any_preset(world):
 def test_a_preset_fills_in_and_what_is_answered_wins(world):
     wizard, _, _ = session(world, menu="train-lora", preset="minimal", epochs="7", **paths(world))
     config = wizard.next().config
-    assert (config.optimizer_type, config.rank, config.epochs) == ("adamw8bit", 32, 7)
+    assert (config.optimizer_type, config.rank, config.epochs) == ("adamw8bit", 64, 7)
 
 
 def test_resuming_takes_the_settings_of_the_run(world):

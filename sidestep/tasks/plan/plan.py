@@ -52,12 +52,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """Answer of the planner. `best`: the mildest settings that fit, None when none do. Bytes everywhere."""
+    """Answer of the planner. Bytes everywhere. seconds: length of the songs it is for.
 
+    best: the mildest settings that leave the card its reserve, None when none do. faster: these with as little
+    recomputed as then fits, None where that is what they do.
+    """
+
+    seconds: float
     asked: Candidate
     gpu: GpuMemory | None
     options: tuple[Candidate, ...]
     best: Candidate | None
+    faster: Candidate | None
     first_pass: int
     second_pass: int
     preview: int
@@ -114,18 +120,24 @@ class Planner:
         return Candidate(config, self.peak(config), tuple(flags))
 
     def memory_options(self, asked: TrainConfig) -> Iterator[Candidate]:
-        """Each single setting that saves memory, the one that costs least first."""
+        """Each single setting that saves memory, the one that costs least first.
+
+        First what changes next to nothing, then what costs time, last what costs quality.
+        """
         everything_recomputed = asked.gradient_checkpointing and asked.recompute_layers is None
         accumulation = asked.gradient_accumulation * asked.batch_size
         table: tuple[tuple[bool, dict[str, Any]], ...] = (
             (not everything_recomputed, {"gradient_checkpointing": True, "recompute_layers": None}),
             (asked.optimizer_type in ("adamw", "prodigy"), {"optimizer_type": "adamw8bit"}),
             (asked.batch_size > 1, {"batch_size": 1, "gradient_accumulation": accumulation}),
-            (asked.base_precision == "auto", {"base_precision": "int8"}),
+            (asked.base_precision == "auto" and not asked.swap_blocks, {"base_precision": "int8"}),
             (not asked.offload_activations, {"offload_activations": True}),
-            (asked.base_precision != "nf4", {"base_precision": "nf4"}),
+            (
+                everything_recomputed and asked.swap_blocks < self.layers and asked.base_precision != "nf4",
+                {"swap_blocks": self.layers, "base_precision": "auto"},
+            ),
+            (asked.base_precision != "nf4" and not asked.swap_blocks, {"base_precision": "nf4"}),
             (self.window(asked) > 60, {"chunk_duration": 60.0}),
-            (everything_recomputed and asked.swap_blocks < self.layers, {"swap_blocks": self.layers}),
         )
         for saves, changes in table:
             if saves:
@@ -134,7 +146,7 @@ class Planner:
     def mildest(self, asked: TrainConfig, limit: int) -> Candidate | None:
         """The settings asked about, plus one option after another until the step fits into `limit` bytes.
 
-        Then as little recomputation as fits. None where nothing does.
+        None where nothing does.
         """
         config = asked
         while self.candidate(config).needed > limit:
@@ -146,7 +158,16 @@ class Planner:
                 config = replace(config, chunk_duration=seconds)
             else:
                 return None
-        return self.candidate(asked, replace(config, recompute_layers=self.least_recomputation(config, limit)))
+        for name in ("optimizer_type", "offload_activations", "base_precision"):  # what a later option made needless
+            milder = replace(config, **{name: getattr(asked, name)})
+            if self.candidate(milder).needed <= limit:
+                config = milder
+        return self.candidate(asked, config)
+
+    def faster(self, asked: TrainConfig, config: TrainConfig, limit: int) -> Candidate | None:
+        """The settings with as little recomputed as fits into `limit` bytes; None where they have that already."""
+        fewest = replace(config, recompute_layers=self.least_recomputation(config, limit))
+        return self.candidate(asked, fewest) if fewest != config else None
 
     def least_recomputation(self, config: TrainConfig, limit: int) -> int | None:
         """Fewest recomputed layers that fit into `limit` bytes, None for all.
@@ -183,14 +204,26 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
     asked = resolve(TrainConfig, shared, folders)
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
-    planner = Planner(decoder_sizes(sizes), dtype, config.song_seconds, config.condition_tokens)
+    seconds, tokens = config.song_seconds, config.condition_tokens
+    if config.dataset_dir:
+        frames, tokens = longest(config.dataset_dir)
+        seconds = frames / FRAMES_PER_SECOND
+        if not frames:
+            raise UserError(
+                f"--dataset-dir {config.dataset_dir}: there are no tensors to plan for.",
+                "Preprocess songs first, or say --song-seconds instead.",
+            )
+    planner = Planner(decoder_sizes(sizes), dtype, seconds, tokens)
     asked_for = GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else None
     gpu = asked_for or gpu_memory(choose_device().value)
+    best = planner.mildest(asked, gpu.usable) if gpu else None
     result = Plan(
+        seconds=seconds,
         asked=planner.candidate(asked),
         gpu=gpu,
         options=tuple(planner.memory_options(asked)),
-        best=planner.mildest(asked, gpu.bytes) if gpu else None,
+        best=best,
+        faster=planner.faster(asked, best.config, gpu.usable) if gpu and best else None,
         first_pass=with_overhead(first_pass_peak(planner.dtype, planner.seconds)),
         second_pass=with_overhead(second_pass_peak(planner.sizes, planner.dtype)),
         preview=planner.preview(asked),
@@ -214,8 +247,13 @@ def tables(result: Plan) -> Iterator[Table]:
         ("needed with context and slack", amount(asked.needed)),
     ]
     if gpu:
-        left = gpu.bytes - asked.needed
-        verdict = f"fits, {amount(left)} to spare" if left >= 0 else f"does not fit, {amount(-left)} too much"
+        reserve = f"{amount(gpu.bytes - gpu.usable)} that should stay free"
+        if asked.needed <= gpu.usable:
+            verdict = f"fits, {amount(gpu.usable - asked.needed)} to spare beside the {reserve}"
+        elif asked.needed <= gpu.bytes:
+            verdict = f"hardly fits: it takes {amount(asked.needed - gpu.usable)} of the {reserve}"
+        else:
+            verdict = f"does not fit, {amount(asked.needed - gpu.bytes)} too much"
         rows += [("there", f"{amount(gpu.bytes)} ({gpu.source})"), ("so it", verdict)]
     else:
         rows += [("there", "no GPU found here; add --vram GIB to plan for one")]
@@ -227,10 +265,19 @@ def tables(result: Plan) -> Iterator[Table]:
     saved = tuple((" ".join(o.flags), amount(o.needed), amount(asked.needed - o.needed)) for o in result.options)
     yield Table(title="What each setting would save", columns=("setting", "needed then", "saved"), rows=saved)
     if gpu:
-        row = ("Nothing fits", "use a larger card or --device cpu")
+        advice = [("Nothing fits", "use a larger card or --device cpu")]
         if result.best:
-            row = (" ".join(result.best.flags) or "the settings as they are", amount(result.best.needed))
-        yield Table(title=f"Mildest settings that fit {amount(gpu.bytes)}", columns=("add", "needed then"), rows=(row,))
+            advice = [
+                (
+                    f"add {' '.join(result.best.flags)}" if result.best.flags else "nothing: it fits as it is",
+                    amount(result.best.needed),
+                )
+            ]
+        if result.faster:
+            advice.append(
+                (f"faster, with what is spare: {' '.join(result.faster.flags)}", amount(result.faster.needed))
+            )
+        yield Table(title=f"What to do on {amount(gpu.bytes)}", columns=("advice", "needed then"), rows=tuple(advice))
 
 
 def as_json(result: Plan) -> dict:
@@ -242,11 +289,13 @@ def as_json(result: Plan) -> dict:
 
     return {
         "fits": result.fits,
+        "song_seconds": result.seconds,
         "device_bytes": result.gpu.bytes if result.gpu else None,
         "device": result.gpu.source if result.gpu else None,
         "asked": candidate(result.asked),
         "memory_options": [candidate(option) for option in result.options],
         "best": candidate(result.best) if result.best else None,
+        "faster": candidate(result.faster) if result.faster else None,
         "first_pass_bytes": result.first_pass,
         "second_pass_bytes": result.second_pass,
         "preview_bytes": result.preview,
@@ -271,20 +320,20 @@ def check_memory(config: TrainConfig, report: Report) -> TrainConfig:
 def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig:
     """`check_memory` for a GPU whose memory is known."""
     as_needed, config = config.recompute_as_needed, replace(config, recompute_as_needed=False)
-    frames, tokens = longest(config)
+    frames, tokens = longest(config.dataset_dir)
     if not frames:
         return config
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
     dtype = choose_precision(config.precision, choose_device(config.device).value).value
     planner = Planner(sizes, dtype, frames / FRAMES_PER_SECOND, tokens)
     if as_needed:
-        config = replace(config, recompute_layers=planner.least_recomputation(config, gpu.free))
+        config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
         report(Decision(what="recomputation", value=f"{layers} layers", reason="as few as fit"))
     asked = planner.candidate(config)
     needed = f"{asked.needed / GIB:.1f} of {gib(gpu.bytes)}"
     if asked.needed > gpu.bytes and not config.even_if_it_does_not_fit:
-        best = planner.mildest(config, gpu.bytes)
+        best = planner.mildest(config, gpu.usable)
         fix = f"These settings fit: {' '.join(best.flags)}" if best else "No settings fit this card: use a larger one."
         raise UserError(
             f"This run needs {needed} ({gpu.source}): it would run out of memory.",
@@ -309,10 +358,10 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
     return config
 
 
-def longest(config: TrainConfig) -> tuple[int, int]:
-    """(latent frames of the longest song, condition tokens of the wordiest) in `--dataset-dir`; zeros without songs."""
+def longest(folder: Path) -> tuple[int, int]:
+    """(latent frames of the longest song, condition tokens of the wordiest) in a `--dataset-dir`; zeros without any."""
     frames, tokens = 0, 0
-    for path in find_records(config.dataset_dir) if config.dataset_dir.is_dir() else []:
+    for path in find_records(folder) if folder.is_dir() else []:
         try:
             record = load_record(path)
         except RecordError:

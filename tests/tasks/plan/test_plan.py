@@ -1,7 +1,6 @@
 """The planner's peaks are those of the real step, and its advice fits."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +21,9 @@ from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
 from sidestep.settings.config import PlanConfig, TrainConfig
-from sidestep.settings.presets import find
+from sidestep.settings.presets import PROFILES, USABLE, find, profile_for
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
-from sidestep.tasks.plan.plan import Planner, check_memory, fit_into, plan
+from sidestep.tasks.plan.plan import Planner, as_json, check_memory, fit_into, longest, plan, tables
 from sidestep.tasks.plan.step import (
     LiveBytes,
     Segment,
@@ -37,6 +36,7 @@ from sidestep.tasks.plan.step import (
 )
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import official_config
+from tests import memory_table
 
 BF16 = torch.bfloat16
 README = Path(__file__).parents[3] / "README.md"
@@ -416,19 +416,82 @@ def test_recompute_as_needed_contradicts_what_else_decides_it(tmp_path, other):
         config_of(tmp_path, recompute_as_needed=True, **other)
 
 
+LOSSY = {"base_precision": "auto", "chunk_duration": 0.0}  # what costs quality, and its value that does not
+SIZES_AND_SECONDS = pytest.mark.parametrize(
+    ("variant", "seconds"), [(v, s) for v in ("turbo", "xl-turbo") for s in (60, 240, 480)]
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["comfortable", "standard", "tight", "minimal"])
-@pytest.mark.parametrize("variant", ["turbo", "xl-turbo"])
-def test_each_profile_fits_the_smallest_card_it_names(tmp_path, name, variant):
-    """2B with whole 240 s songs; XL with whole songs from 16 GiB on, below that with 60 s windows."""
-    gib = {"comfortable": 24, "standard": 16, "tight": 12, "minimal": 8}[name]
-    settings = {
-        k: v
-        for k, v in find(f"{name}_xl" if name == "minimal" and variant == "xl-turbo" else name).values.items()
-        if k in {f.name for f in dataclasses.fields(TrainConfig)}
-    }
-    planner_config = config_of(tmp_path, **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-    seconds = 240 if variant == "turbo" or gib >= 16 else 60
-    shape = Shape(planner_config.batch_size, 25 * seconds, 512)
-    peak = StepModel(official_config(variant), planner_config, shape, BF16).peak(planner_config)
-    assert with_overhead(peak.total) <= gib * GIB, json.dumps(dataclasses.asdict(peak))
+@SIZES_AND_SECONDS
+def test_no_advice_fills_the_reserve_or_gives_up_what_fits(tmp_path, variant, seconds):
+    planner, asked = Planner(official_config(variant), BF16, seconds, 512), config_of(tmp_path)
+    for gib in (8, 12, 16, 24):
+        usable = GpuMemory(gib * GIB, "a card").usable
+        assert usable == gib * GIB - round(max(0.8 * GIB, 0.08 * gib * GIB))
+        best = planner.mildest(asked, usable)
+        assert best is not None
+        assert best.needed <= usable
+        assert bool(best.flags) == (planner.candidate(asked).needed > usable), "what fits stays as it is"
+        assert (best.config.rank, best.config.chunk_duration) == (asked.rank, asked.chunk_duration)
+        if best.config.base_precision != "auto":
+            assert planner.candidate(dataclasses.replace(best.config, base_precision="auto")).needed > usable
+        faster = planner.faster(asked, best.config, usable)
+        assert faster is None or best.needed <= faster.needed <= usable
+
+
+@pytest.mark.slow
+@SIZES_AND_SECONDS
+def test_every_profile_fits_its_card_and_gives_up_nothing_that_would_fit(tmp_path, variant, seconds):
+    planner, names = (
+        Planner(official_config(variant), BF16, seconds, 512),
+        {f.name for f in dataclasses.fields(TrainConfig)},
+    )
+    for gib in PROFILES.values():
+        values = {k: v for k, v in find(profile_for(gib, variant == "xl-turbo")).values.items() if k in names}
+        config = config_of(tmp_path, **values)
+        usable = GpuMemory(round(USABLE * gib * GIB), "a card as it reports itself").usable
+        assert planner.candidate(config).needed <= usable
+        assert config.rank >= TrainConfig.rank
+        for name, whole in LOSSY.items():
+            if seconds == 480 and getattr(config, name) != whole:
+                assert planner.candidate(dataclasses.replace(config, **{name: whole})).needed > usable, name
+
+
+def test_what_was_added_on_the_way_and_is_not_needed_is_left_out(tmp_path):
+    planner = Planner(official_config("turbo") | {"num_hidden_layers": 4}, BF16, 60, 100)
+    asked = config_of(tmp_path)
+    with_int8 = planner.candidate(dataclasses.replace(asked, base_precision="int8")).needed
+    assert planner.candidate(dataclasses.replace(asked, optimizer_type="adamw8bit")).needed > with_int8
+    best = planner.mildest(asked, with_int8)
+    assert best is not None
+    assert best.flags == ("--base-precision int8",)
+
+
+def test_a_plan_says_that_it_fits_as_it_is_and_what_would_be_faster(capsys):
+    answer = plan(PlanConfig(model_variant="turbo", vram=12, song_seconds=30), null)
+    assert answer.best is not None
+    assert answer.faster is not None
+    assert answer.best.flags == ()
+    assert answer.faster.flags == ("--recompute-layers 0",)
+    advice = [*tables(answer)][-1]
+    assert advice.rows[0][0] == "nothing: it fits as it is"
+    assert advice.rows[1][0] == "faster, with what is spare: --recompute-layers 0"
+    assert "to spare beside the 0.96 GiB that should stay free" in str(next(iter(tables(answer))).rows)
+
+
+def test_a_plan_is_for_the_longest_song_of_a_folder(small_run):
+    config = PlanConfig(
+        model_variant="turbo", checkpoint_dir=small_run.checkpoint_dir, dataset_dir=small_run.dataset_dir
+    )
+    answer = plan(config, null)
+    frames, _ = longest(small_run.dataset_dir)
+    assert answer.seconds == frames / 25
+    assert as_json(answer)["song_seconds"] == frames / 25
+    with pytest.raises(UserError, match="no tensors to plan for"):
+        plan(dataclasses.replace(config, dataset_dir=small_run.checkpoint_dir), null)
+
+
+@pytest.mark.slow
+def test_the_published_table_is_what_the_planner_says():
+    assert memory_table.PAGE.read_text(encoding="utf-8") == memory_table.page(), "run: python -m tests.memory_table"

@@ -1,0 +1,53 @@
+"""The table of docs/memory.md: what the planner advises for each card, size and song length.
+
+`python -m tests.memory_table` rewrites it; a test compares.
+"""
+
+from pathlib import Path
+
+import torch
+
+from sidestep.acestep.device import GIB, GpuMemory
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.plan.plan import Planner
+from sidestep.variants import official_config
+
+PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
+CARDS, SECONDS, TOKENS = (8, 12, 16, 24), (60, 240, 480), 512
+INTRODUCTION = """# What fits on which card
+
+The settings that the planner adds to the defaults (LoRA of rank 64 on attention, batch 1, AdamW, all layers recomputed)
+so that a step fits, for songs of so many seconds with 512 condition tokens. `plan`, the check before a run and
+`--vram-profile` rest on the same figures. Of every card 0.8 GiB or 8 % stays free, whichever is more; a context
+(0.5 GiB) and the allocator's slack (6 %) are added to the tensors. Both were assumed: no GPU was at hand yet.
+
+Settings come in the order of their cost: first what changes next to nothing (8-bit AdamW, int8 base), then what costs
+time (`--offload-activations`, `--swap-blocks`), last what costs quality (nf4 base, windows). What an earlier setting
+did not need to give is taken back.
+
+| model | songs | card | add | needed then | or faster, with what is spare |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The page as it must be."""
+    rows = []
+    for model, variant in (("2B", "turbo"), ("XL", "xl-turbo")):
+        for seconds in SECONDS:
+            planner = Planner(official_config(variant) or {}, torch.bfloat16, seconds, TOKENS)
+            asked = TrainConfig(checkpoint_dir=Path(), dataset_dir=Path(), output_dir=Path())
+            for card in CARDS:
+                usable = GpuMemory(card * GIB, "").usable
+                best = planner.mildest(asked, usable)
+                assert best is not None
+                faster = planner.faster(asked, best.config, usable)
+                added = " ".join(best.flags) and f"`{' '.join(best.flags)}`"
+                more = f"`{' '.join(faster.flags)}`" if faster else ""
+                needed = f"{best.needed / GIB:.1f} GiB"
+                rows.append(f"| {model} | {seconds} s | {card} GB | {added or 'nothing'} | {needed} | {more} |")
+    return INTRODUCTION + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8", newline="\n")
