@@ -1,19 +1,21 @@
 """`rank_map.json`: which rank each module of the decoder gets, why, and for which model and music that was measured."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import write_text
+from sidestep.files import move, replacing, write_text
 from sidestep.words import side_step
 
 FORMAT, VERSION = "side-step rank map", 1
 FILE_NAME = "rank_map.json"
 DIRECTIONS_NAME = "rank_map.safetensors"  # right singular vectors for --init gradient, beside the map
+NEWER = ".new.safetensors"  # ending of directions whose map is being written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class RankMap:
     agreement: float  # Spearman correlation between the rank maps of two halves of the data
     modules: dict[str, Module]
     curve: tuple[tuple[int, float], ...] = ()  # parameters → share of the confirmed energy they capture
+    directions: str = ""  # digest of the file of directions beside it
     created: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
 
     @property
@@ -86,6 +89,28 @@ class RankMap:
             f"measured on {self.data['songs']} songs with {self.model['variant']}, focus {self.settings['focus']}, "
             f"{self.created[:10]}"
         )
+
+
+def write_both(path: Path, rank_map: RankMap, directions: bytes) -> None:
+    """Write a map and its directions (a safetensors file), or leave the map and the directions that were there.
+
+    Until the map is replaced, new directions stand under another name: `directions_file` tells which are the map's.
+    """
+    newer = path.with_suffix(NEWER)
+    with replacing(newer) as temporary:
+        temporary.write_bytes(directions)
+    write(path, replace(rank_map, directions=hashlib.blake2b(directions, digest_size=16).hexdigest()))
+    move(newer, path.with_suffix(".safetensors"))
+
+
+def directions_file(path: Path) -> Path:
+    """The file of the directions that were measured with the map at `path`; may not be there."""
+    newer = path.with_suffix(NEWER)
+    if newer.is_file() and path.is_file():
+        digest = hashlib.blake2b(newer.read_bytes(), digest_size=16).hexdigest()
+        if read(path).directions == digest:
+            return newer
+    return path.with_suffix(".safetensors")
 
 
 def write(path: Path, rank_map: RankMap) -> None:
@@ -172,6 +197,7 @@ def _parse(content: Mapping[str, Any]) -> RankMap:
         agreement=float(content["agreement"]),
         modules=modules,
         curve=tuple((count(parameters), float(share)) for parameters, share in content["curve"]),
+        directions=str(content.get("directions", "")),
         created=str(content["created"]),
     )
 

@@ -1,5 +1,6 @@
 """rank_map.json: what is written is read back, what was changed by hand or made for something else is refused."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.rank_map import Module, RankMap
 from sidestep.errors import UserError
+from tests.dying import Dies, dying_at
 
 SHAPES = {"layers.0.self_attn.to_q": (8, 8), "layers.0.self_attn.to_k": (4, 8), "layers.0.mlp.up_proj": (16, 8)}
 
@@ -131,3 +133,18 @@ def test_the_summary_says_what_the_map_does(rank_map):
     text = rank_map.summary()
     for word in ("2 modules", "2 to 3", "1 left out", "96 parameters", "5 songs", "base"):
         assert word in text
+
+
+def test_a_kill_while_a_map_is_replaced_leaves_it_with_its_own_directions(tmp_path, rank_map):
+    path, newer, seen = tmp_path / "rank_map.json", replace(rank_map, batches=99), set()
+    for change in range(1, 14):
+        maps.write_both(path, rank_map, b"old")
+        with dying_at(change, tmp_path), contextlib.suppress(Dies):
+            maps.write_both(path, newer, b"new")
+        is_new = maps.read(path).batches == 99
+        assert maps.directions_file(path).read_bytes() == (b"new" if is_new else b"old"), f"change {change}"
+        seen.add((is_new, path.with_suffix(maps.NEWER).exists()))
+    assert seen == {(False, False), (False, True), (True, True), (True, False)}
+    maps.write_both(path, newer, b"again")
+    assert maps.directions_file(path).read_bytes() == b"again"
+    assert not path.with_suffix(maps.NEWER).exists()

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, recompute_layers
@@ -21,7 +21,7 @@ from sidestep.adapters.rank_map import RankMap
 from sidestep.data.records import fingerprint
 from sidestep.errors import UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
-from sidestep.files import replacing, write_text
+from sidestep.files import write_text
 from sidestep.pages import render
 from sidestep.pages.charts import budget_curve, by_layer, spectra
 from sidestep.settings.config import EstimateConfig, TrainConfig
@@ -98,11 +98,8 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     ranking = run_rounds(measurement, layout, budget, config, partial, key, report)
 
     result = as_map(config, checkpoint, data, count, layout, budget, ranking, measurement.sums)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output.with_suffix(".safetensors")) as temporary:
-        save_file(directions(layout, measurement.sums, result), temporary)
     write_text(output.with_name("estimate.html"), page(result))
-    maps.write(output, result)  # last: a map is there only when all that belongs to it is
+    maps.write_both(output, result, save(directions(layout, measurement.sums, result)))
     partial.unlink(missing_ok=True)
     announce(config, output, result, report)
     return result

@@ -327,7 +327,7 @@ def set_start(model: PeftModel, config: TrainConfig, report: Report) -> None:
         for note in found.notes:
             report(Notice(message=note, level="warning"))
     elif config.init == "gradient":
-        path = config.dataset_dir / maps.DIRECTIONS_NAME
+        path = maps.directions_file(config.dataset_dir / maps.FILE_NAME)
         measure = side_step("estimate", "--dataset-dir", str(config.dataset_dir))
         fix = f"Measure first: {measure} …, or use --init default."
         try:
