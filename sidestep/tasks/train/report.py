@@ -56,10 +56,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "best": {"loss": best.loss, "epoch": best.epoch, "by": best.by} if best else None,
         "points": curve(history.points),
         "epoch_losses": [[number, number_or_none(loss)] for number, loss in enumerate(history.epoch_losses, 1)],
-        "validation": [
-            [e.step, number_or_none(e.loss), None if e.average_loss is None else number_or_none(e.average_loss)]
-            for e in history.evaluations
-        ],
+        "validation": [[e.step, number_or_none(e.loss), number_or_none(e.average_loss)] for e in history.evaluations],
         "bins": [
             {"samples": count, "loss": number_or_none(loss / count) if count else None}
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
@@ -71,9 +68,9 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
     }
 
 
-def number_or_none(value: float) -> float | None:
+def number_or_none(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def curve(points: Sequence[Point]) -> list[list[float | None]]:
@@ -160,7 +157,7 @@ def as_text(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def page(values: Mapping[str, Any]) -> str:
@@ -184,7 +181,7 @@ def page(values: Mapping[str, Any]) -> str:
         "kind": KINDS.get(values["adapter"], values["adapter"]),
         "song_count": count(values["songs"], "song"),
         "figures": figures,
-        "previews": [_preview(entry) for entry in values["previews"]],
+        "previews": [{**entry, **prompt_texts(entry["prompt"])} for entry in values["previews"]],
         "peak_memory": memory,
         "rank_columns": rank_columns,
         "rank_rows": rank_rows,
@@ -196,9 +193,8 @@ def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _preview(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt as the page shows it: caption, details in one line, lyrics if there are any, and its takes."""
-    prompt = entry["prompt"]
+def prompt_texts(prompt: Mapping[str, Any]) -> dict[str, str]:
+    """A prompt as the page shows it: caption, details in one line, and lyrics if there are any."""
     duration, lyrics = prompt.get("duration"), str(prompt.get("lyrics", ""))
     details = {
         "{} bpm": prompt.get("bpm"),
@@ -211,8 +207,6 @@ def _preview(entry: Mapping[str, Any]) -> dict[str, Any]:
         "caption": str(prompt.get("caption", "")),
         "details": " · ".join(form.format(value) for form, value in details.items() if value not in (None, "")),
         "lyrics": "" if lyrics.strip() in ("", "[Instrumental]") else lyrics,
-        "base": entry["base"],
-        "takes": entry["takes"],
     }
 
 
@@ -238,25 +232,23 @@ def add_ranks(run: Run) -> None:
 
 def add_timesteps(run: Run) -> None:
     """To TensorBoard: how often each timestep was trained so far, in the history's bins, and the mean loss of each."""
-    tensorboard, history, step = run.tensorboard, run.history, run.position.step
-    counts = history.bin_count
-    if not sum(counts):
+    counts, step = np.array(run.history.bin_count), run.position.step
+    if not counts.any():
         return
-    edges = [(i + 1) / len(counts) for i in range(len(counts))]
-    middles = [edge - 0.5 / len(counts) for edge in edges]
-    total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
-    squares = sum(count * middle**2 for count, middle in zip(counts, middles, strict=True))
-    tensorboard.add_histogram_raw(
+    edges = np.arange(1, len(counts) + 1) / len(counts)
+    middles = edges - 0.5 / len(counts)
+    run.tensorboard.add_histogram_raw(
         "timesteps",
         min=0.0,
         max=1.0,
-        num=sum(counts),
-        sum=total,
-        sum_squares=squares,
-        bucket_limits=edges,
-        bucket_counts=counts,
+        num=counts.sum(),
+        sum=counts @ middles,
+        sum_squares=counts @ middles**2,
+        bucket_limits=edges.tolist(),
+        bucket_counts=counts.tolist(),
         global_step=step,
     )
-    for edge, loss, samples in zip(edges, history.bin_loss, counts, strict=True):
+    for edge, loss, samples in zip(edges, run.history.bin_loss, counts, strict=True):
         if samples:
-            tensorboard.add_scalar(f"loss by timestep/{edge - 1 / len(counts):.1f}-{edge:.1f}", loss / samples, step)
+            name = f"loss by timestep/{edge - 1 / len(counts):.1f}-{edge:.1f}"
+            run.tensorboard.add_scalar(name, loss / samples, step)
