@@ -19,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
+from safetensors import SafetensorError
 
 from sidestep.errors import UserError
 
@@ -50,6 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` (its folder is made if need be) that becomes `path` when the block ends well.
 
     The name says which process of which machine writes, so that leftovers of dead ones can be told from work under way.
+    Raises OSError naming `path`, also where safetensors or torch met it and said something of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{host_id()}-{os.getpid()}-{next(_counter)}"
@@ -58,6 +60,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         move(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        code = _system_error(error)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -143,6 +150,18 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error that stopped a write, which torch keeps as context and safetensors as text."""
+    if isinstance(error, SafetensorError):
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None or sys.platform != "win32":
+            return int(number[1]) if number else None
+        return OSError(0, "", None, int(number[1])).errno  # Windows has numbers of its own
+    if isinstance(error, RuntimeError):
+        return _system_error(error.__context__)
+    return error.errno if isinstance(error, OSError) else None
+
+
 def expand(path: str | Path) -> Path:
     """A path with the home folder in place of `~`; as it is where nobody has one."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises there)
@@ -184,10 +203,17 @@ def one_writer(folder: Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder / ".lock")
+        try:
+            lock = FileLock(folder / ".lock").acquire(timeout=0).lock
+        except NotImplementedError:  # a file system without locks: a file that names its process has to do
+            lock = SoftFileLock(folder / ".lock").acquire(timeout=0).lock
     except Timeout:
+        try:
+            who = (folder / HOLDER).read_text(encoding="utf-8", errors="replace")[:200].splitlines()[0]
+        except (OSError, IndexError):
+            who = "it has not said which yet"
         raise UserError(
-            f"--output-dir {folder}: another process is writing there ({_read_holder(folder)}).",
+            f"--output-dir {folder}: another process is writing there ({who}).",
             "Wait for it or stop it (Ctrl-C there saves first), or choose another folder.",
         ) from None
     except OSError as error:
@@ -205,18 +231,3 @@ def one_writer(folder: Path) -> Iterator[None]:
         if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
             (folder / ".lock").unlink()
             folder.rmdir()
-
-
-def _acquire(path: Path) -> BaseFileLock:
-    """The lock at `path`, held. Raises Timeout where another process has it."""
-    try:
-        return FileLock(path).acquire(timeout=0).lock
-    except NotImplementedError:  # a file system without locks: a file that names its process has to do
-        return SoftFileLock(path).acquire(timeout=0).lock
-
-
-def _read_holder(folder: Path) -> str:
-    try:
-        return (folder / HOLDER).read_text(encoding="utf-8", errors="replace")[:200].splitlines()[0]
-    except (OSError, IndexError):
-        return "it has not said which yet"

@@ -1,10 +1,14 @@
 """A file is whole or absent: what is on the disk at each moment of a write, and in which order it gets there."""
 
+import errno
+import io
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from sidestep import files
 from sidestep.files import TEMPORARY, bring_back, host_id, put_in_place, remove, replacing, write_text
@@ -133,6 +137,47 @@ def test_a_file_that_cannot_be_flushed_is_one(tmp_path, monkeypatch):
         write_text(tmp_path / "x.txt", "new")
     assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def save_by_torch(path: Path) -> None:
+    """A disk that fills up inside torch.save: torch then complains of a position, and the system's word is lost."""
+
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            if len(data) > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(data)
+
+    path.touch()
+    torch.save({"a": torch.zeros(1000)}, Full())
+
+
+def save_by_safetensors(path: Path) -> None:
+    path.touch()
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def save_by_hand(path: Path) -> None:
+    path.touch()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("save", [save_by_torch, save_by_safetensors, save_by_hand])
+def test_whoever_meets_a_full_disk_the_error_is_the_systems_and_names_the_file(tmp_path, save):
+    with pytest.raises(OSError, match="No space left") as stopped, replacing(tmp_path / "x.pt") as temporary:
+        save(temporary)
+    assert (stopped.value.errno, stopped.value.filename) == (errno.ENOSPC, str(tmp_path / "x.pt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake"), SafetensorError("no file of mine"), OSError("nameless")])
+def test_an_error_that_is_not_the_systems_stays_as_it_is(tmp_path, error):
+    with pytest.raises(type(error)) as stopped, replacing(tmp_path / "x.pt"):
+        raise error
+    assert stopped.value is error
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sidestep.settings.config import TrainConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.processes import shard_like, unshard
+from sidestep.tasks.train.report import as_text
 from sidestep.tasks.train.run import History, Position, Run
 from sidestep.words import PROGRAM, paste
 
@@ -94,8 +95,8 @@ def write_checkpoint(
             "digests": {name: digest_of(path) for name, path in paths.items()},
         }
         write_text(new / COMPLETE_FILE, json.dumps(metadata | {"seal": seal_of(metadata)}, indent=1))
-        with zipfile.ZipFile(new / STATE_FILE) as archive:
-            if not is_complete(new) or archive.testzip() is not None:
+        with zipfile.ZipFile(new / STATE_FILE) as archive:  # its sums are of what was in memory
+            if archive.testzip() is not None:
                 raise JobError(
                     f"{folder}: what was written is not what is on the disk.",
                     "Check the disk; the older checkpoints are untouched.",
@@ -115,44 +116,37 @@ def seal_of(metadata: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read_metadata(folder: Path) -> dict[str, Any] | None:
-    """What the file that is written last says, or None where it is missing or broken."""
+def read_metadata(folder: Path) -> tuple[Position, dict[str, str]] | None:
+    """(how far the run was, digest of each file) of a saved run; None unless each file is there in its full size."""
     try:
         metadata = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
         seal = metadata.pop("seal", None)  # checkpoints of older versions have none
-        Position(**metadata["position"])
-        is_whole = isinstance(metadata["files"], dict) and seal == (
-            seal_of(metadata) if "digests" in metadata else None
-        )
-        return metadata if is_whole else None
-    except (OSError, ValueError, TypeError, KeyError):
+        if seal != (seal_of(metadata) if "digests" in metadata else None):
+            return None
+        if any((folder / name).stat().st_size != size for name, size in metadata["files"].items()):
+            return None
+        return Position(**metadata["position"]), metadata.get("digests", {})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file of a saved run is there in its full size."""
-    metadata = read_metadata(folder)
-    return metadata is not None and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in metadata["files"].items()
-    )
-
-
-def position_of(folder: Path) -> Position:
-    """How far the run of a complete checkpoint was."""
-    return Position(**(read_metadata(folder) or {})["position"])
+def positions(output_dir: Path) -> dict[Path, Position]:
+    """The complete checkpoints of a run and how far each was, oldest first by optimizer step."""
+    folders = [p for p in (output_dir / "checkpoints").glob("*") if not p.name.startswith(".")]
+    found = {folder: metadata[0] for folder in folders if (metadata := read_metadata(folder))}
+    return dict(sorted(found.items(), key=lambda entry: entry[1].step))
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first by optimizer step."""
-    folders = (p for p in (output_dir / "checkpoints").glob("*") if p.is_dir() and not p.name.startswith("."))
-    return sorted(filter(is_complete, folders), key=lambda p: position_of(p).step)
+    return list(positions(output_dir))
 
 
 def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
     """The checkpoint that `--resume-from` means; `latest` looks in `--output-dir`. Raises UserError."""
     complete = complete_checkpoints(output_dir)
     if str(resume_from) != "latest":
-        if is_complete(resume_from):
+        if read_metadata(resume_from):
             return resume_from
         last = ", ".join(map(str, complete[-3:]))
         fix = f"Whole ones: {last}" if complete else "Start anew without --resume-from."
@@ -169,11 +163,11 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
     """(state, position) of a checkpoint. Nothing but tensors and plain values is unpickled. Raises JobError."""
     unreadable = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError)
     try:
-        for name, digest in (read_metadata(folder) or {}).get("digests", {}).items():
+        position, digests = read_metadata(folder) or (Position(), {COMPLETE_FILE: ""})
+        for name, digest in digests.items():
             if digest_of(folder / name) != digest:
                 raise ValueError(f"{name} is damaged: its bytes are not those that were written")
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        return state, position_of(folder)
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True), position
     except (*unreadable, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise JobError(
@@ -184,8 +178,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
 
 def prune(output_dir: Path, keep: int, also_keep_step: int | None = None) -> None:
     """Delete the oldest complete checkpoints beyond `keep` (0 keeps all), but not the one at the best step."""
-    for old in complete_checkpoints(output_dir)[:-keep] if keep else []:
-        if position_of(old).step != also_keep_step:
+    for old, position in list(positions(output_dir).items())[:-keep] if keep else []:
+        if position.step != also_keep_step:
             gone = old.with_name(OLD + old.name)
             put_in_place(old, gone)  # first out of sight: a half-deleted folder is no checkpoint
             shutil.rmtree(gone, ignore_errors=True)
@@ -253,7 +247,7 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
         return None
     source = find_checkpoint(config.resume_from, folder)
     state, position = read_checkpoint(source)
-    later = [path for path in complete_checkpoints(folder) if position_of(path).step > position.step]
+    later = [path for path, at in positions(folder).items() if at.step > position.step]
     if later:
         raise UserError(
             f"--resume-from {source}: {later[-1]} goes further; going on from here would mix two runs in one folder.",
@@ -261,20 +255,19 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
             "or go on from the newest: --resume-from latest",
         )
 
-    def words(value: Any) -> str:
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
     saved, now, options = state["config"], as_json_values(config), options_of(TrainConfig)
     different = [name for name in now if name in saved and saved[name] != now[name] and name not in NOT_COMPARED]
     refused = [name for name in different if name in FIXED_ON_RESUME]
     if refused:
-        what = ", ".join(f"{options[name].flag} is {words(now[name])}, was {words(saved[name])}" for name in refused)
+        what = ", ".join(
+            f"{options[name].flag} is {as_text(now[name])}, was {as_text(saved[name])}" for name in refused
+        )
         raise UserError(
             f"--resume-from {source}: {what}.",
             "Resume with the settings of that run, or start a new run in another --output-dir.",
         )
     for name in different:
-        report(Notice(message=f"Resumed with {options[name].flag} {words(now[name])}, before {words(saved[name])}"))
+        report(Notice(message=f"Resumed with {options[name].flag} {as_text(now[name])}, before {as_text(saved[name])}"))
     return SavedRun(source, state, position)
 
 
@@ -355,7 +348,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "optimizer": snapshot(run.optimizer.state_dict()),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else {},
         "average": average,
-        "history": run.history.as_values(),
+        "history": asdict(run.history),
         "config": as_json_values(run.config),
         "ranks": run.ranks,
         "total_steps": run.total_steps,
@@ -413,57 +406,57 @@ def save_checkpoint(run: Run, name: str) -> None:
         return
     folder, position, config = run.config.output_dir / "checkpoints" / name, run.position, run.config
     run.writer.wait()
-    if any(position_of(path).step == position.step for path in complete_checkpoints(config.output_dir)):
+    if any(saved.step == position.step for saved in positions(config.output_dir).values()):
         return  # resumed and stopped before the next step: it is saved already
-    best = run.history.best.step if run.history.best else None
-    card = card_of(run)
+    best, write_adapter = run.history.best, adapter_writer(run, state["adapter"])
 
-    def write() -> Iterator[Event]:
-        write_checkpoint(
-            folder, state, position, lambda new: save_final(run.model, new, config, state["adapter"], card)
-        )
-        prune(config.output_dir, config.keep_checkpoints, best)
-        yield Saved(what="checkpoint", path=str(folder))
+    def write() -> list[Event]:
+        write_checkpoint(folder, state, position, write_adapter)
+        prune(config.output_dir, config.keep_checkpoints, best.step if best else None)
+        return [Saved(what="checkpoint", path=str(folder))]
 
-    run.writer.start(write)
+    run.writer.start("checkpoint", write)
 
 
 def save_best(run: Run) -> None:
     """Write `best/` beside the training that goes on."""
-    tensors, best = adapter_snapshot(run), run.history.best
-    if not run.is_main or best is None:
-        return
-    folder, card = run.config.output_dir / "best", card_of(run)
-
-    def write() -> Iterator[Event]:
-        write_folder(folder, lambda new: save_final(run.model, new, run.config, tensors, card))
-        yield Saved(what="best", path=str(folder))
-        yield Notice(message=f"best/ is now the adapter of epoch {best.epoch}, {best.by} {best.loss:.4f}")
-
-    run.writer.start(write)
+    best = run.history.best
+    if best is not None:
+        save_adapter(run, "best", f"best/ is now the adapter of epoch {best.epoch}, {best.by} {best.loss:.4f}")
 
 
 def save_results(run: Run) -> Path:
-    """Write `final/`, and `ema/` where a running average is kept, and wait for all that is being written."""
-    folder = run.config.output_dir / "final"
-    results = {folder: adapter_snapshot(run)}
+    """Write `final/`, and `ema/` where a running average is kept, and wait for all that is being written.
+
+    Raises OSError and JobError where something of it could not be written.
+    """
+    save_adapter(run, "final")
     if run.average is not None:
         with averaged(run):
-            results[run.config.output_dir / "ema"] = snapshot(adapter_state(run.model))
-    if run.is_main:
-        for path, tensors in results.items():
-            run.writer.wait()
-            card = card_of(run)
-            write_folder(path, lambda new, t=tensors, card=card: save_final(run.model, new, run.config, t, card))
-            run.report(Saved(what=path.name, path=str(path)))
+            save_adapter(run, "ema")
+    run.writer.finish()
     run.processes.wait()
-    return folder
+    return run.config.output_dir / "final"
 
 
-def card_of(run: Run) -> Card:
-    """What the model card says of the run."""
+def save_adapter(run: Run, name: str, note: str = "") -> None:
+    """Copy the adapter as it is now and write it into a folder of the run beside the training that goes on."""
+    tensors, folder = adapter_snapshot(run), run.config.output_dir / name
+    if not run.is_main:
+        return
+    write_adapter = adapter_writer(run, tensors)
+
+    def write() -> list[Event]:
+        write_folder(folder, write_adapter)
+        return [Saved(what=name, path=str(folder)), *([Notice(message=note)] if note else [])]
+
+    run.writer.start(name, write)
+
+
+def adapter_writer(run: Run, tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """What writes these tensors into a folder as other programs read them; its model card tells of the run as it is."""
     tags = {str(song.metadata.get("custom_tag") or "") for song in (*run.songs, *run.held_out)}
-    return Card(
+    card = Card(
         name=run.config.run_name or run.config.output_dir.name,
         base_model=run.checkpoint.folder.name,
         base_identity=run.checkpoint.identity(),
@@ -474,16 +467,18 @@ def card_of(run: Run) -> Card:
         epochs=run.position.epoch,
         hints_ratio=run.config.hints_ratio,
     )
+    return lambda folder: save_final(run.model, folder, run.config, tensors, card)
 
 
 def cannot_save(run: Run, error: OSError) -> JobError:
     """The error for a file that cannot be written: what is safe, and how to go on."""
-    complete = complete_checkpoints(run.config.output_dir)
+    complete = list(positions(run.config.output_dir).items())
     is_full = error.errno in NO_ROOM
     problem = "the disk is full" if is_full else f"cannot be written ({error.strerror or error})"
     fix = "Free some space" if is_full else "Make it writable"
     if complete:
-        safe = f"The last good state is {complete[-1]} (optimizer step {position_of(complete[-1]).step})."
+        folder, position = complete[-1]
+        safe = f"The last good state is {folder} (optimizer step {position.step})."
         fix = f"{fix}, then go on: {resume_command(run.config)}"
     else:
         safe, fix = "Nothing had been saved before.", f"{fix}, then start again."

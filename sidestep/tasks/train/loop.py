@@ -7,7 +7,8 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,15 +42,13 @@ class StepReading:
 class Metrics:
     """What the loop measures between two log lines.
 
-    losses, timesteps: [B] of each micro-step; norms: [] of each optimizer step. They wait on the device until `read`
-    brings them to the host in one transfer. The rest is what the host knows since the last log line.
+    parts: (losses [B], timesteps [B], songs) of each micro-step of the optimizer step under way; steps: (optimizer
+    step, gradient norm [1], parts). They wait on the device until `read` brings them to the host in one transfer. The
+    rest is what the host knows since the last log line.
     """
 
-    losses: list[torch.Tensor] = field(default_factory=list)
-    timesteps: list[torch.Tensor] = field(default_factory=list)
-    songs: list[tuple[str, ...]] = field(default_factory=list)
-    norms: list[torch.Tensor] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)  # (optimizer step, micro-steps until its end)
+    parts: list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]] = field(default_factory=list)
+    steps: list[tuple[int, torch.Tensor, list]] = field(default_factory=list)
 
     read_losses: list[float] = field(default_factory=list)  # of this process's samples
     grad_norm: float = math.nan
@@ -59,30 +58,25 @@ class Metrics:
 
     def add(self, loss: torch.Tensor, t: torch.Tensor, songs: tuple[str, ...]) -> None:
         """Keep the plain losses of a micro-step."""
-        self.losses.append(loss)
-        self.timesteps.append(t)
-        self.songs.append(songs)
+        self.parts.append((loss, t, songs))
 
     def close_step(self, step: int, norm: torch.Tensor) -> None:
         """An optimizer step ended with this gradient norm."""
-        self.norms.append(norm.float().reshape(1))
-        self.steps.append((step, len(self.losses)))
+        self.steps.append((step, norm.float().reshape(1), self.parts))
+        self.parts = []
         self.steps_since_log += 1
 
     def read(self) -> list[StepReading]:
         """Bring all that waits on the device to the host, in one transfer."""
-        if not self.steps:
-            return []
-        values = iter(torch.cat([*self.norms, *self.losses, *self.timesteps]).tolist())
-        norms = [next(values) for _ in self.norms]
-        losses = [[next(values) for _ in songs] for songs in self.songs]
-        timesteps = [[next(values) for _ in songs] for songs in self.songs]
-        readings, first = [], 0
-        for (step, last), norm in zip(self.steps, norms, strict=True):
-            parts = zip(self.songs[first:last], losses[first:last], timesteps[first:last], strict=True)
-            readings.append(StepReading(step, norm, [s for part in parts for s in zip(*part, strict=True)]))
-            first = last
-        self.losses, self.timesteps, self.songs, self.norms, self.steps = [], [], [], [], []
+        waiting = [t for _, norm, parts in self.steps for t in (norm, *(t for part in parts for t in part[:2]))]
+        values = iter(torch.cat(waiting).tolist() if waiting else ())
+        readings = []
+        for step, _, parts in self.steps:
+            norm, samples = next(values), []
+            for losses, timesteps, songs in parts:
+                samples += zip(songs, *([*islice(values, len(t))] for t in (losses, timesteps)), strict=True)
+            readings.append(StepReading(step, norm, samples))
+        self.steps = []
         return readings
 
 
@@ -141,7 +135,6 @@ def run_loop(run: Run) -> None:
                 write_report(run)
             if stops_early:
                 break
-    run.writer.wait()
 
 
 def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
@@ -245,15 +238,10 @@ def log(run: Run, metrics: Metrics) -> None:
     run.history.points.append(point)
     run.report(
         StepDone(
-            step=step,
+            **asdict(point),
             total_steps=run.total_steps,
-            epoch=point.epoch,
-            loss=point.loss,
-            lr=point.lr,
-            grad_norm=point.grad_norm,
             steps_per_second=rate,
             eta_seconds=(run.total_steps - step) / rate,
-            memory_bytes=point.memory_bytes,
         )
     )
     for name, value in (("loss/train", point.loss), ("lr", point.lr), ("grad_norm", point.grad_norm)):
@@ -273,7 +261,7 @@ def save_and_exit(run: Run, metrics: Metrics) -> None:
     add_up_processes(run)
     run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
     save_checkpoint(run, f"step_{run.position.step:06d}")
-    run.writer.wait()
+    run.writer.finish()
     run.processes.wait()  # a launcher ends all processes when one of them leaves
     raise Interrupted(resume_command(run.config))
 

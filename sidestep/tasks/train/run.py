@@ -1,18 +1,15 @@
 """A run: what the training loop works with, and what the run remembers of its own course (kept in every save)."""
 
-import errno
 import math
-import re
-import threading
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,7 +18,7 @@ from sidestep.acestep.conditions import Conditions, Prompt
 from sidestep.acestep.vae import frames_per_second
 from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
-from sidestep.events import Event, Report
+from sidestep.events import Event, Notice, Report
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.train.objective import Objective, TrainingLaw
@@ -120,13 +117,9 @@ class History:
         self.judged += 1
         return False
 
-    def as_values(self) -> dict[str, Any]:
-        """Plain values for a saved run."""
-        return asdict(self)
-
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "History":
-        """What `as_values` gave."""
+        """A history from what `asdict` made of one."""
         kept = dict(values)
         kept["points"] = [Point(**point) for point in kept["points"]]
         kept["evaluations"] = [Evaluation(**evaluation) for evaluation in kept["evaluations"]]
@@ -145,59 +138,78 @@ class Previews:
     made_at: int = -1
 
 
-class NoTensorBoard:
-    """Stands in for the writer on all processes but the first: every method does nothing."""
+class TensorBoard:
+    """The run's curves for TensorBoard. Every method does nothing on all processes but the first.
+
+    Nor does it after a write has failed, which it tells: TensorBoard's own writer cannot go on after that.
+    """
+
+    def __init__(self, writer: SummaryWriter | None, report: Report) -> None:
+        self._writer, self._report = writer, report
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_args, **_kwargs: None
+        def call(*arguments: Any, **named: Any) -> None:
+            if self._writer is not None:
+                try:
+                    getattr(self._writer, name)(*arguments, **named)
+                except OSError as error:
+                    self._writer = None
+                    message = f"No more curves for TensorBoard in this run ({error.strerror or error})."
+                    self._report(Notice(message=message, level="warning"))
 
-
-def as_os_error(error: SafetensorError) -> OSError:
-    """What the system said of a file that safetensors could not write; its own error is none of the system's."""
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]) if number else errno.EIO, str(error))
+        return call
 
 
 class BackgroundWriter:
-    """Runs one write at a time beside training. What it reports and raises comes out in the thread that trains."""
+    """Runs one save at a time beside training. What it tells comes out in the thread that trains.
+
+    A save that fails is told at once, and tried again at the next one unless that is of the same `what`.
+    """
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._events: list[Event] = []
+        self._pool = ThreadPoolExecutor(1, "save")
+        self._under_way: Future[list[Event]] | None = None
+        self._failed: dict[str, tuple[Callable[[], list[Event]], OSError | JobError]] = {}
 
-    def start(self, write: Callable[[], Iterable[Event]]) -> None:
-        """Begin a write once the one before it has ended. Raises what went wrong in that one."""
+    def start(self, what: str, write: Callable[[], list[Event]]) -> None:
+        """Begin a save once the one before it has ended."""
         self.wait()
+        writes = {name: failed for name, (failed, _) in self._failed.items()} | {what: write}
+        self._under_way = self._pool.submit(self._write, writes)
 
-        def work() -> None:
+    def _write(self, writes: Mapping[str, Callable[[], list[Event]]]) -> list[Event]:
+        events, self._failed = [], {}
+        for what, write in writes.items():
             try:
-                self._events = list(write())
-            except SafetensorError as error:
-                self._error = as_os_error(error)
-            except (OSError, RuntimeError, ValueError, JobError) as error:  # raised again in the thread that trains
-                self._error = error
-
-        self._thread = threading.Thread(target=work, name="checkpoint-writer", daemon=True)
-        self._thread.start()
+                events += write()
+            except (OSError, JobError) as error:
+                self._failed[what] = write, error
+                message = f"{what}: not saved ({error}). It is tried again at the next save; training goes on."
+                events.append(Notice(message=message, level="error"))
+        return events
 
     def poll(self) -> None:
-        """Settle a write that has ended; costs nothing while one is under way. Raises what went wrong in it."""
-        if self._thread is not None and not self._thread.is_alive():
+        """Tell of a save that has ended; costs nothing while one is under way."""
+        if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the write under way has ended. Raises what went wrong in it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
+        """Until the save under way has ended."""
+        if self._under_way is not None:
+            events, self._under_way = self._under_way.result(), None
+            for event in events:
+                self._report(event)
+
+    def finish(self) -> None:
+        """Wait, and try what failed once more. Raises what went wrong if it fails again."""
+        self.wait()
+        if self._failed:
+            name, (write, _) = self._failed.popitem()
+            self.start(name, write)
+            self.wait()
+        for _, error in self._failed.values():
             raise error
-        events, self._events = self._events, []
-        for event in events:
-            self._report(event)
 
 
 @dataclass
@@ -225,7 +237,7 @@ class Run:
     fingerprints: dict[str, str]  # of all songs, by name
     ranks: dict[str, dict[str, Any]] | None  # rank and alpha patterns of the rank map in use
     total_steps: int
-    tensorboard: SummaryWriter | NoTensorBoard
+    tensorboard: TensorBoard
     writer: BackgroundWriter
     previews: Previews | None = None
     average: EMAModel | None = None

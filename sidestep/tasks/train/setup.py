@@ -42,7 +42,7 @@ from sidestep.tasks.train.objective import ConditionMask, Objective, training_la
 from sidestep.tasks.train.previews import make_previews, previews_for
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import NAME, add_ranks, write_report
-from sidestep.tasks.train.run import BackgroundWriter, NoTensorBoard, Run, as_os_error, plan_of
+from sidestep.tasks.train.run import BackgroundWriter, Run, TensorBoard, plan_of
 from sidestep.tasks.train.songs import load_songs, require_hints, split, with_windows
 from sidestep.words import count, side_step
 
@@ -87,25 +87,13 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
             report(Saved(what="report", path=str(config.output_dir / NAME)))
     except OSError as error:
         raise cannot_save(run, error) from error
-    except SafetensorError as error:
-        raise cannot_save(run, as_os_error(error)) from error
     finally:
         run.tensorboard.close()
+    base = ("--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant)
     report(
         Finished(
             message=f"Trained {run.position.step} optimizer steps. The adapter is in {final}",
-            next_commands=(
-                side_step(
-                    *(
-                        "sample",
-                        "--checkpoint-dir",
-                        str(config.checkpoint_dir),
-                        "--model-variant",
-                        config.model_variant,
-                    ),
-                    *("--adapter", str(final), "--prompt", "…"),
-                ),
-            ),
+            next_commands=(side_step("sample", *base, "--adapter", str(final), "--prompt", "…"),),
         )
     )
     return TrainResult(run.position.step, final)
@@ -218,12 +206,10 @@ def set_up(
 
     longest = max(song.windows.frames if song.windows else song.frames for song in every)
     silence = checkpoint.silence_latent()[:, :longest].to(device)
-    tensorboard: SummaryWriter | NoTensorBoard = NoTensorBoard()
-    if processes.index == 0:
-        # what a killed run had written beyond the step it is resumed at disappears
-        purge_step = saved.position.step + 1 if saved else None
-        folder = config.output_dir / "runs" / (config.run_name or config.output_dir.name)
-        tensorboard = SummaryWriter(folder, purge_step=purge_step)
+    curves = config.output_dir / "runs" / (config.run_name or config.output_dir.name)
+    # what a killed run had written beyond the step it is resumed at disappears
+    purge_step = saved.position.step + 1 if saved else None
+    tensorboard = SummaryWriter(curves, purge_step=purge_step) if processes.index == 0 else None
     run = Run(
         config=config,
         report=report,
@@ -242,7 +228,7 @@ def set_up(
         fingerprints=fingerprints,
         ranks=ranks,
         total_steps=total_steps,
-        tensorboard=tensorboard,
+        tensorboard=TensorBoard(tensorboard, report),
         writer=BackgroundWriter(report),
         previews=previews,
     )

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.adapters import write
 from sidestep.cli.main import main
 from sidestep.data.records import save_record
 from sidestep.errors import ExitStatus, JobError, UserError
-from sidestep.events import EpochDone, FileFailed, Saved, StepDone, StepSkipped
+from sidestep.events import FileFailed, Finished, Notice, Saved, StepDone, StepSkipped
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
 from sidestep.tasks.train import loop, train
@@ -85,7 +86,7 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_anything_is_load
 
 def test_a_full_disk_ends_the_run_with_the_last_good_state_kept(data, tmp_path, monkeypatch):
     def act(event) -> None:
-        if isinstance(event, EpochDone) and event.epoch == 2:
+        if isinstance(event, Saved) and event.what == "checkpoint":
             monkeypatch.setattr(state.torch, "save", full)
 
     def full(*_args) -> None:
@@ -109,19 +110,40 @@ def test_a_full_disk_ends_the_run_with_the_last_good_state_kept(data, tmp_path, 
 @pytest.mark.parametrize("saves", [2, 4])  # the second of four checkpoints, and final/
 def test_a_disk_that_fills_up_under_safetensors_ends_the_run_too(data, tmp_path, monkeypatch, saves):
     """Its error is none of the system's: checkpoints were silently not written, and the run ended with 0."""
-    original, count = state.save_final, []
+    original, count = write.save_file, []
 
-    def save_final(*args) -> None:
+    def save_file(*args, **named) -> None:
         count.append(1)
         if len(count) > saves:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        original(*args)
+        original(*args, **named)
 
-    monkeypatch.setattr(state, "save_final", save_final)
+    monkeypatch.setattr(write, "save_file", save_file)
     config = settings(data, tmp_path / "run", epochs=4, save_every=1, save_best=False)
     with pytest.raises(JobError, match=f"the disk is full. The last good state is .*epoch_000{saves}") as stopped:
         run(config)
     assert "--resume-from latest" in stopped.value.fix
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves_of_that_time(data, tmp_path, monkeypatch):
+    def act(event) -> None:
+        if isinstance(event, Saved) and event.path.endswith("epoch_0001"):
+            monkeypatch.setattr(state.torch, "save", full)
+        if isinstance(event, Notice) and event.level == "error":
+            monkeypatch.setattr(state.torch, "save", original)
+
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = torch.save
+    log = run(settings(data, tmp_path / "run", epochs=4, save_every=1), act)
+    told = [event.message for event in log.of(Notice) if event.level == "error"]
+    assert len(told) == 1
+    assert told[0].startswith("checkpoint: not saved ([Errno 28] No space left on device")
+    assert str(tmp_path / "run" / "checkpoints") in told[0]
+    kept = [p.name for p in complete_checkpoints(tmp_path / "run")]
+    assert kept == ["epoch_0001", "epoch_0003", "epoch_0004"]
+    assert log.of(Finished)
 
 
 @pytest.mark.slow

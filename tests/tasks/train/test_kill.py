@@ -18,7 +18,7 @@ from sidestep.events import StepDone
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
 from sidestep.tasks.train import train
-from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of
+from sidestep.tasks.train.checkpoints import complete_checkpoints, positions
 from tests.training_world import adapter, differing, run, settings, write_data
 
 pytestmark = [
@@ -105,8 +105,7 @@ def steps_done(path: Path) -> int:
 
 
 def last_saved(output: Path) -> int:
-    there = complete_checkpoints(output)
-    return position_of(there[-1]).step if there else 0
+    return max((at.step for at in positions(output).values()), default=0)
 
 
 def with_resume(config):

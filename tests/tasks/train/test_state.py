@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from sidestep.tasks.train.checkpoints import (
     STATE_FILE,
     complete_checkpoints,
     find_checkpoint,
-    is_complete,
     prune,
     read_checkpoint,
     restore,
@@ -72,7 +72,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_none(run_folder, damage):
     newest = run_folder / "checkpoints" / "step_10"
     damage(newest)
-    assert not is_complete(newest)
+    assert newest not in complete_checkpoints(run_folder)
     assert find_checkpoint(Path("latest"), run_folder).name == "step_4"
     with pytest.raises(UserError, match="not a whole checkpoint"):
         find_checkpoint(newest, run_folder)
@@ -154,20 +154,58 @@ def test_a_snapshot_does_not_follow_what_training_does_next():
     assert not kept["a"][1]["b"].any()
 
 
-def test_what_a_background_write_reports_and_raises_comes_out_where_it_is_waited_for():
+def test_what_a_background_write_tells_comes_out_where_it_is_waited_for():
     log = Log()
     writer = BackgroundWriter(log)
-    writer.start(lambda: [Saved(what="checkpoint", path="x")])
+    writer.start("checkpoint", lambda: [Saved(what="checkpoint", path="x")])
     writer.wait()
-    assert log.of(Saved)
+    writer.wait()
+    assert len(log.of(Saved)) == 1  # told once
+
+
+def test_a_save_that_failed_is_told_at_once_and_tried_again_at_the_next_one():
+    log, tries = Log(), []
+    writer = BackgroundWriter(log)
+
+    def save(name, fails=0):
+        def write():
+            tries.append(name)
+            if tries.count(name) <= fails:
+                raise OSError(28, "No space left on device", name)
+            return [Saved(what=name, path=name)]
+
+        return write
+
+    writer.start("best", save("best", fails=2))
+    while not log.events:
+        writer.poll()
+    assert [(event.level, "best: not saved" in event.message) for event in log.events] == [("error", True)]
+    writer.start("checkpoint", save("step 1", fails=9))
+    writer.start("checkpoint", save("step 2"))  # takes the place of step 1, which nobody needs any more
+    writer.finish()
+    assert tries == ["best", "best", "step 1", "best", "step 2"]
+    assert [event.what for event in log.of(Saved)] == ["best", "step 2"]
+
+
+def test_a_save_that_fails_to_the_end_is_tried_once_more_and_raised():
+    tries = []
+    writer = BackgroundWriter(Log())
 
     def fails():
+        tries.append(1)
         raise OSError(28, "No space left on device")
 
-    writer.start(fails)
+    writer.start("checkpoint", fails)
     with pytest.raises(OSError):
+        writer.finish()
+    assert len(tries) == 2
+
+
+def test_a_mistake_of_the_program_in_a_background_write_is_no_failed_save():
+    writer = BackgroundWriter(Log())
+    writer.start("checkpoint", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         writer.wait()
-    writer.wait()  # told once
 
 
 def test_a_history_comes_back_from_plain_values():
@@ -176,7 +214,7 @@ def test_a_history_comes_back_from_plain_values():
     history.close_epoch()
     assert history.update_best(0.5, 1, 1, "validation loss")
     assert not history.update_best(float("nan"), 2, 2, "validation loss")
-    assert History.from_values(json.loads(json.dumps(history.as_values()))) == history
+    assert History.from_values(json.loads(json.dumps(asdict(history)))) == history
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
-from sidestep.tasks.train.checkpoints import complete_checkpoints, position_of, read_checkpoint, save_results
+from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import run_loop
 from tests.training_world import CHECKPOINTS, adapter, differing, prepared, record, run, settings, write_data
@@ -105,7 +105,7 @@ def test_best_is_the_adapter_of_the_lowest_validation_loss(data, tmp_path):
     assert len(evaluations) == 4
     lowest = min(evaluations, key=lambda e: e.loss)
     assert [e for e in evaluations if e.best][-1] == lowest
-    of_that_epoch = next(p for p in complete_checkpoints(tmp_path) if position_of(p).step == lowest.step)
+    of_that_epoch = next(p for p, at in positions(tmp_path).items() if at.step == lowest.step)
     assert not list(differing(adapter(tmp_path / "best"), adapter(of_that_epoch)))
 
 
@@ -145,7 +145,7 @@ def test_the_running_average_is_kept_beside_the_raw_weights(data, tmp_path):
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(data, tmp_path):
     run(settings(data, tmp_path, epochs=6, save_every=1, keep_checkpoints=2, val_split=0.3, lr=0.3))
-    steps = [position_of(p).step for p in complete_checkpoints(tmp_path)]
+    steps = [at.step for at in positions(tmp_path).values()]
     best = read_checkpoint(complete_checkpoints(tmp_path)[-1])[0]["history"]["best"]["step"]
     assert set(steps) == {10, 12} | {best}
 
@@ -155,7 +155,7 @@ def test_max_steps_ends_a_run_inside_an_epoch_and_it_can_go_on(data, tmp_path):
     log = run(config)
     assert [e.step for e in log.of(StepDone)] == [1, 2, 3]
     run(replace(config, max_steps=0, resume_from=Path("latest"), scheduler_type="constant"))
-    assert position_of(complete_checkpoints(tmp_path / "cut")[-1]).epoch == 2
+    assert list(positions(tmp_path / "cut").values())[-1].epoch == 2
 
 
 def test_hints_are_refused_where_records_have_none_and_learnt_where_they_do(data, tmp_path):
