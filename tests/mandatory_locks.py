@@ -4,6 +4,7 @@ An audit hook of the interpreter sees every deletion and renaming, whoever asks 
 Lock files are left out: their deletion has a branch of its own for Windows. To use the fixture, a test file imports it.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -75,7 +76,9 @@ def mandatory_locks(tmp_path, monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(os, "rename", rename_to_a_free_name)
     monkeypatch.setattr(files, "_exchange", lambda *_paths: False)
     _root.append(os.path.realpath(tmp_path) + os.sep)
+    gc.disable()  # what a cycle holds may be held for long
     yield
+    gc.enable()
     _root.clear()
 
 
