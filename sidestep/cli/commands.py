@@ -6,6 +6,7 @@ so that help and the wizard start without torch.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import shtab
 
 from sidestep.cli.parser import command_parser, global_parser, options_for
-from sidestep.errors import ExitStatus
+from sidestep.errors import ExitStatus, JobError
 from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.files import expand
 from sidestep.settings import presets as preset_files
@@ -28,6 +29,7 @@ from sidestep.settings.config import (
     PresetsConfig,
     TrainConfig,
     command_of,
+    memory_levers,
 )
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
@@ -46,7 +48,14 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
             left_out.append(event)
         report(event)
 
-    result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
+    try:
+        result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        fix = ", ".join(memory_levers(config)) or "a smaller model variant, or --device cpu"
+        raise JobError(f"Out of memory: {first}", f"What helps: {fix}.") from None
     if isinstance(result, ExitStatus):
         return result
     if isinstance(result, str):
@@ -55,6 +64,13 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         terminal.out.write(json.dumps(result, default=lambda v: asdict(v) if is_dataclass(v) else str(v)) + "\n")
     terminal.out.flush()
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory or the machine's ran out."""
+    torch = sys.modules.get("torch")  # where it was not even imported, it was not torch
+    kinds = (MemoryError, *([torch.OutOfMemoryError] if torch else []))
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:

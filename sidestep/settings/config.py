@@ -728,7 +728,9 @@ class SampleConfig(ModelConfig):
     shift: float = option(3.0, "shift of the timesteps towards noise", group="Sample", above=0, advanced=True)
     seed: int = option(42, "seed of the noise", group="Sample", minimum=0)
     output: Path = option(Path("samples"), "folder for the audio", group="Sample")
-    offload_encoder: bool = option(False, "VAE and text encoder live on the CPU between uses", group="Sample")
+    base_precision: str = same_as(TrainConfig, "base_precision", group="Sample")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks", group="Sample")
+    offload_encoder: bool = same_as(TrainConfig, "offload_encoder", group="Sample", plain="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -942,6 +944,40 @@ SPELLINGS = {other: name for name, command in COMMANDS.items() for other in (nam
 def command_of(config_class: type) -> str:
     """The name of the command that has these settings."""
     return next(name for name, command in COMMANDS.items() if command.config is config_class)
+
+
+def check_streaming(config: Any) -> None:
+    """Raises UserError where blocks are to be streamed from the CPU that are quantised, whose weights cannot be."""
+    if config.swap_blocks and config.base_precision != "auto":
+        raise UserError(
+            f"--swap-blocks {config.swap_blocks} with --base-precision {config.base_precision}: "
+            "quantised weights cannot be streamed.",
+            "Use one of the two.",
+        )
+
+
+def memory_levers(config: Any) -> list[str]:
+    """Flags of the config's command with which it takes less memory and which are not on, cheapest first."""
+    batch = getattr(config, "batch_size", 1)
+    fixed_base = bool(getattr(config, "swap_blocks", 0)) or getattr(config, "base_precision", "auto") != "auto"
+    table = {
+        "gradient_checkpointing": (True, not getattr(config, "gradient_checkpointing", True)),
+        "batch_size": ("1 (with more --gradient-accumulation)", batch > 1),
+        "offload_encoder": (True, not getattr(config, "offload_encoder", True)),
+        "optimizer_type": ("adamw8bit", getattr(config, "optimizer_type", "") in ("adamw", "prodigy")),
+        "base_precision": ("int8", not fixed_base),
+        "offload_activations": (True, not getattr(config, "offload_activations", True)),
+        "swap_blocks": ("16", not fixed_base),
+        "chunk_duration": ("60", not 0 < getattr(config, "chunk_duration", 0.0) <= 60),
+        "rank": (str(max(1, getattr(config, "rank", 0) // 2)), getattr(config, "rank", 0) > 8),
+        "duration": (f"{getattr(config, 'duration', 0.0) / 2:g}", getattr(config, "duration", 0.0) > 20),
+    }
+    options = options_of(type(config))
+    return [
+        options[name].flag if value is True else f"{options[name].flag} {value}"
+        for name, (value, helps) in table.items()
+        if helps and name in options
+    ]
 
 
 def command_words(config: Any) -> list[str]:

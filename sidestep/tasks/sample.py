@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.blocks import OffloadedModule
+from sidestep.acestep.blocks import BlockSwap, OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt, context_latents, encode_texts, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import decode, frames_per_second
+from sidestep.acestep.weights import CPU
 from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
@@ -30,7 +31,7 @@ from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
-from sidestep.settings.config import SampleConfig
+from sidestep.settings.config import SampleConfig, check_streaming
 from sidestep.settings.option import options_of
 from sidestep.variants import Variant
 from sidestep.words import count
@@ -143,6 +144,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     """
     prompt = prompt_of(_typed_prompt(config), "")
     strengths = _strengths(config)
+    check_streaming(config)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
@@ -163,10 +165,13 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
     [conditions] = encode_texts(checkpoint, [prompt.text], device.value, precision.value)
     tell_lost_tokens(prompt, conditions, report)
-    decoder = checkpoint.load_decoder(device.value, precision.value)
-    attention = use_attention(decoder, config.attention)
+    quantised = "" if config.base_precision == "auto" else config.base_precision
+    decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device.value, precision.value, quantised)
+    attention = use_attention(decoder, config.attention, device.value, precision.value)
     report(Decision(what="attention", value=attention.value, reason=attention.reason))
     model = load_adapter(decoder, adapter) if adapter else None
+    if config.swap_blocks:
+        BlockSwap(decoder, config.swap_blocks, device.value)
     sampler = open_sampler(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
     stem = _free_stem(config.output, f"{slug(prompt.caption)}-seed{prompt.seed}", strengths)
     files = []

@@ -6,10 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidestep.acestep.device import GpuMemory
 from sidestep.cli import commands, outside
@@ -19,7 +21,15 @@ from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import EventLog, Notice, Saved
 from sidestep.settings import presets
-from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PlanConfig, PreprocessConfig, TrainConfig, command_of
+from sidestep.settings.config import (
+    COMMANDS,
+    BuildDatasetConfig,
+    PlanConfig,
+    PreprocessConfig,
+    TrainConfig,
+    command_of,
+    memory_levers,
+)
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
@@ -441,3 +451,35 @@ def test_no_library_fetches_code_even_where_it_could(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_memory_that_runs_out_anywhere_names_what_is_not_on_yet(monkeypatch, capsys, error, known, tmp_path):
+    def fails(config, report):
+        raise error
+
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
+    monkeypatch.setattr("sidestep.tasks.sample.sample", fails)
+    assert main(["sample", "--prompt", "x", "--checkpoint-dir", ".", "--offload-encoder"]) == ExitStatus.FAILED
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("Out of memory" in said) == known
+    assert ("What helps: --base-precision int8, --swap-blocks 16, --duration 15." in said) == known
+
+
+def test_only_what_is_not_on_yet_is_offered_against_a_lack_of_memory(tmp_path):
+    config = TrainConfig(checkpoint_dir=tmp_path, dataset_dir=tmp_path, output_dir=tmp_path, rank=8)
+    frugal = {"optimizer_type": "adamw8bit", "base_precision": "int8", "offload_activations": True}
+    assert "--base-precision int8" in memory_levers(config)
+    assert memory_levers(replace(config, batch_size=2))[0] == "--batch-size 1 (with more --gradient-accumulation)"
+    assert memory_levers(replace(config, **frugal, offload_encoder=True, chunk_duration=60.0)) == []

@@ -12,7 +12,7 @@ import soundfile
 import torch
 from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
 
-from sidestep.acestep.blocks import OffloadedModule
+from sidestep.acestep.blocks import BlockSwap, OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Prompt, encode_texts
 from sidestep.adapters.adapter import changed_weight
@@ -334,3 +334,33 @@ def test_mistakes_in_a_prompt_are_named(values, said):
 )
 def test_file_names_come_from_words_alone(text, name):
     assert slug(text) == name
+
+
+@kinds
+def test_streamed_blocks_make_the_same_audio(checkpoints, tmp_path, monkeypatch, adapter_type, settings):
+    swaps = []
+    monkeypatch.setattr("sidestep.tasks.sample.BlockSwap", lambda *args: swaps.append(BlockSwap(*args)))
+    folder, asked = tmp_path / "final", config(adapter_type=adapter_type, **settings)
+    save_final(trained(decoder(), adapter_type=adapter_type, **settings), folder, asked)
+    plain = sample(sample_config(checkpoints, tmp_path / "plain", adapter=folder), null)
+    streamed = sample(sample_config(checkpoints, tmp_path / "streamed", adapter=folder, swap_blocks=2), null)
+    assert [a.read_bytes() for a in plain] == [b.read_bytes() for b in streamed]
+    assert [len(swap.blocks) for swap in swaps] == [2]
+
+
+@pytest.mark.parametrize(("precision", "error"), [("int8", 0.15), ("nf4", 0.6)])
+def test_a_quantised_base_can_be_heard(checkpoints, tmp_path, adapter_folder, precision, error):
+    plain, there = (
+        np.stack([soundfile.read(path, dtype="float32")[0] for path in sample(asked, null)])
+        for asked in (
+            sample_config(checkpoints, tmp_path / name, adapter=adapter_folder, base_precision=name)
+            for name in ("auto", precision)
+        )
+    )
+    assert 0 < np.linalg.norm(there - plain) < error * np.linalg.norm(plain)
+    assert not np.array_equal(there[0], there[1])
+
+
+def test_quantised_blocks_are_not_streamed(checkpoints, tmp_path):
+    with pytest.raises(UserError, match="--swap-blocks 1 with --base-precision int8"):
+        sample(sample_config(checkpoints, tmp_path, swap_blocks=1, base_precision="int8"), null)

@@ -18,6 +18,7 @@ from sidestep.data.batches import StepPlan, collate
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
+from sidestep.settings.config import memory_levers
 from sidestep.stopping import StopRequest
 from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
@@ -272,14 +273,7 @@ def out_of_memory(run: Run, plan: StepPlan, error: torch.OutOfMemoryError) -> Jo
     largest = max(plan.micro_batches, key=lambda m: len(m.items) * m.items[0].frames)
     seconds = largest.items[0].frames / run.frames_per_second
     names = ", ".join(dict.fromkeys(run.songs[item.song].name for item in largest.items))
-    remedies = {
-        "--gradient-checkpointing": not config.gradient_checkpointing,
-        "--batch-size 1 (with more --gradient-accumulation)": config.batch_size > 1,
-        f"--chunk-duration {max(10, round(seconds / 2))}": seconds > 20,
-        "--optimizer-type adamw8bit": config.optimizer_type in ("adamw", "prodigy") and run.device.type == "cuda",
-        f"--rank {max(1, config.rank // 2)}": config.rank > 8,
-    }
-    what_helps = ", ".join(flag for flag, helps in remedies.items() if helps) or "a smaller model variant"
+    what_helps = ", ".join(memory_levers(config)) or "a smaller model variant"
     resumable = ""
     if not config.gradient_checkpointing:
         command = resume_command(replace(config, gradient_checkpointing=True))

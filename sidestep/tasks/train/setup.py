@@ -25,7 +25,7 @@ from sidestep.data.records import fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, null
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
-from sidestep.settings.config import TrainConfig, command_line
+from sidestep.settings.config import TrainConfig, check_streaming, command_line
 from sidestep.tasks.train.checkpoints import (
     SavedRun,
     cannot_save,
@@ -248,12 +248,7 @@ def check_memory_options(config: TrainConfig, processes: int) -> None:
             "or the backward pass keeps its weights on the device.",
             f"Recompute at least as many: --gradient-checkpointing --recompute-layers {swapped}",
         )
-    if swapped and config.base_precision != "auto":
-        raise UserError(
-            f"--swap-blocks {swapped} with --base-precision {config.base_precision}: "
-            "quantised weights cannot be streamed.",
-            "Use one of the two.",
-        )
+    check_streaming(config)
     if processes > 1 and (swapped or config.base_precision != "auto"):
         raise UserError(
             "--swap-blocks and --base-precision are for one process.",
