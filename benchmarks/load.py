@@ -1,0 +1,130 @@
+"""Load: what large libraries, long runs and years of use take, in one table.
+
+    uv run --group dev python -m benchmarks.load                 all parts
+    uv run --group dev python -m benchmarks.load --only songs    one part; the others keep their figures
+
+Writes load.json and load.md to benchmarks/results. Commands run in processes of their own, as a user starts them: told
+are wall-clock seconds and the most memory that the process held. Each part is a function of a scratch folder.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from benchmarks.measure import ROOT
+from sidestep.words import gib
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was done, what it took, and what it may take ("" where nothing is asked)."""
+
+    what: str
+    measured: str
+    at_most: str = ""
+
+
+def run_command(*words: str, cwd: Path = ROOT) -> tuple[float, int]:
+    """(seconds, peak bytes) of a command of this program. Raises CalledProcessError where it fails."""
+    command = [sys.executable, str(ROOT / "train.py"), "--plain", "--yes", *words]
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL) as process:
+        if not hasattr(os, "wait4"):  # Windows
+            process.wait()
+            return time.perf_counter() - started, 0
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def took(seconds: float, peak: int) -> str:
+    """Seconds and memory as the table tells them."""
+    return f"{seconds:.1f} s, {gib(peak, 2)}"
+
+
+def make_songs(folder: Path, number: int) -> None:
+    """So many songs of a second in albums of twelve, each with a text beside it."""
+    times = np.arange(48_000) / 48_000
+    for i in range(number):
+        album = folder / f"album {i // 12}"
+        album.mkdir(parents=True, exist_ok=True)
+        tone = 0.3 * np.sin(2 * np.pi * (200 + i / 5) * times)
+        soundfile.write(album / f"{i:04} song.flac", np.stack([tone, tone], axis=1), 48_000)
+        words = "la la la\n" * 40
+        text = f"caption: a song with the number {i}\nbpm: {60 + i % 100}\nlyrics:\n[Verse]\n{words}"
+        (album / f"{i:04} song.txt").write_text(text, encoding="utf-8")
+
+
+def songs(folder: Path) -> list[Row]:
+    """5,000 songs indexed, indexed again and audited; a dataset.json of a million entries."""
+    make_songs(folder / "songs", 5000)
+    build = ("build-dataset", "--input", str(folder / "songs"))
+    rows = [
+        Row("5,000 songs: build-dataset", took(*run_command(*build)), "60 s"),
+        Row("… again, with 5,000 entries to keep", took(*run_command(*build)), "60 s"),
+        Row("… and audited", took(*run_command(*build, "--audit"))),
+        Row("… and audited again", took(*run_command(*build, "--audit"))),
+    ]
+    make_songs(folder / "few", 1)
+    entries = [{"audio_path": f"gone/{i}.wav", "caption": f"song {i}"} for i in range(1_000_000)]
+    (folder / "few" / "dataset.json").write_text(json.dumps(entries), encoding="utf-8")
+    rows.append(
+        Row(
+            "a dataset.json of a million songs that are gone: build-dataset",
+            took(*run_command("build-dataset", "--input", str(folder / "few"))),
+        )
+    )
+    return rows
+
+
+PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs}
+
+
+def table(stored: dict[str, list[dict[str, str]]]) -> str:
+    """All stored rows as a page."""
+    rows = [Row(**row) for part in PARTS for row in stored.get(part, [])]
+    lines = [f"| {row.what} | {row.measured} | {row.at_most} |" for row in rows]
+    head = [
+        *(
+            "# Load",
+            "",
+            "Rebuilt by `python -m benchmarks.load`. Wall-clock seconds and peak memory of the process.",
+            "",
+        ),
+        *("| | measured | at most |", "|---|---|---|"),
+    ]
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "load.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for part in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            stored[part] = [asdict(row) for row in PARTS[part](Path(folder))]
+        path.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (options.output / "load.md").write_text(table(stored), encoding="utf-8")
+    print(table(stored))
+
+
+if __name__ == "__main__":
+    main()
