@@ -31,7 +31,9 @@ LONGEST_PATH = 259  # of Windows, unless long paths are switched on there
 ASIDE = ".replaced-"  # in front of the name of a folder while another is put in its place
 EXCHANGE = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}  # not run here: darwin
 HOLDER = ".lock-holder"  # beside the lock: on Windows a locked file cannot be read
-REPLACE_TRIES = 10  # Windows refuses to replace a file that a virus scanner or an indexer holds open for a moment
+REPLACE_TRIES = (
+    10  # Windows refuses to replace or delete a file that a virus scanner or an indexer holds open for a moment
+)
 
 _counter = itertools.count()
 
@@ -66,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
     _flush_folder(path.parent)
 
 
@@ -77,13 +79,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Rename a file or folder, over a file that is there; on Windows again while another program holds it for a moment.
+    """Rename a file or folder, over a file that is there. Raises OSError."""
+    _patiently(lambda: old.replace(new))
 
-    Raises OSError.
-    """
+
+def _patiently(change: Callable[[], object]) -> None:
+    """Make a change of the disk, on Windows again while another program holds the file for a moment."""
     for attempt in range(REPLACE_TRIES):
         try:
-            old.replace(new)
+            change()
             return
         except PermissionError:
             if sys.platform != "win32" or attempt == REPLACE_TRIES - 1:
@@ -123,11 +127,11 @@ def bring_back(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, as far as it can be deleted."""
+    """Delete a file if it is there, or a folder with all in it that can be deleted. Raises OSError for a file."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        _patiently(lambda: path.unlink(missing_ok=True))
 
 
 def _exchange(one: Path, other: Path) -> bool:

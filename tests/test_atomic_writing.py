@@ -1,5 +1,6 @@
 """A file is whole or absent: what is on the disk at each moment of a write, and in which order it gets there."""
 
+import contextlib
 import errno
 import io
 import os
@@ -205,6 +206,26 @@ def test_windows_is_asked_again_while_a_scanner_holds_the_file(platform, refusal
         assert len(asked) == tries
         assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "new"
     assert slept == pytest.approx([0.05 * (n + 1) for n in range(len(asked) - 1)])
+
+
+@pytest.mark.parametrize(("platform", "tries"), [("win32", 3), ("linux", 1)])
+def test_windows_is_asked_again_to_delete_what_a_scanner_holds(platform, tries, tmp_path, monkeypatch):
+    unlink, asked = Path.unlink, []
+
+    def busy(self: Path, **how) -> None:
+        asked.append(self)
+        if len(asked) < 3:
+            raise PermissionError(13, "in use")
+        unlink(self, **how)
+
+    (tmp_path / "x").touch()
+    monkeypatch.setattr(files.Path, "unlink", busy)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(files.sys, "platform", platform)
+    with contextlib.nullcontext() if platform == "win32" else pytest.raises(PermissionError):
+        remove(tmp_path / "x")
+    assert len(asked) == tries
+    assert (tmp_path / "x").exists() == (platform == "linux")
 
 
 def test_windows_flushes_no_folder(tmp_path, monkeypatch):

@@ -206,12 +206,12 @@ def _merge(
             copy.parent.mkdir(parents=True, exist_ok=True)
             if path in base.files:
                 merge_file(path, copy, adapters, DTYPES[config.dtype], note, advance)
-                with copy.open("rb+") as written:
-                    os.fsync(written.fileno())
             else:
                 shutil.copyfile(path, copy)
                 if copy.name.endswith(".safetensors.index.json"):
                     _correct_index(copy)
+            with copy.open("rb+") as written:
+                os.fsync(written.fileno())
             advance(path.name, path.stat().st_size - (done - before))  # of a weight file that is its header
     report(Saved(what="merged base", path=str(target)))
     if target.is_dir():

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -28,7 +29,7 @@ from sidestep.audio.io import AudioError, content_hash, probe
 from sidestep.data.records import SCHEMA, RecordError, read_metadata
 from sidestep.errors import JobError
 from sidestep.events import Decision, Report
-from sidestep.files import replacing, write_text
+from sidestep.files import remove, replacing, write_text
 from sidestep.settings.config import PreprocessConfig
 from sidestep.tasks.preprocess.locks import SongLocks
 from sidestep.tasks.preprocess.songs import Song
@@ -108,9 +109,13 @@ class WorkFolder:
             return tensors, json.loads(f.metadata()["metadata"])
 
     def drop(self, key: str) -> None:
-        """Remove a song's intermediate files and its failure: its record is up to date."""
+        """Remove a song's intermediate files and its failure: its record is up to date.
+
+        A file that another program holds stays until the next job: it does no harm.
+        """
         for kind in (LATENTS, TEXT, FAILED):
-            (self.folder / f"{key}{kind}").unlink(missing_ok=True)
+            with suppress(PermissionError):
+                remove(self.folder / f"{key}{kind}")
 
     def note_failure(self, key: str, failure: Failure) -> None:
         """Tell the other processes of this job that the song failed, so that each says so and none waits for it."""

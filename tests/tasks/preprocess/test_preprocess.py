@@ -414,6 +414,26 @@ def test_one_bad_file_is_reported_and_the_others_go_on(library: Path, tmp_path: 
     assert not (tmp_path / "out" / ".pass1").exists()
 
 
+def test_a_scanner_that_holds_what_is_no_longer_needed_fails_no_song(library: Path, tmp_path: Path, monkeypatch):
+    """As on Windows, where a virus scanner opens what was just written."""
+    unlink, held = Path.unlink, []
+
+    def holds(path: Path, **how) -> None:
+        if path.suffix == ".safetensors" and ".pass1" in path.parts:
+            held.append(path)
+            raise PermissionError(13, "in use", str(path))
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", holds)
+    made = preprocess(job(library, tmp_path), lambda _: None)
+    assert held
+    assert (made.failed, made.done) == (0, len(find_records(tmp_path)))
+    monkeypatch.undo()
+    again = preprocess(job(library, tmp_path), lambda _: None)
+    assert (again.failed, again.done) == (0, 0)
+    assert not (tmp_path / ".pass1").exists()
+
+
 def test_nothing_preprocessed_is_a_failure(library: Path, tmp_path: Path):
     for path in [*library.rglob("*.wav"), *library.rglob("*.flac")]:
         path.write_bytes(b"")
