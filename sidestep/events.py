@@ -5,8 +5,9 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sidestep.words import visible
 
@@ -138,19 +139,30 @@ def as_json(event: Event) -> str:
 class EventLog:
     """Appends every event to a file, one JSON line each; use as `report` or beside one.
 
-    The file is made at the first event: a call that is refused leaves nothing behind.
+    The file is made at the first event: a call that is refused leaves nothing behind. On a full disk lines wait in
+    memory until there is room; `warn` is told once. What still waits at the end is lost.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._file: TextIO | None = None
+    def __init__(self, path: Path, warn: Report = lambda _event: None):
+        self._path, self._warn = path, warn
+        self._file: FileIO | None = None
+        self._waiting, self._is_told = b"", False
 
     def __call__(self, event: Event) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # a Linux file name may be no UTF-8
-            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        self._file.write(as_json(event) + "\n")
+            self._file = self._path.open("ab", buffering=0)
+        self._waiting += (as_json(event) + "\n").encode(
+            "utf-8", "backslashreplace"
+        )  # a Linux file name may be no UTF-8
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._is_told:
+                message = f"{self._path}: cannot be written now ({error.strerror or error}); its lines wait in memory."
+                self._warn(Notice(message=message, level="warning"))
+            self._is_told = True
 
     def close(self) -> None:
         if self._file is not None:

@@ -158,9 +158,10 @@ def _system_error(error: BaseException | None) -> int | None:
     """The number of the system's error that stopped a write, which torch keeps as context and safetensors as text."""
     if isinstance(error, SafetensorError):
         number = re.search(r"os error (\d+)", str(error))
-        if number is None or sys.platform != "win32":
-            return int(number[1]) if number else None
-        return OSError(0, "", None, int(number[1])).errno  # Windows has numbers of its own
+        if number is None:
+            return None
+        # Windows has numbers of its own
+        return OSError(0, "", None, int(number[1])).errno if sys.platform == "win32" else int(number[1])
     if isinstance(error, RuntimeError):
         return _system_error(error.__context__)
     return error.errno if isinstance(error, OSError) else None

@@ -17,6 +17,8 @@ RESTARTS = 4
 FUSED_DEVICES = ("cuda", "cpu", "mps", "xpu")
 # Prodigy's lr multiplies a step size that it finds by itself; far from 1 it is most likely meant for another optimizer.
 PRODIGY_LR = (0.1, 10.0)
+SMALL_TENSOR = 4096  # bitsandbytes keeps fp32 states for tensors of fewer values
+STATE_BLOCK = 256  # values that share a scale in its 8-bit states
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Optimizer:
@@ -69,6 +71,24 @@ def learning_rate_note(config: TrainConfig) -> str:
 def can_skip_on_device(optimizer: Optimizer) -> bool:
     """Whether `found_inf` makes this optimizer leave a step out without the host looking (torch's fused kernels)."""
     return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def optimizer_bytes(optimizer_type: str, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Bytes of the optimizer's state for these parameters, by each optimizer's own format.
+
+    adamw: two fp32 moments. adamw8bit: two bytes a value and two fp32 scales per 256 values. adafactor: a row and a
+    column. prodigy: four.
+    """
+    total = 0
+    for p in parameters:
+        count = p.numel()
+        if optimizer_type == "adamw8bit" and count >= SMALL_TENSOR:
+            total += 2 * count + 2 * 4 * -(-count // STATE_BLOCK)
+        elif optimizer_type == "adafactor" and p.ndim > 1:
+            total += 4 * (p.shape[0] + count // p.shape[0])
+        else:
+            total += 4 * count * {"adafactor": 1, "prodigy": 4}.get(optimizer_type, 2)
+    return total
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:

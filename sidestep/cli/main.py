@@ -145,7 +145,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
             stack.enter_context(one_writer(config.output_dir))
         report = stack.enter_context(showing(terminal))
         if folder is not None:
-            log = EventLog(folder / "events.jsonl")
+            log = EventLog(folder / "events.jsonl", report)
             stack.callback(log.close)
             report = tee(log, report)
         for note in notes:

@@ -113,7 +113,7 @@ def run_pipeline(home: Path, report: Report) -> int:
             log_every=5,
             save_every=EPOCHS,
         )
-        log = EventLog(run.output_dir / "events.jsonl")
+        log = EventLog(run.output_dir / "events.jsonl", report)
         adapter = train(run, tee(log, report)).final
         log.close()
 

@@ -1,6 +1,8 @@
 """The real `main`, from argv to exit status."""
 
+import errno
 import inspect
+import io
 import json
 import os
 import shlex
@@ -146,6 +148,34 @@ def test_events_are_shown_and_kept_beside_the_run(task, tmp_path, capsys):
     assert capsys.readouterr().out == "hello\nsaved final: out/final\n"
     lines = (tmp_path / "out" / "events.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["Notice", "Saved"]
+
+
+def test_lines_that_find_no_room_wait_and_are_told_once(tmp_path):
+    told, room = [], [30]
+
+    class Disk(io.RawIOBase):
+        written = b""
+
+        def write(self, data) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            part = bytes(data[: room[0]])
+            room[0] -= len(part)
+            self.written += part
+            return len(part)
+
+    log = EventLog(tmp_path / "events.jsonl", told.append)
+    log._file = disk = Disk()
+    for number in range(3):
+        log(Notice(message=f"{number} \udcff"))
+    assert [event.message.split(":")[-1] for event in told] == [
+        " cannot be written now (No space left on device); its lines wait in memory."
+    ]
+    room[0] = 10_000
+    log(Notice(message="3"))
+    log(Notice(message="4"))
+    lines = disk.written.decode().splitlines()
+    assert [json.loads(line)["message"][0] for line in lines] == list("01234")
 
 
 def test_a_log_of_events_without_events_makes_no_folder(tmp_path):

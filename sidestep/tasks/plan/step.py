@@ -30,6 +30,7 @@ from sidestep.acestep.checkpoint import accepted
 from sidestep.acestep.quantize import quantized_bytes
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
+from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import detect
@@ -37,8 +38,6 @@ from sidestep.variants import detect
 CPU = torch.device("cpu")
 ALLOCATION_BYTES = 512  # what CUDA's caching allocator rounds every tensor up to
 SILENCE_FRAMES = 15000  # that a checkpoint has; a run keeps as many as its longest window
-SMALL_TENSOR = 4096  # bitsandbytes keeps fp32 states for tensors of fewer values
-BLOCK = 256  # values that share a scale in an 8-bit state
 
 ELSEWHERE = (  # what `offload_activations` leaves on the device: no activation until the backward pass asks for it
     lambda tensor: tensor if tensor.is_leaf else (tensor.shape, tensor.stride(), tensor.dtype),
@@ -306,24 +305,6 @@ def stored_bytes(weight: Tensor, base_precision: str) -> int:
     if base_precision != "auto" and weight.ndim == 2:
         return allocated(quantized_bytes(weight.shape[0], weight.shape[1], base_precision))
     return bytes_of([weight])
-
-
-def optimizer_bytes(optimizer_type: str, parameters: list[nn.Parameter]) -> int:
-    """Bytes of the optimizer's state for these parameters, by each optimizer's own format.
-
-    adamw: two fp32 moments. adamw8bit: two bytes a value and two fp32 scales per 256 values. adafactor: a row and a
-    column. prodigy: four.
-    """
-    total = 0
-    for p in parameters:
-        count = p.numel()
-        if optimizer_type == "adamw8bit" and count >= SMALL_TENSOR:
-            total += 2 * count + 2 * 4 * -(-count // BLOCK)
-        elif optimizer_type == "adafactor" and p.ndim > 1:
-            total += 4 * (p.shape[0] + count // p.shape[0])
-        else:
-            total += 4 * count * {"adafactor": 1, "prodigy": 4}.get(optimizer_type, 2)
-    return total
 
 
 def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[BlockKind]) -> PeftModel:

@@ -21,15 +21,16 @@ import torch
 from sidestep.adapters.attach import adapter_state
 from sidestep.adapters.write import Card, save_final
 from sidestep.errors import JobError, UserError
-from sidestep.events import Event, Notice, Report, Saved
+from sidestep.events import Decision, Event, Notice, Report, Saved
 from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_text
+from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.processes import shard_like, unshard
 from sidestep.tasks.train.report import as_text
 from sidestep.tasks.train.run import History, Position, Run
-from sidestep.words import PROGRAM, paste
+from sidestep.words import PROGRAM, count, paste, size
 
 STATE_FILE = "training_state.pt"
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
@@ -307,6 +308,38 @@ def write_settings(config: TrainConfig) -> None:
     values = json.dumps(as_json_values(config), indent=2, ensure_ascii=False)
     write_text(config.output_dir / "config.json", values + "\n")
     write_text(config.output_dir / "command.txt", command_line(config) + "\n")
+
+
+def check_room(run: Run) -> None:
+    """Compare the room that the run's saves will take with what is free, and say both.
+
+    Raises UserError where not even the first ones fit; where only fewer do, it is a warning.
+    """
+    config, folder = run.config, run.config.output_dir
+    adapter = 4 * sum(parameter.numel() for parameter in run.parameters)
+    files = adapter * (2 if config.adapter_type in ("lokr", "loha") else 1)  # theirs are written in two forms
+    average = adapter if config.ema_decay else 0
+    state = adapter + optimizer_bytes(config.optimizer_type, run.parameters) + average
+    each, results = files + state, files * (2 + bool(average))  # best/, final/ and ema/
+    epochs = -(-run.total_steps // len(run.plan(0))) - run.position.epoch
+    kept = -(-epochs // config.save_every)
+    kept = min(kept, config.keep_checkpoints or kept)
+    there = len(complete_checkpoints(folder))
+    new = max(1, kept - (there if config.keep_checkpoints else 0))
+    free = shutil.disk_usage(folder).free
+    what = count(new, "new checkpoint") if there else count(new, "checkpoint")
+    needed = f"{what} of {size(each)}, the best and the last adapter: {size(new * each + results)}"
+    run.report(Decision(what="disk", value=needed, reason=f"{size(free)} are free in {folder}"))
+    if free < 2 * each + results:  # one is written while another is there
+        raise UserError(
+            f"--output-dir {folder}: a checkpoint takes {size(each)}, and only {size(free)} are free.",
+            "Free some space, choose an --output-dir on another disk, or a smaller adapter "
+            f"(--rank {max(1, config.rank // 2)}).",
+        )
+    if free < (new + 1) * each + results:
+        fits = there + int((free - results) // each) - 1
+        message = f"{needed} will not fit into {size(free)}. --keep-checkpoints {fits} keeps as many as fit."
+        run.report(Notice(message=message, level="warning"))
 
 
 # The state of a run: taken, and put back

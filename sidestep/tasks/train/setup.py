@@ -29,6 +29,7 @@ from sidestep.settings.config import TrainConfig, check_streaming, command_line
 from sidestep.tasks.train.checkpoints import (
     SavedRun,
     cannot_save,
+    check_room,
     open_folder,
     require_same_data,
     require_same_steps,
@@ -76,6 +77,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
                 f"Train on: {command_line(longer)}",
             )
         if run.is_main:
+            check_room(run)
             write_settings(config)
             add_ranks(run)
         run_loop(run)

@@ -20,6 +20,7 @@ from sidestep.data.batches import Batch
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
+from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import PlanConfig, TrainConfig
 from sidestep.settings.presets import PROFILES, USABLE, find, profile_for
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
@@ -30,7 +31,6 @@ from sidestep.tasks.plan.step import (
     Shape,
     StepModel,
     joined,
-    optimizer_bytes,
     run_step,
     whole_step,
 )

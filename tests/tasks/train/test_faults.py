@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters import write
 from sidestep.cli.main import main
 from sidestep.data.records import save_record
 from sidestep.errors import ExitStatus, JobError, UserError
-from sidestep.events import FileFailed, Finished, Notice, Saved, StepDone, StepSkipped
+from sidestep.events import Decision, FileFailed, Finished, Notice, Saved, StepDone, StepSkipped
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
 from sidestep.tasks.train import loop, train
@@ -144,6 +145,64 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_the_saves_of_that_tim
     kept = [p.name for p in complete_checkpoints(tmp_path / "run")]
     assert kept == ["epoch_0001", "epoch_0003", "epoch_0004"]
     assert log.of(Finished)
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer_type": "adafactor", "ema_decay": 0.9}, {"adapter_type": "lokr"}])
+def test_the_room_that_the_saves_will_take_is_told_before_the_first_step(data, tmp_path, changes):
+    log = run(settings(data, tmp_path / "run", epochs=3, save_every=1, keep_checkpoints=2, rank=32, **changes))
+    (told,) = [event for event in log.of(Decision) if event.what == "disk"]
+    assert log.events.index(told) < log.events.index(log.of(StepDone)[0])
+    assert told.value.startswith("2 checkpoints of ")
+    assert str(tmp_path / "run") in told.reason
+    number, unit = told.value.split(" of ")[1].split(",")[0].split()
+    said = float(number) * {"KiB": 2**10, "MiB": 2**20}[unit]
+    for folder in complete_checkpoints(tmp_path / "run"):
+        real = sum(path.stat().st_size for path in folder.iterdir())
+        assert said == pytest.approx(real, rel=0.15, abs=100_000)  # headers, history and JSON
+
+
+def disk_with(free: int):
+    return lambda _folder: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+
+
+def test_a_run_whose_saves_will_not_fit_is_refused_or_told_how_many_do(data, tmp_path, monkeypatch, capsys):
+    config = settings(data, tmp_path / "run", epochs=12, save_every=1, keep_checkpoints=0, rank=32)
+    monkeypatch.setattr(state.shutil, "disk_usage", disk_with(500_000))
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.USAGE
+    said = capsys.readouterr().err
+    assert "a checkpoint takes" in said
+    assert "and only 488 KiB are free" in said
+    assert "--rank 16" in said
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.setattr(state.shutil, "disk_usage", disk_with(5_000_000))
+    (warning,) = [e.message for e in run(config).of(Notice) if "will not fit into 4.8 MiB" in e.message]
+    fits = int(warning.split("--keep-checkpoints ")[1].split()[0])
+    assert 1 < fits < 12
+    fitting = replace(config, keep_checkpoints=fits, output_dir=tmp_path / "fits")
+    assert not [e for e in run(fitting).of(Notice) if "will not fit" in e.message]
+    each = sum(path.stat().st_size for path in complete_checkpoints(fitting.output_dir)[0].iterdir())
+    assert (fits + 1) * each < 5_000_000
+
+
+@pytest.mark.parametrize("name", ["add_scalar", "flush", "add_histogram_raw", "close"])
+def test_curves_that_cannot_be_written_end_with_a_warning_and_not_the_run(data, tmp_path, monkeypatch, name):
+    def full(*_args, **_named) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, name, full)
+    log = run(settings(data, tmp_path / "run", epochs=2))
+    told = [event.message for event in log.of(Notice) if "TensorBoard" in event.message]
+    assert told == ["No more curves for TensorBoard in this run (No space left on device)."]
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_of_events_without_room_costs_a_warning_and_not_the_run(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").symlink_to("/dev/full")
+    config = settings(data, tmp_path / "run", epochs=1)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == 0
+    assert capsys.readouterr().out.count("cannot be written now (No space left on device)") == 1
 
 
 @pytest.mark.slow
