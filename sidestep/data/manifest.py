@@ -146,6 +146,9 @@ def sample_id(relative_path: str) -> str:
 
 def relative_path(audio: Path, folder: Path) -> str:
     """`audio` relative to `folder` with forward slashes; absolute where it lies on another drive."""
+    written, inside = str(audio), os.path.join(folder, "")  # noqa: PTH118 (a million of them are made)
+    if written.startswith(inside) and ".." not in written:
+        return written[len(inside) :].replace(os.sep, "/")
     try:
         return Path(os.path.relpath(audio, folder)).as_posix()
     except ValueError:
@@ -155,7 +158,7 @@ def relative_path(audio: Path, folder: Path) -> str:
 def write(path: Path, dataset: Dataset) -> None:
     """Write the whole file or leave the old one."""
     folder = path.absolute().parent
-    samples = [_as_json(sample, folder) for sample in dataset.samples]
+    samples = [f"    {_block(_as_json(sample, folder), '    ')}" for sample in dataset.samples]
     metadata = {
         "name": dataset.metadata.name,
         "custom_tag": dataset.metadata.custom_tag,
@@ -166,9 +169,19 @@ def write(path: Path, dataset: Dataset) -> None:
         "genre_ratio": dataset.metadata.genre_ratio,
         **dataset.metadata.extra,
     }
-    text = json.dumps({"metadata": metadata, "samples": samples, **dataset.extra}, ensure_ascii=False, indent=2)
+    blocks = {"metadata": _block(metadata, "  "), "samples": "[\n" + ",\n".join(samples) + "\n  ]"}
+    blocks |= {key: _block(value, "  ") for key, value in dataset.extra.items()}
+    text = "{\n" + ",\n".join(f"  {json.dumps(key)}: {block}" for key, block in blocks.items()) + "\n}"
     # A file name that is no UTF-8 becomes \\udcXX, which JSON reads back.
     write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+def _block(value: Any, indent: str) -> str:
+    """JSON with each item of an object or a list on a line of its own; many times faster than the library's indent."""
+    text = json.JSONEncoder(ensure_ascii=False, separators=(f",\n{indent}  ", ": ")).encode(value)
+    return (
+        f"{text[0]}\n{indent}  {text[1:-1]}\n{indent}{text[-1]}" if value and isinstance(value, dict | list) else text
+    )
 
 
 def read(path: Path, report: Report = null) -> Dataset:
@@ -254,10 +267,9 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     if not written or "\0" in written:
         mistakes.append(f"{where}.audio_path: the path of an audio file is needed")
         return None
-    audio = folder / written
-    if "\\" in written and os.sep == "/" and not os.path.lexists(audio):  # no file has the backslash in its name
-        audio = folder / written.replace("\\", "/")
-    audio = Path(os.path.normpath(audio))
+    if "\\" in written and os.sep == "/" and not os.path.lexists(folder / written):  # no file has it in its name
+        written = written.replace("\\", "/")
+    audio = Path(os.path.normpath(os.path.join(folder, written)))  # noqa: PTH118 (a million of them are made)
     identity = data.pop("id", None)
     identity = str(identity) if isinstance(identity, int) else _text(identity, f"{where}.id", mistakes)
     labeled = bool(data.pop("labeled", False))
