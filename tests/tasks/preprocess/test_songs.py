@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -122,7 +123,7 @@ def test_a_path_that_windows_would_call_not_found_is_refused_by_its_length(
             raise FileNotFoundError(2, "No such file or directory", str(path))
         touch(path, **how)
 
-    monkeypatch.setattr(songs_module.sys, "platform", platform)
+    monkeypatch.setattr(songs_module, "sys", SimpleNamespace(platform=platform))
     monkeypatch.setattr(Path, "touch", windows)
     config = PreprocessConfig(
         checkpoint_dir=tmp_path, audio_dir=tmp_path / "songs", tensor_output=tmp_path / ("t" * 60)
