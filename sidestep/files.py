@@ -231,8 +231,8 @@ def one_writer(folder: Path) -> Iterator[None]:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-        if is_new and [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
-            (folder / ".lock").unlink()
+        remove(holder)
+        lock.release()  # on Windows with its file
+        if is_new and all(path.name == ".lock" for path in folder.iterdir()):  # nothing came of it
+            remove(folder / ".lock")
             folder.rmdir()

@@ -85,6 +85,20 @@ def test_a_folder_that_nothing_came_of_is_gone_again(tmp_path):
     assert (tmp_path / "old").is_dir()
 
 
+def test_it_is_gone_again_where_a_lock_goes_with_its_file(tmp_path, monkeypatch):
+    """As on Windows."""
+
+    class Lock(files.FileLock):
+        def _release(self):
+            super()._release()
+            Path(self.lock_file).unlink()
+
+    monkeypatch.setattr(files, "FileLock", Lock)
+    with one_writer(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match="cannot be written"), one_writer(tmp_path / "file" / "run"):
