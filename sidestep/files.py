@@ -27,6 +27,8 @@ from sidestep.errors import UserError
 TEMPORARY = re.compile(r"^\.tmp-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-\d+(-\d+)?$")
 # Names that Windows keeps for devices, whatever follows a dot, and also with blanks before it.
 RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
+FORBIDDEN = re.compile(r'[<>:"|?*/\\\x00-\x1f\x7f]')  # on Windows, and so on any drive that may travel there
+MAX_NAME_BYTES = 200  # of 255, to leave room for suffixes; counted in UTF-8, as Linux does
 LONGEST_PATH = 259  # of Windows, unless long paths are switched on there
 ASIDE = ".replaced-"  # in front of the name of a folder while another is put in its place
 EXCHANGE = {"linux": ("renameat2", -100), "darwin": ("renameatx_np", -2)}  # not run here: darwin
@@ -170,6 +172,24 @@ def _system_error(error: BaseException | None) -> int | None:
 def expand(path: str | Path) -> Path:
     """A path with the home folder in place of `~`; as it is where nobody has one."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises there)
+
+
+def portable(name: str) -> str:
+    """A name for a file or folder that every system takes; a digest keeps apart what had to be changed."""
+    safe = name.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text, on Linux
+    safe = FORBIDDEN.sub("_", safe)
+    if safe.startswith("."):
+        safe = "_" + safe[1:]  # hidden files are not looked at when records are read
+    if safe != safe.rstrip(" .") or RESERVED.fullmatch(safe):
+        safe = f"_{safe.rstrip(' .')}"
+    while len(safe.encode()) > MAX_NAME_BYTES:
+        safe = safe[1:]  # from the front: the end says which format it was
+    return safe if safe == name else f"{safe}~{short_digest(name)}"
+
+
+def short_digest(text: str, size: int = 5) -> str:
+    """Hex digest of a text, of so many bytes."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
 
 
 def config_folder() -> Path:

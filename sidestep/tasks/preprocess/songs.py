@@ -3,7 +3,6 @@
 Records are nested like the sources, never two songs in one file, never outside the output folder.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, pr
 from sidestep.data.manifest import read as read_dataset
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Notice, Progress, Report
-from sidestep.files import LONGEST_PATH, RESERVED
+from sidestep.files import LONGEST_PATH, portable, short_digest
 from sidestep.settings.config import BuildDatasetConfig, PreprocessConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.words import side_step
@@ -28,8 +27,6 @@ from sidestep.words import side_step
 DATASET_NAME = "dataset.json"
 OUTSIDE = "_outside"  # folder for songs that do not lie below the base folder
 SUFFIX = ".pt"
-MAX_NAME_BYTES = 200  # of 255, to leave room for suffixes; counted in UTF-8, as Linux does
-_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f]')  # on Windows, and so on any drive that may travel there
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def record_names(names: list[str]) -> list[PurePosixPath]:
             path = plain[i]
             again = 0
             while turn and (_folded(path) in taken or path == plain[i]):
-                path = plain[i].with_name(f"{_digest(f'{names[i]}:{turn}:{again}')}~{plain[i].name}")
+                path = plain[i].with_name(f"{short_digest(f'{names[i]}:{turn}:{again}')}~{plain[i].name}")
                 again += 1
             taken.add(_folded(path))
             records[i] = path.with_name(path.name + SUFFIX)
@@ -206,32 +203,15 @@ def record_names(names: list[str]) -> list[PurePosixPath]:
 
 def key_of(record: PurePosixPath) -> str:
     """A short name of a record for work files; equal on every machine."""
-    return _digest(_folded(record), 16)
+    return short_digest(_folded(record), 16)
 
 
 def _inside(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", name):
-        return PurePosixPath(OUTSIDE, _digest(path.parent.as_posix()), _portable(path.name))
-    return PurePosixPath(*(_portable(part) for part in path.parts))
-
-
-def _portable(part: str) -> str:
-    """A file name that every system takes; a digest keeps apart what had to be changed."""
-    safe = part.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text, on Linux
-    safe = _FORBIDDEN.sub("_", safe)
-    if safe.startswith("."):
-        safe = "_" + safe[1:]  # hidden files are not looked at when records are read
-    if safe != safe.rstrip(" .") or RESERVED.fullmatch(safe):
-        safe = f"_{safe.rstrip(' .')}"
-    while len(safe.encode()) > MAX_NAME_BYTES:
-        safe = safe[1:]  # from the front: the end says which format it was
-    return safe if safe == part else f"{safe}~{_digest(part)}"
+        return PurePosixPath(OUTSIDE, short_digest(path.parent.as_posix()), portable(path.name))
+    return PurePosixPath(*(portable(part) for part in path.parts))
 
 
 def _folded(path: PurePosixPath) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path.as_posix()).casefold())
-
-
-def _digest(text: str, size: int = 5) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()

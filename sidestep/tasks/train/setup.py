@@ -24,6 +24,7 @@ from sidestep.adapters.attach import attach, load_adapter_state, start_along_gra
 from sidestep.data.records import fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, null
+from sidestep.files import portable
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
 from sidestep.settings.config import TrainConfig, check_streaming, command_line
 from sidestep.tasks.train.checkpoints import (
@@ -208,7 +209,7 @@ def set_up(
 
     longest = max(song.windows.frames if song.windows else song.frames for song in every)
     silence = checkpoint.silence_latent()[:, :longest].to(device)
-    curves = config.output_dir / "runs" / (config.run_name or config.output_dir.name)
+    curves = config.output_dir / "runs" / portable(config.run_name or config.output_dir.absolute().name or "run")
     # what a killed run had written beyond the step it is resumed at disappears
     purge_step = saved.position.step + 1 if saved else None
     tensorboard = SummaryWriter(curves, purge_step=purge_step) if processes.index == 0 else None

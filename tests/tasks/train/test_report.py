@@ -1,10 +1,12 @@
 """report.html: everything of a run on one page, safe whatever its songs are called, and alive in a real browser."""
 
+import contextlib
 import json
 import math
 import queue
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,11 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sidestep.audio.io import write_flac
 from sidestep.events import Event, Notice, Saved
+from sidestep.files import portable
 from sidestep.pages.charts import by_layer
 from sidestep.tasks.train import loop, train
 from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, write_report
 from sidestep.tasks.train.run import Point
 from tests.tasks.train.test_previews import config, tensors
+from tests.training_world import prepared
 
 __all__ = ["tensors"]  # the fixture
 
@@ -153,6 +157,17 @@ def test_tensorboard_gets_the_timestep_histogram_and_the_ranks(run):
     assert {"timesteps", "ranks"} <= set(tags["histograms"])
     assert events.Histograms("timesteps")[-1].histogram_value.num == 2
     assert any(tag.startswith("loss by timestep/") for tag in tags["scalars"])
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "C:\\elsewhere", "What? 3:15", "CON", "a/b."])
+def test_the_curves_stay_in_the_runs_folder_whatever_the_run_is_called(tensors, tmp_path, monkeypatch, name):
+    curves = []
+    monkeypatch.setattr("sidestep.tasks.train.setup.SummaryWriter", lambda folder, **_: curves.append(folder))
+    with contextlib.suppress(AttributeError):  # the run ends where it would write the first curve
+        prepared(replace(config(tensors, tmp_path / "run"), run_name=name))
+    assert curves[0].parent == tmp_path / "run" / "runs"
+    assert curves[0].name == portable(name)
+    assert not set(curves[0].name) & set('<>:"|?*/\\')
 
 
 def test_nothing_is_loaded_but_the_previews_themselves():
