@@ -10,6 +10,7 @@ from sidestep.errors import UserError
 from sidestep.events import Event
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
+from sidestep.settings.path_checks import verify
 from sidestep.terminal.terminal import as_lines
 from sidestep.wizard.questionnaire import Prompt
 from sidestep.wizard.session import Outside
@@ -43,7 +44,7 @@ class World:
         (self.run / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
 
     def outside(self) -> Outside:
-        return Outside(songs=self.count_songs, here=self.root)
+        return Outside(check=lambda holds, path: verify(holds, path, self.count_songs), here=self.root)
 
     def count_songs(self, folder: Path) -> str:
         if not list(folder.glob("*.wav")):

@@ -205,7 +205,7 @@ def start_wizard(terminal: Terminal) -> int:
 def run_wizard(terminal: Terminal) -> ExitStatus:
     """Ask, run what was chosen, ask again, until the user leaves."""
     ask, show = asking(terminal)
-    wizard = Wizard(ask, show, outside())
+    wizard = Wizard(ask, show, outside(terminal))
     while (chosen := wizard.next()) is not None:
         status = guarded(terminal, partial(output_folder, chosen.config), partial(run_config, chosen.config, terminal))
         wizard.finished(chosen, status in (ExitStatus.OK, ExitStatus.SOME_FAILED))

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from sidestep.errors import UserError
 from sidestep.events import Table
 from sidestep.settings.config import DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
-from sidestep.settings.path_checks import count_tensors
+from sidestep.settings.path_checks import Check, verify
+from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.session import Outside
 from sidestep.words import PROGRAM, clock, count, gib
 
@@ -22,13 +23,18 @@ WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes 
 SHOWN = ("device", "device memory", "precision", "attention", "checkpoints", "free disk")  # of the doctor's findings
 
 
-def outside(here: Path = Path()) -> Outside:
-    """The wizard's view of the world."""
+def outside(terminal: Terminal, here: Path = Path()) -> Outside:
+    """The wizard's view of the world. What takes a while says so on the terminal, and ends with Ctrl-C."""
 
-    def songs(folder: Path) -> str:
-        return songs_in(folder.expanduser().resolve())
+    def check(holds: str, path: Path) -> str:
+        try:
+            with terminal.waiting(f"Looking at {path} (Ctrl-C: stop) ..."):
+                return verify(holds, path, lambda folder: songs_in(folder.expanduser().resolve()))
+        except KeyboardInterrupt:
+            fix = "Name a folder nearer to the files, or press Enter to look again."
+            raise UserError(f"Stopped looking at {path}.", fix) from None
 
-    return Outside(songs=songs, machine=machine, about=about, here=here)
+    return Outside(check=check, machine=machine, about=partial(about, check), here=here)
 
 
 @lru_cache(maxsize=32)
@@ -62,11 +68,14 @@ def machine(checkpoint_dir: Path | None) -> Table | None:
     return Table(title="This machine", columns=("what", "value", "note"), rows=rows)
 
 
-def about(config: Any) -> list[str]:
+def about(check: Check, config: Any) -> list[str]:
     """Lines for the review of a training run: the data, and whether it fits into memory."""
     if not isinstance(config, TrainConfig):
         return []
-    lines = [f"Data: {count_tensors(config.dataset_dir):,} songs as tensors in {config.dataset_dir}"]
+    try:
+        lines = [f"Data: {check('tensors', config.dataset_dir)} in {config.dataset_dir}"]
+    except UserError as error:
+        lines = [f"Data: {error.problem}"]
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(PlanConfig)}
     plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})))
     if not isinstance(plan, dict):

@@ -3,11 +3,17 @@
 import itertools
 import json
 import math
+import os
+import re
+import shlex
 import struct
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from sidestep import variants
 from sidestep.errors import UserError
@@ -88,11 +94,15 @@ def count_tensors(folder: Path) -> int:
     return sum(1 for path in folder.rglob("*.pt") if not path.name.startswith(".")) if folder.is_dir() else 0
 
 
-def find_runs(folder: Path) -> list[FoundRun]:
-    """The runs in a folder (itself, or its subfolders), the newest first."""
-    candidates = [folder, *_folders(folder)] if folder.is_dir() else []
-    runs = [run for candidate in candidates if (run := read_run(candidate)) is not None]
-    return sorted(runs, key=lambda run: (run.folder / "config.json").stat().st_mtime, reverse=True)
+def find_runs(folder: Path) -> Iterator[FoundRun]:
+    """The runs in a folder (itself, or its subfolders), the newest first; each is read when it is asked for."""
+    dated = []
+    for candidate in (folder, *_folders(folder)):
+        with suppress(OSError):
+            dated.append(((candidate / "config.json").stat().st_mtime, candidate))
+    for _, candidate in sorted(dated, reverse=True):
+        if run := read_run(candidate):
+            yield run
 
 
 def read_run(folder: Path) -> FoundRun | None:
@@ -186,8 +196,41 @@ def _read_json(path: Path) -> dict | None:
     return data if isinstance(data, dict) else None
 
 
+QUOTES = ('"“”„', "'‘’‚", "«»", "‹›")  # each with those that may stand at the other end
+
+
+def path_of(typed: str, windows: bool = sys.platform == "win32") -> str:
+    """The path in what was typed, or dropped on a terminal, which may quote it, escape its spaces or make a URL of it.
+
+    A name that is there as it stands is taken as it stands, whatever it begins and ends with.
+    """
+    text = typed.strip()
+    if not text or os.path.exists(expand(text)):  # noqa: PTH110 (Path's own raises for a name that is too long)
+        return text
+    called = text.removeprefix("&").lstrip()  # by PowerShell, if quotes follow
+    text = called if any(called[:1] in quotes for quotes in QUOTES) and called else text
+    if windows:
+        text = text.replace('"', "")  # no name there holds one, and cmd opens them without closing
+    elif "\\" in text:
+        with suppress(ValueError):  # not one word of a shell
+            [text] = shlex.split(text)
+    if len(text) > 1 and any(text[0] in quotes and text[-1] in quotes for quotes in QUOTES):
+        text = text[1:-1].replace("''", "'") if text[0] == "'" else text[1:-1]
+    if text[:5].lower() != "file:":
+        return text
+    host, path = "", text[5:]
+    if path.startswith("//"):
+        host, slash, path = path[2:].partition("/")
+        path = slash + path
+    path = os.fsdecode(unquote_to_bytes(path))
+    if drive := re.match(r"/([A-Za-z])[:|]", path):
+        return f"{drive[1]}:{path[3:]}"
+    return f"//{host}{path}" if windows and host not in ("", "localhost") else path
+
+
 DOWNLOAD = "uv run hf download ACE-Step/Ace-Step1.5 --local-dir checkpoints"
 
+Check = Callable[[str, Path], str]  # `verify` as a face calls it: what a path must hold, the path
 Songs = Callable[[Path], str]  # the songs of a folder in a line ("12 songs, 47:10 of music"); UserError where none are
 
 

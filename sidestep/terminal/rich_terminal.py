@@ -28,7 +28,7 @@ from sidestep.events import (
     Validated,
     visible_event,
 )
-from sidestep.terminal.terminal import Terminal, as_lines, is_tty, rate
+from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, is_tty, rate
 from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -197,3 +197,7 @@ class RichTerminal(Terminal):
 
     def view(self) -> AbstractContextManager[Report]:
         return LiveView(self.console)
+
+    def waiting(self, text: str) -> AbstractContextManager[None]:
+        status = self.console.status(Text(visible(text)), spinner="dots" if self.unicode else "line")
+        return after_a_moment(status.start, status.stop)

@@ -7,9 +7,10 @@ import dataclasses
 import os
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TextIO
 
 from sidestep.events import (
@@ -31,6 +32,7 @@ from sidestep.events import (
 from sidestep.words import clock, gib, visible
 
 SECONDS_BETWEEN_LINES = 3.0
+MOMENT_SECONDS = 0.4
 
 
 def as_typed(value: object) -> str:
@@ -179,6 +181,23 @@ class Terminal:
     def view(self) -> AbstractContextManager[Report]:
         """What shows a task's events while it runs."""
         return nullcontext(PlainView(self.print))
+
+    def waiting(self, text: str) -> AbstractContextManager[None]:
+        """Says what is going on while a block runs, once that takes longer than a moment."""
+        return after_a_moment(lambda: self.print(text))
+
+
+@contextmanager
+def after_a_moment(start: Callable[[], object], stop: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """While a block runs: start something once it takes longer than a moment, and stop it with the block."""
+    timer = threading.Timer(MOMENT_SECONDS, start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        stop()
 
 
 def is_tty(stream: TextIO) -> bool:

@@ -1,5 +1,6 @@
 """The wizard's flows: which settings each one asks for, with which suggestions, and the config that comes out."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from sidestep.settings.config import (
     TrainConfig,
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
-from sidestep.settings.path_checks import Songs, find_runs, likely_checkpoint_dirs, read_run
+from sidestep.settings.path_checks import Check, find_runs, likely_checkpoint_dirs, read_run
 from sidestep.wizard.questionnaire import Question, choose, from_option
 
 
@@ -106,16 +107,17 @@ FLOWS = {  # as in the menu
         Flow(key="demo", title="Try the demo", config_class=DemoConfig, basic=("output_dir",)),
     )
 }
+RUNS_READ, RUNS_OFFERED = 200, 30  # of a folder's runs, the newest: there may be thousands, and any can be typed
 FOR_ALL_RUNS = ("device", "precision")  # set once, under Settings
 LEFT_TO_PRESET = ("rank",)  # not asked where the preset sets it
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the flows know of the world: the values last used, how to count a folder's songs, and where they started."""
+    """What the flows know of the world: the values last used, how a path is checked, and where they started."""
 
     last_used: Mapping[str, Any] = field(default_factory=dict)
-    songs: Songs = lambda _folder: "songs"
+    check: Check = lambda _holds, _path: ""
     here: Path = Path()
 
 
@@ -217,7 +219,7 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
         preset_sets_it = not current and name in LEFT_TO_PRESET and name in _preset_of(answers)
         return matters(o, answers, options) and not preset_sets_it
 
-    question = from_option(o, default, context.songs, when=when)
+    question = from_option(o, default, context.check, when=when)
     voids = ("run",) if o.type is Path else ("run", "preset")
     return replace(question, depends_on=(*voids, *question.depends_on))
 
@@ -270,17 +272,18 @@ def _own_question(name: str, context: Context) -> Question:
     used = context.last_used
     if name == "songs":
         last = next((used[key] for key in ("dataset_json", "audio_dir", "input") if used.get(key)), "")
-        return from_option(SONGS, lambda _answers: last, context.songs)
+        return from_option(SONGS, lambda _answers: last, context.check)
     if name == "run":
         last = used.get("output_dir", "")
-        folders = dict.fromkeys([context.here / "runs", *([Path(last).parent] if last else [])])
-        runs = {run.folder: run for folder in folders for run in find_runs(folder) if run.checkpoints}
+        near = (context.here / "runs").absolute()
+        folders = dict.fromkeys([near, Path(last).absolute().parent if last else near])
+        newest = (run for folder in folders for run in itertools.islice(find_runs(folder), RUNS_READ))
         choices = tuple(
             Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
-            for r in runs.values()
+            for r in itertools.islice((run for run in newest if run.checkpoints), RUNS_OFFERED)
         )
         first = choices[0].value if choices else last
-        return from_option(RUN, lambda _answers: first, context.songs, choices=lambda _answers: choices)
+        return from_option(RUN, lambda _answers: first, context.check, choices=lambda _answers: choices)
     offered = (
         *(Choice(p.name, p.name, p.description) for p in presets.list_presets()),
         Choice("", "none", "the defaults of each setting"),

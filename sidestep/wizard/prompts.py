@@ -1,11 +1,17 @@
 """Questions with cursor keys, by questionary. Esc (or `b`) goes back, Ctrl-C leaves."""
 
+import os
+import textwrap
 from typing import Any
 
 import questionary
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Always
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
+from prompt_toolkit.validation import ThreadedValidator, ValidationError, Validator
 from questionary.prompts.common import Choice as Line
 from rich.text import Text
 
@@ -51,6 +57,9 @@ class QuestionaryAsk:
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
         question = asked(prompt, self._typed if prompt.error else typed, self.terminal.width)
         app = question.application
+        for window in app.layout.find_all_windows():
+            if window.height == 1:  # the toolbar below that says why a text is not taken
+                window.height, window.wrap_lines, window.dont_extend_height = None, Always(), Always()
         app.key_bindings = merge_key_bindings([app.key_bindings or KeyBindings(), keys_of(prompt)])
         app.ttimeoutlen = app.timeoutlen = ESCAPE_SECONDS
         reply = question.unsafe_ask()
@@ -68,15 +77,7 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
         note = choice.note if len(choice.note) <= room else f"{choice.note[: room - 3]}..."
         return f"{choice.title}  {note}" if choice.note and room >= 12 else choice.title
 
-    def taken(text: str) -> bool | str:
-        """True, or the reason why this text is not taken; `b` is always taken, as the way back."""
-        try:
-            if text.strip() != "b":
-                prompt.read(text)
-        except UserError as error:
-            return f"{error.problem} {error.fix}".replace("\n", " ").strip()
-        return True
-
+    typing: dict[str, Any] = {"default": typed, "validate": ThreadedValidator(Readable(prompt, width)), "style": STYLE}
     match prompt.kind:
         case "choice":
             searched = len(prompt.choices) >= SEARCH_FROM
@@ -100,12 +101,26 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
             return questionary.confirm(prompt.text, default=bool(prompt.default), style=STYLE)
         case "path" if prompt.choices:
             known = [str(choice.value) for choice in prompt.choices]
-            return questionary.autocomplete(
-                prompt.text, known, default=typed, match_middle=True, validate=taken, style=STYLE
-            )
+            return questionary.autocomplete(prompt.text, known, match_middle=True, **typing)
         case "path":
-            return questionary.path(prompt.text, default=typed, validate=taken, style=STYLE)
-    return questionary.text(prompt.text, default=typed, validate=taken, style=STYLE)
+            return questionary.path(prompt.text, complete_in_thread=True, **typing)
+    return questionary.text(prompt.text, **typing)
+
+
+class Readable(Validator):
+    """The cheap check of what is typed. It may ask a disk that is slow to answer: typing does not wait for it."""
+
+    def __init__(self, prompt: Prompt, width: int):
+        self.prompt, self.width = prompt, width
+
+    def validate(self, document: Document) -> None:
+        """Raises ValidationError with the reason, in lines of the terminal's width; `b` is taken, as the way back."""
+        try:
+            if document.text.strip() != "b":
+                self.prompt.read(document.text)
+        except UserError as error:
+            reason = textwrap.fill(visible(f"{error.problem} {error.fix}"), self.width - 1, break_on_hyphens=False)
+            raise ValidationError(len(document.text), reason) from None
 
 
 def keys_of(prompt: Prompt) -> KeyBindings:
@@ -117,17 +132,28 @@ def keys_of(prompt: Prompt) -> KeyBindings:
             event.app.erase_when_done = True  # a question stepped back over leaves no half line
             event.app.exit(result=BACK)
 
+    def pick(buffer: Buffer) -> bool:
+        """End picking among completions; whether one was picked."""
+        state, buffer.complete_state = buffer.complete_state, None
+        return state is not None and state.current_completion is not None
+
     def accept(event: KeyPressEvent) -> None:
         """Enter takes what is typed, unless a completion is being picked; questionary would need it twice."""
         buffer = event.current_buffer
-        picking = buffer.complete_state is not None and buffer.complete_state.current_completion is not None
-        buffer.complete_state = None
-        if not picking and buffer.validate(set_cursor=True):
+        if not pick(buffer) and buffer.validate(set_cursor=True):
             event.app.exit(result=buffer.text)
+
+    def separate(event: KeyPressEvent) -> None:
+        """A separator is typed like any letter (questionary drops a second one, as in file://)."""
+        buffer = event.current_buffer
+        if not (pick(buffer) and buffer.text.endswith(os.sep)):  # a folder that was picked ends with one
+            buffer.insert_text(os.sep)
+        buffer.start_completion()
 
     bindings.add(Keys.Escape, eager=True)(back)
     if prompt.kind == "path":
         bindings.add(Keys.ControlM, eager=True)(accept)
+        bindings.add(os.sep, eager=True)(separate)
     if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM):
         bindings.add("b", eager=True)(back)
     return bindings

@@ -11,7 +11,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.settings.option import Answers, Choice, Option, splits_at_commas
-from sidestep.settings.path_checks import Songs, glance, verify
+from sidestep.settings.path_checks import Check, glance, path_of
 
 
 class Move(Enum):
@@ -105,24 +105,27 @@ def choose(
 
 
 def needed(reply: Any, _answers: Answers) -> str:
-    """What was typed, without the quotes that a terminal puts around a dropped file. Raises UserError for nothing."""
-    text = str(reply).strip().strip("\"'")
+    """What was typed. Raises UserError for nothing."""
+    text = str(reply).strip()
     if not text:
         raise UserError("This one needs an answer.")
     return text
 
 
 def from_option(
-    o: Option, default: Callable[[Answers], Any], songs: Songs = lambda _folder: "songs", **changes: Any
+    o: Option, default: Callable[[Answers], Any], check: Check = lambda _holds, _path: "", **changes: Any
 ) -> Question:
-    """The question that a setting asks; `changes` are fields of Question. An empty reply is none where that may be."""
+    """The question that a setting asks; `changes` are fields of Question. An empty reply is none where that may be.
+
+    `check`: the real check of a path, made once it is entered.
+    """
     kind = {bool: "yes-no", Path: "path"}.get(o.type, "text")
     if o.choices or o.offers:
         kind = "choice" if not o.many else "text" if o.optional else "several"  # boxes have none for "not set"
 
     def read(reply: Any, _answers: Answers) -> Any:
         if isinstance(reply, str):
-            reply = reply.strip().strip("\"'" if o.type is Path else None)
+            reply = path_of(reply) if o.type is Path else reply.strip()
             if reply in ("", "-") and (o.optional or (o.type is str and not o.choices and not o.required)):
                 return None if o.optional else ""
             if not reply and o.required:
@@ -153,7 +156,7 @@ def from_option(
         "section": o.group,
         "choices": choices,
         "read": read,
-        "verify": lambda value, _answers: verify(o.holds, value, songs) if o.holds and value is not None else "",
+        "verify": lambda value, _answers: check(o.holds, value) if o.holds and value is not None else "",
         "depends_on": (*o.depends_on, *o.when[:1]),
         "typed": "path" if o.type is Path else "text",
         "on_disk": o.type is Path or o.offers is not None,

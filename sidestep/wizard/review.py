@@ -10,6 +10,7 @@ from sidestep.files import expand
 from sidestep.settings import presets
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
+from sidestep.settings.path_checks import path_of
 from sidestep.terminal.terminal import as_typed
 from sidestep.wizard.flows import Context, Flow, config_of, question_of, sections_of
 from sidestep.wizard.questionnaire import BACK, Ask, Move, Question, Questionnaire, ask_one, choose, needed
@@ -163,7 +164,8 @@ def _preset_questions() -> list[Question]:
         return found or (Choice("", "none of yours yet"),)
 
     def words(name: str, text: str, help: str, kind: str, action: str, default: str = "") -> Question:
-        return Question(name, text, help, kind, default=lambda _: default, read=needed, when=lambda a: to(a, action))
+        read = needed if kind == "text" else lambda reply, answers: path_of(needed(reply, answers))
+        return Question(name, text, help, kind, default=lambda _: default, read=read, when=lambda a: to(a, action))
 
     def to(answers: Answers, *wanted: str) -> bool:
         return answers.get("action") in wanted and answers.get("name") != ""

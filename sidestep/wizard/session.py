@@ -10,7 +10,7 @@ from sidestep.events import Notice, Report, Table
 from sidestep.settings import last_used
 from sidestep.settings.config import ModelConfig, command_of
 from sidestep.settings.option import Choice, options_of
-from sidestep.settings.path_checks import DOWNLOAD, Songs, likely_checkpoint_dirs
+from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs
 from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
 from sidestep.wizard.review import START, About, manage_presets, review
@@ -40,7 +40,7 @@ class Request:
 class Outside:
     """What the wizard cannot know by itself: it may import neither torch nor audio libraries."""
 
-    songs: Songs = lambda _folder: "songs"
+    check: Check = lambda _holds, _path: ""
     machine: Callable[[Path | None], Table | None] = lambda _checkpoint_dir: None
     about: About = lambda _config: []
     here: Path = field(default_factory=Path)
@@ -104,7 +104,7 @@ class Wizard:
         return "" if reply is BACK else reply
 
     def _run_flow(self, flow: Flow, follows_on: bool) -> Request | None:
-        context = Context(self.last_used, self.outside.songs, self.outside.here)
+        context = Context(self.last_used, self.outside.check, self.outside.here)
         questions = questions_of(flow, context, self.last_used.get("depth") == "advanced")
         known = _handed_on(questions) if follows_on else {}
         questionnaire = Questionnaire(questions, known, flow.title, self._print)
@@ -135,6 +135,7 @@ class Wizard:
         checkpoints = from_option(
             replace(options_of(ModelConfig)["checkpoint_dir"], optional=True),
             lambda _answers: str(found[0]) if found else "",
+            self.outside.check,
             text="Where are the ACE-Step checkpoints?",
             help="the folder that holds acestep-v15-turbo/, vae/, …; empty: later",
             section="",

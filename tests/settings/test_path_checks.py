@@ -106,12 +106,12 @@ def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
         (folder / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
         os.utime(folder / "config.json", (1e9 - age, 1e9 - age))
     whole = ("step_000005", "epoch_0010")
-    runs = path_checks.find_runs(tmp_path)
+    runs = list(path_checks.find_runs(tmp_path))
     assert [(run.folder.name, run.checkpoints, run.finished) for run in runs] == [
         ("new", whole, False),
         ("old", whole, False),
     ]
-    assert path_checks.find_runs(tmp_path / "nowhere") == []
+    assert list(path_checks.find_runs(tmp_path / "nowhere")) == []
 
 
 def test_tensors_are_counted_in_subfolders_too(tmp_path):
@@ -222,3 +222,76 @@ def test_while_a_path_is_typed_nothing_is_read(home, monkeypatch):
         for path in ("models", "songs", "run", "tensors", "nothing.json", "nowhere"):
             with contextlib.suppress(UserError):
                 path_checks.glance(holds, Path(path))
+
+
+DROPPED = [  # (what a terminal makes of a file that is dropped on it, or a person types, the path)
+    ("/music/My Songs", "/music/My Songs"),
+    (r"/music/My\ Songs", "/music/My Songs"),
+    (r"/music/Don\'t\ \(live\)\ \&\ more/ ", "/music/Don't (live) & more/"),
+    (r"/music/100\%\ \#1\ \[mix\]", "/music/100% #1 [mix]"),
+    ("'/music/My Songs'", "/music/My Songs"),
+    ('"/music/My Songs" ', "/music/My Songs"),
+    (r"'/music/Don'\''t stop'", "/music/Don't stop"),
+    ("& '/music/It''s mine'", "/music/It's mine"),
+    ('& "/music/My Songs"', "/music/My Songs"),
+    ("“/music/My Songs”", "/music/My Songs"),
+    ("‘/music/My Songs’", "/music/My Songs"),
+    ("„/music/Meine Lieder“", "/music/Meine Lieder"),
+    ("«/music/Mes chansons»", "/music/Mes chansons"),
+    ("file:///music/My%20Songs", "/music/My Songs"),
+    ("'file:///music/My%20Songs'", "/music/My Songs"),
+    ("file://localhost/music/100%25%20%E6%97%A5", "/music/100% 日"),
+    ("FILE:/music/a#b?c", "/music/a#b?c"),
+    ("file://host/music/x", "/music/x"),
+    ("/music/Songs of the 60s'", "/music/Songs of the 60s'"),
+    ("/music/Songs of the 60s’", "/music/Songs of the 60s’"),
+    ('"/music/Songs of the 60s\'"', "/music/Songs of the 60s'"),
+    ("'Til Dawn", "'Til Dawn"),
+    ("Rock'n'Roll'", "Rock'n'Roll'"),
+    ("& Juliet", "& Juliet"),
+    ("/music/100%20", "/music/100%20"),
+    ("/music/it\\ s two words", "/music/it\\ s two words"),
+    ("'", "'"),
+    ("", ""),
+]
+DROPPED_ON_WINDOWS = [
+    (r'"C:\My Songs"', r"C:\My Songs"),
+    ('"C:\\My Songs\\"', "C:\\My Songs\\"),
+    (r'"C:\My Songs', r"C:\My Songs"),
+    (r"& 'C:\Songs of the 60s''\It''s'", r"C:\Songs of the 60s'\It's"),
+    (r"C:\Songs of the 60s'", r"C:\Songs of the 60s'"),
+    (r'"C:\a & b\100%"', r"C:\a & b\100%"),
+    ("file:///C:/My%20Songs/%C3%BC", "C:/My Songs/ü"),
+    ("file:///c|/x", "c:/x"),
+    ("file://server/share/My%20Songs", "//server/share/My Songs"),
+    (r"\\server\share\a b", r"\\server\share\a b"),
+    (r"“C:\My Songs”", r"C:\My Songs"),
+]
+
+
+@pytest.mark.parametrize(
+    ("typed", "path", "windows"),
+    [(*case, False) for case in DROPPED] + [(*case, True) for case in DROPPED_ON_WINDOWS],
+)
+def test_a_path_is_read_as_every_terminal_drops_it(typed, path, windows):
+    assert path_checks.path_of(typed, windows) == path
+
+
+@pytest.mark.parametrize("name", ["'quoted'", "a\\ b", "& 'x'", "“x”", "60s'", "file:"])
+def test_a_name_that_is_there_is_taken_as_it_stands(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert path_checks.path_of(f" {name} ", windows=False) == name
+    assert path_checks.path_of(str(tmp_path / name), windows=False) == str(tmp_path / name)
+
+
+def test_of_thousands_of_runs_only_those_asked_for_are_read(tmp_path, monkeypatch):
+    for number in range(50):
+        (tmp_path / f"run-{number}").mkdir()
+        config = tmp_path / f"run-{number}" / "config.json"
+        config.write_text('{"dataset_dir": "x"}', encoding="utf-8")
+        os.utime(config, (number, number))
+    read, read_run = [], path_checks.read_run
+    monkeypatch.setattr(path_checks, "read_run", lambda folder: read.append(folder.name) or read_run(folder))
+    assert next(path_checks.find_runs(tmp_path)).folder.name == "run-49"
+    assert read == ["run-49"]
