@@ -39,7 +39,7 @@ from sidestep.data.manifest import (
     relative_path,
 )
 from sidestep.errors import JobError, UserError
-from sidestep.events import Progress, Report, Saved, Table
+from sidestep.events import FileFailed, Progress, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.pages import render
 from sidestep.pages.charts import bars, histogram, waveform
@@ -441,6 +441,8 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
     songs = []
     for sample, heard in _listen(dataset, path, report):
         measured, reason = (None, heard.reason) if isinstance(heard, AudioError) else (heard, "")
+        if reason:
+            report(FileFailed(path=str(sample.audio_path), reason=reason, stage="audit"))
         seconds = measured.seconds if measured else sample.duration
         text = text_prompt(
             prompt_caption(sample, dataset.metadata),

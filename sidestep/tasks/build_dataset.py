@@ -24,7 +24,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -168,10 +168,16 @@ def _find_songs(folder: Path, report: Report) -> tuple[list[_Song], list[tuple[P
         tags = read_tags(path, next((s.values["language"] for s in sources if "language" in s.values), ""))
         return _Song(path, info, [*sources, tags], tags)
 
-    paths = find_audio(folder, lambda path, reason: fail(path, f"folder cannot be listed: {reason}", "search"))
+    passed: Counter[str] = Counter()
+    paths = find_audio(folder, lambda path, reason: fail(path, f"folder cannot be listed: {reason}", "search"), passed)
+    kinds = ", ".join(f"{number} {suffix}" for suffix, number in passed.most_common())
+    passed_over = f"passed over, because their kind is not read: {kinds}" if passed else ""
     if not paths:
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
-        raise JobError(f"No audio file in {folder} or below it.", f"Songs are known by their suffix: {suffixes}")
+        problem = f"No audio file in {folder} or below it" + (f" ({passed_over})." if passed else ".")
+        raise JobError(problem, f"Songs are known by their suffix: {suffixes}")
+    if passed:
+        report(Notice(level="warning", message=f"{count(passed.total(), 'file')} {passed_over}."))
     sidecars, tables = Sidecars(paths), Tables(folder, paths)
     for path, problem in tables.problems:
         report(Notice(level="warning", message=f"{relative_path(path, folder)}: {problem}"))
@@ -290,7 +296,7 @@ def _summary(dataset: Dataset, origins: Counter[str], failed: int) -> Table:
 def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
     """Fill in what is missing in the dataset.json at `path` and write it again. `workers`: processes, 0 for one a core.
 
-    Raises UserError when librosa is missing or the file cannot be read, JobError when a process died.
+    Raises UserError when librosa is missing or the file cannot be read.
     """
     if not is_available():
         raise UserError(
@@ -364,7 +370,10 @@ def _hear(songs: list[Path], dataset_path: Path, report: Report, workers: int) -
 
 
 def _estimates(songs: dict[str, list[Path]], workers: int) -> Iterator[tuple[str, Estimate | AudioError]]:
-    """(content, estimate) as they come; one song in this process, more in processes of their own."""
+    """(content, estimate) in order; one song in this process, more in processes of their own.
+
+    When one of those dies the rest is heard in one process, so that it is known which song did it.
+    """
     if workers <= 1:
         for content, paths in songs.items():
             try:
@@ -372,21 +381,26 @@ def _estimates(songs: dict[str, list[Path]], workers: int) -> Iterator[tuple[str
             except AudioError as error:
                 yield content, error
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        waiting: dict[Future, str] = {pool.submit(estimate_file, paths[0]): content for content, paths in songs.items()}
-        for future in as_completed(waiting):
-            try:
-                yield waiting[future], future.result()
-            except AudioError as error:
-                yield waiting[future], error
-            except BrokenProcessPool as error:
-                raise JobError(
-                    "A process of --analyze died, most likely for want of memory.",
-                    "The same command goes on where it was.",
-                ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    left = dict(songs)
+    while left:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            futures = {content: pool.submit(estimate_file, paths[0]) for content, paths in left.items()}
+            for content, future in futures.items():
+                try:
+                    result: Estimate | AudioError = future.result()
+                except AudioError as error:
+                    result = error
+                del left[content]
+                yield content, result
+        except BrokenProcessPool:
+            if workers == 1:  # then songs are heard in turn, and this is the one
+                content = next(iter(left))
+                [path, *_] = left.pop(content)
+                yield content, AudioError(path, "the process that listened to it died, most likely for want of memory")
+            workers = 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _write_cache(path: Path, cache: dict[str, Estimate]) -> None:

@@ -1,16 +1,21 @@
 """--analyze: what is missing is heard, what is known stands, and nothing is heard twice."""
 
 import json
+import os
 import time
 
 import numpy as np
 import pytest
 
+from sidestep.audio import signals
 from sidestep.audio.io import content_hash
 from sidestep.audio.signals import VERSION, Estimate, autocorrelation, estimate, estimate_file, tempo, time_signature
+from sidestep.cli.main import main
 from sidestep.data.manifest import read
+from sidestep.errors import ExitStatus
 from sidestep.events import FileFailed, Notice, Progress, Table
 from sidestep.settings.config import BuildDatasetConfig
+from sidestep.tasks import build_dataset as build_module
 from sidestep.tasks.build_dataset import CACHE, analyze, build_dataset
 from tests.song_library import tone, write_sndfile
 
@@ -168,6 +173,49 @@ def test_a_damaged_cache_is_no_failure(tmp_path, damage):
     events = []
     analyze(path, events.append, workers=1)
     assert {e.reason.split(" ")[0] for e in events if isinstance(e, FileFailed)} == {"is"}
+
+
+def test_a_song_that_cannot_be_analyzed_is_told_by_the_exit_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    audio = tone()
+    audio[1000] = np.nan
+    write_sndfile(tmp_path / "songs" / "a.wav", audio, 48_000, subtype="FLOAT")
+    words = ["build-dataset", "--input", str(tmp_path / "songs")]
+    assert main(words) == ExitStatus.OK
+    assert main([*words, "--analyze"]) == ExitStatus.SOME_FAILED
+    assert "a.wav: has samples that are not numbers" in "".join(capsys.readouterr())
+
+
+def test_what_is_heard_is_the_middle_of_a_song_however_long(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(signals, "estimate", lambda mono: heard.append(len(mono)) or Estimate())
+    monkeypatch.setattr(signals.soxr, "resample", lambda mono, *rates: mono)
+    for seconds in (4, 61, 95):
+        write_sndfile(tmp_path / "a.flac", np.arange(seconds * 8000) / 2**20, 8_000, format="FLAC", subtype="PCM_24")
+        estimate_file(tmp_path / "a.flac")
+    assert heard == [4 * 48_000, 60 * 48_000, 60 * 48_000]
+
+
+class Dies:
+    """What listens to a song, and ends its process at one of them."""
+
+    def __call__(self, path):
+        if path.name == "b.wav":
+            os._exit(1)
+        return Estimate(bpm=100)
+
+
+@pytest.mark.slow
+def test_a_song_that_ends_its_process_is_left_out_and_the_others_are_heard(tmp_path, monkeypatch):
+    for i, name in enumerate(("a.wav", "b.wav", "c.wav")):
+        write_sndfile(tmp_path / name, tone(400 + i), 48_000)
+    path = build_dataset(BuildDatasetConfig(input=tmp_path), lambda e: None).path
+    monkeypatch.setattr(build_module, "estimate_file", Dies())
+    events = []
+    assert [sample.bpm for sample in analyze(path, events.append, workers=2).samples] == [100, None, 100]
+    assert [(e.path, "died" in e.reason) for e in events if isinstance(e, FileFailed)] == [
+        (str(tmp_path / "b.wav"), True)
+    ]
 
 
 @pytest.mark.slow

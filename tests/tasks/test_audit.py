@@ -1,6 +1,7 @@
 """--audit: everything that deserves a look is found, nothing else is, and the page works in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 from immich_memories_music import tracks_dir
 
 from sidestep.audio.io import SAMPLE_RATE, AudioInfo, decode
-from sidestep.errors import UserError
+from sidestep.cli.main import main
+from sidestep.errors import ExitStatus, UserError
 from sidestep.events import Progress, Saved, Table
 from sidestep.pages import templates
 from sidestep.pages.charts import bars, histogram, waveform
@@ -119,6 +121,42 @@ def test_a_sound_data_set_has_no_findings_and_the_table_says_so(tmp_path):
     assert [e.rows for e in events if isinstance(e, Table)] == [(("nothing amiss", "1 of 1", ""),)]
     assert [type(e) for e in events] == [Progress, Table, Saved]
     assert events[2].path == str(result.page)
+
+
+def test_a_song_that_cannot_be_heard_is_named_and_never_ends_the_audit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    songs = tmp_path / "songs"
+    absurd = music()
+    absurd[5000] = 1e29
+    write_sndfile(songs / "absurd.wav", absurd, 48_000, subtype="FLOAT")
+    write_sndfile(songs / "good.wav", music(), 48_000)
+    assert main(["build-dataset", "--input", str(songs), "--audit"]) == ExitStatus.SOME_FAILED
+    assert "absurd.wav: has samples up to 1e29" in "".join(capsys.readouterr())
+    page = Page((songs / "dataset-audit.html").read_text(encoding="utf-8"))
+    assert page.players == ["./good.wav"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+def test_a_song_that_became_a_pipe_is_a_finding(tmp_path):
+    write_sndfile(tmp_path / "a.wav", music(), 48_000)
+    path = build_dataset(BuildDatasetConfig(input=tmp_path), lambda e: None).path
+    (tmp_path / "a.wav").unlink()
+    os.mkfifo(tmp_path / "a.wav")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(audit(path, lambda e: None)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert [song.reason for song in results[0].songs] == ["is not a regular file"]
+
+
+def test_measurements_do_not_depend_on_how_a_song_is_cut_into_pieces():
+    audio = (music(30).T * np.linspace(0.2, 8, 30 * SAMPLE_RATE, dtype=np.float32)).clip(-1, 1)
+    whole = measure_pieces(INFO, [audio])
+    pieces = measure_pieces(INFO, np.split(audio, [2 * SAMPLE_RATE, 12 * SAMPLE_RATE, 22 * SAMPLE_RATE], axis=1))
+    assert whole.clipped > 1000
+    assert pieces.clipped == pytest.approx(whole.clipped, rel=0.01)  # a run may end at the end of a piece
+    assert pieces.loudness_lufs == pytest.approx(whole.loudness_lufs)
+    assert replace(pieces, sound="", clipped=0, loudness_lufs=0) == replace(whole, sound="", clipped=0, loudness_lufs=0)
 
 
 def test_measurements_are_those_of_the_signal():

@@ -31,8 +31,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MODEL_SECONDS = 600.0  # the longest song the model was made for
-HELD_SECONDS = 1200  # 460 MB
-SEGMENT_FRAMES = 10 * TILE_FRAMES  # of a song, that are at hand at once
+HELD_SECONDS = 600  # 230 MB
+SEGMENT_FRAMES = 4 * TILE_FRAMES  # of a song, that are at hand at once
 BYTES_PER_SECOND = SAMPLE_RATE * 2 * 4
 BUDGET_BYTES = {"cpu": 256 * 1024**2}  # of decoded songs that wait
 BUDGET_BYTES_GPU = 1024**3
@@ -174,7 +174,7 @@ def segments(
         while held > (before + frames + halo_frames) * hop:
             audio = np.concatenate(parts, axis=1)
             yield audio[:, : (before + frames + halo_frames) * hop], before, before + frames
-            rest = audio[:, (before + frames - halo_frames) * hop :]
+            rest = audio[:, (before + frames - halo_frames) * hop :].copy()
             parts, held, before = [rest], rest.shape[1], halo_frames
     yield np.concatenate(parts, axis=1), before, None
 
