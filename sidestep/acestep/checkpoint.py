@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +255,8 @@ def widen_range(encoder: AceStepConditionEncoder) -> None:
     On trained weights it reaches about 505,000 in the lyric encoder, where fp16 ends at 65,504: every song with lyrics
     would be NaN.
     """
-    for layer in (*encoder.lyric_encoder.layers, *encoder.timbre_encoder.layers):
+    layers: Any = (*encoder.lyric_encoder.layers, *encoder.timbre_encoder.layers)
+    for layer in layers:
         layer.mlp.__class__ = WideMlp
 
 

@@ -272,7 +272,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _write_text_encoder(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> int:
+    """Write a tokenizer that knows single bytes; how many tokens that are."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {END_TOKEN: 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -282,8 +283,12 @@ def _write_text_encoder(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=END_TOKEN, eos_token=END_TOKEN)
     fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def _write_text_encoder(folder: Path) -> None:
     sizes = Qwen3Config(
-        vocab_size=len(vocabulary),
+        vocab_size=write_tokenizer(folder),
         hidden_size=WIDTH,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -1,0 +1,355 @@
+"""The rehearsal: every command on a checkpoint of the real size, with random weights, on the machine at hand.
+
+    uv run --group dev benchmarks/full_size.py FOLDER               the 2B model; about 12 GB of disk, 20 GB of RAM
+    uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
+    uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
+
+Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
+A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
+than 3 s goes to benchmarks/results/full_size.json and .md. Commands run as a user's do, each in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not as a module of the repository
+
+import numpy as np
+import psutil
+import soundfile
+import torch
+from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
+from diffusers.pipelines.ace_step.modeling_ace_step import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3Model
+
+from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
+from sidestep.acestep.checkpoint import accepted, decoder_sizes, encoder_sizes
+from sidestep.acestep.device import GIB
+from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
+from sidestep.files import write_text
+from sidestep.tasks.demo import write_tokenizer
+from sidestep.tasks.plan.passes import TEXT_ENCODER, VAE, first_pass_peak, second_pass_peak
+from sidestep.variants import CONFIG_2B, CONFIG_XL, OFFICIAL_FOLDERS
+
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = {"2B": ("turbo", CONFIG_2B), "XL": ("xl-turbo", CONFIG_XL)}
+SHARD_BYTES = 2 * GIB
+SILENT_SECONDS = 3.0
+# Imports of every phase; what a process holds after them is no part of what its task takes.
+IMPORTS = (
+    "import sidestep.tasks.train.setup, sidestep.tasks.train.loop, sidestep.tasks.preprocess, sidestep.tasks.sample"
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command to rehearse. planned: bytes of tensors that the planner says, 0 where it says nothing."""
+
+    name: str
+    words: tuple[str, ...]
+    planned: int = 0
+
+
+def random_tensors(model_class: type[nn.Module], sizes: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Names in the original layout and random bf16 tensors of a part, one by one."""
+    with torch.device("meta"):
+        shapes = {
+            name: tensor.shape for name, tensor in model_class(**accepted(model_class, sizes)).state_dict().items()
+        }
+    for name, shape in shapes.items():
+        if name in ("null_condition_emb", "silence_latent"):
+            continue
+        scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.0
+        yield (
+            prefix + original_key(name),
+            (torch.randn(shape) * scale if scale else torch.ones(shape)).to(torch.bfloat16),
+        )
+
+
+def write_checkpoint(folder: Path, size: str) -> None:
+    """The model in shards of 2 GiB at most, VAE, text encoder and silence; nothing where it stands already."""
+    variant, config = SIZES[size]
+    model = folder / OFFICIAL_FOLDERS[variant]
+    if (model / "model.safetensors.index.json").is_file():
+        return
+    model.mkdir(parents=True, exist_ok=True)
+    config = config | {"is_turbo": True, "model_version": variant}
+    parts = {
+        "decoder.": (AceStepTransformer1DModel, decoder_sizes(config)),
+        "encoder.": (AceStepConditionEncoder, encoder_sizes(config)),
+        "tokenizer.": (AceStepAudioTokenizer, encoder_sizes(config)),
+        "detokenizer.": (AceStepAudioTokenDetokenizer, encoder_sizes(config)),
+    }
+    shard: dict[str, Tensor] = {"null_condition_emb": torch.zeros(1, 1, encoder_sizes(config)["hidden_size"])}
+    names: dict[str, str] = {}
+
+    def close() -> None:
+        file = f"model-{len(set(names.values())) + 1:05d}.safetensors"
+        save_file(shard, model / file, metadata={"format": "pt"})
+        names.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for prefix, (part, sizes) in parts.items():
+        for name, tensor in random_tensors(part, sizes, prefix):
+            shard[name] = tensor.contiguous()
+            if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
+                close()
+    close()
+    torch.save(torch.zeros(1, 64, 15000), model / "silence_latent.pt")
+    if not (folder / "vae").is_dir():
+        AutoencoderOobleck(**VAE).save_pretrained(folder / "vae")
+        write_tokenizer(folder / TEXT_ENCODER_FOLDER)
+        torch.set_default_dtype(torch.bfloat16)
+        Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER)).save_pretrained(folder / TEXT_ENCODER_FOLDER)
+        torch.set_default_dtype(torch.float32)
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    index = json.dumps({"metadata": {}, "weight_map": names})
+    write_text(model / "model.safetensors.index.json", index)  # last: where it stands, all else does
+
+
+def write_song(folder: Path, name: str, seconds: float) -> None:
+    """A song of noise with a caption and lyrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal((round(seconds * 48000), 2)) * 0.1
+    soundfile.write(folder / f"{name}.flac", noise, 48000)
+    (folder / f"{name}.caption.txt").write_text("noise, loud, without a tune", encoding="utf-8")
+    (folder / f"{name}.lyrics.txt").write_text("[Verse]\n" + "and so on and on it goes\n" * 20, encoding="utf-8")
+
+
+def phases(folder: Path, size: str) -> list[Phase]:
+    """Every command, on songs of 60 and 5 s; the long one is trained whole, the levers are tried on the short one."""
+    variant, sizes = SIZES[size]
+    model = ("--checkpoint-dir", str(folder / "checkpoints"), "--model-variant", variant, "--device", "cpu")
+    bf16 = ("--precision", "bf16")
+
+    def tensors(seconds: int) -> str:
+        return str(folder / f"tensors {seconds} s {size}")
+
+    def train(name: str, seconds: int, *more: str) -> Phase:
+        asked = ("--model-variant", variant, "--rank", "64", *more)
+        words = (
+            "fixed",
+            *model,
+            *bf16,
+            "--dataset-dir",
+            tensors(seconds),
+            "--output-dir",
+            str(folder / f"run {name} {size}"),
+        )
+        planned = planned_bytes(tensors(seconds), model[:2], asked)
+        return Phase(
+            f"train {name}",
+            (*words, *more, "--gradient-accumulation", "1", "--epochs", "2", "--save-every", "1"),
+            planned,
+        )
+
+    passes = max(first_pass_peak(torch.bfloat16, 60.0), second_pass_peak(sizes, torch.bfloat16))
+    found = [
+        Phase(
+            f"preprocess {seconds} s",
+            (
+                "preprocess",
+                *model,
+                *bf16,
+                "--audio-dir",
+                str(folder / f"songs {seconds} s"),
+                "--tensor-output",
+                tensors(seconds),
+            ),
+            passes if seconds == 60 else 0,
+        )
+        for seconds in (5, 60)
+    ]
+    run = folder / f"run 5 s {size}"
+    final = str(run / "final")
+    found += [
+        train("60 s", 60),
+        train("5 s", 5),
+        train("5 s, int8", 5, "--base-precision", "int8"),
+        train("5 s, nf4", 5, "--base-precision", "nf4"),
+        train("5 s, swapped", 5, "--swap-blocks", "12"),
+    ]
+    resumed = train("5 s", 5)
+    found += [
+        Phase("resume 5 s", (*resumed.words, "--resume-from", "latest", "--epochs", "3"), resumed.planned),
+        Phase(
+            "estimate 5 s",
+            (
+                "estimate",
+                *model,
+                *bf16,
+                "--dataset-dir",
+                tensors(5),
+                "--batches",
+                "1",
+                "--output",
+                str(run / "map.json"),
+            ),
+        ),
+        Phase(
+            "sample 5 s",
+            (
+                "sample",
+                *model,
+                *bf16,
+                "--adapter",
+                final,
+                "--prompt",
+                "noise",
+                "--duration",
+                "5",
+                "--strength",
+                "1",
+                "--output",
+                str(run),
+            ),
+        ),
+        Phase(
+            "export merged",
+            (
+                "export",
+                "--checkpoint-dir",
+                model[1],
+                "--model-variant",
+                variant,
+                "--adapter",
+                final,
+                "--output",
+                str(run / "merged"),
+                "--format",
+                "merged",
+            ),
+        ),
+    ]
+    return found
+
+
+def planned_bytes(tensors: str, checkpoint: tuple[str, ...], asked: tuple[str, ...]) -> int:
+    """Bytes of tensors at the peak of a step, as `plan` says for the songs at hand; 0 before there are any."""
+    if not Path(tensors).is_dir():
+        return 0
+    words = ("plan", *checkpoint, *asked, "--precision", "bf16", "--dataset-dir", tensors, "--json")
+    done = subprocess.run(
+        command(words), capture_output=True, text=True, encoding="utf-8", env=environment(), check=True
+    )
+    return json.loads(done.stdout)["asked"]["peak_bytes"]["total"]
+
+
+def command(words: tuple[str, ...]) -> list[str]:
+    """How a process of ours is started."""
+    return [sys.executable, "-u", "-m", "sidestep.cli", *words]
+
+
+def environment() -> dict[str, str]:
+    """Of such a process."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass
+class Watched:
+    """What was seen of a process. silent: the longest time without a line, and after which line it was."""
+
+    status: int
+    wall: float
+    processor: float
+    peak: int
+    silent: list[tuple[float, str]]
+
+
+def watch(words: list[str]) -> Watched:
+    """Run a process to its end and look at it ten times a second."""
+    started = last = time.perf_counter()
+    process = psutil.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment()
+    )
+    silent, peak, processor, line = [], 0, 0.0, "the start"
+    done = threading.Event()
+
+    def look() -> None:
+        nonlocal peak, processor
+        while not done.wait(0.1):
+            try:
+                peak = max(peak, process.memory_info().rss)
+                times = process.cpu_times()
+                processor = times.user + times.system
+            except psutil.Error:
+                return
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for text in process.stdout:
+        now = time.perf_counter()
+        if now - last > SILENT_SECONDS:
+            silent.append((round(now - last, 1), line))
+        print(f"    {now - started:7.1f} {text.rstrip()[:150]}", flush=True)
+        last, line = now, text.strip()[:60]
+    status = process.wait()
+    done.set()
+    looking.join()
+    if (end := time.perf_counter() - last) > SILENT_SECONDS:
+        silent.append((round(end, 1), line))
+    return Watched(status, time.perf_counter() - started, processor, peak, silent)
+
+
+def main() -> None:
+    """Write what is missing, run the phases, store the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="2B")
+    parser.add_argument("--only", nargs="+", default=[""], help="phases whose names begin so")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    write_checkpoint(options.folder / "checkpoints", options.size)
+    for seconds in (5, 60):
+        write_song(options.folder / f"songs {seconds} s", f"song of {seconds} s", seconds)
+    stored = options.output / "full_size.json"
+    tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    before = watch([sys.executable, "-c", IMPORTS]).peak
+    names = [phase.name for phase in phases(options.folder, options.size)]
+    for name in names:
+        if not name.startswith(tuple(options.only)):
+            continue
+        # asked again for each: the planner looks at what the phases before have made
+        phase = next(phase for phase in phases(options.folder, options.size) if phase.name == name)
+        print(f"== {name}", flush=True)
+        seen = watch(command(("--plain", *phase.words)))
+        row: dict[str, Any] = {"phase": name, "status": seen.status, "wall s": seen.wall, "processor s": seen.processor}
+        row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
+        if phase.planned:
+            row |= {"planned GiB": phase.planned / GIB, "planned over measured": phase.planned / (seen.peak - before)}
+        row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
+        table = tables.setdefault(options.size, {"rows": []})
+        table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
+        table["machine"] = machine(Setting(torch.device("cpu"), torch.bfloat16, 1, quick=False))
+        write_text(stored, json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.output / "full_size.md", report(tables))
+
+
+def report(tables: dict) -> str:
+    """The stored tables."""
+    lines = ["# At full size", "", "Rebuilt by `uv run --group dev benchmarks/full_size.py FOLDER`.", ""]
+    for size, table in tables.items():
+        facts = table["machine"]
+        note = f"Random weights, {facts['processor']}, {facts['threads']} threads, commit {facts['commit']}."
+        lines.append(as_markdown(Result(size, f"The {size} model on a CPU", note, table["rows"])))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
