@@ -12,10 +12,11 @@ import json
 import os
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,6 +30,7 @@ from sidestep.audio.signals import TENTH, LevelMeter
 from sidestep.data.fields import INSTRUMENTAL
 from sidestep.data.lyrics import without_time_marks
 from sidestep.data.manifest import (
+    MAX_BYTES,
     Dataset,
     Metadata,
     Sample,
@@ -38,6 +40,7 @@ from sidestep.data.manifest import (
     read,
     relative_path,
 )
+from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Progress, Report, Saved, Table
 from sidestep.files import write_text
@@ -60,6 +63,8 @@ SHAPE_WINDOW = np.hanning(SHAPE_SAMPLES).astype(np.float32)
 SHAPE_EDGES = np.searchsorted(
     np.fft.rfftfreq(SHAPE_SAMPLES, 1 / SAMPLE_RATE), np.geomspace(60, 12_000, SHAPE_BANDS + 1)
 )
+LEAST_FRAMES = 5  # shorter songs are not compared by their shape
+SAME_RECORDING = 0.97  # correlation of two shapes
 CHARACTERS_PER_TOKEN = 3.5  # of Latin script; of other scripts a character is about a token
 
 # What is found.
@@ -153,15 +158,17 @@ def same_recording(a: Measurement, b: Measurement) -> bool:
 
     They are when they are equally long within a second and their levels rise and fall together in every band.
     """
-    if abs(a.seconds - b.seconds) > 1.0:
+    frames = min(len(a.shape), len(b.shape)) // SHAPE_BANDS
+    if abs(a.seconds - b.seconds) > 1.0 or frames < LEAST_FRAMES:
         return False
-    length = min(len(a.shape), len(b.shape)) // SHAPE_BANDS
-    if length < 5:
-        return False
-    first, second = (np.array(m.shape[: length * SHAPE_BANDS], np.float64).reshape(length, SHAPE_BANDS) for m in (a, b))
-    first, second = first - first.mean(axis=0), second - second.mean(axis=0)
-    scale = np.sqrt((first**2).sum() * (second**2).sum())
-    return bool(scale > 0 and (first * second).sum() / scale > 0.97)
+    return bool(_movement(a, frames) @ _movement(b, frames) > SAME_RECORDING)
+
+
+def _movement(measured: Measurement, frames: int) -> np.ndarray:
+    """How the levels of so many frames rise and fall around each band's mean, as a vector of length 1 or 0."""
+    levels = np.array(measured.shape[: frames * SHAPE_BANDS], np.float32).reshape(frames, SHAPE_BANDS)
+    levels -= levels.mean(axis=0)
+    return levels.ravel() / max(float(np.linalg.norm(levels)), 1e-9)
 
 
 def token_counter(checkpoint_dir: Path | None) -> Callable[[str], int]:
@@ -301,20 +308,27 @@ def _loudness(measured: Measurement, digits: int) -> str:
 def _recodings(heard: Sequence[tuple[Song, Measurement]]) -> list[tuple[Song, str]]:
     """Songs that are a song before them in another coding.
 
-    Sorted by length, songs of like length are neighbours, so that few pairs are compared.
+    Only songs of like length are compared, each with all of them at once.
     """
     first_of: dict[str, int] = {}
+    by_frames: dict[int, list[int]] = defaultdict(list)
     for i, (_, measured) in enumerate(heard):
-        first_of.setdefault(measured.sound, i)
-    ordered = sorted(first_of.values(), key=lambda i: heard[i][1].seconds)
+        if first_of.setdefault(measured.sound, i) == i:
+            by_frames[len(measured.shape) // SHAPE_BANDS].append(i)
     like: dict[int, int] = {}
-    for position, i in enumerate(ordered):
-        for j in reversed(ordered[:position]):
-            if heard[i][1].seconds - heard[j][1].seconds > 1.0:
-                break
-            if same_recording(heard[i][1], heard[j][1]):
-                later, earlier = max(i, j), min(i, j)
-                like[later] = min(earlier, like.get(later, earlier))
+    for frames in sorted(by_frames):
+        if frames < LEAST_FRAMES:
+            continue
+        shorter = sorted(by_frames[frames], key=lambda i: heard[i][1].seconds)
+        seconds = [heard[i][1].seconds for i in shorter]
+        movements = np.stack([_movement(heard[i][1], frames) for i in shorter])
+        for i in (*shorter, *by_frames.get(frames + 1, ())):
+            measured = heard[i][1]
+            start, end = bisect_left(seconds, measured.seconds - 1.0), bisect_right(seconds, measured.seconds + 1.0)
+            for k in np.flatnonzero(movements[start:end] @ _movement(measured, frames) > SAME_RECORDING):
+                earlier, later = sorted((i, shorter[start + int(k)]))
+                if earlier < later:
+                    like[later] = min(earlier, like.get(later, earlier))
     return [(heard[later][0], f"like {heard[earlier][0].name}") for later, earlier in sorted(like.items())]
 
 
@@ -478,12 +492,12 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
     cache_path = path.parent / CACHE
     cache: dict[str, Measurement] = {}
     try:
-        data = json.loads(cache_path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(cache_path, MAX_BYTES)[0])
         if data["version"] == VERSION:
             for content, values in data["songs"].items():
                 lists = {name: tuple(values[name]) for name in ("envelope", "shape")}
                 cache[content] = Measurement(**values | lists)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
+    except (ValueError, LookupError, TypeError, AttributeError):  # not there, or not as we wrote it
         cache = {}
     known: dict[str, Measurement] = {}
 
@@ -526,5 +540,5 @@ def _listen(dataset: Dataset, path: Path, report: Report) -> Iterator[tuple[Samp
 
 
 def _write_cache(path: Path, known: dict[str, Measurement]) -> None:
-    songs = {content: asdict(measured) for content, measured in sorted(known.items())}
+    songs = {content: vars(measured) for content, measured in sorted(known.items())}
     write_text(path, json.dumps({"version": VERSION, "songs": songs}))

@@ -19,6 +19,7 @@ from immich_memories_music import tracks_dir
 
 from sidestep.audio.io import SAMPLE_RATE, AudioInfo, decode
 from sidestep.cli.main import main
+from sidestep.data.manifest import Sample
 from sidestep.errors import ExitStatus, UserError
 from sidestep.events import Progress, Saved, Table
 from sidestep.pages import templates
@@ -26,6 +27,7 @@ from sidestep.pages.charts import bars, histogram, waveform
 from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.audit import (
     CACHE,
+    Song,
     audit,
     find,
     guess,
@@ -193,6 +195,25 @@ def test_one_recording_is_known_in_every_coding_and_two_are_told_apart(tmp_path)
     write_ffmpeg(tmp_path / "a.m4a", clips[0].T, 48_000, "aac", "ipod")
     for name in ("a.mp3", "a.ogg", "a.m4a"):
         assert same_recording(measured[0], measure(tmp_path / name)), name
+
+
+def test_among_many_songs_the_same_pairs_are_found_as_one_by_one(tmp_path):
+    random = np.random.default_rng(0)
+    kinds = [random.integers(-60, 0, (40, 12)) for _ in range(4)]
+    songs = []
+    for i in range(60):
+        seconds = float(random.choice([8, 9.9, 10, 11.5, 12.4, 13.1, 60, 60.8, 61.7, 62, 63]))
+        shape = kinds[i % 4][: int(seconds // 2)] + random.integers(-4, 4, (int(seconds // 2), 12))
+        heard = replace(
+            measure_pieces(INFO, [np.zeros((2, 48_000), np.float32)]),
+            **{"seconds": seconds, "sound": f"{i}", "shape": tuple(map(int, shape.ravel()))},
+        )
+        songs.append(Song(Sample(audio_path=tmp_path / f"{i}.wav", id=f"{i}"), f"{i:02}", heard))
+    pairs = [(a, b) for i, b in enumerate(songs) for a in songs[:i] if same_recording(a.measured, b.measured)]
+    expected = {later.name: f"like {earlier.name}" for earlier, later in reversed(pairs)}
+    (found,) = [f.notes for f in find(songs) if f.what == "same recording in another coding"]
+    assert found == expected
+    assert 20 < len(found) < 60
 
 
 @pytest.mark.slow
