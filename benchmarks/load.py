@@ -23,6 +23,7 @@ import soundfile
 
 from benchmarks.measure import ROOT
 from sidestep.words import gib
+from tests.pseudo_terminal import Session
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -91,7 +92,36 @@ def songs(folder: Path) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs}
+def make_runs(folder: Path, number: int) -> None:
+    """So many runs of which each has three checkpoints."""
+    settings = json.dumps({"dataset_dir": "tensors/a", "checkpoint_dir": "checkpoints", "rank": 64})
+    for i in range(number):
+        for epoch in (10, 20, 30):
+            checkpoint = folder / f"run-{i:04}" / "checkpoints" / f"epoch_{epoch:04}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "complete.json").write_text(json.dumps({"position": {"step": epoch}}), encoding="utf-8")
+        (folder / f"run-{i:04}" / "config.json").write_text(settings, encoding="utf-8")
+
+
+def runs(folder: Path) -> list[Row]:
+    """The wizard beside 5,000 runs: how soon its menu is there, and how soon it asks which of them goes on."""
+    make_runs(folder / "runs", 5000)
+    known = {"version": 1, "values": {"welcomed": True, "output_dir": str(folder / "runs" / "run-0000")}}
+    (folder / "home").mkdir()
+    (folder / "home" / "settings.json").write_text(json.dumps(known), encoding="utf-8")
+    with Session(folder) as session:
+        session.asks("What would you like to do?")
+        menu = time.monotonic() - session.began
+        session.choose("Resume a run")
+        chosen = time.monotonic()
+        session.asks("Run")
+        return [
+            Row("5,000 past runs: the wizard's menu", f"{menu:.1f} s", "1 s"),
+            Row("… and which of them to go on with", f"{time.monotonic() - chosen:.1f} s", "1 s"),
+        ]
+
+
+PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs, "runs": runs}
 
 
 def table(stored: dict[str, list[dict[str, str]]]) -> str:
