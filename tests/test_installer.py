@@ -86,11 +86,12 @@ def test_the_versions_of_torch_are_those_of_the_project():
 
 
 # Under wine. Each stand-in is distlib's launcher, which ends with the status of the batch file that it starts.
-STAND_INS = ("uv", "where", "winget", "powershell", "nvidia-smi")
+STAND_INS = ("uv", "where", "winget", "powershell", "nvidia-smi", "reg")
 STAND_IN = r"""@echo off
 >>calls.txt echo %~n1 %2 %3 %4 %5
 if "%~n1"=="where" goto where
 if "%~n1"=="nvidia-smi" exit %NVIDIA%
+if "%~n1"=="reg" goto reg
 if "%~n1"=="winget" goto winget
 if "%~n1"=="powershell" goto powershell
 if "%2"=="sync" exit %SYNC%
@@ -99,6 +100,13 @@ exit %RUN%
 :where
 if exist "T:\%2.exe" exit 0
 exit 1
+:reg
+if "%LONG_PATHS_ENABLED%"=="" exit 1
+echo.
+echo HKEY_LOCAL_MACHINE\SYSTEM\CurrentControlSet\Control\FileSystem
+echo     LongPathsEnabled    REG_DWORD    %LONG_PATHS_ENABLED%
+echo.
+exit 0
 :winget
 copy T:\uv.saved T:\uv.exe >nul
 exit -1978335189
@@ -108,7 +116,7 @@ if "%POWERSHELL%"=="0" copy T:\uv.saved T:\uv.exe >nul
 exit %POWERSHELL%
 """
 GOOD = {"NVIDIA": 0, "SYNC": 0, "PIP": 0, "RUN": 0, "SHORTCUT": 0, "POWERSHELL": 1}
-START = "where uv"
+START = ["nvidia-smi", "where uv"]
 CALLS = ["uv sync --inexact", 'uv --no-config pip install "torch>=2.11,<2.15"', "uv run --no-sync train.py --plain"]
 CRASH = -1073741819  # 0xC0000005: torch met a DLL that is not there
 
@@ -171,7 +179,7 @@ def windows(tmp_path_factory) -> Iterator[Wine]:
 def install(windows, tmp_path):
     """install(folder's name, programs that are missing, status by step) → (status, output, calls, folder)."""
 
-    def run(name: str = "Side-Step", missing: tuple[str, ...] = (), files: bool = True, **statuses: int):
+    def run(name: str = "Side-Step", missing: tuple[str, ...] = (), files: bool = True, **statuses: int | str):
         drive = windows.home / "prefix" / "dosdevices" / "s:"
         drive.unlink(missing_ok=True)
         drive.symlink_to(tmp_path)
@@ -197,6 +205,7 @@ def calls(folder: Path) -> list[str]:
     path = folder / "calls.txt"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
+    lines = [line for line in lines if not line.startswith("reg ")]
     return [re.sub(r'( -Command)? "[^t].*', r"\1", " ".join(line.split())) for line in lines]
 
 
@@ -205,7 +214,7 @@ def calls(folder: Path) -> list[str]:
 def test_it_installs_in_any_folder_and_what_it_leaves_starts_the_wizard(install, windows, name):
     status, output, called, folder = install(name)
     assert (status, "Done." in output, "ERROR" in output) == (0, True, False), output
-    assert called == ["nvidia-smi", START, *CALLS, "powershell -NoProfile -Command"]
+    assert called == [*START, *CALLS, "powershell -NoProfile -Command"]
     assert ("inside OneDrive" in output) == ("OneDrive" in name)
     assert (folder / "Side-Step.bat").read_bytes().decode("ascii").split("\r\n") == [
         "@echo off",
@@ -218,10 +227,9 @@ def test_it_installs_in_any_folder_and_what_it_leaves_starts_the_wizard(install,
         "exit /b %STATUS%",
         "",
     ]
-    for expected in (0, CRASH):
-        status, output = windows.cmd("Side-Step.bat", "fixed", "--rank", cwd=folder, **GOOD | {"RUN": expected})
-        assert (status, "Press any key" in output) == (expected % 256, expected != 0)
-        assert calls(folder) == ["uv run --no-sync train.py fixed"]
+    status, output = windows.cmd("Side-Step.bat", "fixed", "--rank", cwd=folder, **GOOD | {"RUN": CRASH})
+    assert (status, "Press any key" in output) == (CRASH % 256, True)
+    assert calls(folder) == ["uv run --no-sync train.py fixed"]
 
 
 @pytest.mark.slow
@@ -241,7 +249,7 @@ def test_a_step_that_fails_ends_it_with_its_words_whatever_the_status(install, s
     assert said in output
     assert "Press any key" in output
     assert "Done" not in output
-    assert called == ["nvidia-smi", START, *CALLS[: ["SYNC", "PIP", "RUN"].index(step) + 1]]
+    assert called == [*START, *CALLS[: ["SYNC", "PIP", "RUN"].index(step) + 1]]
     assert not (folder / "Side-Step.bat").exists()
 
 
@@ -249,36 +257,39 @@ def test_a_step_that_fails_ends_it_with_its_words_whatever_the_status(install, s
 @pytest.mark.parametrize(
     ("missing", "statuses", "status", "asked"),
     [
-        (("uv",), {}, 0, ["where winget", "winget install --id astral-sh.uv --exact", START]),
+        (("uv",), {}, 0, ["where winget", "winget install --id astral-sh.uv --exact", "where uv"]),
         (
             ("uv", "winget"),
             {"POWERSHELL": 0},
             0,
-            ["where winget", START, "powershell -NoProfile -ExecutionPolicy Bypass -Command"],
+            ["where winget", "where uv", "powershell -NoProfile -ExecutionPolicy Bypass -Command"],
         ),
         (
             ("uv", "winget"),
             {"POWERSHELL": CRASH},
             1,
-            ["where winget", START, "powershell -NoProfile -ExecutionPolicy Bypass -Command"],
+            ["where winget", "where uv", "powershell -NoProfile -ExecutionPolicy Bypass -Command"],
         ),
     ],
 )
 def test_uv_is_installed_by_what_there_is(install, missing, statuses, status, asked):
     ended, output, called, _ = install(missing=missing, **statuses)
     assert ended == status, output
-    assert called[1 : 2 + len(asked)] == [START, *asked]
+    assert called[: 2 + len(asked)] == [*START, *asked]
     assert (CALLS[0] in called) == (status == 0)
     assert ("uv could not be installed" in output) == (status != 0)
 
 
 @pytest.mark.slow
-def test_what_only_makes_things_worse_is_a_note(install):
-    status, output, _, _ = install(NVIDIA=CRASH, SHORTCUT=CRASH)
+def test_what_only_makes_things_worse_is_a_note_and_both_files_start_from_any_folder(install, windows):
+    status, output, _, folder = install(NVIDIA=CRASH, SHORTCUT=CRASH)
     assert status == 0
     assert "no working NVIDIA driver" in output
     assert "no shortcut could be put" in output
     assert "Done." in output
+    for file, called in (("Side-Step.bat", "uv run --no-sync train.py"), (INSTALLER.name, "uv sync --inexact")):
+        assert windows.cmd(f"S:\\Side-Step\\{file}", cwd=windows.home, **GOOD)[0] == 0
+        assert called in calls(folder)
 
 
 @pytest.mark.slow
@@ -289,12 +300,9 @@ def test_without_the_files_it_says_so_and_calls_nothing(install):
 
 
 @pytest.mark.slow
-def test_a_path_that_is_too_long_is_refused_unless_windows_takes_long_ones(install, windows):
-    status, output, called, _ = install("x" * 78)  # behind S:\, the limit is 80
-    assert (status, called) == (1, [])
-    assert "too long for Windows" in output
-    key = ("HKLM\\SYSTEM\\CurrentControlSet\\Control\\FileSystem", "/v", "LongPathsEnabled")
-    windows.cmd("reg", "add", *key, "/t", "REG_DWORD", "/d", "1", "/f", cwd=windows.home)
-    status, output, _, _ = install("x" * 79)
-    windows.cmd("reg", "delete", *key, "/f", cwd=windows.home)
-    assert status == 0, output
+@pytest.mark.parametrize(("long_paths", "status"), [("", 1), ("0x0", 1), ("0x1", 0)])
+def test_a_path_that_is_too_long_is_refused_unless_windows_takes_long_ones(install, long_paths, status):
+    ended, output, called, _ = install("x" * 78, LONG_PATHS_ENABLED=long_paths)  # behind S:\, the limit is 80
+    assert ended == status
+    assert ("too long for Windows" in output) == bool(status)
+    assert bool(called) == (not status)
