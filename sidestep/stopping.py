@@ -34,6 +34,7 @@ class StopRequest:
     )
 
     obeyed_at = -math.inf  # when a job of this process last ended because it was asked to
+    raised_at = -math.inf  # when one was last asked that had no StopRequest open, by a KeyboardInterrupt
 
     def __init__(self, answer: Callable[[str], None]) -> None:
         self.requested = False

@@ -90,6 +90,7 @@ def catch_signals() -> None:
 
 def _as_ctrl_c(_signum: int, _frame: object) -> None:
     if time.monotonic() - StopRequest.obeyed_at > GRACE_SECONDS:  # what a launcher sends again has nothing left to stop
+        StopRequest.raised_at = time.monotonic()
         raise KeyboardInterrupt
 
 
@@ -238,6 +239,7 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
 
     `log_folder`: the run's output folder, where a traceback goes (None: the platform's folder for logs).
     """
+    began = time.monotonic()
     try:
         return int(job())
     except Interrupted as stopped:
@@ -256,6 +258,9 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
         silence_stdout()
         return ExitStatus.OK
     except Exception as error:  # noqa: BLE001  this is the boundary
+        if StopRequest.raised_at > began:  # an import that Ctrl-C broke off fails in ways of its own
+            terminal.error("Stopped.")
+            return ExitStatus.INTERRUPTED
         return _unexpected(error, terminal, log_folder())
 
 

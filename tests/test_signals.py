@@ -1,0 +1,169 @@
+"""A run that is asked to stop from outside saves what it has done, whoever sends the signal and whenever it comes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sidestep.cli.main import main
+from sidestep.errors import ExitStatus
+from sidestep.settings.option import as_arguments
+from sidestep.stopping import ANSWER, StopRequest
+from sidestep.tasks.train import checkpoints, evaluation, previews
+from sidestep.tasks.train.checkpoints import positions
+from tests.training_world import settings, write_data
+
+ROOT = Path(__file__).parents[1]
+UV = shutil.which("uv")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and process groups")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return settings(write_data(tmp_path / "data"), tmp_path / "run", epochs=5000, save_every=5000, log_every=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UV, reason="needs uv")
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGTERM, 4), (signal.SIGHUP, 1), (signal.SIGINT, 1)])
+def test_a_signal_to_the_group_of_a_real_uv_run_saves_once(config, number, times):
+    """As `timeout` and a closed terminal send it: the whole group gets it, and uv forwards it a second time."""
+    environment = os.environ | {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [UV, "run", "--no-sync", "train.py", "--plain", "fixed", *as_arguments(config)],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step "):
+                break
+        for _ in range(times):
+            os.killpg(process.pid, number)
+            time.sleep(0.05)
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    saved = positions(config.output_dir)
+    assert len(saved) == 1, said + rest
+    assert rest.count(ANSWER) == 1
+    assert "Saving optimizer step" in rest
+    assert "--resume-from latest" in rest
+    assert process.returncode == ExitStatus.INTERRUPTED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5])
+def test_a_signal_while_the_program_is_still_loading_leaves_nothing_behind(config, seconds):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--plain", "fixed", *as_arguments(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode in (ExitStatus.INTERRUPTED, -signal.SIGTERM), said
+    assert "Traceback" not in said
+    assert not positions(config.output_dir)
+    assert not (config.output_dir / "final").exists()
+
+
+MOMENTS = {
+    "validation": (evaluation, "grid_loss"),
+    "preview": (previews, "write_take"),
+    "save": (checkpoints, "write_checkpoint"),  # in the thread that writes, while training goes on
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("validation", signal.SIGINT), ("save", signal.SIGTERM), ("save", signal.SIGINT), ("preview", signal.SIGTERM)],
+)
+def test_a_signal_at_any_moment_of_a_run_saves_every_step_that_was_done(config, monkeypatch, capsys, moment, number):
+    where, name = MOMENTS[moment]
+    original, sent = getattr(where, name), []
+
+    def interrupted(*arguments, **named):
+        if not sent:
+            sent.append(os.kill(os.getpid(), number))
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(where, name, interrupted)
+    config = replace(config, val_split=0.2, epochs=60, save_every=1, keep_checkpoints=0, preview_duration=5.0)
+    config = replace(config, preview_every=1, preview_prompt="x") if moment == "preview" else config
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
+    assert sent
+    said = capsys.readouterr()
+    assert said.out.count(ANSWER) == 1
+    assert "--resume-from latest" in said.err
+    lines = (config.output_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    done = [event["step"] for event in map(json.loads, lines) if event["event"] == "StepDone"]
+    assert [at.step for at in positions(config.output_dir).values()][-1] == done[-1] < 120
+
+
+def test_a_signal_while_the_last_files_are_written_loses_none_of_them(config, monkeypatch):
+    """The loop is over then: the program stops, and what is being written is finished on the way out."""
+    original, writers = checkpoints.save_results, []
+
+    def interrupted(run):
+        writers.append(run.writer)
+        checkpoints.save_adapter(run, "final")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(run)
+
+    monkeypatch.setattr("sidestep.tasks.train.setup.save_results", interrupted)
+    monkeypatch.setattr(StopRequest, "obeyed_at", float("-inf"))
+    config = replace(config, epochs=1)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
+    writers[0]._pool.shutdown(wait=True)  # as Python does when it ends
+    assert [at.step for at in positions(config.output_dir).values()] == [3]
+    assert (config.output_dir / "final" / "adapter_model.safetensors").is_file()
+    assert not list(config.output_dir.glob(".saving-*"))
+
+
+def test_an_import_that_a_signal_breaks_off_is_a_stop_and_no_unexpected_error(config, monkeypatch, capsys):
+    """diffusers' lazy modules answered with a RecursionError."""
+
+    def job(_config, _report) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(StopRequest, "obeyed_at", float("-inf"))
+    monkeypatch.setattr("sidestep.cli.commands.train", job)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
+    assert capsys.readouterr().err == "error: Stopped.\n"
+
+
+def test_a_stop_whose_save_fails_does_not_say_that_all_is_saved(config, monkeypatch, capsys):
+    def full(*_arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", full)
+    config = replace(config, epochs=60, save_every=1)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.FAILED
+    said = capsys.readouterr().err
+    assert "the disk is full. Nothing had been saved before." in said
+    assert "what was done is saved" not in said
