@@ -23,6 +23,7 @@ from benchmarks.speed_model import (
 )
 from benchmarks.usual_way import UsualTrainer
 from sidestep.acestep.attention import use_attention
+from sidestep.data.batches import Song
 from sidestep.events import EpochDone, Event, StepDone
 from sidestep.tasks.train.loop import run_loop
 from sidestep.tasks.train.run import Run
@@ -66,6 +67,13 @@ def make_run(setting: Setting, folder: Path, lengths: list[float], clock: Clock,
     return set_up(config, clock, *open_accelerator(config, clock))
 
 
+def with_tokens(song: Song, tokens: int) -> Song:
+    """The song with conditions of so many tokens."""
+    record = song.read()
+    longer = replace(record, encoder_hidden_states=record.encoder_hidden_states[:1].repeat(tokens, 1))
+    return replace(song, read=lambda: longer)
+
+
 def levers(setting: Setting) -> Result:
     """One optimizer step of four 60 s windows: the bare model, our loop, and the loop with one lever taken away."""
     clock = Clock(setting)
@@ -73,8 +81,7 @@ def levers(setting: Setting) -> Result:
         turns = setting.rounds + 1
         run = make_run(setting, Path(name), [60.0] * 4, clock, gradient_accumulation=4, epochs=100_000)
         decoder, songs = run.model.get_base_model(), list(run.songs)
-        trimmed = [replace(song, conditions=song.conditions[:1].repeat(CONDITION, 1)) for song in songs]
-        padded = [replace(song, conditions=song.conditions[:1].repeat(PADDED_CONDITION, 1)) for song in songs]
+        trimmed, padded = ([with_tokens(song, n) for song in songs] for n in (CONDITION, PADDED_CONDITION))
         run.songs[:] = trimmed
         feed = inputs(setting, sizes(setting)["hidden_size"], 60.0, CONDITION)
         target = torch.randn_like(feed["hidden_states"])

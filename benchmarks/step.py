@@ -19,6 +19,7 @@ from diffusers import AceStepTransformer1DModel
 
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Song, collate, plan_epoch
+from sidestep.data.records import Record
 from sidestep.flow_matching.timesteps import discrete
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.loop import Metrics
@@ -62,7 +63,8 @@ def main() -> None:
     )
     silence, null = torch.zeros(1, 15000, CHANNELS), torch.zeros(1, 1, 512)
     objective = Objective(config, TrainingLaw("discrete", discrete, 0.0, ""), silence, null, mask)
-    songs = [Song(f"song {i}", torch.randn(frames, CHANNELS), torch.randn(CONDITION_TOKENS, 512)) for i in range(4)]
+    records = [Record(torch.randn(frames, CHANNELS), torch.randn(CONDITION_TOKENS, 512), {}) for _ in range(4)]
+    songs = [Song(f"song {i}", frames, lambda record=record: record) for i, record in enumerate(records)]
     plan = plan_epoch(songs, 0, seed=1, batch_size=1, accumulation=4)[0]
     metrics = Metrics()
 
@@ -77,7 +79,7 @@ def main() -> None:
         torch.randn(1, frames, CHANNELS),
         torch.randn(1, frames, 2 * CHANNELS),
     )
-    conditions, t = songs[0].conditions[None], torch.tensor([0.5])
+    conditions, t = records[0].encoder_hidden_states[None], torch.tensor([0.5])
 
     def bare() -> None:
         velocity = model(

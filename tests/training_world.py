@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from sidestep.data.batches import Song
 from sidestep.data.records import Record, save_record
 from sidestep.events import Event
 from sidestep.settings.config import TrainConfig
@@ -36,6 +37,13 @@ def record(seed: int, frames: int, *, hints: bool = False, **metadata) -> Record
     }
     extra = {"cover_hints": latents.roll(1, 0), "hints_encoder_hidden_states": conditions.flip(0)} if hints else {}
     return Record(latents, conditions, facts | metadata, **extra)
+
+
+def song(name: str, latents: torch.Tensor, conditions: torch.Tensor, **more) -> Song:
+    """A song in memory, as it comes from a record."""
+    made = Record(latents, conditions, {})
+    digests = {"audio": str(latents.sum().item()), "conditions": str(conditions.sum().item())}
+    return Song(name, len(latents), lambda: made, digests=digests, **more)
 
 
 def write_data(folder: Path, frames: tuple[int, ...] = (50, 41, 64, 50, 33), **options) -> Path:

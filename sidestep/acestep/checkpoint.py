@@ -62,6 +62,9 @@ QWEN3_FIELDS = frozenset(
 )
 
 
+OWN_KEYS = {"transformer": ("decoder.", "null_condition_emb"), "condition_encoder": ("encoder.",)}  # in one file
+
+
 class Checkpoint:
     """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors read of its file."""
 
@@ -85,8 +88,14 @@ class Checkpoint:
         return int(self.config.get("timbre_fix_frame", 750))
 
     def identity(self, part: str = "transformer") -> str:
-        """Fingerprint of a part's weights: transformer, condition_encoder, vae or text_encoder."""
-        return self._open(part).identity()
+        """Fingerprint of all of a part's weights: transformer, condition_encoder, vae or text_encoder."""
+        own = OWN_KEYS.get(part, ()) if self.layout.kind == "original" else ()
+        return self._open(part).identity(*own)
+
+    def has(self, part: str) -> bool:
+        """Whether the weights of the VAE or the text encoder are there; those of the model always are."""
+        folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part)
+        return folder is None or any(folder.glob("*.safetensors"))
 
     def load_decoder(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, quantize: str = ""

@@ -3,6 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +15,13 @@ from torch import Tensor, nn
 
 from sidestep.acestep.quantize import is_quantized, quantize_weight
 from sidestep.errors import UserError
+from sidestep.files import state_folder, write_text
 
 CPU = torch.device("cpu")
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 ALL_IN_ONE = "model.diffusion_model."  # before the model's keys in ComfyUI's files that hold everything
-SAMPLED_BYTES = 4096
+READ_BYTES = 4 * 1024**2
+UNKEPT_BYTES = 64 * 1024**2  # files up to this size are read in a moment
 
 
 class Weights:
@@ -62,22 +66,52 @@ class Weights:
                     tensor = opened.get_tensor(self._prefix + key)
                     yield key, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def identity(self) -> str:
-        """Hex digest of all headers and of a sample from the middle of every tensor.
+    def identity(self, *prefixes: str) -> str:
+        """Hex digest of every byte of the tensors whose names begin so (all without), with names, types and shapes."""
+        beginnings = tuple(self._prefix + prefix for prefix in prefixes or ("",))
+        digests = [(key, digest) for file in self.files for key, digest in tensor_digests(file).items()]
+        own = sorted((key, digest) for key, digest in digests if key.startswith(beginnings))
+        return hashlib.blake2b(json.dumps(own).encode(), digest_size=16).hexdigest()
 
-        Found without reading gigabytes, changed by any fine-tune.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        for file in self.files:
-            with file.open("rb") as f:
-                header = f.read(int.from_bytes(f.read(8), "little"))
-                digest.update(header)
-                for name, entry in sorted(json.loads(header).items()):
-                    if name != "__metadata__":
-                        start, end = entry["data_offsets"]
-                        f.seek(8 + len(header) + max(start, (start + end - SAMPLED_BYTES) // 2))
-                        digest.update(f.read(min(SAMPLED_BYTES, end - start)))
-        return digest.hexdigest()
+
+def tensor_digests(file: Path) -> dict[str, str]:
+    """A digest of each tensor of a safetensors file, kept by the file's size and times where reading takes its time."""
+    stat = file.stat()
+    is_large = stat.st_size > UNKEPT_BYTES
+    place = str(file.resolve())
+    known = [place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    kept = (
+        state_folder()
+        / "weights"
+        / f"{hashlib.blake2b(place.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}.json"
+    )
+    if is_large:
+        try:
+            content = json.loads(kept.read_text(encoding="utf-8"))
+            if content["file"] == known:
+                return content["digests"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # nothing kept yet, or it is damaged: read again
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        entries = {key: entry for key, entry in json.loads(f.read(length)).items() if key != "__metadata__"}
+    with ThreadPoolExecutor(4, thread_name_prefix="digest") as pool:
+        found = pool.map(lambda entry: _digest(file, 8 + length, entry), entries.values())
+        digests = dict(zip(entries, found, strict=True))
+    if is_large:
+        with suppress(OSError):  # it only saves the next reading
+            write_text(kept, json.dumps({"file": known, "digests": digests}))
+    return digests
+
+
+def _digest(file: Path, origin: int, entry: dict) -> str:
+    digest = hashlib.blake2b(f"{entry['dtype']}{entry['shape']}".encode(), digest_size=16)
+    start, end = entry["data_offsets"]
+    with file.open("rb") as f:
+        f.seek(origin + start)
+        for position in range(start, end, READ_BYTES):
+            digest.update(f.read(min(READ_BYTES, end - position)))
+    return digest.hexdigest()
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:

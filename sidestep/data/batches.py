@@ -1,20 +1,21 @@
-"""Songs in memory, and which windows of them make up each optimizer step of an epoch.
+"""Songs, and which windows of them make up each optimizer step of an epoch.
 
 The plan of an epoch is a function of seed and epoch number: a resumed run goes on with exactly the step that was next,
 and several processes take their shares of one plan.
 """
 
+import hashlib
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from sidestep.data.records import Record
 from sidestep.seeding import seed_for, uniform
 
 GOLDEN_RATIO = 0.6180339887498949
-SAME_LENGTH = 0.95  # whole songs share a batch when the shortest has this share of the longest's frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +35,20 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Song:
-    """One preprocessed song. latents: [T, D]; conditions: [L, C]; the hints regime has hints [T, D] and own conditions.
+    """One preprocessed song. Its tensors are where `read` finds them, in memory or on the disk; T is `frames`.
 
-    windows: how it is cut, None when it is trained on as a whole. metadata: what its record says of it.
+    windows: how it is cut, None when it is trained on as a whole. metadata: what its record says of it. digests: of its
+    tensors, `audio`, `conditions` and, with those of the regime of hints, `hints`.
     """
 
     name: str
-    latents: torch.Tensor
-    conditions: torch.Tensor
+    frames: int
+    read: Callable[[], Record]
     repeat: int = 1
-    hints: torch.Tensor | None = None
-    hints_conditions: torch.Tensor | None = None
+    has_hints: bool = False
     windows: Windows | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def frames(self) -> int:
-        return self.latents.shape[0]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,50 +151,36 @@ def plan_epoch(
     processes: int = 1,
     hints_ratio: float = 0.0,
 ) -> list[StepPlan]:
-    """Optimizer steps of an epoch. Every song comes `repeat` times; a batch holds windows of one length, unpadded."""
+    """Optimizer steps of an epoch. Every song comes `repeat` times; a batch holds items of one length, unpadded.
+
+    Who shares a batch is drawn anew in each epoch; how many batches there are is not.
+    """
     items = [
         item_of(song, index, epoch * song.repeat + turn, seed)
         for index, song in enumerate(songs)
         for turn in range(song.repeat)
     ]
     generator = torch.Generator().manual_seed(seed_for(seed, "order", epoch))
-    shuffled = [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-    groups = [crop_to_shortest(group, songs, seed, epoch) for group in group_by_length(shuffled, batch_size)]
+    groups: list[list[Item]] = []
+    last: dict[int, list[Item]] = {}  # by the length of its items
+    for i in torch.randperm(len(items), generator=generator).tolist():
+        group = last.get(items[i].frames)
+        if group is None or len(group) == batch_size:
+            group = last[items[i].frames] = []
+            groups.append(group)
+        group.append(items[i])
     groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
     per_step = accumulation * processes
     steps = []
     for first in range(0, len(groups), per_step):
         slot, micro_batches = 0, []
         for number, group in enumerate(groups[first : first + per_step], start=first):
-            has_hints = all(songs[item.song].hints is not None for item in group)
+            has_hints = all(songs[item.song].has_hints for item in group)
             hints = has_hints and uniform(seed, "regime", epoch, number) < hints_ratio
             micro_batches.append(MicroBatch(tuple(group), tuple(range(slot, slot + len(group))), hints))
             slot += len(group)
         steps.append(StepPlan(tuple(micro_batches), slot))
     return steps
-
-
-def group_by_length(items: list[Item], batch_size: int) -> list[list[Item]]:
-    """Groups of at most `batch_size` items of (nearly) equal length; their number does not depend on the order."""
-    if batch_size == 1:
-        return [[item] for item in items]
-    groups: list[list[Item]] = []
-    for item in sorted(items, key=lambda item: item.frames):
-        if groups and len(groups[-1]) < batch_size and groups[-1][0].frames >= SAME_LENGTH * item.frames:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return groups
-
-
-def crop_to_shortest(group: list[Item], songs: Sequence[Song], seed: int, epoch: int) -> list[Item]:
-    """The group cropped to its shortest item: what is left away wanders from beginning to end over the epochs."""
-    frames = min(item.frames for item in group)
-    cropped = []
-    for item in group:
-        offset = window_start(item.frames, frames, seed, songs[item.song].name, epoch)  # 0 for the shortest
-        cropped.append(replace(item, start=item.start + offset, frames=frames))
-    return cropped
 
 
 def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -> Batch:
@@ -207,11 +191,18 @@ def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -
     latents, conditions, hints = [], [], []
     for item in micro_batch.items:
         song, window = songs[item.song], slice(item.start, item.start + item.frames)
-        latents.append(song.latents[window])
+        record = song.read()
+        latents.append(record.target_latents[window])
+        own = record.encoder_hidden_states
         if micro_batch.hints:
-            assert song.hints is not None
-            hints.append(song.hints[window])
-        conditions.append(conditions_of(song, item, micro_batch.hints))
+            assert record.cover_hints is not None
+            assert record.hints_encoder_hidden_states is not None
+            hints.append(record.cover_hints[window])
+            own = record.hints_encoder_hidden_states
+        if item.text is not None:
+            assert song.windows is not None
+            own = (song.windows.hints_conditions if micro_batch.hints else song.windows.conditions)[item.text]
+        conditions.append(own)
     lengths = [len(c) for c in conditions]
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None] if len(set(lengths)) > 1 else None
     batch = Batch(
@@ -225,11 +216,7 @@ def collate(songs: Sequence[Song], micro_batch: MicroBatch, pin: bool = False) -
     return batch.pin() if pin else batch
 
 
-def conditions_of(song: Song, item: Item, hints: bool) -> torch.Tensor:
-    """The conditions [L, C] of an item, of its window where it is one, in the regime of hints or of text."""
-    if item.text is None:
-        own = song.hints_conditions if hints else song.conditions
-        assert own is not None
-        return own
-    assert song.windows is not None
-    return (song.windows.hints_conditions if hints else song.windows.conditions)[item.text]
+def fingerprint(songs: Iterable[Song]) -> str:
+    """Hex digest of every song's name, latents, conditions and repeats; the order does not matter."""
+    parts = sorted((song.name, song.repeat, song.digests["audio"], song.digests["conditions"]) for song in songs)
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -1,26 +1,43 @@
-"""The training record of a song: a `.pt` file with its latents, its conditions and everything that is known of it."""
+"""The training record of a song: a `.pt` file with its latents, its conditions and everything that is known of it.
+
+A folder of records keeps an index in a hidden file: what training must know of each before it reads its tensors, true
+as long as size and times of the record stay. So a record is read whole once, and then when a batch wants it.
+"""
 
 import hashlib
+import io
+import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from sidestep.data.batches import Song
 from sidestep.errors import JobError
-from sidestep.files import replacing
+from sidestep.events import Progress, Report, null
+from sidestep.files import replacing, write_text
 
 SCHEMA = 1  # raise it when records of before must be made anew
 TENSORS = ("target_latents", "encoder_hidden_states", "audio_codes", "cover_hints", "hints_encoder_hidden_states")
 UNREADABLE = (  # all that torch's reader was seen to raise on damaged bytes
     *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
     *(ImportError, NameError, EOFError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+INDEX = ".records.json"
+INDEX_SCHEMA = "1"
+LARGEST_BYTES = 4 * 1024**3  # of a record: an hour of music with hints takes 50 MB
+TEXT_LIMIT = 100_000  # characters
+REPEAT_LIMIT = 10_000
+BPM_LIMIT = 1000
+NUMBER_LIMIT = 10**9
+KEPT = (  # of the metadata, in the index
+    *("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental"),
+    *("custom_tag", "repeat", "checkpoint", "checkpoint_identity"),
 )
 _AGAIN = "Make it again: delete the file and repeat the preprocessing command; the songs that are done are kept."
 
@@ -50,39 +67,52 @@ class Record:
         return self.cover_hints is not None and self.hints_encoder_hidden_states is not None
 
 
+@dataclass(frozen=True)
+class RecordInfo:
+    """A record without its tensors. frames, channels: of its latents [T, D]; tokens, width: of its conditions [L, C].
+
+    stat: size and times of its file. digests: of `audio`, `conditions` and, where there are any, `hints`.
+    made_by: identities of the models that it was made with, and the digest of its audio file as `content`.
+    """
+
+    stat: list[int]
+    frames: int
+    channels: int
+    tokens: int
+    width: int
+    digests: dict[str, str]
+    made_by: dict[str, str]
+    metadata: dict[str, Any]
+
+
 def save_record(path: Path, record: Record) -> None:
     """Write a record whole or not at all. Raises OSError, and RecordError for a tensor that would poison a run."""
-    content: dict[str, Any] = {}
-    for name in TENSORS:
-        tensor = getattr(record, name)
-        if tensor is None:
-            continue
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    tensors = {name: tensor for name in TENSORS if (tensor := getattr(record, name)) is not None}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
             raise RecordError(f"{path.name}: {name} holds values that are no numbers.", "Try --precision fp32.")
-        content[name] = (
-            tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        )  # a view would store its whole origin
-    content["metadata"] = record.metadata
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as f,
-    ):  # given a name that starts with a dot, torch.save refuses it
-        torch.save(content, f)
+    # Copies, because a view would store its whole origin.
+    own = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    with replacing(path) as temporary, temporary.open("wb") as f:  # torch.save refuses a name that starts with a dot
+        torch.save(own | {"metadata": record.metadata}, f)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value of a tensor is a number."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def load_record(path: Path) -> Record:
     """Read a record: this program's, or one of ACE-Step's own and older tools, padded and with a stored context.
 
-    Those are trimmed by their masks, because the model attends every position it is given. Nothing but tensors and
-    plain values is ever unpickled. Raises RecordError.
+    Those are trimmed by their masks, because the model attends every position it is given. Every byte is compared with
+    its checksum; nothing but tensors and plain values is ever unpickled; the file is closed. Raises RecordError.
     """
-    _verify_checksums(path)
-    content = _open(path)
+    content = _open(path, whole=True)
     try:
-        latents, conditions = content["target_latents"], content["encoder_hidden_states"]
-        latents = _trim(latents, content.get("attention_mask"))
-        conditions = _trim(conditions, content.get("encoder_attention_mask"))
-        hints = {name: _own(content[name]) for name in TENSORS[2:] if content.get(name) is not None}
+        latents = _trim(content["target_latents"], content.get("attention_mask"))
+        conditions = _trim(content["encoder_hidden_states"], content.get("encoder_attention_mask"))
+        hints = {name: content[name] for name in TENSORS[2:] if content.get(name) is not None}
         metadata = dict(content.get("metadata") or {})
     except UNREADABLE as error:
         raise _wrong(path, error) from None
@@ -95,7 +125,7 @@ def load_record(path: Path) -> Record:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a record says of its song, without reading its tensors. Raises RecordError."""
-    content = _open(path)
+    content = _open(path, whole=False)
     try:
         return dict(content.get("metadata") or {})
     except UNREADABLE as error:
@@ -111,48 +141,152 @@ def find_records(folder: Path) -> list[Path]:
     )
 
 
-def _verify_checksums(path: Path) -> None:
-    """Raises RecordError where the bytes are not those that were written: torch reads a zip file without asking."""
+def index_records(folder: Path, report: Report = null) -> tuple[dict[str, RecordInfo], dict[str, RecordError]]:
+    """What is known of each record below a folder, by its path relative to it, and why the others cannot be used.
+
+    Only what the index does not have, or what has changed since, is read. It is kept where the folder takes files.
+    """
+    kept = _read_index(folder / INDEX)
+    found: dict[str, RecordInfo] = {}
+    broken: dict[str, RecordError] = {}
+    paths = find_records(folder)
+    for done, path in enumerate(paths, start=1):
+        name = path.relative_to(folder).as_posix()
+        known = kept.get(name)
+        try:
+            found[name] = known if known and known.stat == record_stat(path) else _inspect(path)
+        except RecordError as error:
+            broken[name] = error
+        if done % 500 == 0:
+            report(Progress(task="Reading records", done=done, total=len(paths), current=name))
+    if found != kept:
+        body = json.dumps({name: asdict(info) for name, info in found.items()})
+        with suppress(OSError):  # a folder that takes no files costs the next start some time, and nothing else
+            write_text(folder / INDEX, f"{_seal(body)}\n{body}\n")
+    return found, broken
+
+
+def record_stat(path: Path) -> list[int]:
+    """Size and times of a record: while they stay, so do its bytes. Raises RecordError where it is gone."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} is damaged: its checksum is wrong")
-    except UNREADABLE as error:
+        stat = path.stat()
+    except OSError as error:
         raise _wrong(path, error) from None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _open(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> dict[str, RecordInfo]:
     try:
-        # Mapped into memory, so that the parts nobody asks for (hints, an old record's context) are never read.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        seal, body = path.read_text(encoding="utf-8").split("\n", 1)
+        if seal == _seal(body.rstrip("\n")):
+            return {name: RecordInfo(**info) for name, info in json.loads(body).items()}
+    except (OSError, ValueError):
+        pass  # there is none yet, or it is damaged: made anew
+    return {}
+
+
+def _seal(body: str) -> str:
+    return hashlib.blake2b(f"{INDEX_SCHEMA}\0{body}".encode(), digest_size=16).hexdigest()
+
+
+def _inspect(path: Path) -> RecordInfo:
+    """Read a record whole and check all that training relies on. Raises RecordError."""
+    stat = record_stat(path)
+    record = load_record(path)
+    latents, conditions = record.target_latents, record.encoder_hidden_states
+    parts: dict[str, tuple[Tensor, ...]] = {"audio": (latents,), "conditions": (conditions,)}
+    if record.cover_hints is not None and record.hints_encoder_hidden_states is not None:
+        parts["hints"] = hints = record.cover_hints, record.hints_encoder_hidden_states
+        if hints[0].shape != latents.shape or hints[1].shape[1:] != conditions.shape[1:]:
+            raise RecordError(f"{path}: its hints do not fit its latents and conditions.", _AGAIN)
+    for tensor in (tensor for part in parts.values() for tensor in part):
+        if not is_finite(tensor):
+            raise RecordError(
+                f"{path}: it holds values that are no numbers.",
+                "Delete the file and preprocess this song again, with --precision fp32.",
+            )
+    said = {name: record.metadata[name] for name in KEPT if name in record.metadata}
+    metadata = {name: value for name, value in said.items() if isinstance(value, str | int | float | None)}
+    if problem := next((text for name, value in metadata.items() if (text := _problem(name, value))), ""):
+        raise RecordError(f"{path}: {problem}.", "Put it right in dataset.json and preprocess this song again.")
+    made_by = {"condition_encoder": metadata.get("checkpoint_identity")}
+    stored = record.metadata.get("fingerprint")
+    for part, name in (("audio", "vae"), ("text", "text_encoder"), ("audio", "content")):
+        value = stored.get(part) if isinstance(stored, dict) else None
+        made_by[name] = value.get(name) if isinstance(value, dict) else None
+    return RecordInfo(
+        stat,
+        *latents.shape,
+        *conditions.shape,
+        digests={name: _digest(*tensors) for name, tensors in parts.items()},
+        made_by={name: value for name, value in made_by.items() if isinstance(value, str)},
+        metadata=metadata,
+    )
+
+
+def _problem(name: str, value: object) -> str:
+    """What is wrong with a piece of metadata, or nothing."""
+    if isinstance(value, str) and name != "repeat":
+        is_text = value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
+        is_short = len(value) <= TEXT_LIMIT
+        return "" if is_text and is_short else f"its {name} is no text of at most {TEXT_LIMIT} characters"
+    low, high = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT)}.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
+    if value is None or (isinstance(value, int | float) and low <= value <= high):
+        return ""
+    shown = f" {value}" if isinstance(value, int | float) and abs(value) < NUMBER_LIMIT else ""
+    return f"its {name}{shown} is no number from {low} to {high}"
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open(path: Path, whole: bool) -> dict[str, Any]:
+    """The content of a file. whole: in memory and compared with its checksums; else mapped, for a look at metadata."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        if whole:
+            data = io.BytesIO(path.read_bytes())
+            if zipfile.is_zipfile(data):
+                verify_checksums(data)
+            data.seek(0)
+            content = torch.load(data, map_location="cpu", weights_only=True)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise RecordError(f"{path}: no such training record.", _AGAIN) from None
     except UNREADABLE as error:
         raise _wrong(path, error) from None
-    if not isinstance(content, dict):
-        raise RecordError(
-            f"{path}: not a training record (it holds a {type(content).__name__}).",
-            "Point --dataset-dir at a folder made by preprocess.",
-        )
-    missing = [name for name in TENSORS[:2] if not isinstance(content.get(name), Tensor)]
+    tensors = content if isinstance(content, dict) else {}
+    missing = [name for name in TENSORS[:2] if not isinstance(tensors.get(name), Tensor)]
     if missing:
         raise RecordError(
             f"{path}: not a training record ({' and '.join(missing)} missing).",
             "Point --dataset-dir at a folder made by preprocess.",
         )
+    if any(tensor.nbytes > size for tensor in tensors.values() if isinstance(tensor, Tensor)):
+        raise RecordError(f"{path}: not a training record (its tensors are larger than the file).", _AGAIN)
     return content
+
+
+def verify_checksums(file: BinaryIO) -> None:
+    """Raises ValueError where a zip file's bytes are not those that were written: torch reads it without asking."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which no program's records are")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged: its checksum is wrong")
 
 
 def _wrong(path: Path, error: Exception) -> RecordError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return RecordError(f"{path}: not readable as a training record ({reason[:200]}).", _AGAIN)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy that does not hang on the file."""
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _trim(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,22 +295,8 @@ def _trim(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if tensor.ndim != 2:
         raise ValueError(f"a tensor of {tensor.ndim} dimensions where [N, D] was expected")
     if mask is None:
-        return _own(tensor)
+        return tensor
     mask = mask.reshape(-1).bool()
     if len(mask) != len(tensor):
         raise ValueError(f"a mask of {len(mask)} for {len(tensor)} positions")
     return tensor[mask]
-
-
-def fingerprint(songs: Iterable[Song]) -> str:
-    """Hex digest of every song's name, latents, conditions and repeats; the order does not matter."""
-    digests = []
-    for song in songs:
-        digest = hashlib.blake2b(
-            f"{song.name}\0{song.repeat}\0{tuple(song.latents.shape)}\0{tuple(song.conditions.shape)}".encode(),
-            digest_size=16,
-        )
-        for tensor in (song.latents, song.conditions):
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())
-        digests.append(digest.hexdigest())
-    return hashlib.blake2b("".join(sorted(digests)).encode(), digest_size=16).hexdigest()

@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.data.records import Record, RecordError, find_records, load_record, read_metadata, save_record
+from sidestep.data import records
+from sidestep.data.records import (
+    Record,
+    RecordError,
+    find_records,
+    index_records,
+    load_record,
+    read_metadata,
+    save_record,
+)
 
 
 def record(frames: int = 5, tokens: int = 7, **more) -> Record:
@@ -201,3 +211,80 @@ def test_a_flipped_bit_in_a_tensor_is_refused(tmp_path):
             load_record(path)
     path.write_bytes(original)
     load_record(path)
+
+
+def test_an_index_is_read_instead_of_records_until_one_changes(tmp_path: Path, monkeypatch):
+    hints = {"cover_hints": torch.ones(5, 8), "hints_encoder_hidden_states": torch.ones(9, 32)}
+    for name in ("a.pt", "deep/b.pt"):
+        save_record(tmp_path / name, record(**hints))
+    first, broken = index_records(tmp_path)
+    assert not broken
+    assert (first["deep/b.pt"].frames, first["deep/b.pt"].tokens) == (5, 7)
+    assert set(first["a.pt"].digests) == {"audio", "conditions", "hints"}
+    assert first["a.pt"].metadata["repeat"] == 2
+    read = []
+    monkeypatch.setattr(records, "load_record", lambda path: read.append(path.name) or load_record(path))
+    assert index_records(tmp_path) == (first, {})
+    assert read == []
+    before = load_record(tmp_path / "a.pt")
+    save_record(tmp_path / "a.pt", replace(before, cover_hints=before.cover_hints + 1))
+    second, _ = index_records(tmp_path)
+    assert read == ["a.pt"]
+    assert {part for part in second["a.pt"].digests if second["a.pt"].digests[part] != first["a.pt"].digests[part]} == {
+        "hints"
+    }
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe", "a flipped bit"])
+def test_a_damaged_index_is_made_anew(tmp_path: Path, damage):
+    save_record(tmp_path / "a.pt", record())
+    whole, _ = index_records(tmp_path)
+    index = tmp_path / ".records.json"
+    index.write_bytes(index.read_bytes().replace(b'"frames": 5', b'"frames": 7') if isinstance(damage, str) else damage)
+    assert index_records(tmp_path)[0] == whole
+
+
+UNUSABLE = {
+    "repeat of a billion": {"repeat": 1_000_000_000},
+    "repeat of zero": {"repeat": 0},
+    "repeat in words": {"repeat": "often"},
+    "repeat without end": {"repeat": float("inf")},
+    "huge tempo": {"bpm": 10**400},
+    "no tempo": {"bpm": float("nan")},
+    "half a character": {"caption": "a \ud800"},
+    "endless lyrics": {"lyrics": "la " * 50_000},
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_record_of_absurd_words_or_numbers_is_left_out_by_name(tmp_path: Path, kind):
+    save_record(tmp_path / "good.pt", record())
+    bad = record()
+    bad.metadata.update(UNUSABLE[kind])
+    save_record(tmp_path / "bad.pt", bad)
+    found, broken = index_records(tmp_path)
+    assert set(found) == {"good.pt"}
+    assert next(iter(UNUSABLE[kind])) in broken["bad.pt"].problem
+
+
+def test_a_record_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path):
+    path = tmp_path / "bomb.pt"
+    torch.save(
+        {"target_latents": torch.zeros(1, 1).expand(10**9, 64), "encoder_hidden_states": torch.zeros(3, 4)}, path
+    )
+    with pytest.raises(RecordError, match="larger than the file"):
+        load_record(path)
+    save_record(path, record())
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(RecordError, match="compressed"):
+        load_record(path)
+
+
+def test_hints_that_do_not_fit_their_song_are_told_before_the_run(tmp_path: Path):
+    hints = {"cover_hints": torch.ones(4, 8), "hints_encoder_hidden_states": torch.ones(9, 32)}
+    save_record(tmp_path / "a.pt", record(**hints))
+    assert "hints do not fit" in index_records(tmp_path)[1]["a.pt"].problem

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sidestep.data.batches import MicroBatch, Song, collate, plan_epoch
+from sidestep.data.records import Record
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import Notice, Progress, Report
 from sidestep.files import replacing
@@ -47,8 +48,13 @@ def part_of(song: Song, part: int, parts: int) -> Song:
         return replace(song, name=name, windows=windows)
     length = song.frames // parts
     own = slice(part * length, (part + 1) * length)
-    hints = None if song.hints is None else song.hints[own]
-    return replace(song, name=name, latents=song.latents[own], hints=hints)
+
+    def read() -> Record:
+        record = song.read()
+        hints = None if record.cover_hints is None else record.cover_hints[own]
+        return replace(record, target_latents=record.target_latents[own], cover_hints=hints)
+
+    return replace(song, name=name, frames=length, read=read)
 
 
 def stream(songs: Sequence[Song], seed: int, batch_size: int) -> Iterator[MicroBatch]:

@@ -18,7 +18,7 @@ from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import target_names
 from sidestep.adapters.rank_map import RankMap
-from sidestep.data.records import fingerprint
+from sidestep.data.batches import fingerprint
 from sidestep.errors import UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
 from sidestep.files import write_text
@@ -64,7 +64,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     songs = load_songs(training, checkpoint, report)
     data, count = fingerprint(songs), len(songs)
-    songs = with_windows(songs, training, checkpoint, device, precision, Processes(accelerator), report)
+    songs, _ = with_windows(songs, [], training, checkpoint, device, precision, Processes(accelerator), report)
     if checkpoint.variant.is_turbo:
         report(Notice(message=TURBO_WARNING, level="warning"))
     law = focused(training_law(training, checkpoint.variant), config)

@@ -21,7 +21,7 @@ from sidestep.acestep.device import (
     gpu_memory,
     with_overhead,
 )
-from sidestep.data.records import RecordError, find_records, load_record
+from sidestep.data.records import index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.config import PlanConfig, TrainConfig
@@ -360,11 +360,5 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
 
 def longest(folder: Path) -> tuple[int, int]:
     """(latent frames of the longest song, condition tokens of the wordiest) in a `--dataset-dir`; zeros without any."""
-    frames, tokens = 0, 0
-    for path in find_records(folder) if folder.is_dir() else []:
-        try:
-            record = load_record(path)
-        except RecordError:
-            continue  # training reports it
-        frames, tokens = max(frames, len(record.target_latents)), max(tokens, len(record.encoder_hidden_states))
-    return frames, tokens
+    infos, _ = index_records(folder)  # training reports those that are broken
+    return max((i.frames for i in infos.values()), default=0), max((i.tokens for i in infos.values()), default=0)

@@ -272,11 +272,15 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
     return SavedRun(source, state, position)
 
 
-def require_same_data(saved: SavedRun, songs: dict[str, str], config: TrainConfig) -> None:
-    """Raises UserError unless the songs are those of the saved run. songs: name and fingerprint of each."""
+def require_same_data(saved: SavedRun, songs: dict[str, dict[str, str]], config: TrainConfig) -> None:
+    """Raises UserError unless the songs are those of the saved run. songs: name of each, and digests of its parts."""
     before = saved.state["songs"]
     gone, new = sorted(set(before) - set(songs)), sorted(set(songs) - set(before))
-    changed = sorted(name for name in set(before) & set(songs) if before[name] != songs[name])
+    parts_of = {  # a part that was not looked at then is not compared
+        name: " and ".join(part for part, digest in songs[name].items() if before[name].get(part, digest) != digest)
+        for name in sorted(set(before) & set(songs))
+    }
+    changed = [f"{name}: {parts}" for name, parts in parts_of.items() if parts]
     differences = [
         f"{len(names)} {what} ({names[0]})"
         for names, what in ((gone, "missing"), (new, "new"), (changed, "changed"))

@@ -96,7 +96,7 @@ def grid(songs: list[Song], batch_size: int, hints: bool) -> list[MicroBatch]:
         for item in windows:
             for first in range(0, GRID_TIMESTEPS, batch_size):
                 slots = tuple(range(first, min(first + batch_size, GRID_TIMESTEPS)))
-                batches.append(MicroBatch((item,) * len(slots), slots, hints and song.hints is not None))
+                batches.append(MicroBatch((item,) * len(slots), slots, hints and song.has_hints))
     return batches
 
 
@@ -104,9 +104,10 @@ def grid_noise(songs: list[Song], cells: MicroBatch) -> torch.Tensor:
     """The noise [B, T, D] of cells of one window: it depends on the song's name, the window and the timestep alone."""
     item = cells.items[0]
     song, draws = songs[item.song], []
+    channels = song.read().target_latents.shape[1]
     for slot in cells.slots:
         generator = torch.Generator().manual_seed(seed_for("grid", song.name, item.start, slot))
-        draws.append(torch.randn((item.frames, song.latents.shape[1]), generator=generator))
+        draws.append(torch.randn((item.frames, channels), generator=generator))
     return torch.stack(draws)
 
 

@@ -234,7 +234,7 @@ class Run:
     objective: Objective
     songs: list[Song]
     held_out: list[Song]
-    fingerprints: dict[str, str]  # of all songs, by name
+    fingerprints: dict[str, dict[str, str]]  # of all songs, by name and part
     ranks: dict[str, dict[str, Any]] | None  # rank and alpha patterns of the rank map in use
     total_steps: int
     tensorboard: TensorBoard

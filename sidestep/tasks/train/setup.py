@@ -21,7 +21,7 @@ from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import attach, load_adapter_state, start_along_gradient, start_from
-from sidestep.data.records import fingerprint
+from sidestep.data.batches import StepPlan, fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, null
 from sidestep.files import portable
@@ -45,7 +45,7 @@ from sidestep.tasks.train.previews import make_previews, previews_for
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import NAME, add_ranks, write_report
 from sidestep.tasks.train.run import BackgroundWriter, Run, TensorBoard, plan_of
-from sidestep.tasks.train.songs import load_songs, require_hints, split, with_windows
+from sidestep.tasks.train.songs import fingerprints, load_songs, require_hints, split, with_windows
 from sidestep.words import count, side_step
 
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -158,19 +158,17 @@ def set_up(
         )
     songs = load_songs(config, checkpoint, report)
     require_hints(songs, config)
-    fingerprints = {song.name: fingerprint([song]) for song in songs}
+    prints = fingerprints(songs, config)
     if saved:
-        require_same_data(saved, fingerprints, config)
+        require_same_data(saved, prints, config)
         require_same_steps(saved, config.gradient_accumulation * processes.count)
     dataset = fingerprint(songs)
     songs, held_out = split(songs, config)
     if held_out:
         names = ", ".join(song.name for song in held_out[:3]) + (" …" if held_out[3:] else "")
         report(Notice(message=f"{count(len(held_out), 'song')} held out for validation: {names}"))
-    held_out_names = {song.name for song in held_out}
-    every = with_windows([*songs, *held_out], config, checkpoint, device, precision, processes, report)
-    songs = [song for song in every if song.name not in held_out_names]
-    held_out = [song for song in every if song.name in held_out_names]
+    songs, held_out = with_windows(songs, held_out, config, checkpoint, device, precision, processes, report)
+    every = [*songs, *held_out]
 
     law = training_law(config, checkpoint.variant)
     dropout = f"{law.cfg_ratio:g}" if law.cfg_ratio else "off"
@@ -202,7 +200,10 @@ def set_up(
     optimizer = make_optimizer(config, parameters, device)
     if note := learning_rate_note(config):
         report(Notice(message=note, level="warning"))
-    total_steps = len(plan_of(config, songs, processes.count, 0)) * config.epochs  # as many in each epoch
+    plan = plan_of(config, songs, processes.count, 0)  # each epoch has as many steps
+    if config.batch_size > 1:
+        report(batch_decision(config, plan))
+    total_steps = len(plan) * config.epochs
     total_steps = min(total_steps, config.max_steps) if config.max_steps else total_steps
     scheduler = make_scheduler(config, optimizer, total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(model, optimizer, device_placement=[not config.swap_blocks, True])
@@ -228,7 +229,7 @@ def set_up(
         objective=Objective(config, law, silence, checkpoint.load_null_condition(device, precision), mask),
         songs=songs,
         held_out=held_out,
-        fingerprints=fingerprints,
+        fingerprints=prints,
         ranks=ranks,
         total_steps=total_steps,
         tensorboard=TensorBoard(tensorboard, report),
@@ -240,6 +241,17 @@ def set_up(
     if saved:
         restore_state(run, saved)
     return run
+
+
+def batch_decision(config: TrainConfig, plan: list[StepPlan]) -> Decision:
+    """How many songs a batch holds in the mean, which their lengths decide."""
+    mean = sum(step.samples for step in plan) / sum(len(step.micro_batches) for step in plan)
+    reason = "songs within a tenth of each other's length share a batch"
+    if config.chunk_duration:
+        reason = "windows share batches, and songs shorter than one those within a tenth of their length"
+    elif mean < 0.9 * config.batch_size:
+        reason += "; --chunk-duration 30 would fill them"
+    return Decision(what="batch", value=f"{mean:.1f} in the mean of --batch-size {config.batch_size}", reason=reason)
 
 
 def check_memory_options(config: TrainConfig, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""From a folder of training records to songs in memory: each one checked, split for validation, and given its windows.
+"""From a folder of training records to songs: each one checked, split for validation, and given its windows.
 
 A window's prompt states the window's own length, and lyrics with time marks follow it. The conditions that this takes
 are encoded once, before the decoder is loaded, and kept beside the records, in the hidden folder `.windows`.
@@ -8,10 +8,12 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
@@ -27,7 +29,7 @@ from sidestep.acestep.conditions import (
 from sidestep.acestep.vae import frames_per_second
 from sidestep.data.batches import Song, Windows
 from sidestep.data.lyrics import has_time_marks, lyrics_between, without_time_marks
-from sidestep.data.records import Record, RecordError, find_records, load_record
+from sidestep.data.records import Record, RecordError, RecordInfo, index_records, load_record, record_stat
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Notice, Progress, Report
 from sidestep.files import replacing
@@ -39,11 +41,14 @@ from sidestep.words import count, side_step
 FOLDER = ".windows"
 SCHEMA = 1  # raise it when what was encoded before must be made anew
 STARTS_PER_WINDOW = 4  # of songs with time marks: windows begin at quarters of a window, which keeps the texts few
+SAME_LENGTH = 0.9  # whole songs share a batch when the shortest has this share of the longest's frames
+MEMORY_SHARE = 2  # records stay in memory up to one part in so many of what is free
+TOLD = ("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental")
 MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
 
 
 def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> list[Song]:
-    """Every usable record of `--dataset-dir`, in memory, in the order of their names.
+    """Every usable record of `--dataset-dir` in the order of their names; tensors are read when a batch wants them.
 
     A broken one is reported and left out. Raises UserError when they were made for another model or there are none,
     JobError when none can be used.
@@ -53,49 +58,59 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     again = f"Preprocess first: {side_step(*preprocess, '--checkpoint-dir', str(config.checkpoint_dir))}"
     if not folder.is_dir():
         raise UserError(f"--dataset-dir {folder}: no such folder.", again)
-    paths = find_records(folder)
-    if not paths:
+    infos, broken = index_records(folder, report)
+    for name, error in broken.items():
+        report(FileFailed(path=name, reason=error.problem, stage="load"))
+    if not infos and not broken:
         raise UserError(f"--dataset-dir {folder}: no preprocessed .pt tensors in it.", again)
-    songs, failed = [], 0
-    for path in paths:
-        name = path.relative_to(folder).as_posix()
-        try:
-            songs.append(song_of(load_record(path), path, name))
-        except RecordError as error:
-            failed += 1
-            report(FileFailed(path=name, reason=error.problem, stage="load"))
-    if not songs:
-        raise JobError(f"--dataset-dir {folder}: none of its {len(paths)} tensor files can be used.", again)
-    require_same_model(songs, config, checkpoint, report)
-    frames = sum(song.frames * song.repeat for song in songs)
-    minutes = frames / frames_per_second(checkpoint.vae_config()) / 60
-    left_out = f"; {failed} could not be used and are left out" if failed else ""
+    if not infos:
+        raise JobError(f"--dataset-dir {folder}: none of its {len(broken)} tensor files can be used.", again)
+    require_same_model(infos, config, checkpoint, report)
+    read = reader(psutil.virtual_memory().available // MEMORY_SHARE)
+    songs = [
+        Song(
+            name=name,
+            frames=info.frames,
+            read=partial(read, folder / name, info),
+            repeat=int(info.metadata.get("repeat") or 1),
+            has_hints="hints" in info.digests,
+            metadata=info.metadata | {"content": info.made_by.get("content")},
+            digests=info.digests,
+        )
+        for name, info in infos.items()
+    ]
+    minutes = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config()) / 60
+    left_out = f"; {len(broken)} could not be used and are left out" if broken else ""
     report(Notice(message=f"{count(len(songs), 'song')}, {minutes:.1f} minutes, from {folder}{left_out}"))
     return songs
 
 
-def song_of(record: Record, path: Path, name: str) -> Song:
-    """A record as training takes it. Raises RecordError where a tensor holds NaN or infinity."""
-    for what in ("target_latents", "encoder_hidden_states", "cover_hints", "hints_encoder_hidden_states"):
-        tensor = getattr(record, what)
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise RecordError(
-                f"{path}: {what} holds values that are no numbers.",
-                "Delete the file and preprocess this song again, with --precision fp32.",
-            )
-    repeat = record.metadata.get("repeat", 1)
-    return Song(
-        name=name,
-        latents=record.target_latents,
-        conditions=record.encoder_hidden_states,
-        repeat=repeat if isinstance(repeat, int) and repeat > 0 else 1,
-        hints=record.cover_hints if record.has_hints else None,
-        hints_conditions=record.hints_encoder_hidden_states if record.has_hints else None,
-        metadata=record.metadata,
-    )
+def reader(budget_bytes: int) -> Callable[[Path, RecordInfo], Record]:
+    """A function that reads records and keeps those that come first in memory, as many as the budget takes."""
+    kept: dict[Path, Record] = {}
+
+    def read(path: Path, info: RecordInfo) -> Record:
+        """Raises RecordError where the record is not the one that was indexed."""
+        nonlocal budget_bytes
+        if path not in kept:
+            if record_stat(path) != info.stat:
+                raise RecordError(
+                    f"{path}: was changed while a run trains on it.",
+                    "Leave --dataset-dir alone until the run has ended, and start again.",
+                )
+            record, size = load_record(path), info.stat[0]
+            if size > budget_bytes:
+                return record
+            budget_bytes -= size
+            kept[path] = record
+        return kept[path]
+
+    return read
 
 
-def require_same_model(songs: list[Song], config: TrainConfig, checkpoint: Checkpoint, report: Report) -> None:
+def require_same_model(
+    infos: dict[str, RecordInfo], config: TrainConfig, checkpoint: Checkpoint, report: Report
+) -> None:
     """Raises UserError unless the records' tensors are those that this model's own encoders would make."""
     width = checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"]
     channels, model = checkpoint.latent_channels, checkpoint.folder.name
@@ -104,32 +119,56 @@ def require_same_model(songs: list[Song], config: TrainConfig, checkpoint: Check
         *("--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
     )
     fix = f"Preprocess for this model: {preprocess}\nor train the model that they were made for."
-    for song in songs:
-        found = song.latents.shape[1], song.conditions.shape[1]
-        if found != (channels, width):
+    for name, info in infos.items():
+        if (info.channels, info.width) != (channels, width):
             raise UserError(
-                f"--dataset-dir {config.dataset_dir}: {song.name} was made for another model ({found[0]} latent "
-                f"channels, conditions {found[1]} wide; {model} has {channels} and {width}).",
+                f"--dataset-dir {config.dataset_dir}: {name} was made for another model ({info.channels} latent "
+                f"channels, conditions {info.width} wide; {model} has {channels} and {width}).",
                 fix,
             )
-    identity = checkpoint.identity("condition_encoder")
-    made_by = [song.metadata.get("checkpoint_identity") for song in songs]
-    foreign = [song for song, made in zip(songs, made_by, strict=True) if made not in (None, identity)]
-    if foreign:
-        others = ", ".join(Counter(str(song.metadata.get("checkpoint", "another model")) for song in foreign))
-        raise UserError(
-            f"--dataset-dir {config.dataset_dir}: {len(foreign)} of {len(songs)} songs, such as {foreign[0].name}, "
-            f"were preprocessed with {others}, whose condition encoder differs from that of {model}.",
-            fix,
-        )
-    if unknown := made_by.count(None):
+    parts = {"vae": "VAE", "text_encoder": "text encoder", "condition_encoder": "condition encoder"}
+    for part, title in parts.items():
+        made_by = {name: info.made_by[part] for name, info in infos.items() if part in info.made_by}
+        own = checkpoint.identity(part) if made_by and checkpoint.has(part) else None
+        foreign = [name for name, made in made_by.items() if own and made != own]
+        if foreign:
+            others = ", ".join({str(infos[name].metadata.get("checkpoint", "another model")): 0 for name in foreign})
+            raise UserError(
+                f"--dataset-dir {config.dataset_dir}: {len(foreign)} of {len(infos)} songs, such as {foreign[0]}, "
+                f"were preprocessed with {others}, whose {title} differs from that of {model}.",
+                fix,
+            )
+        if len(set(made_by.values())) > 1:
+            first, *rest = made_by
+            other = next(name for name in rest if made_by[name] != made_by[first])
+            raise UserError(
+                f"--dataset-dir {config.dataset_dir}: {first} and {other} were made with different {title}s.", fix
+            )
+    if unknown := sum("condition_encoder" not in info.made_by for info in infos.values()):
         message = f"{unknown} records do not say which model they were preprocessed with; they are taken as made for"
         report(Notice(message=f"{message} {model}."))
 
 
+def fingerprints(songs: list[Song], config: TrainConfig) -> dict[str, dict[str, str]]:
+    """What a run depends on of each song, by its name and in the user's words, as digests."""
+    has_windows = config.chunk_duration > 0 or config.batch_size > 1
+    found = {}
+    for song in songs:
+        found[song.name] = {**song.digests, "repeats": str(song.repeat)}
+        if has_windows:  # their prompts are made of this
+            told = [song.metadata.get(name) for name in TOLD]
+            found[song.name]["caption, lyrics or metadata"] = digest_of(json.dumps(told))
+    return found
+
+
+def digest_of(text: str) -> str:
+    """A short digest of a text."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+
 def require_hints(songs: list[Song], config: TrainConfig) -> None:
     """Raises UserError when `--hints-ratio` asks for hints that some songs do not have."""
-    without = [song.name for song in songs if song.hints is None]
+    without = [song.name for song in songs if not song.has_hints]
     if config.hints_ratio and without:
         raise UserError(
             f"--hints-ratio {config.hints_ratio:g}: {len(without)} of {len(songs)} songs have no hints, "
@@ -148,10 +187,7 @@ def split(songs: list[Song], config: TrainConfig) -> tuple[list[Song], list[Song
         return songs, []
     groups: dict[str, list[Song]] = {}
     for song in songs:
-        key = song.metadata  # the digest of the audio file, where the record has it
-        for name in ("fingerprint", "audio", "content"):
-            key = key.get(name) if isinstance(key, dict) else None
-        groups.setdefault(str(key or song.name), []).append(song)
+        groups.setdefault(song.metadata.get("content") or song.name, []).append(song)
     order = sorted(groups.values(), key=lambda group: uniform(config.seed, "validation", group[0].name))
     number = max(1, round(config.val_split * len(order)))
     if number >= len(order):
@@ -166,66 +202,94 @@ def split(songs: list[Song], config: TrainConfig) -> tuple[list[Song], list[Song
 
 def with_windows(
     songs: list[Song],
+    held_out: list[Song],
     config: TrainConfig,
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
     processes: Processes,
     report: Report,
-) -> list[Song]:
-    """The songs, those longer than `--chunk-duration` with their windows and the conditions of these.
+) -> tuple[list[Song], list[Song]]:
+    """(songs to train on, songs to validate on), those that are not heard whole with their windows' conditions.
 
-    A song whose record does not say what its prompt was is left out. Raises UserError for windows too short to be named
-    in a prompt, JobError when no song is left.
+    With `--chunk-duration` a song whose record does not say what its prompt was is left out; without, it stays whole.
+    Raises UserError for windows too short to be named in a prompt, JobError when no song is left.
     """
-    if not config.chunk_duration:
-        return songs
-    if config.chunk_duration < MINIMUM_SECONDS:
+    if 0 < config.chunk_duration < MINIMUM_SECONDS:
         raise UserError(
             f"--chunk-duration {config.chunk_duration:g}: a window must be at least {MINIMUM_SECONDS:g} second long.",
             "Usual are 10 to 60; 0 trains on whole songs.",
         )
     pool, rate = int(checkpoint.config.get("pool_window_size", 5)), frames_per_second(checkpoint.vae_config())
-    frames = round(config.chunk_duration * rate)
-    kept: list[Song] = []
-    plans: dict[str, WindowPlan] = {}
-    for song in songs:
-        try:
-            if song.frames > frames:
-                plans[song.name] = plan_windows(song, frames, rate, pool)
-            kept.append(song)
-        except KeyError as error:
-            reason = f"its record does not say its {error.args[0]}, which the prompt of a window needs"
-            report(FileFailed(path=song.name, reason=reason, stage="windows"))
-    if not kept:
+    chunk = round(config.chunk_duration * rate)
+    lengths = {song.name: chunk for song in (*songs, *held_out) if chunk and song.frames > chunk}
+    if config.batch_size > 1:
+        lengths |= shared_lengths([song for song in songs if song.name not in lengths and is_told(song)])
+    plans, nameless = {}, set()
+    for song in (*songs, *held_out):
+        if song.name in lengths:
+            try:
+                plans[song.name] = plan_windows(song, lengths[song.name], rate, pool)
+            except KeyError as error:
+                reason = f"its record does not say its {error.args[0]}, which the prompt of a window needs"
+                report(FileFailed(path=song.name, reason=reason, stage="windows"))
+                nameless.add(song.name)
+    if len(nameless) == len(songs) + len(held_out):
         raise JobError(
             f"--chunk-duration {config.chunk_duration:g}: no record in {config.dataset_dir} says what its prompt was "
             "made of.",
             "Preprocess the songs with this program, or train on whole songs: --chunk-duration 0",
         )
-    cache = ConditionCache(config, checkpoint, frames, dtype)
-    own_share = list(plans.values())[processes.index :: processes.count]
-    encode_missing(own_share, cache, checkpoint, device, dtype, report)
-    processes.wait()
-    if processes.count > 1:  # where the folder takes no files, each process has kept its own share only
-        encode_missing(list(plans.values()), cache, checkpoint, device, dtype, report)
-    if cache.error is not None:
-        message = (
-            f"{cache.folder}: cannot be written ({cache.error.strerror}); the windows' conditions are kept in memory "
-            "and encoded again next time."
-        )
-        report(Notice(message=message, level="warning"))
-    return [cache.windowed(plans[song.name], frames) if song.name in plans else song for song in kept]
+    cache = ConditionCache(config, checkpoint, dtype) if plans else None
+    if cache:
+        own_share = list(plans.values())[processes.index :: processes.count]
+        encode_missing(own_share, cache, checkpoint, device, dtype, report)
+        processes.wait()
+        if processes.count > 1:  # where the folder takes no files, each process has kept its own share only
+            encode_missing(list(plans.values()), cache, checkpoint, device, dtype, report)
+        if cache.error is not None:
+            message = (
+                f"{cache.folder}: cannot be written ({cache.error.strerror}); the windows' conditions are kept in "
+                "memory and encoded again next time."
+            )
+            report(Notice(message=message, level="warning"))
+
+    def cut(some: list[Song]) -> list[Song]:
+        kept = [song for song in some if song.name not in nameless]
+        return [cache.windowed(plans[song.name]) if cache and song.name in plans else song for song in kept]
+
+    return cut(songs), cut(held_out)
+
+
+def is_told(song: Song) -> bool:
+    """Whether a record says what its prompt was made of."""
+    return "lyrics" in song.metadata and ("caption" in song.metadata or "prompt_caption" in song.metadata)
+
+
+def shared_lengths(songs: list[Song]) -> dict[str, int]:
+    """Frames of the windows by which songs of nearly one length share batches; none for songs heard whole.
+
+    From the longest down, songs of at least SAME_LENGTH of the first are heard in windows as long as the shortest.
+    """
+    lengths: dict[str, int] = {}
+    rest = sorted(songs, key=lambda song: (-song.frames, song.name))
+    while rest:
+        group = [song for song in rest if song.frames >= SAME_LENGTH * rest[0].frames]
+        rest = rest[len(group) :]
+        shortest = group[-1].frames
+        lengths |= {song.name: shortest for song in group if song.frames > shortest}
+    return lengths
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The windows of a song before their texts are encoded: window `i` begins at `starts[i]` and has `texts[which[i]]`.
+    """Windows of `frames` before their texts are encoded: number `i` begins at `starts[i]` and has `texts[which[i]]`.
 
     hints: as `texts`, under the instruction of the hints regime.
     """
 
     song: Song
+    frames: int
     starts: tuple[int, ...]
     which: tuple[int, ...]
     texts: tuple[Text, ...]
@@ -239,7 +303,7 @@ class WindowPlan:
 
 def key_of(text: Text) -> str:
     """A digest of a window's prompt and lyrics."""
-    return hashlib.blake2b(f"{text.prompt}\0{text.lyrics}".encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+    return digest_of(f"{text.prompt}\0{text.lyrics}")
 
 
 def plan_windows(song: Song, frames: int, rate: float, pool: int) -> WindowPlan:
@@ -273,7 +337,7 @@ def plan_windows(song: Song, frames: int, rate: float, pool: int) -> WindowPlan:
         )
         return tuple(Text(prompt, lyric_prompt(words, str(metadata.get("language") or ""))) for words in different)
 
-    return WindowPlan(song, starts, which, texts(TEXT2MUSIC), texts(COVER) if song.hints is not None else ())
+    return WindowPlan(song, frames, starts, which, texts(TEXT2MUSIC), texts(COVER) if song.has_hints else ())
 
 
 class ConditionCache:
@@ -282,8 +346,8 @@ class ConditionCache:
     error: why the disk did not, if so.
     """
 
-    def __init__(self, config: TrainConfig, checkpoint: Checkpoint, frames: int, dtype: torch.dtype):
-        self.folder = config.dataset_dir / FOLDER / str(frames)
+    def __init__(self, config: TrainConfig, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.folder = config.dataset_dir / FOLDER
         silence = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames).numpy().tobytes()
         parts = {
             "condition_encoder": checkpoint.identity("condition_encoder"),
@@ -305,23 +369,26 @@ class ConditionCache:
     def put(self, plan: WindowPlan, conditions: dict[str, torch.Tensor]) -> None:
         """Keep a song's conditions."""
         try:
-            with replacing(self.folder / plan.song.name) as temporary, temporary.open("wb") as f:
+            with replacing(self._path(plan)) as temporary, temporary.open("wb") as f:
                 torch.save({"fingerprint": self.fingerprint, "conditions": conditions}, f)
         except OSError as error:
             self.error = error
             self._held[plan.song.name] = conditions
 
-    def windowed(self, plan: WindowPlan, frames: int) -> Song:
-        """The song with its windows of `frames` and their conditions, which must have been encoded."""
+    def windowed(self, plan: WindowPlan) -> Song:
+        """The song with its windows and their conditions, which must have been encoded."""
         found = self.get(plan)
         assert found is not None
         texts, hints = (tuple(found[key_of(text)] for text in kind) for kind in (plan.texts, plan.hints))
-        return replace(plan.song, windows=Windows(frames, plan.starts, plan.which, texts, hints))
+        return replace(plan.song, windows=Windows(plan.frames, plan.starts, plan.which, texts, hints))
+
+    def _path(self, plan: WindowPlan) -> Path:
+        return self.folder / str(plan.frames) / plan.song.name
 
     def _read(self, plan: WindowPlan) -> dict[str, torch.Tensor] | None:
         damaged = (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
         try:
-            content = torch.load(self.folder / plan.song.name, map_location="cpu", weights_only=True)
+            content = torch.load(self._path(plan), map_location="cpu", weights_only=True)
             return dict(content["conditions"]) if content["fingerprint"] == self.fingerprint else None
         except (OSError, *damaged):
             return None  # not there, or damaged: made anew

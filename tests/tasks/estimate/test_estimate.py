@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import attach, start_along_gradient
-from sidestep.data.batches import Song
-from sidestep.data.records import Record, fingerprint, save_record
+from sidestep.data.batches import fingerprint
+from sidestep.data.records import Record, save_record
 from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import Notice, Progress, Table, null
 from sidestep.flow_matching.timesteps import discrete, logit_normal
@@ -25,6 +25,7 @@ from sidestep.tasks.estimate.measure import QUARTERS, Sums, deal, stream
 from sidestep.tasks.estimate.measure import measure_round as one_round
 from sidestep.tasks.estimate.run import TURBO_WARNING, focused, page
 from sidestep.tasks.train.objective import TrainingLaw
+from tests.training_world import song
 
 
 def latents(frames: int, seed: int) -> torch.Tensor:
@@ -300,16 +301,16 @@ def test_songs_that_are_no_numbers_end_in_an_error_not_in_a_map(config, monkeypa
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
 def test_the_quarters_share_no_music(count):
-    songs = [Song(f"s{i}", latents(40, i), torch.zeros(3, 4)) for i in range(count)]
+    songs = [song(f"s{i}", latents(40, i), torch.zeros(3, 4)) for i in range(count)]
     groups = deal(songs)
     assert len(groups) == QUARTERS
     assert all(groups)
-    moments = [frame for group in groups for song in group for frame in map(tuple, song.latents.tolist())]
+    moments = [frame for group in groups for one in group for frame in map(tuple, one.read().target_latents.tolist())]
     assert len(moments) == len(set(moments)) == 40 * count
 
 
 def test_a_round_measures_every_slot_once():
-    songs = [Song(f"s{i}", latents(40, i), torch.zeros(3, 4)) for i in range(3)]
+    songs = [song(f"s{i}", latents(40, i), torch.zeros(3, 4)) for i in range(3)]
     batches = stream(songs, 1, 2)
     for _ in range(3):
         chosen = one_round(batches)
@@ -333,9 +334,9 @@ def test_two_disjoint_halves_of_a_data_set_give_maps_that_agree(tmp_path, checkp
 
 
 def test_the_fingerprint_follows_the_music_and_not_the_order():
-    songs = [Song(f"s{i}", latents(10, i), torch.zeros(3, 4)) for i in range(3)]
+    songs = [song(f"s{i}", latents(10, i), torch.zeros(3, 4)) for i in range(3)]
     assert fingerprint(songs) == fingerprint(songs[::-1])
-    changed = [*songs[:2], replace(songs[2], latents=songs[2].latents + 1)]
+    changed = [*songs[:2], song("s2", latents(10, 2) + 1, torch.zeros(3, 4))]
     assert fingerprint(changed) != fingerprint(songs) != fingerprint(songs[:2])
 
 

@@ -202,7 +202,7 @@ def test_timesteps_and_drops_go_to_the_device_without_waiting(data, tmp_path, mo
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     run.objective(Recorder(), batch, 0, 1)
-    where = ((torch.device("cpu"),), {"non_blocking": True})
+    where = ((torch.device("cpu"),), {"non_blocking": False})
     assert moves == [(torch.float32, *where), (torch.bool, *where)]
 
 
@@ -234,10 +234,11 @@ def test_the_decoder_is_given_the_same_t_twice_noise_by_t_and_the_context_of_the
         songs, frames = [run.songs[item.song] for item in micro_batch.items], micro_batch.items[0].frames
         source, ones = given["context_latents"].chunk(2, dim=-1)
         assert torch.equal(ones, torch.ones_like(source))
-        expected = [song.hints[:frames] if hints_ratio else silence[0, :frames] for song in songs]
+        records = [song.read() for song in songs]
+        expected = [record.cover_hints[:frames] if hints_ratio else silence[0, :frames] for record in records]
         assert torch.equal(source, torch.stack(expected))
-        for condition, song in zip(given["encoder_hidden_states"], songs, strict=True):
-            own = song.hints_conditions if hints_ratio else song.conditions
+        for condition, record in zip(given["encoder_hidden_states"], records, strict=True):
+            own = record.hints_encoder_hidden_states if hints_ratio else record.encoder_hidden_states
             assert torch.equal(condition[: len(own)], own)
 
 

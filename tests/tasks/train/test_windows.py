@@ -20,7 +20,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.songs import load_songs, plan_windows, with_windows
-from tests.training_world import CHECKPOINTS, LYRICS, Log, record, settings, write_data
+from tests.training_world import CHECKPOINTS, LYRICS, Log, record, settings, song, write_data
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -39,8 +39,8 @@ def windowed(data: Path, log: Log | None = None, **changes):
     return {
         s.name: s
         for s in with_windows(
-            load_songs(config, checkpoint, log), config, checkpoint, CPU, FP32, Processes(Alone()), log
-        )
+            load_songs(config, checkpoint, log), [], config, checkpoint, CPU, FP32, Processes(Alone()), log
+        )[0]
     }
 
 
@@ -139,10 +139,8 @@ def test_windows_below_a_second_are_refused(data):
 
 
 def test_long_songs_with_time_marks_have_few_texts():
-    from sidestep.data.batches import Song
-
     lyrics = "\n".join(f"[{s // 60:02d}:{s % 60:02d}.00] line {s}" for s in range(0, 240, 3))
-    song = Song("long", torch.zeros(6000, 8), torch.zeros(3, 32), metadata={"caption": "x", "lyrics": lyrics})
-    plan = plan_windows(song, 750, 25.0, 5)
+    long = song("long", torch.zeros(6000, 8), torch.zeros(3, 32), metadata={"caption": "x", "lyrics": lyrics})
+    plan = plan_windows(long, 750, 25.0, 5)
     assert len(plan.texts) <= 30
     assert plan.starts[-1] == 5250
