@@ -87,9 +87,15 @@ def tiled_silence(silence: Tensor, frames: int) -> Tensor:
     return silence.repeat(1, repeats, 1)[:, :frames] if repeats > 1 else silence[:, :frames]
 
 
+# Of the mask beside the source latents. The model was trained with 0 (keep the source) and 1 (make it anew); diffusers,
+# ComfyUI and acestep.cpp send 1 for text to music. Newer code of the app means 2 ("auto"), but its mask is boolean, so
+# that the model gets 1 there, too.
+TEXT_TO_MUSIC = 1.0
+
+
 def context_latents(source: Tensor) -> Tensor:
-    """What the DiT sees beside the noise: source latents (silence, hints), a mask of ones. [B, T, D] → [B, T, 2D]"""
-    return torch.cat([source, torch.ones_like(source)], dim=-1)
+    """What the DiT sees beside the noise: source latents (silence, hints) and the mask. [B, T, D] → [B, T, 2D]"""
+    return torch.cat([source, torch.full_like(source, TEXT_TO_MUSIC)], dim=-1)
 
 
 @torch.inference_mode()

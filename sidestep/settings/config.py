@@ -720,7 +720,7 @@ class SampleConfig(ModelConfig):
         plain="how strongly the adapter acts, a recording each: 0 is without it, 1 as it was trained",
     )
     steps: int | None = option(
-        None, "denoising steps; default: 8 for turbo, 32 otherwise", group="Sample", minimum=1, maximum=1000
+        None, "denoising steps; default: 8 for turbo, 50 for sft, 32 for base", group="Sample", minimum=1, maximum=1000
     )
     guidance: float | None = option(
         None, "guidance scale; default: 7, and none for turbo, which has it built in", group="Sample", minimum=1

@@ -31,6 +31,7 @@ from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
+from sidestep.flow_matching.timesteps import TURBO_SHIFT, TURBO_STEPS
 from sidestep.settings.config import SampleConfig, check_streaming
 from sidestep.settings.option import options_of
 from sidestep.variants import Variant
@@ -39,9 +40,9 @@ from sidestep.words import count
 LONGEST_SECONDS = 600
 
 
-TURBO_STEPS = 8  # what it was distilled for
-STEPS, GUIDANCE = 32, 7.0  # ACE-Step's app for base and sft
-SHIFT = 3.0
+BASE_STEPS, SFT_STEPS, GUIDANCE = 32, 50, 7.0  # as ACE-Step's app
+SHIFTS = (1, 2, 3)  # which turbo was distilled for
+LEAST_FRAMES = 128  # ACE-Step's app fills what is shorter than these 5.12 s up with silence
 PEAK = 10 ** (-1 / 20)  # -1 dBFS, to which ACE-Step's app and diffusers bring their output
 
 
@@ -51,17 +52,37 @@ class Sampling:
 
     steps: int
     guidance: float
-    shift: float = SHIFT
+    shift: float = TURBO_SHIFT
 
 
 def sampling_for(
-    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = SHIFT
+    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = TURBO_SHIFT
 ) -> Sampling:
-    """What a variant was made for, but for what is given. Turbo has guidance distilled into it and takes none."""
-    default_steps, default_guidance = (TURBO_STEPS, 1.0) if variant.is_turbo else (STEPS, GUIDANCE)
-    return Sampling(
-        steps or default_steps, default_guidance if guidance is None or variant.is_turbo else guidance, shift
-    )
+    """As ACE-Step's app samples a variant, but for what is given. Turbo takes no guidance: it is distilled into it."""
+    if variant.is_turbo:
+        return Sampling(steps or TURBO_STEPS, 1.0, shift)
+    default = SFT_STEPS if "sft" in variant.name else BASE_STEPS
+    return Sampling(steps or default, GUIDANCE if guidance is None else guidance, shift)
+
+
+def not_obeyed(variant: Variant, sampling: Sampling) -> list[str]:
+    """What ACE-Step's own code would not do on a turbo model, which was distilled for some steps and shifts."""
+    if not variant.is_turbo:
+        return []
+    found = []
+    if sampling.steps != TURBO_STEPS:
+        found.append(
+            f"--steps {sampling.steps}: turbo was distilled for {TURBO_STEPS} steps; ACE-Step's app takes those "
+            "whatever it is asked for, and would sound otherwise."
+        )
+    any_shift = "continuous" in variant.name and SHIFTS[0] <= sampling.shift <= 5
+    if sampling.shift not in SHIFTS and not any_shift:
+        nearest = min(SHIFTS, key=lambda shift: abs(shift - sampling.shift))
+        found.append(
+            f"--shift {sampling.shift:g}: turbo was distilled for the shifts 1, 2 and 3; ACE-Step's app would take "
+            f"--shift {nearest}, and sound otherwise."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,9 +100,16 @@ class Sampler:
     frames_per_second: float
     sample_rate: int
 
+    def frames(self, prompt: Prompt) -> int:
+        """The latent frames that a prompt asks for."""
+        return math.ceil(prompt.duration * self.frames_per_second)
+
     def noise(self, prompt: Prompt) -> Tensor:
-        """Noise [1, T, D] of a prompt: fp32 on the CPU, so that a seed means the same on every device."""
-        frames = math.ceil(prompt.duration * self.frames_per_second)
+        """Noise [1, T, D] of a prompt: fp32 on the CPU, so that a seed means the same on every device.
+
+        At least `LEAST_FRAMES`; `audio` takes off what is beyond the prompt's duration.
+        """
+        frames = max(self.frames(prompt), LEAST_FRAMES)
         return torch.randn(1, frames, self.silence.shape[-1], generator=torch.Generator().manual_seed(prompt.seed))
 
     @torch.no_grad()
@@ -104,10 +132,15 @@ class Sampler:
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
         return sample_euler(field, noise, sampling_timesteps(self.sampling.steps, self.sampling.shift))
 
-    def audio(self, latents: Tensor) -> np.ndarray:
-        """float32 [2, S] with its peak at -1 dBFS. Raises JobError when the model made values that are no numbers."""
+    def audio(self, latents: Tensor, prompt: Prompt | None = None) -> np.ndarray:
+        """float32 [2, S] with its peak at -1 dBFS, as long as the prompt asks for, or else all of the latents.
+
+        Raises JobError when the model made values that are no numbers.
+        """
         with self.vae.in_use() as vae:
             audio = decode(vae, latents)[0]
+        if prompt:
+            audio = audio[:, : self.frames(prompt) * audio.shape[1] // latents.shape[1]]
         if not bool(torch.isfinite(audio).all()):
             raise JobError(
                 "The model made values that are no numbers instead of audio.",
@@ -155,6 +188,8 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
     sampling = sampling_for(checkpoint.variant, config.steps, config.guidance, config.shift)
     report(Decision(what="sampling", value=described(sampling), reason=checkpoint.variant.reason))
+    for message in not_obeyed(checkpoint.variant, sampling):
+        report(Notice(message=message, level="warning"))
     if config.guidance is not None and config.guidance != sampling.guidance:
         report(
             Notice(
@@ -186,7 +221,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             "precision": precision_name(precision.value),
             "device": device.value.type,
         }
-        write_take(path, sampler, sampler.audio(latents), prompt, metadata)
+        write_take(path, sampler, sampler.audio(latents, prompt), prompt, metadata)
         report(Saved(what="sample", path=str(path)))
         report(Progress(task="Sampling", done=number + 1, total=len(strengths), current=f"strength {strength:g}"))
         files.append(path)

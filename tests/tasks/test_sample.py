@@ -1,7 +1,9 @@
 """Sampling: the pipeline's numbers, adapters at any strength, files beside their prompts, what a wrong call gets."""
 
 import copy
+import dataclasses
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
 from sidestep.events import Event, Notice, null
 from sidestep.settings.config import SampleConfig, TrainConfig
-from sidestep.tasks.sample import Sampling, open_sampler, prompt_of, sample, sampling_for, slug
+from sidestep.tasks.sample import Sampling, not_obeyed, open_sampler, prompt_of, sample, sampling_for, slug
 from tests.conftest import FIXTURES
 
 CPU = torch.device("cpu")
@@ -115,6 +117,12 @@ def base_checkpoints(tmp_path_factory) -> Path:
     return folder
 
 
+def filled_up(pipeline: AceStepPipeline, duration: float) -> None:
+    """Let diffusers' pipeline say `duration` in its prompt whatever `audio_duration` is, as the app of short clips."""
+    encode = pipeline.encode_prompt
+    pipeline.encode_prompt = lambda *args, **settings: encode(*args, **settings | {"audio_duration": duration})
+
+
 @pytest.mark.parametrize(
     ("name", "sampling"),
     [
@@ -138,6 +146,7 @@ def test_conditions_latents_and_audio_equal_those_of_diffusers_own_pipeline(name
     theirs.set_progress_bar_config(disable=True)
     seen = {}
     theirs.condition_encoder.register_forward_hook(lambda module, inputs, output: seen.update(states=output[0]))
+    filled_up(theirs, PROMPT.duration)
     settings = {
         "prompt": PROMPT.caption,
         "lyrics": PROMPT.lyrics,
@@ -145,7 +154,7 @@ def test_conditions_latents_and_audio_equal_those_of_diffusers_own_pipeline(name
         "bpm": PROMPT.bpm,
         "keyscale": PROMPT.keyscale,
         "timesignature": PROMPT.timesignature,
-        "audio_duration": PROMPT.duration,
+        "audio_duration": 5.12,
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance,
         "shift": sampling.shift,
@@ -205,6 +214,39 @@ def test_each_variant_gets_the_sampling_it_was_made_for(base_checkpoints):
     assert sampling_for(base) == Sampling(32, 7.0, 3.0)
     assert sampling_for(turbo, 4, 9.0, 1.0) == Sampling(4, 1.0, 1.0)
     assert sampling_for(base, 4, 1.0, 1.0) == Sampling(4, 1.0, 1.0)
+    for name in ("sft", "xl-sft", "base-sft-fix-inst"):
+        assert sampling_for(dataclasses.replace(base, name=name)) == Sampling(50, 7.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "told"),
+    [
+        ("turbo", 8, 3.0, []),
+        ("turbo", 8, 1.0, []),
+        ("turbo", 20, 2.0, ["--steps 20: turbo was distilled for 8 steps"]),
+        ("turbo", 8, 2.6, ["--shift 2.6.*would take --shift 3"]),
+        ("xl-turbo", 4, 5.0, ["--steps 4", "--shift 5.*would take --shift 3"]),
+        ("turbo-continuous", 8, 4.5, []),
+        ("turbo-continuous", 8, 6.0, ["--shift 6"]),
+        ("base", 20, 6.0, []),
+    ],
+)
+def test_turbo_warns_of_steps_and_shifts_that_it_was_not_distilled_for(name, steps, shift, told):
+    variant = dataclasses.replace(checkpoint().variant, name=name, is_turbo="turbo" in name)
+    found = not_obeyed(variant, Sampling(steps, 1.0, shift))
+    assert len(found) == len(told)
+    assert all(re.match(pattern, message) for pattern, message in zip(told, found, strict=True))
+
+
+@pytest.mark.parametrize(("duration", "frames", "samples"), [(1.0, 128, 48_000), (5.12, 128, None), (5.2, 130, None)])
+def test_short_clips_are_filled_up_for_the_model_and_heard_as_long_as_asked(duration, frames, samples):
+    ours = open_sampler(checkpoint(), decoder(), CPU, torch.float32, TWO_STEPS, offload=False)
+    prompt = dataclasses.replace(PROMPT, duration=duration)
+    made = ours.latents(prompt, states())
+    assert made.shape[1] == frames
+    audio = ours.audio(made, prompt)
+    assert audio.shape[1] == (samples or ours.audio(made).shape[1])
+    assert np.abs(audio).max() == pytest.approx(10 ** (-1 / 20), rel=1e-4)
 
 
 class Moving(torch.nn.Module):
@@ -270,9 +312,9 @@ def test_sample_writes_audio_beside_its_prompt_and_the_same_again_for_the_same_s
 def test_guidance_typed_for_turbo_is_said_to_have_no_effect(checkpoints, tmp_path):
     events: list[Event] = []
     sample(sample_config(checkpoints, tmp_path, guidance=7.0), events.append)
-    assert [e.message for e in events if isinstance(e, Notice)] == [
-        "--guidance 7 has no effect: turbo has its guidance built in."
-    ]
+    steps, guidance = [e.message for e in events if isinstance(e, Notice)]
+    assert steps.startswith("--steps 2: turbo was distilled for 8 steps")
+    assert guidance == "--guidance 7 has no effect: turbo has its guidance built in."
 
 
 WRONG = [

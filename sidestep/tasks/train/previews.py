@@ -169,7 +169,7 @@ def _make(run: Run, previews: Previews, is_sharded: bool) -> None:
                     "epoch": epoch,
                     "checkpoint": run.checkpoint.folder.name,
                 }
-                audio = sampler.audio(latents)
+                audio = sampler.audio(latents, prompt)
                 write_take(folder / subfolder / f"{name}.flac", sampler, audio, prompt, metadata)
                 tag = f"previews/{name}/strength {strength:g}"
                 run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)

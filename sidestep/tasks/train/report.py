@@ -105,8 +105,8 @@ def ranks_of(model: PeftModel) -> dict[str, int]:
     found = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
-            ranks = getattr(layer, "r", None) or {}
-            found[to_original(name)] = int(ranks.get("default") or vars(layer)["oft_block_size"]["default"])
+            ranks = vars(layer).get("oft_block_size") or vars(layer)["r"]  # r of an OFT is the number of its blocks
+            found[to_original(name)] = int(ranks["default"])
     return {name: found[name] for name in in_model_order(found)}
 
 

@@ -25,6 +25,7 @@ from sidestep.tasks.train import train
 from sidestep.tasks.train.previews import make_previews, previews_for, prompts_for
 from sidestep.tasks.train.setup import open_accelerator, set_up
 from tests.conftest import FIXTURES
+from tests.tasks.test_sample import filled_up
 from tests.tasks.train.test_processes import FSDP, finish, start
 from tests.training_world import run, settings, write_data
 
@@ -139,17 +140,17 @@ def test_diffusers_own_pipeline_plays_the_final_adapter_as_the_trainers_preview_
         "lyrics": prompt.lyrics,
         "vocal_language": prompt.language,
         "bpm": prompt.bpm,
-        "audio_duration": prompt.duration,
+        "audio_duration": 5.12,
     }
+    filled_up(pipeline, prompt.duration)
     sampling = sampling_for(checkpoint.variant)
     ours = open_sampler(checkpoint, pipeline.transformer, torch.device("cpu"), torch.float32, sampling, offload=False)
 
     def play() -> np.ndarray:
-        return (
-            pipeline(**settings, num_inference_steps=sampling.steps, shift=sampling.shift, latents=ours.noise(prompt))
-            .audios[0]
-            .numpy()
-        )
+        steps = {"num_inference_steps": sampling.steps, "shift": sampling.shift}
+        audio = pipeline(**settings, **steps, latents=ours.noise(prompt)).audios[0].numpy()
+        audio = audio[:, : round(prompt.duration * 48_000)]  # whose peak is to be at -1 dBFS
+        return audio * (10 ** (-1 / 20) / np.abs(audio).max())
 
     def preview(folder: str) -> np.ndarray:
         return soundfile.read(heard[0] / "previews" / folder / "01-tag-song-a.flac", dtype="float32")[0].T

@@ -17,19 +17,28 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sidestep.adapters.attach import attach
 from sidestep.audio.io import write_flac
 from sidestep.events import Event, Notice, Saved
 from sidestep.files import portable
 from sidestep.pages.charts import by_layer
 from sidestep.tasks.train import loop, train
-from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, write_report
+from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, ranks_of, write_report
 from sidestep.tasks.train.run import Point
+from tests.adapters.test_adapters import config as adapter_settings
+from tests.adapters.test_adapters import turbo
 from tests.tasks.train.test_previews import config, tensors
 from tests.training_world import prepared
 
 __all__ = ["tensors"]  # the fixture
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>\"'&amp;\u2028"
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "oft"])
+def test_the_rank_of_an_oft_is_the_size_of_its_blocks(adapter_type):
+    ranks = ranks_of(attach(turbo(), adapter_settings(adapter_type=adapter_type, rank=8)))
+    assert set(ranks.values()) == {8}
 
 
 def values(**changes) -> dict:
