@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sidestep.adapters.names import prefix_of
+from sidestep.adapters.names import parse_key, prefix_of
 from sidestep.adapters.read import (
     AGAIN,
     DIFFUSERS_HEADER,
@@ -95,6 +95,20 @@ WAYS: dict[str, dict[str, Way]] = {
 # Not trained here, but LyCORIS makes it and it is read: as the weight-decomposed LoKr, without ACE-Step's app.
 WAYS["weight-decomposed LoHa"] = WAYS["weight-decomposed LoKr"] | {"ACE-Step's app": Way("merged", "has no such kind")}
 
+# What other programs write, and which programs read it at the strength that it states; Side-Step reads it all.
+OTHERS: dict[str, tuple[str, frozenset[str]]] = {
+    "ACE-Step's trainer, LoKr": (
+        "LyCORIS' names; the modules outside attention and MLP hold no change",
+        frozenset({"ACE-Step's app", "ComfyUI", "LyCORIS", "acestep.cpp"}),
+    ),
+    "ai-toolkit, LoRA": ("`transformer.decoder.…`", frozenset()),
+    "SimpleTuner 1.5": (
+        "`base_model.model.decoder.…`, beside modules of the encoder; the alpha it was trained with is not in the file",
+        frozenset({"acestep.cpp"}),
+    ),
+    "ComfyUI's train node": ("`.diff` of every weight", frozenset({"ComfyUI"})),
+}
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -161,7 +175,7 @@ def by_comfyui(found: Found) -> Strength:
     """ComfyUI: names it knows, and alpha tensors over the ranks of the shapes."""
     if found.kind == "oft":
         return None, OUTPUTS
-    foreign = [key for key in found.keys if not key.startswith(COMFYUI_NAMES)]
+    foreign = [key for key in found.keys if parse_key(key) and not key.startswith(COMFYUI_NAMES)]
     if foreign:
         return None, f"does not know names such as {foreign[0]}: export --format comfyui"
     return _by_alphas(found)
@@ -208,11 +222,14 @@ def by_cpp(found: Found) -> Strength:
     """
     if found.kind == "lora":
         names = ("base_model.model.", "diffusion_model.", "")
-        plain = all(
-            key.removeprefix(prefix_of(key)).removeprefix("decoder.").startswith("layers.") and prefix_of(key) in names
+        known = [
+            key.removeprefix(prefix_of(key)).removeprefix("decoder.").startswith("layers.")
+            and prefix_of(key) in names
+            and ".lora_" in key
             for key in found.keys
-        )
-        if not plain:
+            if (parsed := parse_key(key)) and parsed[1].startswith("lora_")
+        ]
+        if not known or not all(known):
             return None, "does not know these names: export --format peft"
         stated, scales = found.config.get("lora_alpha"), {}
         alpha = int(stated) if isinstance(stated, int | float) and math.isfinite(stated) else 0

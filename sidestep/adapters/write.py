@@ -32,6 +32,7 @@ from sidestep.adapters.adapter import (
 from sidestep.adapters.attach import adapter_of, settings_of
 from sidestep.adapters.layers import KINDS
 from sidestep.adapters.names import comfyui_key, diffusers_key, lycoris_key, peft_key, to_diffusers
+from sidestep.adapters.programs import WAYS
 from sidestep.adapters.read import (
     AGAIN,
     COMFYUI_MAGNITUDES,
@@ -309,13 +310,14 @@ def model_card(adapter: Adapter, card: Card) -> str:
     if card.hints_ratio:
         rows.append(("thinking mode", f"{card.hints_ratio:.0%} of the steps were trained with the app's hints"))
     rows.append(("licence", "(fill in)"))
-    lokr, oft, exact = adapter.kind == "lokr", adapter.kind == "oft", not adapter.has_magnitudes
-    comfyui = f"put `{LOKR_WEIGHTS if lokr else PEFT_WEIGHTS}` into `models/loras` and use *Load LoRA (Model)*"
-    programs = [  # (program, how it loads this folder, whether it can, the format that it needs if not)
-        ("ACE-Step's own app", "choose this folder in the LoRA tab", True, ""),
-        ("ComfyUI", comfyui, exact and not oft, "merged" if oft else "comfyui"),
-        ("diffusers", "`pipe.load_lora_weights(folder)` with `AceStepPipeline`", adapter.kind == "lora", "merged"),
-    ]
+    weights = LOKR_WEIGHTS if adapter.kind == "lokr" else PEFT_WEIGHTS
+    how = {
+        "ACE-Step's app": "choose this folder in the LoRA tab",
+        "ComfyUI": f"put `{weights}` into `models/loras` and use *Load LoRA (Model)*",
+        "diffusers": "`pipe.load_lora_weights(folder)` with `AceStepPipeline`",
+        "acestep.cpp": "name this folder as its adapter",
+    }
+    ways = {program: WAYS[adapter.title][program] for program in how}
     lines = [
         "---",
         f"base_model: {json.dumps(base, ensure_ascii=False)}",
@@ -337,14 +339,14 @@ def model_card(adapter: Adapter, card: Card) -> str:
         "## Use",
         "",
         "The strength is folded into the weights and alpha equals the rank: "
-        "strength 1 is the trained strength everywhere.",
+        "in these programs strength 1 is the trained strength.",
         "",
-        *(f"- {program}: {how}" for program, how, loads, _ in programs if loads),
+        *(f"- {p}: {how[p]}{f'; {way.words}' if way.words else ''}" for p, way in ways.items() if way.is_final),
         *(
-            f"- {program} cannot read this file as it is: "
-            f"`uv run train.py export FOLDER --format {form} --base CHECKPOINT_DIR --output …`"
-            for program, _, loads, form in programs
-            if not loads
+            f"- {p} {way.words.replace('final/', 'this folder')}: `uv run train.py export FOLDER "
+            f"--format {way.form.removesuffix(' --base')} --base CHECKPOINT_DIR --output …`"
+            for p, way in ways.items()
+            if not way.is_final
         ),
     ]
     if card.settings:

@@ -1,0 +1,179 @@
+"""The table of programs is what the programs do, and docs/interop.md is that table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from sidestep.adapters.adapter import Adapter, with_equal_ranks
+from sidestep.adapters.attach import adapter_of
+from sidestep.adapters.programs import OTHERS, RULES, STAYS, WAYS, applied_by_each
+from sidestep.adapters.read import find_adapter, read_adapter
+from sidestep.adapters.write import save_comfyui, save_final, save_lycoris
+from tests import interop_page
+from tests.adapters.test_adapters import turbo
+from tests.adapters.test_foreign_files import official_lokr
+from tests.adapters.test_write import TYPES, base, close, pipeline, trained
+from tests.consumers import (
+    OriginalNames,
+    acestep_cpp_weights,
+    app_lokr_weights,
+    comfyui_weights,
+    diffusers_weights,
+    header_of,
+    lycoris_weights,
+    peft_weights,
+    response,
+    trained_weights,
+)
+
+__all__ = ["pipeline"]  # the fixture
+KINDS = {adapter_of(trained(kind, "self")[1]).title: kind for kind in TYPES}
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a folder that a program which takes files is given."""
+    names = ("lokr_weights.safetensors", "loha_weights.safetensors", "adapter_model.safetensors")
+    return path if path.is_file() else next(path / name for name in names if (path / name).is_file())
+
+
+def in_app(path: Path) -> dict:
+    file = path / "lokr_weights.safetensors"
+    if not file.is_file():
+        return peft_weights(turbo(), path)
+    return app_lokr_weights(turbo(), file, json.loads(header_of(file)["lokr_config"]))
+
+
+def is_exact(program: str, path: Path, expected: dict, pipe) -> bool:
+    """Whether a program computes with the trained weights when it is given a file or folder."""
+    consumers = {
+        "ACE-Step's app": lambda: in_app(path),
+        "ComfyUI": lambda: comfyui_weights(turbo(), weights_file(path)),
+        "diffusers": lambda: diffusers_weights(pipe, path),
+        "peft": lambda: peft_weights(turbo(), path),
+        "LyCORIS": lambda: lycoris_weights(turbo(), weights_file(path)),
+        "acestep.cpp": lambda: acestep_cpp_weights(turbo(), path),
+    }
+    try:
+        close(consumers[program](), expected)
+    except (AssertionError, ValueError, KeyError, OSError, IndexError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("title", KINDS)
+def test_each_way_of_the_table_is_exact_and_final_is_only_where_it_says_so(title, pipeline, tmp_path):
+    settings, model = trained(KINDS[title], "self")
+    expected, final = trained_weights(model, base()), tmp_path / "final"
+    save_final(model, final, settings)
+    adapter = read_adapter(final)
+    for program, way in WAYS[title].items():
+        assert is_exact(program, final, expected, pipeline) == way.is_final, program
+        if way.form == "lycoris":
+            file = save_lycoris(adapter, tmp_path / "l.safetensors")
+            assert is_exact(program, file, expected, pipeline), program
+        if way.form == "comfyui --base":
+            file = save_comfyui(adapter, tmp_path / "c.safetensors", weights=base().get)
+            assert is_exact(program, file, expected, pipeline), program
+
+
+@pytest.mark.parametrize("title", KINDS)
+def test_inspect_says_of_a_final_folder_what_the_table_says(title, tmp_path):
+    settings, model = trained(KINDS[title], "self")
+    save_final(model, tmp_path, settings)
+    for applied in applied_by_each(find_adapter(tmp_path))[1:]:
+        way = WAYS[title][applied.program]
+        if way.is_final:
+            assert applied.strength == (1.0, 1.0), applied
+            assert way.words in applied.note
+        elif applied.strength:
+            assert "not as trained" in applied.note
+            assert f"--format {way.form}" in applied.note
+        else:
+            assert f"--format {way.form}" in applied.note
+
+
+def test_every_program_has_a_rule_and_a_way_for_each_kind():
+    assert all(list(row) == list(RULES) for row in WAYS.values())
+    assert set(KINDS) | {"weight-decomposed LoHa"} == set(WAYS)
+
+
+def test_the_magnitudes_of_a_dora_stay_at_a_strength_of_0_in_the_app(tmp_path):
+    assert WAYS["DoRA"]["ACE-Step's app"].words == STAYS
+    settings, model = trained("dora", "self")
+    save_final(model, tmp_path, settings)
+    loaded = PeftModel.from_pretrained(OriginalNames(turbo()), str(tmp_path)).eval()
+    name = "layers.0.self_attn.q_proj"
+    layer = loaded.base_model.model.get_submodule(name)
+    layer.scaling["default"] = 0.0
+    assert (response(layer) - base()[name]).abs().max() > 1e-3
+
+
+def test_ranks_of_a_map_cost_the_zero_rows_that_make_them_equal_and_come_back_as_they_were(tmp_path):
+    settings, model = trained("lora", "rank map")
+    own = adapter_of(model)
+    save_final(model, tmp_path, settings)
+    file = tmp_path / "adapter_model.safetensors"
+    sizes = [sum(t.numel() for t in factors.values()) for factors in own.modules.values()]
+    filled = [4 * size // own.ranks[name] for size, name in zip(sizes, own.modules, strict=True)]
+    assert sum(t.numel() for t in load_file(file).values()) == sum(filled) > sum(sizes)
+    again = read_adapter(tmp_path)
+    assert again.ranks == own.ranks
+    for name, factors in own.modules.items():
+        assert all(torch.equal(again.modules[name][factor], tensor) for factor, tensor in factors.items())
+    small = save_comfyui(again, tmp_path / "c.safetensors")
+    assert sum(t.numel() for key, t in load_file(small).items() if "alpha" not in key) == sum(sizes)
+
+
+def test_inspect_says_the_strength_of_a_rank_map_that_was_not_filled_up(tmp_path):
+    """As other trainers write it: alpha_pattern is right in peft and ignored by acestep.cpp."""
+    own = adapter_of(trained("lora", "rank map")[1])
+    pattern = {name: rank for name, rank in own.ranks.items() if rank != 4}
+    tensors = {f"base_model.model.{n}.{k}.weight": t for n, f in own.modules.items() for k, t in f.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "rank_pattern": pattern, "alpha_pattern": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    strengths = {applied.program: applied.strength for applied in applied_by_each(find_adapter(tmp_path))}
+    assert strengths["acestep.cpp"] == (1.0, 4.0)
+    assert strengths["peft"] == strengths["ComfyUI"] == (1.0, 1.0)
+    wrong, name = acestep_cpp_weights(turbo(), tmp_path), "layers.2.mlp.down_proj"
+    change = own.modules[name]["lora_B"] @ own.modules[name]["lora_A"]
+    torch.testing.assert_close(wrong[name] - base()[name], 4 * change, rtol=0, atol=1e-5)
+    assert set(with_equal_ranks(own).ranks.values()) == {4}
+
+
+def of_another_program(origin: str, tmp_path: Path, own: Adapter) -> Path:
+    if origin.startswith("ACE-Step"):
+        final = official_lokr(tmp_path, "lokr", frozen=0.0)[0]
+        header = header_of(tmp_path / "final" / "lokr_weights.safetensors")
+        save_file(load_file(final), tmp_path / "x.safetensors", header)
+        return tmp_path / "x.safetensors"
+    prefix = {"ai": "transformer.decoder.", "Si": "base_model.model.decoder.", "Co": "diffusion_model.decoder."}[
+        origin[:2]
+    ]
+    tensors = {}
+    for name, factors in own.modules.items():
+        if origin.startswith("Comfy"):
+            tensors[f"{prefix}{name}.diff"] = factors["lora_B"] @ factors["lora_A"]
+        else:
+            tensors |= {f"{prefix}{name}.{factor}.weight": tensor for factor, tensor in factors.items()}
+    if origin.startswith("Simple"):
+        tensors["base_model.model.encoder.lyric_encoder.embed_tokens.lora_A.weight"] = torch.ones(4, 32)
+        tensors["base_model.model.encoder.lyric_encoder.embed_tokens.lora_B.weight"] = torch.ones(32, 4)
+    save_file(tensors, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+@pytest.mark.parametrize("origin", OTHERS)
+def test_inspect_says_of_other_programs_files_what_the_table_says(origin, tmp_path):
+    path = of_another_program(origin, tmp_path, adapter_of(trained("lora", "uniform")[1]))
+    applied = applied_by_each(find_adapter(path))
+    assert {each.program for each in applied if each.strength} - {"Side-Step"} == OTHERS[origin][1]
+    assert all(each.strength in (None, (1.0, 1.0)) for each in applied)
+
+
+def test_the_page_of_programs_is_up_to_date():
+    assert interop_page.PAGE.read_text(encoding="utf-8") == interop_page.page(), "run: python -m tests.interop_page"

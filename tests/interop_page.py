@@ -1,0 +1,97 @@
+"""docs/interop.md, made from the table in `adapters/programs.py`. `python -m tests.interop_page` writes it."""
+
+from pathlib import Path
+
+from sidestep.adapters.programs import OTHERS, WAYS, Way
+from sidestep.tasks.sample import LEAST_FRAMES, described, sampling_for
+from sidestep.variants import detect
+
+PAGE = Path(__file__).parent.parent / "docs" / "interop.md"
+PROGRAMS = list(WAYS["LoRA"])
+TEXT = """# Which program makes what of an adapter
+
+Made by `python -m tests.interop_page` from `sidestep/adapters/programs.py`; `tests/adapters/test_programs.py` holds
+it against peft, diffusers and LyCORIS themselves and against the rules of ComfyUI and acestep.cpp. `inspect` says the
+same of any file.
+
+## What Side-Step writes
+
+Which form a program applies exactly as it was trained, at strength 1. `final/` is the folder that a run leaves; a
+format is one of `export`'s; merged weights sound the same everywhere.
+
+{ways}
+
+{notes}
+
+What that costs: acestep.cpp divides one alpha by each module's own rank, so a LoRA whose ranks differ (a rank map) is
+filled with zero rows up to its highest rank. A map for 2B with the default budget (44.0 million parameters, 176 MB)
+and a highest rank of 128 on all 264 modules makes a `final/` of 654 MB, with `--rank-max 64` of 327 MB; `--format
+comfyui` and `--format diffusers` keep the ranks as they are. Factors of a LoKr, which are small, stand twice in
+`adapter_model.safetensors`. A DoRA is not filled up, since acestep.cpp ignores its magnitudes anyway.
+
+## What other programs write
+
+Side-Step reads all of these wherever an adapter is given. `yes`: read at the strength that the file states.
+
+{others}
+
+Whether ai-toolkit and SimpleTuner themselves go on from a `final/` was not tried.
+
+## Why the same adapter sounds different: defaults
+
+Compare with the same steps, shift, guidance, seed and prompt. What each takes when nothing is said:
+
+{defaults}
+
+Side-Step and the app fill clips under 5.12 s ({frames} frames) up with silence for the model; diffusers does not. All
+send the mask value 1 for text to music.
+"""
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page() -> str:
+    """The whole text of docs/interop.md."""
+    said: list[str] = []
+
+    def cell(way: Way) -> str:
+        form = "`final/`" if way.is_final else f"`--format {way.form}`"
+        if not way.words:
+            return form
+        if way.words not in said:
+            said.append(way.words)
+        return f"{form} ({said.index(way.words) + 1})"
+
+    ways = table(["kind", *PROGRAMS], [[kind, *map(cell, row.values())] for kind, row in WAYS.items()])
+    others = [
+        [origin, names, *("yes" if p in readers else "no" for p in PROGRAMS)]
+        for origin, (names, readers) in OTHERS.items()
+    ]
+    ours = [
+        [f"Side-Step, {name}", described(sampling_for(detect({"model_version": name}))), "off"]
+        for name in ("turbo", "base", "sft")
+    ]
+    theirs = [
+        ["ACE-Step's app, turbo", "8 steps, shift 3, no guidance", "on once the language model is loaded"],
+        ["ACE-Step's app, base", "32 steps, shift 3, guidance 7", "on once the language model is loaded"],
+        ["ACE-Step's app, sft", "50 steps, shift 3, guidance 7", "on once the language model is loaded"],
+        ["its HTTP API", "8 steps", "off"],
+        ["its Python parameters", "8 steps, shift 1", "as asked"],
+        ["diffusers", "8 steps for every variant", "has none"],
+        ["ComfyUI", "as the nodes of the workflow are set", "as the nodes are set"],
+    ]
+    return TEXT.format(
+        ways=ways,
+        notes="\n".join(f"{number}. {words}" for number, words in enumerate(said, 1)),
+        others=table(["file of", "its names", *PROGRAMS], others),
+        defaults=table(["front end", "sampling", "thinking mode"], ours + theirs),
+        frames=LEAST_FRAMES,
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
