@@ -1,7 +1,7 @@
 """The audio codec in tiles: as exact as in one piece, at the memory of one tile."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,13 @@ def frames_per_second(vae_config: Mapping[str, Any]) -> float:
 
 
 @torch.inference_mode()
-def encode_mean(vae: Any, audio: Tensor, tile_frames: int = TILE_FRAMES) -> Tensor:
+def encode_mean(
+    vae: Any, audio: Tensor, tile_frames: int = TILE_FRAMES, on_tile: Callable[[int], None] = lambda _: None
+) -> Tensor:
     """Mean of the VAE's posterior. audio: [1, 2, S] at the VAE's rate, anywhere → [1, T, D] on the VAE's device.
 
     The mean, because one frozen draw of the posterior would be learnt as if it were music. tile_frames 0: in one piece.
+    on_tile is told how many frames are done after each tile.
     """
     hop = samples_per_frame(vae.config)
     total_frames = audio.shape[-1] // hop
@@ -41,6 +44,7 @@ def encode_mean(vae: Any, audio: Tensor, tile_frames: int = TILE_FRAMES) -> Tens
         stop = audio.shape[-1] if is_last else (start + tile_frames + ENCODER_HALO_FRAMES) * hop
         mean = _mean(vae, audio[..., first * hop : stop])
         tiles.append(mean[:, start - first :] if is_last else mean[:, start - first : start - first + tile_frames])
+        on_tile(min(start + tile_frames, total_frames))
     return torch.cat(tiles, dim=1)
 
 

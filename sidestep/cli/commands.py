@@ -24,9 +24,13 @@ from sidestep.settings.config import (
     SPELLINGS,
     BuildDatasetConfig,
     CompletionConfig,
+    DemoConfig,
+    EstimateConfig,
+    ExportConfig,
     PlanConfig,
     PreprocessConfig,
     PresetsConfig,
+    SampleConfig,
     TrainConfig,
     command_of,
     memory_levers,
@@ -48,6 +52,8 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
             left_out.append(event)
         report(event)
 
+    if "torch" not in sys.modules and type(config) in NEED_TORCH:
+        report(Notice(message="Loading PyTorch."))
     try:
         result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     except (MemoryError, RuntimeError) as error:
@@ -64,6 +70,10 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         terminal.out.write(json.dumps(result, default=lambda v: asdict(v) if is_dataclass(v) else str(v)) + "\n")
     terminal.out.flush()
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
+
+
+# Their code takes seconds to load, before the task can say a word.
+NEED_TORCH = (TrainConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ExportConfig, DemoConfig)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -513,3 +513,12 @@ def test_only_what_is_not_on_yet_is_offered_against_a_lack_of_memory(tmp_path):
     assert "--base-precision int8" in memory_levers(config)
     assert memory_levers(replace(config, batch_size=2))[0] == "--batch-size 1 (with more --gradient-accumulation)"
     assert memory_levers(replace(config, **frugal, offload_encoder=True, chunk_duration=60.0)) == []
+
+
+def test_a_command_says_at_once_that_its_code_takes_a_while_to_load(monkeypatch, capsys):
+    monkeypatch.setattr("sidestep.tasks.sample.sample", lambda config, report: report(Notice(message="Sampled.")))
+    monkeypatch.setattr("sidestep.tasks.history.history", lambda config, report: report(Notice(message="Listed.")))
+    monkeypatch.delitem(sys.modules, "torch")
+    assert main(["sample", "--prompt", "x", "--checkpoint-dir", "."]) == 0
+    assert main(["history"]) == 0
+    assert capsys.readouterr().out.split("\n") == ["Loading PyTorch.", "Sampled.", "Listed.", ""]

@@ -102,7 +102,7 @@ def encode_songs(job: Job, songs: Sequence[tuple[Song, Inspection]], results: Re
                 audio_pass.fail(song, "encode", reason)
                 continue
             try:
-                latents = encoder.encode(decoded)
+                latents = encoder.encode(decoded, partial(audio_pass.begin, song))
             except AudioError as error:  # the second reading of a long song
                 audio_pass.fail(song, "decode", error.reason)
                 continue
@@ -218,20 +218,24 @@ class _AudioEncoder:
         self.job, self.tile_frames = job, TILE_FRAMES
         self.vae: Any = None
 
-    def encode(self, song: Decoded) -> torch.Tensor | None:
-        """Latents [T, D] fp32 on the CPU; None when they are not finite.
+    def encode(self, song: Decoded, tell: Callable[[float], None]) -> torch.Tensor | None:
+        """Latents [T, D] fp32 on the CPU; None when they are not finite. tell: gets the seconds that are encoded.
 
         Raises AudioError when a long song cannot be read again, JobError when there is no memory for the smallest tile.
         """
         hop = samples_per_frame(self.job.checkpoint.vae_config())
-        latents = [
-            self._encode(audio * np.float32(song.gain))[first:end]
-            for audio, first, end in segments(song.pieces, SEGMENT_FRAMES, ENCODER_HALO_FRAMES, hop)
-        ]
+        latents, done = [], 0
+        for audio, first, end in segments(song.pieces, SEGMENT_FRAMES, ENCODER_HALO_FRAMES, hop):
+            before = done - first
+            part = self._encode(
+                audio * np.float32(song.gain), lambda n, before=before: tell((before + n) * hop / SAMPLE_RATE)
+            )
+            latents.append(part[first:end])
+            done += len(latents[-1])
         whole = torch.cat(latents)
         return whole if bool(torch.isfinite(whole).all()) else None
 
-    def _encode(self, audio: np.ndarray) -> torch.Tensor:
+    def _encode(self, audio: np.ndarray, on_tile: Callable[[int], None]) -> torch.Tensor:
         """The same of one segment, audio [2, S]."""
         device = self.job.device
         if self.vae is None:
@@ -240,7 +244,7 @@ class _AudioEncoder:
             self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute]
         while True:
             try:
-                return encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames)[0].float().cpu()
+                return encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames, on_tile)[0].float().cpu()
             except torch.OutOfMemoryError as error:
                 if self.tile_frames <= SMALLEST_TILE_FRAMES:
                     raise JobError(

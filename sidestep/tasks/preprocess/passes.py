@@ -12,6 +12,7 @@ from sidestep.errors import ExitStatus
 from sidestep.events import FileFailed, Notice, Progress, Report
 from sidestep.tasks.preprocess.job import FULL, Failure, Inspection, Job, Stage, WorkFolder, disk_full
 from sidestep.tasks.preprocess.songs import Song
+from sidestep.words import clock
 
 WRITES_BEHIND = 4
 
@@ -108,19 +109,19 @@ class Pass:
             else:
                 self.end(song, worked=False)
 
-    def begin(self, song: Song) -> None:
-        """A song is being worked on."""
-        elapsed = time.monotonic() - self._started
-        rate = self._worked / elapsed if self._worked and elapsed > 0 else None
+    def begin(self, song: Song, done: float = 0.0) -> None:
+        """A song is being worked on. done: seconds of it that are through."""
+        elapsed, worked = time.monotonic() - self._started, self._worked + done
+        rate = worked / elapsed if worked and elapsed > 0 else None
         self.results.report(
             Progress(
                 task=self.task,
                 done=self._through,
                 total=self._total,
-                current=song.name,
+                current=f"{song.name}, {clock(done)}" if done else song.name,
                 rate=rate,
                 unit=self.unit,
-                eta_seconds=max(self._left, 0.0) / rate if rate else None,
+                eta_seconds=max(self._left - done, 0.0) / rate if rate else None,
             )
         )
 

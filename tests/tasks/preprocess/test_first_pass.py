@@ -7,7 +7,10 @@ import weakref
 
 import pytest
 
+from sidestep.events import Progress
+from sidestep.tasks.preprocess import first_pass, preprocess
 from sidestep.tasks.preprocess.first_pass import ahead
+from tests.preprocessing import Events, job, make_library
 
 
 class Watched:
@@ -91,3 +94,15 @@ def test_leaving_early_stops_what_has_not_begun():
     count = len(begun)
     time.sleep(0.05)
     assert len(begun) == count < 10
+
+
+def test_a_long_song_says_how_far_it_is_also_across_its_segments(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_pass, "TILE_FRAMES", 20)
+    monkeypatch.setattr(first_pass, "SEGMENT_FRAMES", 60)
+    library, events = make_library(tmp_path / "lib", ["a.wav"], seconds=6.0), Events()  # 150 frames
+    preprocess(job(library, tmp_path / "out"), events)
+    audio = [event for event in events.of(Progress) if event.task == "Pass 1: audio"]
+    parts = [int(event.current.removeprefix("a.wav, 0:0")) for event in audio if event.rate and event.done == 0]
+    assert parts == sorted(parts)
+    assert set(parts) == set(range(1, 7))
+    assert all(event.eta_seconds is None or event.eta_seconds >= 0 for event in audio)

@@ -81,7 +81,7 @@ def test_conditions_equal_the_original_models_for_a_song_of_the_goldens_duration
 ):
     variant, tensors = golden
     monkeypatch.setattr(
-        latents, "encode_mean", lambda vae, audio, tile_frames: torch.zeros(1, audio.shape[-1] // 1920, 8)
+        latents, "encode_mean", lambda vae, audio, tile_frames, *more: torch.zeros(1, audio.shape[-1] // 1920, 8)
     )  # of no concern to conditions
     preprocess(job(golden_library, tmp_path / "out", model_variant=variant), null)
     for i, case in enumerate(golden_cases):
@@ -320,11 +320,11 @@ def test_an_interrupted_first_pass_goes_on_where_it_stopped(
 ):
     encoded = []
 
-    def counting(vae, audio, tile_frames):
+    def counting(vae, audio, tile_frames, *more):
         encoded.append(audio.shape)
         if len(encoded) == 3:
             raise KeyboardInterrupt
-        return encode_mean(vae, audio, tile_frames)
+        return encode_mean(vae, audio, tile_frames, *more)
 
     monkeypatch.setattr(latents, "encode_mean", counting)
     with pytest.raises(Interrupted) as caught:
@@ -458,8 +458,8 @@ def test_a_song_shorter_than_a_latent_frame_fails_alone(library: Path, tmp_path:
 
 
 def test_latents_that_are_no_numbers_are_never_saved(library: Path, tmp_path: Path, monkeypatch):
-    def broken(vae, audio, tile_frames):
-        return encode_mean(vae, audio, tile_frames) * (float("nan") if audio.shape[-1] == 48000 else 1)
+    def broken(vae, audio, tile_frames, *more):
+        return encode_mean(vae, audio, tile_frames, *more) * (float("nan") if audio.shape[-1] == 48000 else 1)
 
     monkeypatch.setattr(latents, "encode_mean", broken)
     soundfile.write(library / "a.wav", tone(1.0), 48000)

@@ -42,11 +42,11 @@ def work(library: Path, output: Path, log: Path, environment: dict[str, str]) ->
     os.environ.update(environment)
     names = {digest(decode(library / name)): name for name in SONGS}
 
-    def logging_encode(vae, audio, tile_frames):
+    def logging_encode(vae, audio, tile_frames, *more):
         name = names[digest(audio[0].numpy())]
         write("encoded", name, (output / f"{name}.pt").exists())
         time.sleep(0.01)  # wide enough a moment to be hit by a kill
-        return encode_mean(vae, audio, tile_frames)
+        return encode_mean(vae, audio, tile_frames, *more)
 
     def write(*words) -> None:
         with log.open("a", encoding="utf-8") as f:
