@@ -40,10 +40,15 @@ TENTH = SAMPLE_RATE // 10
 
 
 class LevelMeter:
-    """Length, peak and integrated loudness (ITU-R BS.1770-4) of a song, of which only one piece need be in memory."""
+    """Length, peak and integrated loudness (ITU-R BS.1770-4) of a song, of which only one piece need be in memory.
 
-    def __init__(self) -> None:
-        self.samples, self.peak = 0, 0.0
+    Loudness takes most of the time, and is left out where `mode`, the one that `gain` will be asked for, needs none.
+    """
+
+    def __init__(self, mode: str = "lufs") -> None:
+        if mode not in ("none", "peak", "lufs"):
+            raise ValueError(f"normalization {mode!r}: must be none, peak or lufs")
+        self.mode, self.samples, self.peak = mode, 0, 0.0
         # K-weighting.
         self._filters = (
             IIRfilter(4.0, 0.5**0.5, 1500.0, SAMPLE_RATE, "high_shelf"),
@@ -57,6 +62,8 @@ class LevelMeter:
         """Hear the next piece, float32 [2, n] at 48 kHz."""
         self.samples += piece.shape[1]
         self.peak = max(self.peak, float(np.abs(piece).max(initial=0.0)))
+        if self.mode != "lufs":
+            return
         for i, weighting in enumerate(self._filters):
             piece, self._states[i] = lfilter(weighting.b, weighting.a, piece, zi=self._states[i])
         piece = np.concatenate((self._rest, piece), axis=1)
@@ -64,7 +71,6 @@ class LevelMeter:
         self._powers.append(np.square(piece[:, :whole]).reshape(2, -1, TENTH).mean(axis=2).sum(axis=0))
         self._rest = piece[:, whole:]
 
-    @property
     def loudness_lufs(self) -> float:
         """LUFS; -inf where every block of 0.4 s is below the gate or there is none."""
         tenths = np.concatenate(self._powers)
@@ -77,20 +83,20 @@ class LevelMeter:
         gated = audible[audible > audible.mean() / 10]
         return float(-0.691 + 10 * np.log10(gated.mean()))
 
-    def gain(self, mode: str) -> float:
+    def gain(self) -> float:
         """The factor that brings the song to its level.
 
         none: 1. peak: the highest sample stands at -1 dBFS. lufs: -14 LUFS, but never above a peak of -1 dBFS, so a
         dynamic song stays below -14 rather than clip. Silence stays as it is, and with lufs also what is too short
         (0.4 s) or too quiet (-70 LUFS) to measure.
         """
-        if mode not in ("none", "peak", "lufs"):
-            raise ValueError(f"normalization {mode!r}: must be none, peak or lufs")
-        loudness = self.loudness_lufs
-        if mode == "none" or not self.peak or (mode == "lufs" and loudness == -np.inf):
+        loudness = self.loudness_lufs() if self.mode == "lufs" else None
+        if self.mode == "none" or not self.peak or loudness == -np.inf:
             return 1.0
-        to_peak_db = PEAK_DBFS - 20 * np.log10(self.peak)
-        return float(10 ** ((min(LOUDNESS_LUFS - loudness, to_peak_db) if mode == "lufs" else to_peak_db) / 20))
+        gain_db = PEAK_DBFS - 20 * np.log10(self.peak)
+        if loudness is not None:
+            gain_db = min(LOUDNESS_LUFS - loudness, gain_db)
+        return float(10 ** (gain_db / 20))
 
 
 VERSION = 1  # of the results: raised whenever they change

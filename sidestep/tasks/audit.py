@@ -135,7 +135,8 @@ def measure_pieces(info: AudioInfo, pieces: Iterable[np.ndarray]) -> Measurement
             power = np.abs(np.fft.rfft(piece[:, end - SHAPE_SAMPLES : end].mean(axis=0) * SHAPE_WINDOW)) ** 2
             bands = (power[a:b].mean() for a, b in itertools.pairwise(SHAPE_EDGES))
             shape += [round(10 * float(np.log10(band + 1e-6))) for band in bands]
-    seconds, envelope = meter.samples / SAMPLE_RATE, np.concatenate(peaks).clip(0, 1)
+    seconds, loudness = meter.samples / SAMPLE_RATE, meter.loudness_lufs()
+    envelope = np.concatenate(peaks).clip(0, 1)
     starts = np.unique(np.linspace(0, len(envelope), ENVELOPE_POINTS + 1).astype(int)[:-1])
     return Measurement(
         seconds=seconds,
@@ -144,7 +145,7 @@ def measure_pieces(info: AudioInfo, pieces: Iterable[np.ndarray]) -> Measurement
         format=info.format,
         cut_short=is_cut_short(info, seconds),
         peak_db=20 * float(np.log10(max(meter.peak, 1e-6))),
-        loudness_lufs=meter.loudness_lufs if np.isfinite(meter.loudness_lufs) else None,
+        loudness_lufs=loudness if np.isfinite(loudness) else None,
         silence=float(np.concatenate(silent).mean()),
         clipped=clipped,
         sound=digest.hexdigest(),

@@ -126,7 +126,7 @@ def decode_song(job: Job, audio_pass: Pass, song: Song) -> Decoded | None:
     promised = probe(song.source)
     content = content_hash(song.source)
     limit = job.config.max_duration
-    meter, held = LevelMeter(), []
+    meter, held = LevelMeter(job.config.normalize), []
     for piece in stream(song.source, limit):
         meter.add(piece)
         if meter.samples <= HELD_SECONDS * SAMPLE_RATE:
@@ -148,8 +148,8 @@ def decode_song(job: Job, audio_pass: Pass, song: Song) -> Decoded | None:
             f"{seconds:.0f} s long; the model was made for {MODEL_SECONDS:.0f} s, {beyond} latent frames fewer. "
             f"Use --max-duration {MODEL_SECONDS:.0f}, or train on windows with --chunk-duration."
         )
-    gain = meter.gain(job.config.normalize)
-    return Decoded(held or again(song.source, limit, stat), gain, seconds, content, stat, tuple(warnings))
+    pieces = held or again(song.source, limit, stat)
+    return Decoded(pieces, meter.gain(), seconds, content, stat, tuple(warnings))
 
 
 def again(path: Path, limit: float, stat: list[int]) -> Iterator[np.ndarray]:

