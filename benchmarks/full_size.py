@@ -57,15 +57,6 @@ IMPORTS = (
 )
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A command to rehearse. planned: bytes of tensors that the planner says, 0 where it says nothing."""
-
-    name: str
-    words: tuple[str, ...]
-    planned: int = 0
-
-
 def random_tensors(model_class: type[nn.Module], sizes: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Names in the original layout and random bf16 tensors of a part, one by one."""
     with torch.device("meta"):
@@ -132,121 +123,54 @@ def write_song(folder: Path, name: str, seconds: float) -> None:
     (folder / f"{name}.lyrics.txt").write_text("[Verse]\n" + "and so on and on it goes\n" * 20, encoding="utf-8")
 
 
-def phases(folder: Path, size: str) -> list[Phase]:
-    """Every command, on songs of 60 and 5 s; the long one is trained whole, the levers are tried on the short one."""
-    variant, sizes = SIZES[size]
-    model = ("--checkpoint-dir", str(folder / "checkpoints"), "--model-variant", variant, "--device", "cpu")
-    bf16 = ("--precision", "bf16")
-
-    def tensors(seconds: int) -> str:
-        return str(folder / f"tensors {seconds} s {size}")
-
-    def train(name: str, seconds: int, *more: str) -> Phase:
-        asked = ("--model-variant", variant, "--rank", "64", *more)
-        words = (
-            "fixed",
-            *model,
-            *bf16,
-            "--dataset-dir",
-            tensors(seconds),
-            "--output-dir",
-            str(folder / f"run {name} {size}"),
-        )
-        planned = planned_bytes(tensors(seconds), model[:2], asked)
-        return Phase(
-            f"train {name}",
-            (*words, *more, "--gradient-accumulation", "1", "--epochs", "2", "--save-every", "1"),
-            planned,
-        )
-
-    passes = max(first_pass_peak(torch.bfloat16, 60.0), second_pass_peak(sizes, torch.bfloat16))
-    found = [
-        Phase(
-            f"preprocess {seconds} s",
-            (
-                "preprocess",
-                *model,
-                *bf16,
-                "--audio-dir",
-                str(folder / f"songs {seconds} s"),
-                "--tensor-output",
-                tensors(seconds),
-            ),
-            passes if seconds == 60 else 0,
-        )
-        for seconds in (5, 60)
-    ]
-    run = folder / f"run 5 s {size}"
-    final = str(run / "final")
-    found += [
-        train("60 s", 60),
-        train("5 s", 5),
-        train("5 s, int8", 5, "--base-precision", "int8"),
-        train("5 s, nf4", 5, "--base-precision", "nf4"),
-        train("5 s, swapped", 5, "--swap-blocks", "12"),
-    ]
-    resumed = train("5 s", 5)
-    found += [
-        Phase("resume 5 s", (*resumed.words, "--resume-from", "latest", "--epochs", "3"), resumed.planned),
-        Phase(
-            "estimate 5 s",
-            (
-                "estimate",
-                *model,
-                *bf16,
-                "--dataset-dir",
-                tensors(5),
-                "--batches",
-                "1",
-                "--output",
-                str(run / "map.json"),
-            ),
-        ),
-        Phase(
-            "sample 5 s",
-            (
-                "sample",
-                *model,
-                *bf16,
-                "--adapter",
-                final,
-                "--prompt",
-                "noise",
-                "--duration",
-                "5",
-                "--strength",
-                "1",
-                "--output",
-                str(run),
-            ),
-        ),
-        Phase(
-            "export merged",
-            (
-                "export",
-                "--checkpoint-dir",
-                model[1],
-                "--model-variant",
-                variant,
-                "--adapter",
-                final,
-                "--output",
-                str(run / "merged"),
-                "--format",
-                "merged",
-            ),
-        ),
-    ]
-    return found
+LEVERS = {
+    "60 s": "",
+    "5 s": "",
+    "5 s int8": "--base-precision int8",
+    "5 s nf4": "--base-precision nf4",
+    "5 s swapped": "--swap-blocks 12",
+}
+TRAIN = "fixed --dataset-dir tensors --output-dir run --gradient-accumulation 1 --save-every 1"
 
 
-def planned_bytes(tensors: str, checkpoint: tuple[str, ...], asked: tuple[str, ...]) -> int:
-    """Bytes of tensors at the peak of a step, as `plan` says for the songs at hand; 0 before there are any."""
-    if not Path(tensors).is_dir():
+def phases() -> dict[str, str]:
+    """Every command by the name of its row, with words that stand for folders.
+
+    The long song is trained whole, the levers are tried on the short one.
+    """
+    found = {f"preprocess {s} s": "preprocess --audio-dir songs --tensor-output tensors" for s in (5, 60)}
+    found |= {f"train {name}": f"{TRAIN} --epochs 2 {lever}" for name, lever in LEVERS.items()}
+    return found | {
+        "resume 5 s": f"{TRAIN} --epochs 3 --resume-from latest",
+        "estimate 5 s": "estimate --dataset-dir tensors --batches 1 --output map",
+        "sample 5 s": "sample --adapter final --prompt noise --duration 5 --strength 1 --output run",
+        "export merged": "export --adapter final --output merged --format merged",
+    }
+
+
+def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
+    """The words of a phase's command, folders put in."""
+    seconds = "60" if " 60 s" in name else "5"
+    run = folder / f"run {name.partition(' ')[2] if name.startswith('train') else '5 s'} {size}"
+    places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {size}", "run": run}
+    places |= {"final": run / "final", "map": run / "map.json", "merged": run / "merged"}
+    words = tuple(str(places.get(word, word)) for word in line.split())
+    model = ("--checkpoint-dir", str(folder / "checkpoints"), "--model-variant", SIZES[size][0])
+    return (*words, *model, *(() if "export" in words else ("--device", "cpu", "--precision", "bf16")))
+
+
+def planned_bytes(folder: Path, size: str, name: str) -> int:
+    """Bytes of tensors at a phase's peak as the planner says them; 0 where it says nothing."""
+    if name == "preprocess 60 s":
+        passes = first_pass_peak(torch.bfloat16, 60.0), second_pass_peak(SIZES[size][1], torch.bfloat16)
+        return max(passes)
+    if not name.startswith(("train", "resume")):
         return 0
-    words = ("plan", *checkpoint, *asked, "--precision", "bf16", "--dataset-dir", tensors, "--json")
+    lever = LEVERS[name.partition(" ")[2]]
+    words = words_of(folder, size, name, f"plan --dataset-dir tensors --json {lever}")
+    asked = tuple(word for word in words if word not in ("--device", "cpu"))
     done = subprocess.run(
-        command(words), capture_output=True, text=True, encoding="utf-8", env=environment(), check=True
+        command(asked), capture_output=True, text=True, encoding="utf-8", env=environment(), check=True
     )
     return json.loads(done.stdout)["asked"]["peak_bytes"]["total"]
 
@@ -321,18 +245,15 @@ def main() -> None:
     stored = options.output / "full_size.json"
     tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     before = watch([sys.executable, "-c", IMPORTS]).peak
-    names = [phase.name for phase in phases(options.folder, options.size)]
-    for name in names:
+    for name, line in phases().items():
         if not name.startswith(tuple(options.only)):
             continue
-        # asked again for each: the planner looks at what the phases before have made
-        phase = next(phase for phase in phases(options.folder, options.size) if phase.name == name)
         print(f"== {name}", flush=True)
-        seen = watch(command(("--plain", *phase.words)))
+        seen = watch(command(("--plain", *words_of(options.folder, options.size, name, line))))
         row: dict[str, Any] = {"phase": name, "status": seen.status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
-        if phase.planned:
-            row |= {"planned GiB": phase.planned / GIB, "planned over measured": phase.planned / (seen.peak - before)}
+        if planned := planned_bytes(options.folder, options.size, name):
+            row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - before)}
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
         table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
