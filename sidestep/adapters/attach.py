@@ -15,13 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sidestep.adapters.adapter import (
-    MAGNITUDE,
     MERGE_INSTEAD,
     Adapter,
     kind_of,
     lokr_settings,
     most_common,
     scaled,
+    shape_of,
 )
 from sidestep.adapters.layers import KINDS, Targets
 from sidestep.adapters.names import (
@@ -292,34 +292,36 @@ def start_from(model: PeftModel, path: Path) -> Adapter:
     state = adapter_state(model)
     keys = {parse_key(key): key for key in state}
     for name, factors in found.modules.items():
+        if (shape := shape_of(factors)) != (wanted := shape_of(own.modules[name])):
+            raise UserError(
+                f"{where}: {name} is made for a weight of shape {list(shape)}, this run's has {list(wanted)}.",
+                "Choose the model that it was trained on with --model-variant.",
+            )
         if found.kind != "oft":
             factors = scaled(factors, 1 / _layer(model, name).scaling["default"])
         for factor, tensor in factors.items():
             key = keys.get((name, factor))
-            if key is None:
-                raise UserError(
-                    f"{where}: {name} is factored otherwise than in this run.",
-                    "Use its --rank, --lokr-factor and --lokr-decompose-both",
-                )
-            state[key] = _extended(tensor, state[key], factor, f"{where}: {name}")
+            axis = {"lora_A": 0, "lora_B": 1}.get(factor)
+            missing = 0 if key is None or axis is None else state[key].shape[axis] - tensor.shape[axis]
+            if key is None or missing < 0 or (axis is None and tensor.shape != state[key].shape):
+                raise UserError(f"{where}: {name} is factored otherwise than in this run.", fitting_flags(found))
+            tensor = tensor.to(state[key])
+            if missing and axis is not None:  # the ranks that a LoRA lacks: rows as they were drawn, columns of zeros
+                rest = state[key].narrow(axis, tensor.shape[axis], missing)
+                tensor = torch.cat([tensor, rest if axis == 0 else torch.zeros_like(rest)], dim=axis)
+            state[key] = tensor
     load_adapter_state(model, state)
     return replace(found, placeholder=None)
 
 
-def _extended(tensor: Tensor, own: Tensor, factor: str, where: str) -> Tensor:
-    """A factor in the shape, dtype and device of `own`: a LoRA's with the ranks it lacks; UserError for others."""
-    tensor = tensor.to(own.device, own.dtype)
-    if tensor.shape == own.shape:
-        return tensor
-    axis = {"lora_A": 0, "lora_B": 1}.get(factor)
-    if axis is not None and tensor.shape[1 - axis] == own.shape[1 - axis]:
-        have, want = tensor.shape[axis], own.shape[axis]
-        if have > want:
-            raise UserError(f"{where} has rank {have}, more than the run's {want}.", f"Add --rank {have}")
-        rest = own.narrow(axis, have, want - have)
-        return torch.cat([tensor, rest if factor == "lora_A" else torch.zeros_like(rest)], dim=axis)
-    what = "magnitudes" if factor == MAGNITUDE else factor
-    raise UserError(
-        f"{where}: {what} has shape {list(tensor.shape)}, this run's has {list(own.shape)}.",
-        "Use the --rank (LoKr: --lokr-factor too) and the model variant it was trained with.",
-    )
+def fitting_flags(adapter: Adapter) -> str:
+    """What to type for a run whose layers have the adapter's factors. Raises UserError where no settings do."""
+    if adapter.kind == "lora":
+        return f"Add --rank {max(adapter.ranks.values())}"
+    ranks, flags = adapter.ranks, ""
+    if adapter.kind == "lokr":
+        lokr = lokr_settings(adapter)
+        ranks, flags = lokr.ranks, f" --lokr-factor {lokr.factor}" + " --lokr-decompose-both" * lokr.decompose_both
+    rank, others = most_common(ranks)
+    own = ", with the rank map that it was trained with beside the tensors" if others else ""
+    return f"Add --rank {rank}{flags}{own}"

@@ -87,6 +87,10 @@ def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, t
         {"algo": "loha"},
         {"algo": "loha", "rs_lora": True},
         {"algo": "loha", "use_scalar": True},
+        {"algo": "loha", "dora_wd": True},
+        {"algo": "lokr", "factor": 2, "decompose_both": True, "linear_dim": 1, "rs_lora": True, "use_scalar": True},
+        {"algo": "lokr", "full_matrix": True, "dora_wd": True},
+        {"algo": "lokr", "factor": 2, "unbalanced_factorization": True, "dora_wd": True, "rs_lora": True},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )

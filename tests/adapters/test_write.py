@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -438,3 +439,41 @@ def test_older_side_step_folders_are_read_at_the_strength_their_config_says(nest
         found.adapter().modules["layers.1.self_attn.q_proj"]["lora_B"],
         own.modules["layers.1.self_attn.q_proj"]["lora_B"] * 0.5,
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "run", "flags"),
+    [
+        ("lokr low rank", {"adapter_type": "lokr"}, {"rank": 2, "lokr_factor": 2}),
+        ("lokr low rank", {"adapter_type": "lokr", "lokr_factor": 4, "rank": 2}, {"rank": 2, "lokr_factor": 2}),
+        ("lokr low rank", {"adapter_type": "lokr", "lokr_factor": 2, "rank": 3}, {"rank": 2, "lokr_factor": 2}),
+        (
+            "lokr both low rank",
+            {"adapter_type": "lokr"},
+            {"rank": 1, "lokr_factor": 4, "lokr_decompose_both": True},
+        ),
+        ("loha", {"adapter_type": "loha", "rank": 3}, {"rank": 4}),
+        ("oft", {"adapter_type": "oft", "rank": 8}, {"rank": 4}),
+    ],
+)
+def test_an_adapter_factored_otherwise_says_the_flags_that_fit_and_they_do(kind, run, flags, tmp_path):
+    own, model = trained(kind, "uniform")
+    save_final(model, tmp_path, own)
+    with pytest.raises(UserError, match="factored otherwise") as refused:
+        start_from(attach(turbo(), config(**run)), tmp_path)
+    said = dict(re.findall(r"--([a-z-]+)(?: (-?\d+))?", refused.value.fix))
+    named = {name.replace("-", "_"): int(value) if value else True for name, value in said.items()}
+    assert {**flags, **named} == named
+    again = attach(turbo(), config(**{**run, **named})).eval()
+    start_from(again, tmp_path)
+    close_velocities(again, model)
+
+
+def test_an_adapter_of_another_size_is_told_apart_from_one_factored_otherwise(tmp_path):
+    adapter = adapter_of(trained("lokr", "uniform")[1])
+    for factors in adapter.modules.values():
+        factors["lokr_w2"] = torch.cat([factors["lokr_w2"], factors["lokr_w2"]])
+    save_comfyui(adapter, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="made for a weight of shape") as refused:
+        start_from(attach(turbo(), config(adapter_type="lokr")), tmp_path / "x.safetensors")
+    assert "--model-variant" in refused.value.fix
