@@ -416,7 +416,9 @@ def restore_state(run: Run, saved: SavedRun) -> None:
         ]
     run.history = History.from_values(state["history"])
     if not run.is_main:
-        run.history.loss_sum, run.history.samples = 0.0, 0  # the first process holds those of all
+        empty = History()  # the first process holds those of all
+        run.history.loss_sum, run.history.samples = empty.loss_sum, empty.samples
+        run.history.bin_loss, run.history.bin_count = empty.bin_loss, empty.bin_count
     run.position = saved.position
 
     scheduler, step, lr_before = run.scheduler, run.position.step, optimizer.param_groups[0]["lr"]

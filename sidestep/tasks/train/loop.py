@@ -15,6 +15,7 @@ import torch
 
 from sidestep.acestep.device import peak_memory_bytes
 from sidestep.data.batches import StepPlan, collate
+from sidestep.data.records import RecordError
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
@@ -118,6 +119,8 @@ def run_loop(run: Run) -> None:
             if is_whole:
                 history.close_epoch()
                 run.position = Position(done, 0, run.position.step)
+            else:  # before it is judged: a run that goes on judges the epoch once, when it is whole
+                save_checkpoint(run, f"step_{run.position.step:06d}")
             is_best = update_best(run, done)
             stops_early = has_waited_enough(run)
             run.tensorboard.flush()
@@ -125,9 +128,7 @@ def run_loop(run: Run) -> None:
 
             if is_best and config.save_best:
                 save_best(run)
-            if not is_whole:
-                save_checkpoint(run, f"step_{run.position.step:06d}")
-            elif done % config.save_every == 0 or run.position.step == run.total_steps or stops_early:
+            if is_whole and (done % config.save_every == 0 or run.position.step == run.total_steps or stops_early):
                 save_checkpoint(run, f"epoch_{done:04d}")
             if run.previews and config.preview_every and is_whole and done % config.preview_every == 0:
                 make_previews(run, run.previews)
@@ -175,12 +176,14 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
 
 
 def try_optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
-    """An optimizer step. Raises JobError when memory runs out in it, after saving what is trained so far."""
+    """An optimizer step. Raises JobError when memory runs out or a record is gone, after saving what is trained."""
     try:
         optimizer_step(run, plan, metrics)
         return
     except torch.OutOfMemoryError as error:
         problem = out_of_memory(run, plan, error)
+    except RecordError as error:
+        problem = error
     # From here on the handler's traceback no longer holds the batch's tensors.
     if run.processes.count == 1 and run.position.step:  # others would have to take part, and they do not know
         run.optimizer.zero_grad(set_to_none=True)
@@ -251,9 +254,13 @@ def log(run: Run, metrics: Metrics) -> None:
 
 
 def add_up_processes(run: Run) -> None:
-    """Put the losses of the epoch that each process has seen together."""
-    total, samples = run.processes.sum([run.history.loss_sum, float(run.history.samples)])
-    run.history.loss_sum, run.history.samples = total, int(samples)
+    """Put together what each process has seen: the epoch's loss everywhere, losses by timestep in the first one."""
+    history, bins = run.history, len(run.history.bin_loss)
+    own = [history.loss_sum, float(history.samples), *history.bin_loss, *map(float, history.bin_count)]
+    history.loss_sum, samples, *by_timestep = run.processes.sum(own)
+    history.samples = int(samples)
+    shown = by_timestep if run.is_main else [0.0] * 2 * bins
+    history.bin_loss, history.bin_count = shown[:bins], list(map(int, shown[bins:]))
 
 
 def save_and_exit(run: Run, metrics: Metrics) -> None:

@@ -21,6 +21,7 @@ from sidestep.events import Decision, FileFailed, Finished, Notice, Saved, StepD
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
 from sidestep.tasks.train import loop, train
+from sidestep.tasks.train import songs as songs_module
 from sidestep.tasks.train.checkpoints import complete_checkpoints
 from sidestep.tasks.train.objective import Objective
 from tests.training_world import CHECKPOINTS, Log, adapter, record, run, settings, write_data
@@ -257,6 +258,36 @@ def test_records_of_another_variant_are_refused(data, tmp_path):
     assert "train.py preprocess" in refused.value.fix
     same = open_checkpoint(CHECKPOINTS, "turbo").identity("condition_encoder")
     run(settings(write_data(tmp_path / "same", checkpoint_identity=same), tmp_path / "fits", epochs=1))
+
+
+@pytest.mark.parametrize(("part", "title"), [("vae", "VAE"), ("text_encoder", "text encoder")])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_records_of_another_vae_or_text_encoder_are_refused_for_that_part(data, tmp_path, part, title, everywhere):
+    def made_by(identity: str) -> dict:
+        return {"audio": {"vae": identity, "content": "x"}, "text": {}} if part == "vae" else {"text": {part: identity}}
+
+    own = open_checkpoint(CHECKPOINTS, "turbo").identity(part)
+    for number, identity in enumerate(["of another"] * 2 if everywhere else [own, "of another"]):
+        save_record(tmp_path / "mixed" / f"{number}.pt", record(number, 30, fingerprint=made_by(identity)))
+    with pytest.raises(UserError, match=f"whose {title} differs") as refused:
+        run(settings(tmp_path / "mixed", tmp_path / "run"))
+    assert f"{2 if everywhere else 1} of 2 songs" in refused.value.problem
+    save_record(tmp_path / "own" / "0.pt", record(1, 30, fingerprint=made_by(own)))
+    run(settings(tmp_path / "own", tmp_path / "fits", epochs=1))
+
+
+def test_a_record_that_changes_under_a_run_stops_it_after_a_save(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(songs_module, "MEMORY_SHARE", 10**12)  # nothing is kept in memory
+
+    def act(event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            for path in data.glob("*.pt"):
+                save_record(path, record(9, 30))
+
+    config = settings(data, tmp_path / "run", epochs=2)
+    with pytest.raises(JobError, match="was changed while"):
+        run(config, act)
+    assert [path.name for path in complete_checkpoints(config.output_dir)] == ["step_000001"]
 
 
 def test_records_of_other_sizes_are_refused(data, tmp_path):

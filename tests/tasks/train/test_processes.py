@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidestep.tasks.train.checkpoints import complete_checkpoints
+from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
 from tests.training_world import adapter, run, settings, write_data
 
 pytestmark = pytest.mark.slow
@@ -87,6 +87,9 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
         start(data, tmp_path / "two", environment, adapter_type=kind, gradient_accumulation=1, **CHANGES),
         environment is FSDP,
     )
+    (alone, _), (both, _) = (read_checkpoint(complete_checkpoints(tmp_path / n)[-1]) for n in ("one", "two"))
+    assert both["history"]["bin_count"] == alone["history"]["bin_count"]  # of both processes' samples
+    assert both["history"]["bin_loss"] == pytest.approx(alone["history"]["bin_loss"], rel=1e-3)
     for folder in ("final", "ema"):
         assert largest_difference(tmp_path / "one" / folder, tmp_path / "two" / folder) < 1e-5
     losses = [

@@ -207,6 +207,49 @@ def test_songs_that_are_not_those_of_the_run_are_named(finished, tmp_path):
     assert "--init-from" in refused.value.fix
 
 
+def test_changed_hints_and_changed_words_of_windows_are_refused_and_named(tmp_path):
+    data = write_data(tmp_path / "data", (60, 60), hints=True, lyrics=LYRICS)
+    config = settings(data, tmp_path / "run", epochs=1, chunk_duration=1.0, hints_ratio=0.5)
+    run(config)
+    again = replace(config, epochs=2, resume_from=LATEST)
+    old = record(1, 60, hints=True, lyrics=LYRICS)
+    for changed, what in (
+        (replace(old, cover_hints=old.cover_hints + 1), "hints"),
+        (record(1, 60, hints=True, lyrics=LYRICS.replace("01.00", "01.50")), "caption, lyrics or metadata"),
+        (record(1, 60, hints=True, lyrics=LYRICS, bpm=90), "caption, lyrics or metadata"),
+        (record(1, 60, hints=True, lyrics=LYRICS, repeat=2), "repeats"),
+    ):
+        save_record(data / "song 1.pt", changed)
+        with pytest.raises(UserError) as refused:
+            train(again, Log())
+        assert f"1 changed (song 1.pt: {what})" in refused.value.problem
+    save_record(data / "song 1.pt", record(1, 60, hints=True, lyrics=LYRICS, custom_tag="reaches nothing"))
+    run(again)
+
+
+def test_whole_songs_take_new_marks_of_time_that_reach_no_tensor(tmp_path):
+    data = write_data(tmp_path / "data", (40, 40), lyrics=LYRICS)
+    config = settings(data, tmp_path / "run", epochs=1)
+    run(config)
+    save_record(data / "song 1.pt", record(1, 40, lyrics=LYRICS.replace("01.00", "01.50")))
+    run(replace(config, epochs=2, resume_from=LATEST))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"val_split": 0.2}, {}], ids=["validation", "training loss"])
+def test_an_epoch_that_max_steps_cut_is_judged_once(data, tmp_path, changes):
+    steady = {"scheduler_type": "constant", "epochs": 8, "early_stop_patience": 99} | changes
+    run(settings(data, tmp_path / "straight", **steady))
+    for steps in (14, 23):  # inside epochs, and beyond the five that are smoothed
+        cut = settings(data, tmp_path / "cut", max_steps=steps, **steady)
+        run(replace(cut, resume_from=LATEST if steps > 14 else None))
+    run(replace(cut, max_steps=0, resume_from=LATEST))
+    (a, _), (b, _) = (read_checkpoint(complete_checkpoints(tmp_path / name)[-1]) for name in ("straight", "cut"))
+    for what in ("best", "judged", "evaluations", "epoch_losses"):
+        assert a["history"][what] == b["history"][what]
+    assert not list(differing(a["adapter"], b["adapter"]))
+
+
 def test_another_base_model_is_refused(finished):
     with pytest.raises(UserError, match="was trained on another base model"):
         train(replace(finished, epochs=2, model_variant="xl-turbo", resume_from=LATEST), Log())
