@@ -366,8 +366,8 @@ def _ffmpeg(path: Path, link: io.BytesIO | None) -> Generator[_Source]:
             raise AudioError(path, f"is no audio file that can be read ({reason})") from error
 
     with opened() as container:
-        if not container.streams.audio:
-            raise AudioError(path, "holds no audio stream")
+        if not container.streams.audio or container.streams.audio[0].codec_context is None:
+            raise AudioError(path, "holds no audio stream that can be decoded")
         stream = container.streams.audio[0]
         stream.codec_context.thread_type = "AUTO"
 

@@ -241,3 +241,11 @@ def test_the_content_hash_follows_the_bytes_not_the_name(tmp_path):
 def test_an_audio_error_travels_between_processes():
     error = pickle.loads(pickle.dumps(AudioError(Path("a.wav"), "is empty")))  # noqa: S301  our own bytes
     assert (error.path, error.reason) == (Path("a.wav"), "is empty")
+
+
+def test_a_codec_that_nobody_knows_is_told(tmp_path):
+    write_ffmpeg(tmp_path / "a.m4a", tone(), 48_000, "aac", "ipod")
+    data = (tmp_path / "a.m4a").read_bytes()
+    (tmp_path / "a.m4a").write_bytes(data.replace(b"mp4a", b"zzzz"))
+    with pytest.raises(AudioError, match="no audio stream that can be decoded"):
+        probe(tmp_path / "a.m4a")
