@@ -24,18 +24,23 @@ STATE_BLOCK = 256  # values that share a scale in its 8-bit states
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> Optimizer:
     """The optimizer of `--optimizer-type`. Raises UserError where the device cannot run it; none takes its place."""
     parameters = list(parameters)
+    # Decay pulls towards zero, which is no change for a factor; for DoRA's magnitudes it would be silence.
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    groups: list[dict] = [{"params": matrices}] if matrices else []
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     if config.optimizer_type == "adamw":
-        return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in FUSED_DEVICES)
+        return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in FUSED_DEVICES)
     if config.optimizer_type == "adafactor":
         # Its step is scaled by the size of the parameter, at least eps2. An adapter starts at zero and stays small, so
         # that with the default of 1e-3 nothing is learnt; with 1 the step is --lr times the normalised gradient.
-        return Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay, eps=(None, 1.0))
+        return Adafactor(groups, lr=config.lr, weight_decay=config.weight_decay, eps=(None, 1.0))
     if config.optimizer_type == "prodigy":
         from prodigyopt import Prodigy  # its import prints nothing and costs nothing, but few runs need it
 
         with redirect_stdout(StringIO()):  # it prints how it decays weights
             return Prodigy(
-                parameters,
+                groups,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 use_bias_correction=True,
@@ -55,7 +60,7 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
             f"for the {device.type} device ({error}).",
             "Use --optimizer-type adamw, or adafactor where memory is short.",
         ) from None
-    return make(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return make(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def learning_rate_note(config: TrainConfig) -> str:

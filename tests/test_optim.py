@@ -64,6 +64,28 @@ def test_adamw_is_the_fused_one():
     assert make_optimizer(config(), [parameter()], CPU).defaults["fused"]
 
 
+@pytest.mark.parametrize("name", OPTIMIZER_TYPES)
+def test_weight_decay_leaves_magnitudes_and_biases_alone(name):
+
+    def trained(decay: float) -> list[torch.nn.Parameter]:
+        parameters = [parameter(), torch.nn.Parameter(torch.ones(8))]
+        lr = 1.0 if name == "prodigy" else 0.1
+        optimizer = make_optimizer(config(optimizer_type=name, lr=lr, weight_decay=decay), parameters, CPU)
+        for _ in range(40):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return parameters
+
+    try:
+        (matrix, magnitude), (decayed, same) = trained(0.0), trained(0.5)
+    except UserError:
+        pytest.skip("no 8-bit optimizer for this CPU")
+    if name != "prodigy":  # its step size follows from all parameters
+        assert torch.equal(magnitude, same)
+    assert (magnitude - same).abs().max() < 0.1 * (matrix - decayed).abs().max()
+
+
 def test_adamw8bit_runs_or_says_that_this_device_has_none():
     """It is never swapped for another one in silence."""
     refused = None

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -424,7 +425,8 @@ def restore_state(run: Run, saved: SavedRun) -> None:
     scheduler, step, lr_before = run.scheduler, run.position.step, optimizer.param_groups[0]["lr"]
     scheduler.last_epoch = step
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group.update(lr=base * factor(step), initial_lr=base, weight_decay=run.config.weight_decay)
+        decay = run.config.weight_decay if group["params"][0].ndim > 1 else 0.0
+        group.update(lr=base * factor(step), initial_lr=base, weight_decay=decay)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     if state["total_steps"] != run.total_steps:
         message = (
@@ -458,10 +460,12 @@ def save_checkpoint(run: Run, name: str) -> None:
 
 
 def save_best(run: Run) -> None:
-    """Write `best/` beside the training that goes on."""
+    """Write `best/` beside the training that goes on: the adapter, or its running average where that was better."""
     best = run.history.best
     if best is not None:
-        save_adapter(run, "best", f"best/ is now the adapter of epoch {best.epoch}, {best.by} {best.loss:.4f}")
+        which = "averaged adapter" if best.is_average else "adapter"
+        with averaged(run) if best.is_average else nullcontext():
+            save_adapter(run, "best", f"best/ is now the {which} of epoch {best.epoch}, {best.by} {best.loss:.4f}")
 
 
 def save_results(run: Run) -> Path:

@@ -3,6 +3,7 @@
 Validation runs over a fixed grid of windows, timesteps and noise: the same weights always give the same number.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,7 +22,8 @@ GRID_WINDOWS = 4  # of a song, evenly spaced
 def update_best(run: Run, epoch: int) -> bool:
     """Whether the adapter after `epoch` epochs is the best so far; validates it where that is due.
 
-    By validation loss or, without held-out songs, by smoothed training loss. Every process must call it.
+    By validation loss, of the adapter or of its running average, whichever is lower; without held-out songs by smoothed
+    training loss. Every process must call it.
     """
     config, history, step = run.config, run.history, run.position.step
     counts = epoch > config.save_best_after
@@ -37,7 +39,10 @@ def update_best(run: Run, epoch: int) -> bool:
             average_loss = grid_loss(run, run.held_out)
         run.tensorboard.add_scalar("loss/validation_ema", average_loss, step)
     history.evaluations.append(Evaluation(step, epoch, loss, average_loss))
-    is_best = counts and history.update_best(loss, step, epoch, "validation loss")
+    average = math.nan if average_loss is None else average_loss
+    is_average = average < loss or (math.isfinite(average) and not math.isfinite(loss))
+    lowest = average if is_average else loss
+    is_best = counts and history.update_best(lowest, step, epoch, "validation loss", is_average)
     run.report(Validated(step=step, epoch=epoch, loss=loss, best=is_best))
     return is_best
 

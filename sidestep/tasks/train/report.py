@@ -55,8 +55,10 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "cfg_dropout": run.law.cfg_ratio,
         "best": {"loss": best.loss, "epoch": best.epoch, "by": best.by} if best else None,
         "points": curve(history.points),
-        "epoch_losses": [[number, number_or_none(loss)] for number, loss in enumerate(history.epoch_losses, 1)],
-        "validation": [[e.step, number_or_none(e.loss), number_or_none(e.average_loss)] for e in history.evaluations],
+        "epoch_losses": thinned([[n, number_or_none(loss)] for n, loss in enumerate(history.epoch_losses, 1)]),
+        "validation": thinned(
+            [[e.step, number_or_none(e.loss), number_or_none(e.average_loss)] for e in history.evaluations]
+        ),
         "bins": [
             {"samples": count, "loss": number_or_none(loss / count) if count else None}
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
@@ -71,6 +73,12 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
 def number_or_none(value: float | None) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def thinned(rows: list[list[Any]]) -> list[list[Any]]:
+    """At most `MOST_POINTS` of the rows, evenly spaced, the last among them."""
+    every = max(1, -(-len(rows) // MOST_POINTS))
+    return rows[(len(rows) - 1) % every :: every]
 
 
 def curve(points: Sequence[Point]) -> list[list[float | None]]:

@@ -61,12 +61,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest loss so far. by: `validation loss` or `smoothed training loss`."""
+    """The lowest loss so far. by: `validation loss` or `smoothed training loss`; is_average: of the running average."""
 
     step: int
     epoch: int
     loss: float
     by: str
+    is_average: bool = False
 
 
 @dataclass
@@ -109,10 +110,10 @@ class History:
         last = self.epoch_losses[-SMOOTHED_EPOCHS:]
         return sum(last) / len(last) if len(last) == SMOOTHED_EPOCHS and all(map(math.isfinite, last)) else None
 
-    def update_best(self, loss: float, step: int, epoch: int, by: str) -> bool:
+    def update_best(self, loss: float, step: int, epoch: int, by: str, is_average: bool = False) -> bool:
         """Whether this loss is the lowest so far; remembers it if so, and counts if not."""
         if math.isfinite(loss) and (self.best is None or self.best.by != by or loss < self.best.loss):
-            self.best, self.judged = Best(step, epoch, loss, by), 0
+            self.best, self.judged = Best(step, epoch, loss, by, is_average), 0
             return True
         self.judged += 1
         return False

@@ -24,7 +24,7 @@ from sidestep.files import portable
 from sidestep.pages.charts import by_layer
 from sidestep.tasks.train import loop, train
 from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, ranks_of, write_report
-from sidestep.tasks.train.run import Point
+from sidestep.tasks.train.run import Evaluation, Point
 from tests.adapters.test_adapters import config as adapter_settings
 from tests.adapters.test_adapters import turbo
 from tests.tasks.train.test_previews import config, tensors
@@ -147,6 +147,21 @@ def test_the_page_is_there_after_the_first_epoch_and_says_that_the_run_goes_on(t
     assert "epoch 1 of 2" in seen[0]
     assert "epoch 2 of 2" in seen[1]
     assert 'class="state finished"' in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_the_page_of_a_hundred_thousand_steps_is_small(tensors, tmp_path):
+    """Also where each of them was an epoch with a validation, as with one song."""
+    run = prepared(config(tensors, tmp_path, epochs=1, ema_decay=0.9))
+    for n in range(1, 100_001):
+        loss = 1 / math.sqrt(n)
+        run.history.points.append(Point(n, n, loss, 1e-4 * loss, 2 * loss, 2**31 + n))
+        run.history.epoch_losses.append(loss / 3)
+        run.history.evaluations.append(Evaluation(n, n, loss / 7, loss / 9))
+    write_report(run)
+    run.tensorboard.close()
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+    drawn = json.loads((tmp_path / "report.html").read_text("utf-8").split('id="values">')[1].split("</script>")[0])
+    assert [drawn[name][-1][0] for name in ("points", "epoch_losses", "validation")] == [100_000] * 3
 
 
 def test_a_page_that_cannot_be_written_costs_a_warning_and_not_the_run(tensors, tmp_path):

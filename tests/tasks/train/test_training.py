@@ -1,5 +1,6 @@
 """What a run learns, keeps and says."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
@@ -17,6 +18,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
+from sidestep.tasks.train import evaluation
 from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import run_loop
@@ -141,6 +143,19 @@ def test_the_running_average_is_kept_beside_the_raw_weights(data, tmp_path):
     assert [e.loss for e in raw.of(StepDone)] == [e.loss for e in both.of(StepDone)]
     assert not list(differing(adapter(tmp_path / "raw" / "final"), adapter(tmp_path / "both" / "final")))
     assert list(differing(adapter(tmp_path / "both" / "ema"), adapter(tmp_path / "both" / "final")))
+
+
+@pytest.mark.parametrize(
+    ("own", "average", "winner"),
+    [(1.0, 0.5, "ema"), (0.5, 1.0, "final"), (math.nan, 0.5, "ema"), (0.5, math.nan, "final")],
+)
+def test_the_running_average_competes_for_the_best(data, tmp_path, monkeypatch, own, average, winner):
+    losses = [own, average]
+    monkeypatch.setattr(evaluation, "grid_loss", lambda *_arguments: losses.pop(0))
+    log = run(settings(data, tmp_path, epochs=1, val_split=0.3, ema_decay=0.5))
+    assert not list(differing(adapter(tmp_path / "best"), adapter(tmp_path / winner)))
+    assert list(differing(adapter(tmp_path / "ema"), adapter(tmp_path / "final")))
+    assert ("best/ is now the averaged adapter" in log.text) == (winner == "ema")
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(data, tmp_path):
