@@ -6,9 +6,7 @@ uv run python -m docs.render_screens
 import io
 import shutil
 import tempfile
-import time
 import wave
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from string import hexdigits
@@ -19,6 +17,7 @@ from rich.style import Style
 from rich.text import Text
 
 from tests.pseudo_terminal import ROOT, Session
+from tests.training_world import write_data
 
 OUT = Path(__file__).parent / "screens"
 COLUMNS = 92
@@ -68,7 +67,7 @@ def songs(folder: Path) -> None:
 
 
 def wizard(folder: Path) -> None:
-    """From the first question to a training under way."""
+    """From the first question to a training, ready to start."""
     with Session(folder, columns=COLUMNS, lines=44) as session:
         session.asks("Where are the ACE-Step checkpoints?")
         session.keys("enter")
@@ -97,16 +96,19 @@ def wizard(folder: Path) -> None:
         session.keys("enter")
         session.asks("What now?", seconds=120)
         draw(session, "review", "Review", last=90)
-        session.keys("enter")
-        session.until("Training", "steps/s", seconds=600)
-        _watch(session, lambda: any("8/10" in line for line in session.screen.display), 600)
-        draw(session, "training", "Training", last=16)
+        session.keys("ctrl-c")
+        session.end()
 
 
-def _watch(session: Session, seen: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not seen() and time.monotonic() < deadline and session.read():
-        pass
+def training(folder: Path) -> None:
+    """A training that learns, most of its way."""
+    write_data(folder / "learnable", (50,) * 6)
+    files = ("--checkpoint-dir", "checkpoints", "--dataset-dir", "learnable", "--output-dir", "runs/learnable")
+    settings = ("--rank", "16", "--lr", "0.01", "--epochs", "40", "--warmup-steps", "0", "--log-every", "1")
+    with Session(folder, "fixed", *files, *settings, columns=COLUMNS, lines=44) as session:
+        session.until("80/80", seconds=600)
+        draw(session, "training", "uv run train.py fixed …", last=16)
+        session.end(seconds=60)
 
 
 def commands(folder: Path) -> None:
@@ -127,4 +129,5 @@ if __name__ == "__main__":
         shutil.copytree(ROOT / "tests" / "fixtures" / "checkpoints", home / "checkpoints")
         songs(home / "songs")
         wizard(home)
+        training(home)
         commands(home)

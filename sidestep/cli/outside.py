@@ -16,7 +16,7 @@ from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.settings.path_checks import Check, verify
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.session import Outside
-from sidestep.words import PROGRAM, clock, count, gib
+from sidestep.words import clock, count, gib, side_step
 
 COUNT_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
@@ -79,7 +79,7 @@ def about(check: Check, config: Any) -> list[str]:
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(PlanConfig)}
     plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})))
     if not isinstance(plan, dict):
-        return [*lines, f"Memory: not worked out in time; {PROGRAM[-1]} plan has the answer"]
+        return [*lines, f"Memory: not worked out in time; this tells it: {side_step('plan')}"]
     needed, longest = gib(plan["asked"]["needed_bytes"]), f"for the longest song ({clock(plan['song_seconds'])})"
     if plan["fits"] is None:
         return [*lines, f"Memory: {needed} {longest} (no GPU found to compare with)"]

@@ -97,7 +97,7 @@ function drawLines(box, series, { logarithmic = false, fromZero = false, unit = 
   for (const x of wide.length ? wide : [x0]) picture.append(svg("text", { x: px(x), y: height - 7, "text-anchor": "middle" }, short(x)));
   for (const s of series) {
     const d = s.points.map(([x, y], i) => `${i ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-    picture.append(svg("path", { d, stroke: s.colour, opacity: s.faint ? 0.28 : 1, style: s.faint ? "stroke-width:1" : "" }));
+    picture.append(svg("path", { d, stroke: s.colour, opacity: s.faint ? 0.45 : 1, style: s.faint ? "stroke-width:1" : "" }));
     if (s.dots || s.points.length === 1) {
       for (const [x, y] of s.points) picture.append(svg("circle", { cx: px(x), cy: py(y), r: s.points.length > 80 ? 1.5 : 3, fill: s.colour }));
     }

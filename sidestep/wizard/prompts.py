@@ -72,10 +72,14 @@ class QuestionaryAsk:
 def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
     """The question as questionary asks it. `typed`: what its line begins with. `width`: columns of the terminal."""
 
+    widest = max((len(choice.title) for choice in prompt.choices if choice.note), default=0)
+    column = widest if widest <= width // 2 else 0  # where there is room, the notes stand below each other
+
     def title(choice: Choice) -> str:
-        room = width - len(choice.title) - 8
+        name = choice.title.ljust(column)
+        room = width - len(name) - 8
         note = choice.note if len(choice.note) <= room else f"{choice.note[: room - 3]}..."
-        return f"{choice.title}  {note}" if choice.note and room >= 12 else choice.title
+        return f"{name}  {note}" if choice.note and room >= 12 else choice.title
 
     typing: dict[str, Any] = {"default": typed, "validate": ThreadedValidator(Readable(prompt, width)), "style": STYLE}
     match prompt.kind:

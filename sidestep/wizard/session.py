@@ -14,6 +14,7 @@ from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dir
 from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
 from sidestep.wizard.review import START, About, manage_presets, review
+from sidestep.words import side_step
 
 NEXT = {  # what makes sense after a flow that went well
     "build-dataset": ("preprocess",),
@@ -152,8 +153,7 @@ class Wizard:
             self._keep({"checkpoint_dir": answers["checkpoint_dir"]})
         self._print("Looking at this machine (a few seconds; Ctrl-C: skip) ...")
         machine = self.outside.machine(answers.get("checkpoint_dir"))
-        if machine is not None:
-            self.show(machine)
+        self.show(machine or Notice(message=f"Not found out in time; this tells it: {side_step('doctor')}"))
         self._keep({"welcomed": True})
         return self._run_flow(FLOWS["demo"], follows_on=False) if answers.get("try_demo") else None
 
