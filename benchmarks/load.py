@@ -10,20 +10,24 @@ are wall-clock seconds and the most memory that the process held. Each part is a
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
 from benchmarks.measure import ROOT
+from sidestep.settings.option import as_arguments
 from sidestep.words import gib
 from tests.pseudo_terminal import Session
+from tests.training_world import WIDTH, record, settings
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -121,7 +125,33 @@ def runs(folder: Path) -> list[Row]:
         ]
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs, "runs": runs}
+def records(folder: Path) -> list[Row]:
+    """20,000 records of half a minute to the first optimizer step, with and without their index."""
+    made = record(1, 750, lyrics="la la la\n" * 60)
+    made = replace(made, encoder_hidden_states=torch.randn(200, WIDTH))
+    for i in range(20_000):
+        path = folder / "tensors" / f"album {i // 12}" / f"{i:05} song.flac.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {name: getattr(made, name) for name in ("target_latents", "encoder_hidden_states", "metadata")}, path
+        )
+
+    def first_step(data: Path, name: str) -> str:
+        config = settings(data, folder / name, epochs=1, max_steps=1)
+        return took(*run_command("fixed", *as_arguments(config)))
+
+    few = folder / "few"
+    few.mkdir()
+    for path in sorted((folder / "tensors").rglob("*.pt"))[:5]:
+        shutil.copy(path, few)
+    return [
+        Row("5 records: a run of one step, for comparison", first_step(few, "run-few")),
+        Row("20,000 records: the same", first_step(folder / "tensors", "run-cold"), "23 s"),
+        Row("… again, with their index", first_step(folder / "tensors", "run-warm"), "23 s"),
+    ]
+
+
+PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs, "runs": runs, "records": records}
 
 
 def table(stored: dict[str, list[dict[str, str]]]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidestep.acestep import weights
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision
 from sidestep.acestep.layout import diffusers_key, original_key
@@ -66,6 +67,37 @@ def test_loading_casts_and_identity_follows_the_weights(broken):
     tensors["decoder.layers.2.mlp.up_proj.weight"] += 1e-3
     save_file(tensors, path)
     assert open_checkpoint(broken, "turbo").identity() != identity
+
+
+@pytest.mark.parametrize(("prefix", "part"), [("decoder.", "transformer"), ("encoder.", "condition_encoder")])
+def test_one_changed_value_anywhere_changes_the_identity_of_its_part_alone(broken, prefix, part):
+    parts = ("transformer", "condition_encoder")
+    before = {part: open_checkpoint(broken, "turbo").identity(part) for part in parts}
+    path = broken / TURBO / "model.safetensors"
+    tensors = load_file(path)
+    largest = max((key for key in tensors if key.startswith(prefix)), key=lambda key: tensors[key].numel())
+    tensors[largest].view(-1)[0] += 1e-3  # far from the middle
+    save_file(tensors, path)
+    after = {part: open_checkpoint(broken, "turbo").identity(part) for part in parts}
+    assert {name for name in parts if after[name] != before[name]} == {part}
+
+
+def test_large_files_are_read_once_and_again_when_they_change(broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(weights, "UNKEPT_BYTES", 0)
+    path, read = broken / TURBO / "model.safetensors", []
+    original = weights._digest
+    monkeypatch.setattr(weights, "_digest", lambda *at: read.append(at) or original(*at))
+    identity = open_checkpoint(broken, "turbo").identity()
+    number = len(read)
+    assert number > 0
+    assert open_checkpoint(broken, "turbo").identity() == identity
+    assert len(read) == number
+    tensors = load_file(path)
+    tensors["decoder.layers.2.mlp.up_proj.weight"] += 1e-3
+    save_file(tensors, path)
+    assert open_checkpoint(broken, "turbo").identity() != identity
+    assert len(read) > number
 
 
 def test_the_diffusers_layout_gives_the_same_numbers(checkpoints, golden, tmp_path):

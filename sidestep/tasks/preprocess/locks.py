@@ -9,9 +9,10 @@ give all songs to one machine, or each machine an output folder of its own.
 """
 
 import errno
+import os
 import secrets
 import sys
-import time
+import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -105,15 +106,20 @@ class SongLocks:
 
 
 def remove_temporary_files(root: Path) -> int:
-    """Remove what dead processes were writing below `root` when they died. Returns how many files that were."""
+    """Remove what dead processes were writing below `root` when they died. Returns how many files that were.
+
+    Ages are told by the clock of the file system, which machines of one folder share; their own may differ by hours.
+    """
     removed = 0
+    with tempfile.TemporaryFile(dir=root) as probe:
+        now = os.fstat(probe.fileno()).st_mtime
     for path in root.rglob(".tmp-*"):
         found = TEMPORARY.match(path.name)
         if not found:
             continue
         try:
             if found["host"] != host_id():
-                dead = time.time() - path.stat().st_mtime > TEMPORARY_SECONDS
+                dead = now - path.stat().st_mtime > TEMPORARY_SECONDS
             else:
                 dead = psutil.Process(int(found["pid"])).status() == psutil.STATUS_ZOMBIE
         except (psutil.NoSuchProcess, FileNotFoundError):

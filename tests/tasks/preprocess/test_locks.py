@@ -205,6 +205,19 @@ def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path: P
     assert not any(path.exists() for path in gone)
 
 
+@pytest.mark.parametrize("hours", [-30 * 24, -3, 3, 30 * 24])
+def test_a_wrong_clock_never_takes_the_file_of_another_machine_at_work(tmp_path: Path, monkeypatch, hours: int):
+    fresh, forgotten = tmp_path / ".tmp-ffffffff-1-0", tmp_path / ".tmp-ffffffff-1-1"
+    for path, age in ((fresh, 0), (forgotten, 100_000)):
+        path.write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    clock = time.time() + hours * 3600
+    monkeypatch.setattr(time, "time", lambda: clock)
+    remove_temporary_files(tmp_path)
+    assert fresh.exists()
+    assert not forgotten.exists()
+
+
 def test_resting_processes_are_not_waited_for(tmp_path: Path):
     with SongLocks(tmp_path) as first, SongLocks(tmp_path) as second:
         assert first.others_at_work()

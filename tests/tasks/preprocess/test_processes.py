@@ -1,11 +1,13 @@
 """Preprocessing that is killed or stopped, and by several processes at once: the same records, nothing done twice."""
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ import pytest
 from sidestep.acestep.vae import encode_mean
 from sidestep.audio.io import decode
 from sidestep.events import null
+from sidestep.files import host_id
 from sidestep.tasks.preprocess import first_pass as latents
 from sidestep.tasks.preprocess import preprocess
 from tests.preprocessing import contents, job, make_library
@@ -40,6 +43,20 @@ def work(library: Path, output: Path, log: Path, environment: dict[str, str]) ->
     The log gets a line for each song encoded, with whether its record was there already, and its summary.
     """
     os.environ.update(environment)
+    if "CLOCK" in environment:
+        clock, hours = time.time, float(environment["CLOCK"])
+        time.time = lambda: clock() + hours * 3600
+    if "KILL_AT" in environment:
+        left = itertools.count(int(environment["KILL_AT"]), -1)
+
+        def die(event: str, _arguments: tuple) -> None:
+            if event in ("os.remove", "os.rename", "os.rmdir") and next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+    if "HOST" in environment:
+        host_id.cache_clear()
+        socket.gethostname = lambda: environment["HOST"]
     names = {digest(decode(library / name)): name for name in SONGS}
 
     def logging_encode(vae, audio, tile_frames, *more):
@@ -146,6 +163,31 @@ def test_two_processes_over_one_folder_make_the_same_set_and_no_song_twice(libra
     assert all(
         done + skipped == len(SONGS) for _, done, skipped, _ in summaries
     )  # each returns when the whole set is there
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_before_any_rename_or_removal_it_makes_what_an_uninterrupted_run_makes(
+    library: Path, reference, tmp_path: Path
+):
+    output, log, kills = tmp_path / "out", tmp_path / "log", 0
+    for number in (0, 1, 2, 3, 5, 8, 13, 21, 34, 55):  # each goes on where the one before was killed
+        process = start(library, output, log, KILL_AT=str(number))
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+    assert kills >= 6
+    finish(*[start(library, output, log) for _ in range(2)])
+    assert_complete(output, reference[0])
+    assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+def test_two_machines_with_clocks_three_hours_apart_make_the_same_set_and_no_song_twice(
+    library: Path, reference, tmp_path: Path
+):
+    log = tmp_path / "log"
+    finish(*[start(library, tmp_path / "out", log, HOST=host, CLOCK=hours) for host, hours in (("a", "3"), ("b", "0"))])
+    assert_complete(tmp_path / "out", reference[0])
+    assert Counter(name for _, name, _ in lines(log, "encoded")) == Counter(SONGS)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")

@@ -17,10 +17,10 @@ from sidestep.acestep.conditions import (
 )
 from sidestep.data.records import save_record
 from sidestep.errors import JobError, UserError
-from sidestep.events import FileFailed
+from sidestep.events import Decision, FileFailed
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.songs import load_songs, plan_windows, with_windows
-from tests.training_world import CHECKPOINTS, LYRICS, Log, record, settings, song, write_data
+from tests.training_world import CHECKPOINTS, LYRICS, Log, record, run, settings, song, write_data
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -131,6 +131,36 @@ def test_a_record_that_does_not_say_its_prompt_is_left_out_by_name(tmp_path):
     (tmp_path / "song 0.pt").unlink()
     with pytest.raises(JobError, match="no record"):
         windowed(tmp_path)
+
+
+def test_songs_that_share_batches_are_told_the_length_that_is_heard(tmp_path):
+    for number, frames in enumerate((300, 298, 284, 271, 150, 149, 60)):
+        save_record(tmp_path / f"{number}.pt", record(1, frames, hints=True))
+    nameless = record(3, 299)
+    del nameless.metadata["caption"]
+    save_record(tmp_path / "old.pt", nameless)
+    songs = windowed(tmp_path, chunk_duration=0.0, batch_size=4)
+    heard = {name: song.windows.frames if song.windows else song.frames for name, song in songs.items()}
+    assert heard == {"0.pt": 271, "1.pt": 271, "2.pt": 271, "3.pt": 271, "4.pt": 149, "5.pt": 149, "6.pt": 60} | {
+        "old.pt": 299
+    }
+    cut = songs["0.pt"].windows
+    assert all(start % 5 == 0 for start in cut.starts)  # where codes begin
+    assert cut.starts[-1] >= 300 - 271 - 5
+    torch.testing.assert_close(cut.conditions[0], expected(271 / 25, "[Instrumental]"), atol=1e-6, rtol=0)
+    assert songs["3.pt"].windows is None  # the shortest is heard whole, under its own prompt
+    assert all(song.windows is None for song in windowed(tmp_path, chunk_duration=0.0).values())
+
+
+def test_the_batch_that_is_reached_is_said_before_the_run(tmp_path):
+    data = write_data(tmp_path / "data", (60, 60, 60, 60, 30))
+    log = run(settings(data, tmp_path / "run", batch_size=4, epochs=1))
+    (batch,) = [event for event in log.of(Decision) if event.what == "batch"]
+    assert batch.value == "2.5 in the mean of --batch-size 4"
+    assert "--chunk-duration" in batch.reason
+    assert not [
+        event for event in run(settings(data, tmp_path / "one", epochs=1)).of(Decision) if event.what == "batch"
+    ]
 
 
 def test_windows_below_a_second_are_refused(data):
