@@ -87,7 +87,7 @@ def past_run(run: FoundRun) -> PastRun:
                     validations[int(event["step"])] = (float(event["loss"]), int(event["epoch"]))
                 case "StepDone":
                     steps = (int(event["step"]), int(event["total_steps"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     best_loss, best_epoch, best_by = _best(epochs, validations)
     last_loss = epochs[max(epochs)][0] if epochs else math.nan

@@ -142,3 +142,12 @@ def test_an_empty_folder_says_so_and_one_that_is_not_there_is_refused(tmp_path):
 def test_history_starts_without_torch():
     code = "import sys, sidestep.tasks.history; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.parametrize("value", ["Infinity", "1e999", "NaN", "null", "[]", '"x"'])
+def test_an_event_with_an_absurd_number_is_passed_over(tmp_path, value):
+    folder = make_run(tmp_path / "a", [0.9, 0.5])
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as log:
+        log.write(f'{{"event": "EpochDone", "epoch": {value}, "loss": 0.1, "seconds": 1}}\n')
+        log.write(f'{{"event": "StepDone", "step": {value}, "total_steps": 3}}\n')
+    assert look(tmp_path)[0]["a"].last_loss == 0.5
