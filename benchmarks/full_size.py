@@ -144,7 +144,7 @@ def phases() -> dict[str, str]:
         "resume 5 s": f"{TRAIN} --epochs 3 --resume-from latest",
         "estimate 5 s": "estimate --dataset-dir tensors --batches 1 --output map",
         "sample 5 s": "sample --adapter final --prompt noise --duration 5 --strength 1 --output run",
-        "export merged": "export --adapter final --output merged --format merged",
+        "export merged": "export --adapter final --output into --format merged",
     }
 
 
@@ -153,7 +153,7 @@ def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
     seconds = "60" if " 60 s" in name else "5"
     run = folder / f"run {name.partition(' ')[2] if name.startswith('train') else '5 s'} {size}"
     places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {size}", "run": run}
-    places |= {"final": run / "final", "map": run / "map.json", "merged": run / "merged"}
+    places |= {"final": run / "final", "map": run / "map.json", "into": run / "merged"}
     words = tuple(str(places.get(word, word)) for word in line.split())
     model = ("--checkpoint-dir", str(folder / "checkpoints"), "--model-variant", SIZES[size][0])
     return (*words, *model, *(() if "export" in words else ("--device", "cpu", "--precision", "bf16")))
