@@ -250,7 +250,17 @@ def lokr_settings(adapter: Adapter) -> LokrSettings:
     )
     factor = next(fitting, None)
     decompose_both = any("lokr_w1_a" in factors for factors in adapter.modules.values())
-    ranks = {name: rank for name in adapter.modules if (rank := _lokr_rank(adapter, name, decompose_both))}
+    ranks: dict[str, int] = {}
+    for name, factors in adapter.modules.items():
+        w1, w2 = (max(kronecker_shape(factors, part)) for part in ("lokr_w1", "lokr_w2"))
+        widths = {tensor.shape[0] for factor, tensor in factors.items() if factor in ("lokr_w1_b", "lokr_w2_b")}
+        # A rank that makes the factors full or low-rank just as they are; that of its training if it does.
+        for rank in (adapter.ranks[name], math.ceil(w2 / 2), math.ceil(max(w1, w2) / 2)):
+            # A factor is low-rank where the rank is below half its larger side.
+            whole = {"lokr_w1": not decompose_both or rank >= w1 / 2, "lokr_w2": rank >= w2 / 2}
+            if all((part in factors) == whole[part] for part in whole) and widths <= {rank}:
+                ranks[name] = rank
+                break
     if factor is None or len(ranks) < len(adapter.modules):
         raise UserError(
             "The factors of this LoKr have shapes that no one set of LoKr settings gives; "
@@ -258,20 +268,6 @@ def lokr_settings(adapter: Adapter) -> LokrSettings:
             MERGE_INSTEAD,
         )
     return LokrSettings(factor, decompose_both, ranks)
-
-
-def _lokr_rank(adapter: Adapter, name: str, decompose_both: bool) -> int | None:
-    """A rank that makes the factors of a module full or low-rank just as they are; that of its training if it does."""
-    factors = adapter.modules[name]
-    larger = {part: max(kronecker_shape(factors, part)) for part in ("lokr_w1", "lokr_w2")}
-    widths = {factors[f"{part}_b"].shape[0] for part in larger if part not in factors}
-
-    def fits(rank: int) -> bool:  # a factor is low-rank where the rank is below half its larger side
-        low = {"lokr_w1": decompose_both and rank < larger["lokr_w1"] / 2, "lokr_w2": rank < larger["lokr_w2"] / 2}
-        return all((part not in factors) == low[part] for part in low) and widths <= {rank}
-
-    candidates = (adapter.ranks[name], math.ceil(larger["lokr_w2"] / 2), math.ceil(max(larger.values()) / 2))
-    return next((rank for rank in candidates if fits(rank)), None)
 
 
 def with_full_factors(adapter: Adapter, parts: Iterable[str] = ("lokr_w1", "lokr_w2")) -> Adapter:

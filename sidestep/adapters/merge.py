@@ -76,7 +76,7 @@ def flat_name(key: str) -> str:
 def changed_outside(weight: Tensor, factors: Factors, strength: float = 1.0) -> Tensor:
     """`changed_weight` of a module that our adapters cannot sit on: a weight of any shape, [out, ...].
 
-    Raises RuntimeError or KeyError for factors that do not fit it.
+    Raises RuntimeError, KeyError or IndexError for factors that do not fit it.
     """
     weight, f = weight.float(), {name: tensor.float() for name, tensor in factors.items()}
     if "diff" in f:
@@ -141,7 +141,10 @@ class BaseWeights:
         for name, factors in adapter.outside.items():
             file, entry = self.others.get(name.replace(".", "_"), (None, None))
             if file and entry and entry.dtype in DTYPES:
-                with file.open("rb") as opened, suppress(RuntimeError, KeyError):  # factors for another shape
+                with (
+                    file.open("rb") as opened,
+                    suppress(RuntimeError, KeyError, IndexError),
+                ):  # factors for another shape
                     changed_outside(_read(opened, entry), factors)
                     taken[name] = factors
         return replace(adapter, outside=taken), [name for name in adapter.outside if name not in taken]

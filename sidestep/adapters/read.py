@@ -51,6 +51,7 @@ PUT_TOGETHER_WRONGLY = "The file was put together wrongly; export it again."
 INCOMPLETE = "The file is incomplete or was put together wrongly; export it again."
 DAMAGED = "The file is damaged; export or download it again."
 
+LOKR_FORMS = {part: ({part}, {f"{part}_a", f"{part}_b"}) for part in ("lokr_w1", "lokr_w2")}
 ABSURD = 1e6  # trained factors are of the order of 1; a flipped exponent makes 1e7 to 1e38 of them
 
 
@@ -165,6 +166,12 @@ def find_adapter(path: Path) -> Found:
             f"{file}: its magnitudes were rewritten for ComfyUI and serve no other program.",
             "Use the adapter it was exported from.",
         )
+    for name, factors in outside.items():
+        names = set(factors) - {MAGNITUDE}
+        forms = [{"diff"}, *(set(FACTORS[kind]) for kind in ("lora", "loha", "oft"))]
+        forms += [{*w1, *w2} for w1 in LOKR_FORMS["lokr_w1"] for w2 in LOKR_FORMS["lokr_w2"]]
+        if names not in forms or any(0 in factors[n].shape or (factors[n].ndim < 2 and n != "diff") for n in names):
+            raise UserError(f"{file}: {_short(name)} has factors that do not make one change.", INCOMPLETE)
     # Every change is a product of all its factors, so one that is zero leaves the base as it is. A magnitude alone is
     # not counted: it is trained together with its factors.
     changed = {
@@ -338,7 +345,7 @@ def _check(name: str, factors: Mapping[str, Tensor], file: Path) -> str:
         raise wrong(f"mixes factors of several kinds ({', '.join(sorted(have))})")
     if kind == "lokr":
         for part in ("lokr_w1", "lokr_w2"):
-            if have & {part, f"{part}_a", f"{part}_b"} not in ({part}, {f"{part}_a", f"{part}_b"}):
+            if have & {part, f"{part}_a", f"{part}_b"} not in LOKR_FORMS[part]:
                 raise wrong(f"needs either {part} or {part}_a and {part}_b")
     elif have != set(FACTORS[kind]):
         raise wrong(f"has no {min(set(FACTORS[kind]) - have)}")

@@ -93,6 +93,14 @@ CASES = {
         "needs either lokr_w2",
     ),
     "no rotation": (save({f"{Q}.oft_R.weight": torch.ones(2, 7)}), "no set of rotations"),
+    "a part of a change outside": (
+        save(GOOD | {"base_model.model.condition_embedder.lora_A.weight": torch.ones(2, 8)}),
+        "do not make one change",
+    ),
+    "numbers for factors outside": (
+        save(GOOD | {f"base_model.model.norm_out.lokr_w{i}": torch.ones(()) for i in (1, 2)}),
+        "do not make one change",
+    ),
     "no tensors": (save({}), "no adapter tensors"),
     "a broken header of ours": (save(GOOD, {"sidestep": "{"}), "JSON"),
     "a nested header of ours": (save(GOOD, {"sidestep": "[" * 100_000}), "JSON"),
