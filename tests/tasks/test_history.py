@@ -12,6 +12,7 @@ from sidestep.events import EpochDone, Event, EventLog, Finished, Notice, StepDo
 from sidestep.settings.config import HistoryConfig, TrainConfig
 from sidestep.settings.option import as_json_values
 from sidestep.tasks.history import history
+from sidestep.tasks.train.checkpoints import read_metadata
 
 NAN = float("nan")
 
@@ -151,3 +152,8 @@ def test_an_event_with_an_absurd_number_is_passed_over(tmp_path, value):
         log.write(f'{{"event": "EpochDone", "epoch": {value}, "loss": 0.1, "seconds": 1}}\n')
         log.write(f'{{"event": "StepDone", "step": {value}, "total_steps": 3}}\n')
     assert look(tmp_path)[0]["a"].last_loss == 0.5
+
+
+def test_a_checkpoint_whose_last_file_is_nested_without_end_is_none(tmp_path):
+    (tmp_path / "complete.json").write_text("[" * 100_000, "utf-8")
+    assert read_metadata(tmp_path) is None

@@ -128,7 +128,7 @@ def read_metadata(folder: Path) -> tuple[Position, dict[str, str]] | None:
         if any((folder / name).stat().st_size != size for name, size in metadata["files"].items()):
             return None
         return Position(**metadata["position"]), metadata.get("digests", {})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
