@@ -177,3 +177,13 @@ def test_inspect_says_of_other_programs_files_what_the_table_says(origin, tmp_pa
 
 def test_the_page_of_programs_is_up_to_date():
     assert interop_page.PAGE.read_text(encoding="utf-8") == interop_page.page(), "run: python -m tests.interop_page"
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "loha"])
+def test_a_file_for_comfyui_has_names_that_old_and_new_versions_map(kind, tmp_path):
+    adapter = adapter_of(trained(kind, "self")[1])
+    keys = load_file(save_comfyui(adapter, tmp_path / "c.safetensors"))
+    assert all(key.startswith("diffusion_model.decoder.layers.") for key in keys)
+    assert {key.rpartition(".")[0] for key in keys if key.endswith(".alpha")} == {
+        f"diffusion_model.decoder.{name}" for name in adapter.modules
+    }
