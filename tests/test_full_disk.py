@@ -73,7 +73,8 @@ def estimate(folder: Path) -> tuple[list[str], Path, list[str]]:
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".records.json"]  # an index
+    return {path: path.read_bytes() for path in found}
 
 
 def leftovers(folder: Path) -> list[Path]:
