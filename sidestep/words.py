@@ -4,13 +4,15 @@ import difflib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 # How this program is called: from its folder, or as the installed command.
 PROGRAM = ("uv", "run", "train.py") if (Path(__file__).parents[1] / "train.py").is_file() else ("side-step",)
+
+# A quote inside of a program's quotes, with the backslashes before it, and how it is written there.
+ESCAPED, SLASHED = r'(\\*)"', r'\1\1\\"'
 
 # Control characters but for the tab, marks that reverse the direction of text, line separators, and halves of pairs.
 INVISIBLE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -73,9 +75,14 @@ def paste(words: Iterable[str], shell: str = "") -> str:
     return " ".join(_quoted(word, shell) for word in words)
 
 
-def side_step(*words: str) -> str:
+def side_step(*words: str | Path) -> str:
     """The line that runs a command of this program: its name and these words, quoted for the shell at hand."""
-    return paste((*PROGRAM, *words))
+    return paste((*PROGRAM, *map(as_word, words)))
+
+
+def as_word(value: object) -> str:
+    """A value as a word of a command. A path with a dash in front would be read as a flag and gets a `./`."""
+    return f"./{value}" if isinstance(value, Path) and str(value).startswith("-") else str(value)
 
 
 def _shell_at_hand() -> str:
@@ -90,23 +97,31 @@ def _shell_at_hand() -> str:
 def _quoted(word: str, shell: str) -> str:
     """A word that the shell and then the program's own argument parsing read as what it is."""
     if shell == "posix":
-        return shlex.quote(word)
-    if word and not re.search(r"[^\w\-+./:\\=~]", word):
+        if not INVISIBLE.search(word):
+            return shlex.quote(word)
+        # shown as they are, such characters would not arrive: bash and zsh read them by their bytes
+        escaped = re.sub(r"[\\']", r"\\\g<0>", word)
+        return "$'" + INVISIBLE.sub(lambda found: "".join(f"\\x{b:02x}" for b in os.fsencode(found[0])), escaped) + "'"
+    trailing = "\\" * (len(word) - len(word.rstrip("\\")))  # before a closing quote they count double
+    if shell == "cmd":
+        if not re.search(r"[^\w\-+./:\\=~]", word):
+            return word or '""'
+        if not re.search(r'["%!]', word):  # in double quotes cmd takes the rest literally
+            return f'"{word}{trailing}"'
+        # quotes for the program, and a caret before all that cmd would act on, those quotes included
+        return re.sub(r'([()%!^"<>&|])', r"^\1", f'"{re.sub(ESCAPED, SLASHED, word)}{trailing}"')
+    # PowerShell splits -a.b and takes a ~ in front for the home folder
+    if word and not re.search(r"[^\w\-+./:\\=~]|^~|^-.*[.:]", word):
         return word
-    if not re.search(r'["%$`“”„!]', word):  # in double quotes all three shells take the rest literally
-        return f'"{word}{_trailing_backslashes(word)}"'
-    if shell == "cmd":  # argument quotes, and a caret before all that cmd would act on, quotes included
-        return re.sub(r'([()%!^"<>&|])', r"^\1", _force_quotes(word))
-    literal = re.sub("(['‘’‚‛])", r"\1\1", word)  # PowerShell ends a literal at any of these quotes
-    if shell == "windows-powershell":  # it passes inner quotes on as they are, so they are escaped for the program
-        literal = re.sub(r'(\\*)"', r'\1\1\\"', literal) + _trailing_backslashes(word)
-    return f"'{literal}'"
-
-
-def _trailing_backslashes(word: str) -> str:
-    return "\\" * (len(word) - len(word.rstrip("\\")))
-
-
-def _force_quotes(word: str) -> str:
-    line = subprocess.list2cmdline([word])
-    return line if line.startswith('"') else f'"{line}{_trailing_backslashes(word)}"'
+    if shell == "windows-powershell":  # it hands on what it read unescaped, in quotes where it sees a space
+        if not word:
+            word = '""'
+        elif re.search(r"\s", re.sub(r'"[^"]*("|$)', "", word)):  # a space that is not between quotes of the word
+            word = re.sub(ESCAPED, SLASHED, word) + trailing
+        elif re.search(r"\s", word):
+            word = '"' + re.sub(ESCAPED, r'\1\1""', word) + trailing + '"'
+        else:
+            word = re.sub(ESCAPED, SLASHED, word)
+    if not re.search(r'["$`“”„]', word):
+        return f'"{word}"'
+    return "'" + re.sub("(['‘’‚‛])", r"\1\1", word) + "'"  # PowerShell ends a literal at any of these quotes

@@ -1,10 +1,14 @@
 """Durations, bytes, plurals and commands as people read and paste them."""
 
-import shlex
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sidestep import words
 
@@ -62,38 +66,127 @@ def test_plain_words_are_pasted_as_they_are(shell):
     assert words.paste(["uv", "run", "train.py", "--lr", "1e-4"], shell) == "uv run train.py --lr 1e-4"
 
 
-@pytest.mark.parametrize(
-    ("word", "cmd", "powershell", "windows_powershell"),
-    [
-        ("My Songs", '"My Songs"', '"My Songs"', '"My Songs"'),
-        ("C:\\My Songs\\", '"C:\\My Songs\\\\"', '"C:\\My Songs\\\\"', '"C:\\My Songs\\\\"'),
-        ("", '""', '""', '""'),
-        ("R&B", '"R&B"', '"R&B"', '"R&B"'),
-        ("a,b", '"a,b"', '"a,b"', '"a,b"'),
-        ("it's", '"it\'s"', '"it\'s"', '"it\'s"'),
-        ("100%", '^"100^%^"', "'100%'", "'100%'"),
-        ("$HOME", '^"$HOME^"', "'$HOME'", "'$HOME'"),
-        ('say "hi"', '^"say \\^"hi\\^"^"', "'say \"hi\"'", "'say \\\"hi\\\"'"),
-        ("it's $5", '^"it\'s $5^"', "'it''s $5'", "'it''s $5'"),
-    ],
-)
-def test_words_are_quoted_for_the_shells_of_windows(word, cmd, powershell, windows_powershell):
-    assert words.paste([word], "cmd") == cmd
-    assert words.paste([word], "powershell") == powershell
-    assert words.paste([word], "windows-powershell") == windows_powershell
+def program_reads(line: str) -> list[str]:
+    """The arguments that a Windows program finds in its command line, by the rules of Microsoft's C runtime."""
+    arguments, i = [], 0
+    while i < len(line):
+        if line[i] in " \t":
+            i += 1
+            continue
+        word, quoted = "", False
+        while i < len(line) and (quoted or line[i] not in " \t"):
+            slashes = len(line[i:]) - len(line[i:].lstrip("\\"))
+            i += slashes
+            if line[i : i + 1] == '"':
+                word += "\\" * (slashes // 2)
+                if slashes % 2:
+                    word += '"'
+                elif quoted and line[i + 1 : i + 2] == '"':
+                    word += '"'
+                    i += 1
+                else:
+                    quoted = not quoted
+                i += 1
+            else:
+                word += "\\" * slashes
+                if not slashes:
+                    word += line[i]
+                    i += 1
+        arguments.append(word)
+    return arguments
 
 
-def test_words_are_quoted_for_a_posix_shell():
-    nasty = ["My Songs", "it's", 'say "hi"', "$HOME", "a\nb", "", "*", "R&B"]
-    assert shlex.split(words.paste(nasty, "posix")) == nasty
+def cmd_reads(line: str) -> list[str]:
+    """The arguments of a line typed into cmd: variables, carets and quotes, then the program's own reading."""
+    line = re.sub(r"%(\w+)%", "REPLACED", line)
+    passed, quoted, i = "", False, 0
+    while i < len(line):
+        if line[i] == "^" and not quoted:
+            i += 1
+        elif line[i] == '"':
+            quoted = not quoted
+        else:
+            assert quoted or line[i] not in "&|<>()", f"cmd acts on {line[i]}"
+        passed += line[i]
+        i += 1
+    return program_reads(passed)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell is asked")
-def test_a_posix_shell_hands_a_pasted_command_on_word_by_word():
-    nasty = ["My Songs", "it's", 'say "hi"', "$HOME", "", "*", "R&B", "a\\"]
-    command = words.paste([sys.executable, "-c", "import sys; print(sys.argv[1:])", *nasty])
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602 (it is what is tested)
-    assert done.stdout == f"{nasty}\n"
+def powershell_reads(line: str) -> list[str]:
+    """The words of a line typed into PowerShell, as it hands them to a program."""
+    words, i = [], 0
+    while i < len(line):
+        if line[i] == " ":
+            i += 1
+            continue
+        opening, word = line[i], ""
+        if opening in "'‘’‚‛":
+            found = re.compile(r"'((?:[^'‘’‚‛]|['‘’‚‛]{2})*)['‘’‚‛]").match(line, i)
+            assert found, "a literal without an end"
+            word = re.sub(r"['‘’‚‛](['‘’‚‛])", r"\1", found[1])
+        elif opening == '"':
+            found = re.compile(r'"([^"“”„$`]*)"').match(line, i)
+            assert found, "something is replaced in there"
+            word = found[1]
+        else:
+            found = re.compile(r"[^ ]+").match(line, i)
+            assert found
+            word = found[0]
+            assert not re.search(r"[\"'“”„‘’‚‛`$(){};,|&<>@#%\[\]*?]|^~|^-.*[.:]", word), f"PowerShell acts on {word}"
+        i = found.end()
+        assert line[i : i + 1] in (" ", ""), "words that touch"
+        words.append(word)
+    return words
+
+
+def windows_powershell_reads(line: str) -> list[str]:
+    """The same for Windows PowerShell 5, which joins words as they are, in quotes where it sees a space."""
+    passed = []
+    for word in powershell_reads(line):
+        quotes = 0
+        spaces = [quotes % 2 == 0 for c in word if (quotes := quotes + (c == '"')) >= 0 and c.isspace()]
+        passed.append(f'"{word}"' if any(spaces) else word)
+    return program_reads(" ".join(passed))
+
+
+READERS = {
+    "cmd": cmd_reads,
+    "powershell": powershell_reads,
+    "windows-powershell": windows_powershell_reads,
+}
+NASTY = [
+    *("My Songs", "C:\\My Songs\\", "C:\\songs\\", "", "R&B", "a,b", "it's", "100%", "%PATH%", "$HOME", "`x`"),
+    *('say "hi"', 'a"b c"d', '"', '\\"', 'end\\"', "-x.y", "--alpha=1.5", "--tag=a:b", "~", "~/x", "(a)", "a;b", "a|b"),
+    *("<a>", "^", "!", "it's $5", 'it\'s "100%" & $5', "“quoted”", "‘it’s’", "#1", "@home", "{x}", "a  b", "café"),
+    *("日本", "*", "?", "--%", "[x]"),
+]
+
+
+@pytest.mark.parametrize("shell", READERS)
+@pytest.mark.parametrize("word", NASTY)
+def test_a_shell_of_windows_hands_on_the_word_that_was_meant(word, shell):
+    assert READERS[shell](words.paste(["uv", word, "--tag", word, "end"], shell)) == ["uv", word, "--tag", word, "end"]
+
+
+@pytest.mark.parametrize("shell", READERS)
+@given(st.lists(st.text("ab %&^\"<>|()!,;=\\'$`~-.:“’#@", max_size=8), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_so_does_it_with_any_words(shell, any_words):
+    assert READERS[shell](words.paste(["uv", *any_words], shell)) == ["uv", *any_words]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is asked")
+def test_bash_hands_a_pasted_command_on_word_by_word():
+    nasty = [*NASTY, "a\nb", "a\\", "tab\there", "esc\x1b[2J", "\u202eturned", "caf\udce9", "it's\r", "\x9b\\'"]
+    command = words.paste([sys.executable, "-c", "import sys; print(ascii(sys.argv[1:]))", *nasty], "posix")
+    assert words.visible(command) == command
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{nasty!a}\n"
+
+
+def test_a_path_with_a_dash_in_front_is_not_read_as_a_flag():
+    assert words.side_step("history", Path("-runs")).endswith(" history ./-runs")
+    assert words.side_step("plan", "--json").endswith(" plan --json")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sidestep.errors import UserError
-from sidestep.words import did_you_mean
+from sidestep.words import as_word, did_you_mean
 
 C = TypeVar("C")
 Answers = Mapping[str, Any]  # values by setting name: what was answered so far
@@ -222,9 +222,7 @@ def as_arguments(config: Any, but: Container[str] = ()) -> list[str]:
     needed = 0  # positional words up to the last one that is not the default
     for name, o in options_of(type(config)).items():
         value = getattr(config, name)
-        words = [] if value is None else [str(part) for part in (value if o.many else [value])]
-        if o.type is Path:  # with a dash in front it would be read as a flag
-            words = [f"./{word}" if word.startswith("-") else word for word in words]
+        words = [] if value is None else [as_word(part) for part in (value if o.many else [value])]
         if not o.flag.startswith("-"):
             positional += words
             needed = len(positional) if name in changed else needed

@@ -166,8 +166,8 @@ def _values(option):
         )
         high = option.maximum if option.maximum is not None else max(low, 0) + 1000
         text = st.text(
-            st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1, max_size=12
-        ).map(lambda t: f"x{t}")
+            st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp")), min_size=1, max_size=12
+        ).filter(lambda t: t.strip() and not t.startswith("~"))
         one = {
             int: st.integers(int(low), int(high)),
             float: st.floats(low, high),
