@@ -92,6 +92,10 @@ class Checkpoint:
         own = OWN_KEYS.get(part, ()) if self.layout.kind == "original" else ()
         return self._open(part).identity(*own)
 
+    def sampled_identity(self, part: str) -> str:
+        """The fingerprint that earlier records keep of a part's weights."""
+        return self._open(part).sampled_identity()
+
     def has(self, part: str) -> bool:
         """Whether the weights of the VAE or the text encoder are there; those of the model always are."""
         folder = {"vae": self.layout.vae, "text_encoder": self.layout.text_encoder}.get(part)

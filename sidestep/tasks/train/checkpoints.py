@@ -34,6 +34,7 @@ from sidestep.tasks.train.run import History, Position, Run
 from sidestep.words import PROGRAM, count, paste, size
 
 STATE_FILE = "training_state.pt"
+STATE_SCHEMA = 2  # raise it when a run can no longer go on from states of before
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
 NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
@@ -249,6 +250,11 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
         return None
     source = find_checkpoint(config.resume_from, folder)
     state, position = read_checkpoint(source)
+    if state.get("schema") != STATE_SCHEMA:
+        raise UserError(
+            f"--resume-from {source}: saved by another version of Side-Step, which kept less of the songs to compare.",
+            f"Start a new run from its adapter: --init-from {source} --output-dir {folder}-2",
+        )
     later = [path for path, at in positions(folder).items() if at.step > position.step]
     if later:
         raise UserError(
@@ -382,6 +388,7 @@ def state_of(run: Run) -> dict[str, Any]:
     if run.average:
         average = {"step": run.average.optimization_step, "tensors": snapshot(run.average.shadow_params)}
     return {
+        "schema": STATE_SCHEMA,
         "adapter": adapter_snapshot(run),
         "optimizer": snapshot(run.optimizer.state_dict()),
         "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else {},

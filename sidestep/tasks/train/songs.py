@@ -130,6 +130,9 @@ def require_same_model(
     for part, title in parts.items():
         made_by = {name: info.made_by[part] for name, info in infos.items() if part in info.made_by}
         own = checkpoint.identity(part) if made_by and checkpoint.has(part) else None
+        if own and set(made_by.values()) != {own}:
+            earlier = checkpoint.sampled_identity(part)
+            made_by = {name: own if made == earlier else made for name, made in made_by.items()}
         foreign = [name for name, made in made_by.items() if own and made != own]
         if foreign:
             others = ", ".join({str(infos[name].metadata.get("checkpoint", "another model")): 0 for name in foreign})

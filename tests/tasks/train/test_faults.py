@@ -276,6 +276,26 @@ def test_records_of_another_vae_or_text_encoder_are_refused_for_that_part(data, 
     run(settings(tmp_path / "own", tmp_path / "fits", epochs=1))
 
 
+def test_records_that_name_the_model_in_the_former_way_still_train(tmp_path):
+    opened = open_checkpoint(CHECKPOINTS, "turbo")
+    assert opened.sampled_identity("vae") != opened.identity("vae")
+    for number, identity in enumerate([opened.sampled_identity("vae"), opened.identity("vae")]):
+        made = {"audio": {"vae": identity, "content": "x"}, "text": {}}
+        save_record(tmp_path / "data" / f"{number}.pt", record(number, 30, fingerprint=made))
+    run(settings(tmp_path / "data", tmp_path / "run", epochs=1))
+
+
+def test_a_state_of_another_version_is_refused_and_its_adapter_offered(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "STATE_SCHEMA", 1)
+    config = settings(data, tmp_path / "run", epochs=2, max_steps=1)
+    run(config)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="saved by another version") as refused:
+        run(replace(config, resume_from=LATEST, max_steps=0))
+    saved = complete_checkpoints(config.output_dir)[-1]
+    assert f"--init-from {saved}" in refused.value.fix
+
+
 def test_a_record_that_changes_under_a_run_stops_it_after_a_save(data, tmp_path, monkeypatch):
     monkeypatch.setattr(songs_module, "MEMORY_SHARE", 10**12)  # nothing is kept in memory
 
