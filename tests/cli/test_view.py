@@ -61,6 +61,7 @@ def test_training_goes_on_when_its_reader_leaves(tmp_path):
     process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_window_and_an_impatient_launcher_get_a_checkpoint(tmp_path, number):
     process = start(tmp_path, epochs=2000, save_every=2000)

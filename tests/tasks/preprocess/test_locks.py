@@ -134,6 +134,7 @@ def take_and_leave(folder: Path, held: Path, rounds: int, failures) -> None:
                 held.unlink()
 
 
+@pytest.mark.slow
 def test_removing_lock_files_never_lets_two_processes_in(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
@@ -148,6 +149,7 @@ def test_removing_lock_files_never_lets_two_processes_in(tmp_path: Path):
     assert files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_song_of_a_killed_process_is_free_at_once(tmp_path: Path, holder):
     process = holder("a")
     with SongLocks(tmp_path) as locks:
@@ -160,6 +162,7 @@ def test_the_song_of_a_killed_process_is_free_at_once(tmp_path: Path, holder):
     assert files(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
 def test_a_stopped_process_keeps_its_song_however_long(tmp_path: Path, holder):
     process = holder("a")

@@ -176,7 +176,7 @@ def test_a_run_whose_saves_will_not_fit_is_refused_or_told_how_many_do(data, tmp
     assert "--rank 16" in said
     assert not (tmp_path / "run" / "config.json").exists()
     monkeypatch.setattr(state.shutil, "disk_usage", disk_with(5_000_000))
-    (warning,) = [e.message for e in run(config).of(Notice) if "will not fit into 4.8 MiB" in e.message]
+    (warning,) = [e.message for e in run(config).of(Notice) if "will not fit into 5 MiB" in e.message]
     fits = int(warning.split("--keep-checkpoints ")[1].split()[0])
     assert 1 < fits < 12
     fitting = replace(config, keep_checkpoints=fits, output_dir=tmp_path / "fits")
