@@ -201,6 +201,7 @@ class TrainConfig(ModelConfig):
         "-r",
         group="Adapter",
         minimum=1,
+        maximum=4096,  # the widest layer of any model
         plain="how much the adapter can learn: 16 is little, 64 usual, 128 much; more takes memory and a larger file",
         kept=True,
     )
@@ -602,6 +603,7 @@ class EstimateConfig(ModelConfig):
         "-r",
         group="Ranks",
         minimum=1,
+        maximum=4096,
         plain="how much the adapter can learn on average; the measurement moves it to where it is worth most",
         kept=True,
     )

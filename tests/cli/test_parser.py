@@ -200,3 +200,12 @@ def test_any_config_comes_back_from_its_command_line(config_class):
         assert parse(shlex.split(command_line(config))[3:]) == parse(command_words(config))
 
     check()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["fixed --checkpoint-dir c --dataset-dir d --output-dir o", "estimate --checkpoint-dir c --dataset-dir d", "plan"],
+)
+def test_a_rank_beyond_every_layer_is_refused_with_the_most_there_is(line):
+    with pytest.raises(UserError, match="--rank 100000: must be at most 4096"):
+        configs_of(parse([*line.split(), "--rank", "100000"]), {})

@@ -27,6 +27,7 @@ from sidestep.acestep.conditions import (
     tiled_silence,
 )
 from sidestep.acestep.vae import frames_per_second
+from sidestep.audio.io import find_audio
 from sidestep.data.batches import Song, Windows
 from sidestep.data.lyrics import has_time_marks, lyrics_between, without_time_marks
 from sidestep.data.records import Record, RecordError, RecordInfo, index_records, load_record, record_stat
@@ -36,7 +37,7 @@ from sidestep.files import replacing
 from sidestep.seeding import uniform
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.processes import Processes
-from sidestep.words import count, side_step
+from sidestep.words import count, paste, side_step
 
 FOLDER = ".windows"
 SCHEMA = 1  # raise it when what was encoded before must be made anew
@@ -62,6 +63,14 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     for name, error in broken.items():
         report(FileFailed(path=name, reason=error.problem, stage="load"))
     if not infos and not broken:
+        if find_audio(folder):
+            tensors = Path(f"{folder}-tensors")
+            make = ("preprocess", "--audio-dir", folder, "--tensor-output", tensors)
+            raise UserError(
+                f"--dataset-dir {folder}: these are songs, not the tensors that preprocessing makes of them.",
+                f"Preprocess them: {side_step(*make, '--checkpoint-dir', config.checkpoint_dir)}\n"
+                f"then train with {paste(('--dataset-dir', str(tensors)))}",
+            )
         raise UserError(f"--dataset-dir {folder}: no preprocessed .pt tensors in it.", again)
     if not infos:
         raise JobError(f"--dataset-dir {folder}: none of its {len(broken)} tensor files can be used.", again)

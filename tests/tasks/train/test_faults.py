@@ -285,6 +285,16 @@ def test_records_that_name_the_model_in_the_former_way_still_train(tmp_path):
     run(settings(tmp_path / "data", tmp_path / "run", epochs=1))
 
 
+def test_songs_in_place_of_tensors_get_the_command_that_makes_tensors_elsewhere(tmp_path):
+    songs = tmp_path / "my songs"
+    songs.mkdir()
+    (songs / "a.flac").write_bytes(b"any")
+    with pytest.raises(UserError, match="these are songs") as refused:
+        run(settings(songs, tmp_path / "run"))
+    assert f"--audio-dir '{songs}' --tensor-output '{songs}-tensors'" in refused.value.fix
+    assert f"--dataset-dir '{songs}-tensors'" in refused.value.fix
+
+
 def test_a_state_of_another_version_is_refused_and_its_adapter_offered(data, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "STATE_SCHEMA", 1)
     config = settings(data, tmp_path / "run", epochs=2, max_steps=1)
