@@ -358,12 +358,18 @@ def _sndfile(path: Path, link: io.BytesIO | None, file: soundfile.SoundFile) -> 
 
 @contextmanager
 def _ffmpeg(path: Path, link: io.BytesIO | None) -> Generator[_Source]:
-    def opened() -> av.container.InputContainer:
-        try:
-            return av.open(io.BytesIO(link.getvalue()) if link else str(path), "r", metadata_errors="ignore")
-        except (av.FFmpegError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise AudioError(path, f"is no audio file that can be read ({reason})") from error
+    @contextmanager
+    def opened() -> Generator[av.container.InputContainer]:
+        with ExitStack() as stack:
+            source: Any = io.BytesIO(link.getvalue()) if link else str(path)
+            if not link and (start := _end_of_tags(path)):
+                source = stack.enter_context(_Behind(path, start))
+            try:
+                container = stack.enter_context(av.open(source, "r", metadata_errors="ignore"))
+            except (av.FFmpegError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise AudioError(path, f"is no audio file that can be read ({reason})") from error
+            yield container
 
     with opened() as container:
         if not container.streams.audio or container.streams.audio[0].codec_context is None:
@@ -425,13 +431,35 @@ def _packets(container: av.container.InputContainer, stream: av.AudioStream) -> 
         yield from container.demux(stream)
 
 
-def _says_its_length(path: Path) -> bool:
-    """Whether an mp3 says how long it is, in a header of Xing or VBRI, and holds no more, as joined files do."""
+class _Behind(io.FileIO):
+    """A file from a position on: FFmpeg would unpack the tags before it, a gigabyte of them if they say so."""
+
+    def __init__(self, path: Path, start: int):
+        super().__init__(path)
+        self.start = start
+        self.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(offset + (self.start if whence == os.SEEK_SET else 0), whence) - self.start
+
+    def tell(self) -> int:
+        return super().tell() - self.start
+
+
+def _end_of_tags(path: Path) -> int:
+    """Where the ID3 tags at a file's start end; 0 without any."""
     with _bytes_of(path) as file:
         start = 0
         while (tag := file.read(10)).startswith(b"ID3") and len(tag) == 10:
             size = sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
             start = file.seek(start + 10 + size)
+        return start
+
+
+def _says_its_length(path: Path) -> bool:
+    """Whether an mp3 says how long it is, in a header of Xing or VBRI, and holds no more, as joined files do."""
+    start = _end_of_tags(path)
+    with _bytes_of(path) as file:
         file.seek(start)
         head = file.read(4096).ljust(4200, b"\0")
         size = file.seek(0, os.SEEK_END) - start

@@ -306,3 +306,26 @@ def test_what_is_passed_over_is_counted(tmp_path):
     passed: io.Counter = io.Counter()
     assert [path.name for path in find_audio(tmp_path, passed_over=passed)] == ["g.wav"]
     assert passed == {".dsf": 2, ".mpc": 1, ".icloud": 1}
+
+
+@pytest.mark.parametrize("tags", [1, 2])
+@pytest.mark.parametrize("xing", [False, True])
+def test_ffmpeg_never_reads_the_tags_before_a_song(tmp_path, monkeypatch, tags, xing):
+    """It unpacks compressed ones whatever they unpack to: 1.4 GiB for a file of 300 kB."""
+    plain, tagged, read = tmp_path / "plain.mp3", tmp_path / "tagged.mp3", []
+    sound = mp3(tone(seconds=2.0), 48_000, plain, xing=xing)
+    tag = b"ID3\x04\0\0" + bytes([0, 0, 8, 0]) + bytes(1024)
+    tagged.write_bytes(tag * tags + sound)
+    opened = av.open
+
+    def watched(source, *args, **named):
+        read.append(source if isinstance(source, str) else source.read(3))
+        if not isinstance(source, str):
+            source.seek(0)
+        return opened(source, *args, **named)
+
+    monkeypatch.setattr(av, "open", watched)
+    assert probe(tagged).seconds == probe(plain).seconds
+    assert np.array_equal(decode(tagged), decode(plain))
+    assert read
+    assert all(begins[:2] == b"\xff\xfb" for begins in read), "the song itself, as FFmpeg's own writer tags it too"
