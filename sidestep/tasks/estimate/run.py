@@ -24,8 +24,9 @@ from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.pages import render
 from sidestep.pages.charts import budget_curve, by_layer, spectra
-from sidestep.settings.config import EstimateConfig, TrainConfig
-from sidestep.settings.option import as_json_values
+from sidestep.settings.config import EstimateConfig, TrainConfig, command_line
+from sidestep.settings.option import as_json_values, resolve
+from sidestep.settings.path_checks import run_for
 from sidestep.tasks.estimate.allocate import uniform_budget
 from sidestep.tasks.estimate.measure import QUARTERS, Measurement, Ranking, Sums, captured, ranks_from, run_rounds
 from sidestep.tasks.estimate.sketch import Layout, linear_shapes
@@ -33,7 +34,6 @@ from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import check_memory_options, open_accelerator
 from sidestep.tasks.train.songs import load_songs, with_windows
-from sidestep.words import side_step
 
 # Change memory and time, not the numbers.
 MEMORY_OPTIONS = ("gradient_checkpointing", "recompute_layers", "offload_activations", "swap_blocks")
@@ -259,9 +259,10 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
     if left_out := result.excluded:
         names = ", ".join(left_out[:6]) + (" …" if len(left_out) > 6 else "")
         report(Notice(message=f"{len(left_out)} modules get no adapter: {names}"))
-    command = ["fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
-    command += ["--dataset-dir", str(config.dataset_dir), "--rank", str(config.rank), "--output-dir"]
-    report(Finished(message=result.summary(), next_commands=(side_step(*command) + " …",)))
+    known = {name: getattr(config, name) for name in ("checkpoint_dir", "model_variant", "dataset_dir")}
+    # without --rank: typed, it would go before the map
+    training = resolve(TrainConfig, known | {"output_dir": run_for(known)})
+    report(Finished(message=result.summary(), next_commands=(command_line(training),)))
 
 
 def top_modules(result: RankMap, count: int = 12) -> Table:

@@ -1,6 +1,7 @@
 """`estimate` whole, on the tiny checkpoints: a map that is exact, repeatable and resumable."""
 
 import json
+import shlex
 import signal
 import threading
 from dataclasses import replace
@@ -83,6 +84,17 @@ def test_the_budget_is_that_of_the_uniform_rank_and_is_spent_to_less_than_one_ra
     steps = [m.cost for m in result.modules.values() if m.rank < min(16, *m.shape)]
     assert 0 <= result.budget - result.spent < min(steps)
     assert result.spent == sum(m.rank * m.cost for m in result.modules.values())
+
+
+def test_the_command_that_it_prints_trains_with_the_map(measured, tensors, monkeypatch):
+    from sidestep.cli.parser import configs_of, parse
+
+    _, _, events = measured
+    [line] = events[-1].next_commands
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name == maps.FILE_NAME)  # as if it stood beside the data
+    [training] = configs_of(parse(shlex.split(line)[3:]), {})
+    assert training.dataset_dir == tensors
+    assert not training.ignore_rank_map
 
 
 def test_a_converged_map_says_so_and_its_halves_agree(measured):
