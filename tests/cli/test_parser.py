@@ -165,9 +165,11 @@ def _values(option):
             option.minimum if option.minimum is not None else option.above + 1e-3 if option.above is not None else -100
         )
         high = option.maximum if option.maximum is not None else max(low, 0) + 1000
-        text = st.text(
-            st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp")), min_size=1, max_size=12
-        ).filter(lambda t: t.strip() and not t.startswith("~"))
+        known = st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp"))
+        never = (
+            "~" if option.type is Path or option.flag.startswith("-") else "~-"
+        )  # a word alone with a dash is a flag
+        text = st.text(known, min_size=1, max_size=12).filter(lambda t: t.strip() and t[0] not in never)
         one = {
             int: st.integers(int(low), int(high)),
             float: st.floats(low, high),
