@@ -52,8 +52,6 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
             left_out.append(event)
         report(event)
 
-    if "torch" not in sys.modules and type(config) in NEED_TORCH:
-        report(Notice(message="Loading PyTorch."))
     try:
         result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     except (MemoryError, RuntimeError) as error:

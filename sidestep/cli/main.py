@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
-from sidestep.cli.commands import run
+from sidestep.cli.commands import NEED_TORCH, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
@@ -145,6 +145,8 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
         if isinstance(config, TrainConfig):
             stack.enter_context(one_writer(config.output_dir))
         report = stack.enter_context(showing(terminal))
+        if "torch" not in sys.modules and type(config) in NEED_TORCH:
+            report(Notice(message="Loading PyTorch."))  # not in the log, which would be made by it
         if folder is not None:
             log = EventLog(folder / "events.jsonl", report)
             stack.callback(log.close)

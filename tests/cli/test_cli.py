@@ -26,6 +26,7 @@ from sidestep.settings import presets
 from sidestep.settings.config import (
     COMMANDS,
     BuildDatasetConfig,
+    DemoConfig,
     PlanConfig,
     PreprocessConfig,
     TrainConfig,
@@ -284,6 +285,25 @@ def test_the_nearest_model_that_is_in_the_folder_is_offered(checkpoints, variant
     argv = ["sample", "--checkpoint-dir", str(checkpoints), "--model-variant", variant, "--prompt", "p"]
     assert main(argv) == 2
     assert nearest in capsys.readouterr().err.partition("Did you mean ")[2]
+
+
+@pytest.mark.parametrize("config_class", [DemoConfig, TrainConfig, PreprocessConfig])
+def test_that_torch_is_loaded_is_said_and_leaves_nothing_in_the_folder_of_results(
+    task, tmp_path, capsys, monkeypatch, config_class
+):
+    found = []
+
+    def job(config, report):
+        found.extend(path.name for path in output_folder(config).glob("*") if not path.name.startswith(".lock"))
+        raise UserError("Not now.")
+
+    task(job, config_class)
+    monkeypatch.delitem(sys.modules, "torch")  # as in a process that has just begun
+    argv = {DemoConfig: ["demo", "--output-dir", "out"], TrainConfig: TRAIN, PreprocessConfig: BOTH[:8]}
+    assert main(argv[config_class]) == 2
+    assert "Loading PyTorch." in capsys.readouterr().out
+    assert found == []
+    assert not list(tmp_path.rglob("events.jsonl"))
 
 
 def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):
