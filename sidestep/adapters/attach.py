@@ -56,6 +56,23 @@ def target_names(decoder: nn.Module, config: TrainConfig) -> list[str]:
     return names
 
 
+def check_sizes(config: TrainConfig, sizes: Mapping[str, Any]) -> None:
+    """Raises UserError for settings beyond the sizes of a model (a checkpoint's config).
+
+    A rank above the width adds parameters and nothing that they could express. LoKr takes one for "whole matrices",
+    OFT has a rule of its own, and the default may stand on a tiny model.
+    """
+    width, layers = max(int(sizes["hidden_size"]), TrainConfig.rank), int(sizes["num_hidden_layers"])
+    if config.adapter_type not in ("lokr", "oft") and config.rank > width:
+        raise UserError(
+            f"--rank {config.rank}: more than the model's width of {sizes['hidden_size']}, which no module can use.",
+            f"Use at most --rank {width}; 16 to 128 are usual.",
+        )
+    for flag, number in (("--swap-blocks", config.swap_blocks), ("--recompute-layers", config.recompute_layers or 0)):
+        if number > layers:
+            raise UserError(f"{flag} {number}: the model has {layers} layers.", f"Use at most {flag} {layers}")
+
+
 def targets_of(decoder: nn.Module, config: TrainConfig, rank_map: Mapping[str, Any] | None = None) -> Targets:
     """The adapted modules with their ranks.
 

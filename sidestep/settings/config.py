@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sidestep.errors import UserError
-from sidestep.settings.option import Answers, as_arguments, changed_from_defaults, option, options_of, same_as
+from sidestep.settings.option import (
+    LARGEST_SEED,
+    Answers,
+    as_arguments,
+    changed_from_defaults,
+    option,
+    options_of,
+    same_as,
+)
 from sidestep.settings.path_checks import models_offered, run_for, states_offered, tensors_for
 from sidestep.words import side_step
 
@@ -306,6 +314,7 @@ class TrainConfig(ModelConfig):
         "songs or windows in a micro-step",
         group="Training",
         minimum=1,
+        maximum=1024,
         plain="how many songs are learnt from at the same time; more takes more memory",
     )
     gradient_accumulation: int = option(
@@ -320,6 +329,7 @@ class TrainConfig(ModelConfig):
         "seed of everything random",
         group="Training",
         minimum=0,
+        maximum=LARGEST_SEED,
         plain="a run with the same seed and settings gives the same adapter",
     )
     lr: float = option(
@@ -479,7 +489,7 @@ class TrainConfig(ModelConfig):
         None, "JSON file with a list of prompts to listen to, instead of --preview-prompt", group="Previews"
     )
     preview_duration: float = option(30.0, "seconds of each preview", group="Previews", minimum=1, maximum=600)
-    preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0)
+    preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0, maximum=LARGEST_SEED)
 
     save_every: int = option(
         10,
@@ -631,8 +641,8 @@ class EstimateConfig(ModelConfig):
     batches: str = option(
         "auto", "measure at least N batches; auto stops when two halves of the songs agree", group="Measuring"
     )
-    batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1)
-    seed: int = option(42, "seed of everything random", group="Measuring", minimum=0)
+    batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1, maximum=1024)
+    seed: int = option(42, "seed of everything random", group="Measuring", minimum=0, maximum=LARGEST_SEED)
     sketch_width: int = option(
         32,
         "directions of each gradient that are measured; memory grows with it",
@@ -728,7 +738,7 @@ class SampleConfig(ModelConfig):
         None, "guidance scale; default: 7, and none for turbo, which has it built in", group="Sample", minimum=1
     )
     shift: float = option(3.0, "shift of the timesteps towards noise", group="Sample", above=0, advanced=True)
-    seed: int = option(42, "seed of the noise", group="Sample", minimum=0)
+    seed: int = option(42, "seed of the noise", group="Sample", minimum=0, maximum=LARGEST_SEED)
     output: Path = option(Path("samples"), "folder for the audio", group="Sample")
     base_precision: str = same_as(TrainConfig, "base_precision", group="Sample")
     swap_blocks: int = same_as(TrainConfig, "swap_blocks", group="Sample")
@@ -859,8 +869,10 @@ class PlanConfig:
     dataset_dir: Path | None = option(
         None, "folder of tensors: plan for the longest of these songs", group="Plan", label="Folder of tensors"
     )
-    song_seconds: float = option(240.0, "length of the songs, where no folder is named", group="Plan", above=0)
-    condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1)
+    song_seconds: float = option(
+        240.0, "length of the songs, where no folder is named", group="Plan", minimum=1, maximum=36_000
+    )
+    condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1, maximum=100_000)
     json: bool = option(False, "print one JSON object and nothing else", group="Plan")
 
     precision: str = same_as(ModelConfig, "precision")

@@ -16,7 +16,8 @@ C = TypeVar("C")
 Answers = Mapping[str, Any]  # values by setting name: what was answered so far
 
 
-LARGEST = 2**63 - 1  # of a whole number, in files and in random generators
+LARGEST = 10**9  # of a number whose setting has no bound of its own: enough for all, and no product of two overflows
+LARGEST_SEED = 2**63 - 1  # in files and in random generators
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,6 @@ class Option:
             raise self._wrong(value, f"must be {self._kind()}") from None
         except RuntimeError:  # no HOME, and a user that the system does not know
             raise self._wrong(value, "~ has no meaning here, there is no home folder; write the whole path") from None
-        if self.type is int and abs(checked) > LARGEST:
-            raise self._wrong(value, f"must be at most {LARGEST}")
         if self.choices and checked not in self.choices:
             nearest = did_you_mean(str(checked), self.choices)
             raise self._wrong(checked, f"must be one of {', '.join(self.choices)}", nearest)
@@ -127,8 +126,11 @@ class Option:
                 raise self._wrong(checked, "must be a finite number")
             if self.minimum is not None and checked < self.minimum:
                 raise self._wrong(checked, f"must be at least {self.minimum:g}")
-            if self.maximum is not None and checked > self.maximum:
-                raise self._wrong(checked, f"must be at most {self.maximum:g}")
+            largest = LARGEST if self.maximum is None else self.maximum
+            if checked > largest:
+                raise self._wrong(value, f"must be at most {largest}")
+            if checked < -LARGEST:
+                raise self._wrong(value, f"must be at least {-LARGEST}")
             if self.above is not None and checked <= self.above:
                 raise self._wrong(checked, f"must be above {self.above:g}")
         return checked

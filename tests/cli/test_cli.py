@@ -33,6 +33,7 @@ from sidestep.settings.config import (
     command_of,
     memory_levers,
 )
+from sidestep.settings.option import options_of
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
@@ -304,6 +305,43 @@ def test_that_torch_is_loaded_is_said_and_leaves_nothing_in_the_folder_of_result
     assert "Loading PyTorch." in capsys.readouterr().out
     assert found == []
     assert not list(tmp_path.rglob("events.jsonl"))
+
+
+NUMBERS = [
+    (command, o)
+    for command, c in COMMANDS.items()
+    for o in options_of(c.config).values()
+    if o.type in (int, float) and o.flag.startswith("-")
+]
+
+
+@pytest.mark.parametrize(("command", "o"), NUMBERS, ids=lambda x: getattr(x, "flag", x))
+def test_every_number_flag_refuses_the_absurd_by_its_name_and_starts_nothing(task, command, o, capsys):
+    config_class = COMMANDS[command].config
+    task(raising(AssertionError("started")), config_class)
+    needed = [x for x in options_of(config_class).values() if x.required and x.flag.startswith("-")]
+    argv = [command, *(word for x in needed for word in (x.flag, "x"))]
+    argv += ["--audio-dir", "x"] * (command == "preprocess") + ["x"] * (command == "export")
+    for value in ("nan", "inf", "-inf", "1e23", "-1e23", "9" * 30, "9" * 5000):
+        assert main([*argv, f"{o.flag}={value}"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {o.flag} ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--rank", "100000"], "--rank 100000: more than the model's width of"),
+        (["--rank", "100000", "--adapter-type", "dora"], "--rank 100000: more than the model's width of"),
+        (["--recompute-layers", "1000"], "--recompute-layers 1000: the model has"),
+        (["--swap-blocks", "1000"], "--swap-blocks 1000: the model has"),
+    ],
+)
+def test_what_is_beyond_the_model_is_refused_before_its_weights_are_read(checkpoints, capsys, flags, problem, tmp_path):
+    argv = ["fixed", "--checkpoint-dir", str(checkpoints), "--dataset-dir", str(tmp_path), "--output-dir", "o"]
+    assert main([*argv, "--device", "cpu", *flags]) == 2
+    assert problem in capsys.readouterr().err
+    assert main(["plan", *flags]) == 2
+    assert problem in capsys.readouterr().err
 
 
 def test_one_process_of_a_group_speaks_for_all(task, capsys, monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ from sidestep.acestep.device import (
     gpu_memory,
     with_overhead,
 )
+from sidestep.adapters.attach import check_sizes
 from sidestep.data.records import index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
@@ -203,6 +204,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(TrainConfig)}
     folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
     asked = resolve(TrainConfig, shared, folders)
+    check_sizes(asked, sizes)
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
     seconds, tokens = config.song_seconds, config.condition_tokens
     if config.dataset_dir:

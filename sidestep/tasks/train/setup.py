@@ -20,7 +20,7 @@ from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.adapters import rank_map as maps
-from sidestep.adapters.attach import attach, load_adapter_state, start_along_gradient, start_from
+from sidestep.adapters.attach import attach, check_sizes, load_adapter_state, start_along_gradient, start_from
 from sidestep.data.batches import StepPlan, fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, null
@@ -150,6 +150,7 @@ def set_up(
     device, processes = accelerator.device, Processes(accelerator)
     check_memory_options(config, processes.count)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    check_sizes(config, checkpoint.config)
     if saved and saved.state["model"] != checkpoint.identity():
         raise UserError(
             f"--resume-from {saved.folder}: was trained on another base model than {checkpoint.folder} "
