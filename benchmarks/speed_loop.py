@@ -77,7 +77,7 @@ def with_tokens(song: Song, tokens: int) -> Song:
 def levers(setting: Setting) -> Result:
     """One optimizer step of four 60 s windows: the bare model, our loop, and the loop with one lever taken away."""
     clock = Clock(setting)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         turns = setting.rounds + 1
         run = make_run(setting, Path(name), [60.0] * 4, clock, gradient_accumulation=4, epochs=100_000)
         decoder, songs = run.model.get_base_model(), list(run.songs)
@@ -157,7 +157,7 @@ def epochs(setting: Setting, which: str) -> Result:
     ours: list[float] = []
     usual: list[float] = []
     clock = Clock(setting)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         run = make_run(setting, folder, lengths, clock, epochs=rounds + 1, gradient_accumulation=4)
         baseline = UsualTrainer(setting, folder / "tensors", folder / "padded")
