@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GIB = 1 << 30
+from sidestep.acestep.device import GIB
 
 
 class CopyStream:

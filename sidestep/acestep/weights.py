@@ -74,7 +74,7 @@ class Weights:
         return hashlib.blake2b(json.dumps(own).encode(), digest_size=16).hexdigest()
 
     def sampled_identity(self) -> str:
-        """The digest that 0.2.0 still compares and no longer writes: of all headers and 4 KiB of every tensor."""
+        """A digest of headers and 4 KiB of every tensor: earlier records keep it, so it is compared, not written."""
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
             with file.open("rb") as f:
@@ -94,11 +94,8 @@ def tensor_digests(file: Path) -> dict[str, str]:
     is_large = stat.st_size > UNKEPT_BYTES
     place = str(file.resolve())
     known = [place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    kept = (
-        state_folder()
-        / "weights"
-        / f"{hashlib.blake2b(place.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}.json"
-    )
+    name = hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    kept = state_folder() / "weights" / f"{name}.json"
     if is_large:
         try:
             content = json.loads(kept.read_text(encoding="utf-8"))
