@@ -146,7 +146,11 @@ def index_records(folder: Path, report: Report = null) -> tuple[dict[str, Record
 
     Only what the index does not have, or what has changed since, is read. It is kept where the folder takes files.
     """
-    kept = _read_index(folder / INDEX)
+    kept: dict[str, RecordInfo] = {}
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged: made anew
+        seal, body = (folder / INDEX).read_text(encoding="utf-8").split("\n", 1)
+        if seal == _seal(body.rstrip("\n")):
+            kept = {name: RecordInfo(**info) for name, info in json.loads(body).items()}
     found: dict[str, RecordInfo] = {}
     broken: dict[str, RecordError] = {}
     paths = find_records(folder)
@@ -173,16 +177,6 @@ def record_stat(path: Path) -> list[int]:
     except OSError as error:
         raise _wrong(path, error) from None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _read_index(path: Path) -> dict[str, RecordInfo]:
-    try:
-        seal, body = path.read_text(encoding="utf-8").split("\n", 1)
-        if seal == _seal(body.rstrip("\n")):
-            return {name: RecordInfo(**info) for name, info in json.loads(body).items()}
-    except (OSError, ValueError):
-        pass  # there is none yet, or it is damaged: made anew
-    return {}
 
 
 def _seal(body: str) -> str:

@@ -66,7 +66,19 @@ def find_models(checkpoint_dir: Path) -> list[FoundModel]:
     A single file does not say which official model it descends from: all of them are offered.
     """
     if checkpoint_dir.is_file() and checkpoint_dir.suffix.lower() == ".safetensors":
-        return _models_of_file(checkpoint_dir)
+        try:
+            parameters = safetensors_parameters(checkpoint_dir)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"weights unreadable: {error}"
+            return [FoundModel(checkpoint_dir.name, "unknown", False, 0, "single file", problem)]
+        stated = _read_json(checkpoint_dir.with_suffix(".json"))
+        if stated is not None:
+            variant = variants.detect(stated)
+            return [FoundModel(checkpoint_dir.name, variant.name, variant.is_turbo, parameters, "single file", "")]
+        return [
+            FoundModel(folder, name, "turbo" in name, parameters, "single file", "")
+            for name, folder in variants.OFFICIAL_FOLDERS.items()
+        ]
     if not checkpoint_dir.is_dir():
         return []
     own = _model(checkpoint_dir)
@@ -164,21 +176,6 @@ def _model(folder: Path) -> FoundModel | None:
         return FoundModel(folder.name, "unknown", False, 0, layout, f"weights unreadable: {error}")
     problem = "" if parameters else "no weights: download again"
     return FoundModel(folder.name, variant.name, variant.is_turbo, parameters, layout, problem)
-
-
-def _models_of_file(file: Path) -> list[FoundModel]:
-    try:
-        parameters = safetensors_parameters(file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [FoundModel(file.name, "unknown", False, 0, "single file", f"weights unreadable: {error}")]
-    stated = _read_json(file.with_suffix(".json"))
-    if stated is not None:
-        variant = variants.detect(stated)
-        return [FoundModel(file.name, variant.name, variant.is_turbo, parameters, "single file", "")]
-    return [
-        FoundModel(folder, name, "turbo" in name, parameters, "single file", "")
-        for name, folder in variants.OFFICIAL_FOLDERS.items()
-    ]
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -267,7 +267,16 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
             sampling_rate=SAMPLE_RATE,
         )
         vae.eval().save_pretrained(folder / "vae")
-        _write_text_encoder(folder / TEXT_ENCODER_FOLDER)
+        sizes = Qwen3Config(
+            vocab_size=write_tokenizer(folder / TEXT_ENCODER_FOLDER),
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+        Qwen3Model(sizes).save_pretrained(folder / TEXT_ENCODER_FOLDER)
         _write_model(folder / OFFICIAL_FOLDERS["turbo"], vae)
     return folder
 
@@ -284,19 +293,6 @@ def write_tokenizer(folder: Path) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=END_TOKEN, eos_token=END_TOKEN)
     fast.save_pretrained(folder)
     return len(vocabulary)
-
-
-def _write_text_encoder(folder: Path) -> None:
-    sizes = Qwen3Config(
-        vocab_size=write_tokenizer(folder),
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    Qwen3Model(sizes).save_pretrained(folder)
 
 
 def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:

@@ -76,8 +76,10 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         Finding("Side-Step", __version__, f"Python {platform.python_version()}, {system}"),
         Finding("torch", torch.__version__, f"ROCm {torch.version.hip}" if torch.version.hip else cuda),
     ]
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
     for i in range(0, len(PACKAGES), 3):
-        findings.append(Finding("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES[i : i + 3])))
+        shown = (f"{name} {installed.get(name, 'missing')}" for name in PACKAGES[i : i + 3])
+        findings.append(Finding("packages", ", ".join(shown)))
     if config.paths:
         findings.append(Finding("settings", str(config_folder())))
         findings.append(Finding("log", str(state_folder())))
@@ -88,10 +90,3 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         problem = f"--checkpoint-dir {config.checkpoint_dir}: none of its models can be used."
         raise JobError(problem, f"Download again: {DOWNLOAD}")
     return findings
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"

@@ -208,7 +208,9 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     if config.swap_blocks:
         BlockSwap(decoder, config.swap_blocks, device.value)
     sampler = open_sampler(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
-    stem = _free_stem(config.output, f"{slug(prompt.caption)}-seed{prompt.seed}", strengths)
+    names = (f"{slug(prompt.caption)}-seed{prompt.seed}{again}" for again in ("", *(f"-{n}" for n in range(2, 10_000))))
+    ends = [f"-strength{strength:g}{suffix}" for strength in strengths for suffix in (".flac", ".json")]
+    stem = next(name for name in names if not any((config.output / f"{name}{end}").exists() for end in ends))
     files = []
     for number, strength in enumerate(strengths):
         with adapter_scale(model, strength) if model else nullcontext():
@@ -353,13 +355,3 @@ def _strengths(config: SampleConfig) -> tuple[float, ...]:
             "--strength: without an adapter there is nothing to make stronger or weaker.", "Add --adapter FOLDER."
         )
     return (0.0,)
-
-
-def _free_stem(folder: Path, stem: str, strengths: tuple[float, ...]) -> str:
-    """The stem, or the stem with a number, for which no file stands there yet."""
-    candidates = [stem, *(f"{stem}-{number}" for number in range(2, 10_000))]
-    return next(
-        c
-        for c in candidates
-        if not any((folder / f"{c}-strength{s:g}{suffix}").exists() for s in strengths for suffix in (".flac", ".json"))
-    )

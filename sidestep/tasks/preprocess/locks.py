@@ -44,7 +44,13 @@ class SongLocks:
     ) -> None:
         for key in list(self._held):
             self.release(key)
-        self._remove_files()
+        # The lock files that nobody holds go; the last process of several removes them all. A file goes under its own
+        # lock: who had opened it before sees, once it has the lock, that it has no name any more (`filelock` looks).
+        for path in self.folder.glob("*.lock"):
+            if self.take(path.stem):
+                if sys.platform != "win32":  # there the lock itself removes its file, when nobody else has it open
+                    path.unlink(missing_ok=True)
+                self.release(path.stem)
 
     def take(self, key: str) -> bool:
         """Whether this process now has the song; False when another does. Raises UserError where there are no locks."""
@@ -91,18 +97,6 @@ class SongLocks:
         """Whether another process that has this folder open may still take songs."""
         others = (path.stem for path in self.folder.glob("process-*.lock") if path.stem != self._process)
         return any(not self.is_free(other) for other in others)
-
-    def _remove_files(self) -> None:
-        """Remove the lock files that nobody holds; the last process of several removes them all.
-
-        A file goes under its own lock. A process that had opened it before sees, once it has the lock, that the file
-        has no name any more, and opens a new one (`filelock` looks).
-        """
-        for path in self.folder.glob("*.lock"):
-            if self.take(path.stem):
-                if sys.platform != "win32":  # there the lock itself removes its file, when nobody else has it open
-                    path.unlink(missing_ok=True)
-                self.release(path.stem)
 
 
 def remove_temporary_files(root: Path) -> int:

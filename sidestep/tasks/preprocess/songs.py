@@ -184,7 +184,13 @@ def record_names(names: list[str]) -> list[PurePosixPath]:
     below `_outside`, by a digest of its folder.
     """
     groups: dict[str, list[int]] = defaultdict(list)
-    plain = [_inside(name) for name in names]
+    plain = []
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", name):
+            plain.append(PurePosixPath(OUTSIDE, short_digest(path.parent.as_posix()), portable(path.name)))
+        else:
+            plain.append(PurePosixPath(*(portable(part) for part in path.parts)))
     for i in sorted(range(len(names)), key=lambda i: (names[i], i)):
         groups[_folded(plain[i])].append(i)
     records = [PurePosixPath()] * len(names)
@@ -204,13 +210,6 @@ def record_names(names: list[str]) -> list[PurePosixPath]:
 def key_of(record: PurePosixPath) -> str:
     """A short name of a record for work files; equal on every machine."""
     return short_digest(_folded(record), 16)
-
-
-def _inside(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", name):
-        return PurePosixPath(OUTSIDE, short_digest(path.parent.as_posix()), portable(path.name))
-    return PurePosixPath(*(portable(part) for part in path.parts))
 
 
 def _folded(path: PurePosixPath) -> str:
