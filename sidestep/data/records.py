@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
 import struct
 import zipfile
 from contextlib import suppress
@@ -39,6 +40,8 @@ KEPT = (  # of the metadata, in the index
     *("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental"),
     *("custom_tag", "repeat", "checkpoint", "checkpoint_identity"),
 )
+_OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what files of torch before 1.6 begin with
+_QUICKLY_SEARCHED = 16_384  # bytes of text: a second
 _AGAIN = "Make it again: delete the file and repeat the preprocessing command; the songs that are done are kept."
 
 
@@ -245,14 +248,12 @@ def _open(path: Path, whole: bool) -> dict[str, Any]:
         size = path.stat().st_size
         if size > LARGEST_BYTES:
             raise ValueError(f"it has {size:,} bytes")
-        if whole:
-            data = io.BytesIO(path.read_bytes())
-            if zipfile.is_zipfile(data):
-                verify_checksums(data)
-            data.seek(0)
-            content = torch.load(data, map_location="cpu", weights_only=True)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with path.open("rb") as file:
+            data = io.BytesIO(file.read()) if whole else file
+            is_archive = _verify(data, whole)
+            content = torch.load(
+                data if whole else path, map_location="cpu", weights_only=True, mmap=is_archive and not whole
+            )
     except FileNotFoundError:
         raise RecordError(f"{path}: no such training record.", _AGAIN) from None
     except UNREADABLE as error:
@@ -269,13 +270,32 @@ def _open(path: Path, whole: bool) -> dict[str, Any]:
     return content
 
 
-def verify_checksums(file: BinaryIO) -> None:
-    """Raises ValueError where a zip file's bytes are not those that were written: torch reads it without asking."""
+def _verify(file: BinaryIO, whole: bool) -> bool:
+    """Whether a file is an archive, else it is in torch's old format. Raises ValueError where its bytes are not right.
+
+    Torch reads an archive without asking for its checksums; `whole`: compare those of all entries, else of the pickle
+    alone. And torch searches its own error text for a pattern, for minutes where a file names a very long function.
+    """
+    start = file.read(len(_OLD_START))
+    file.seek(0)
+    if start == _OLD_START:
+        return False
     with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        entries = archive.infolist()
+        if not start.startswith(b"PK\3\4"):
+            raise ValueError("its first bytes are damaged")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed, which no program's records are")
-        if damaged := archive.testzip():
+        if whole and (damaged := archive.testzip()):
             raise ValueError(f"{damaged} is damaged: its checksum is wrong")
+        for entry in (entry for entry in entries if entry.filename.endswith(".pkl")):
+            content = archive.read(entry)
+            for opcode, argument, _ in pickletools.genops(content) if len(content) > _QUICKLY_SEARCHED else ():
+                limit = 2 * TEXT_LIMIT if "UNICODE" in opcode.name else 200
+                if isinstance(argument, str) and len(argument) > limit:
+                    raise ValueError(f"a text in it has {len(argument):,} characters")
+    file.seek(0)
+    return True
 
 
 def _wrong(path: Path, error: Exception) -> RecordError:

@@ -152,6 +152,27 @@ def test_nothing_in_a_record_is_ever_executed(tmp_path: Path, capfd):
     assert "executed" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("damage", ["a long name", "no archive's first byte"])
+def test_a_damaged_record_is_refused_before_torch_searches_its_text_for_minutes(tmp_path: Path, monkeypatch, damage):
+    """`torch.load` runs a quadratic pattern over the message of an unknown global."""
+    path = tmp_path / "song.pt"
+    save_record(path, record())
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    [pickled] = [name for name in parts if name.endswith("data.pkl")]
+    if damage == "a long name":
+        parts[pickled] = b"\x80\x02c" + b"x" * 1_000_000 + b"\ny\n."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    if damage != "a long name":
+        path.write_bytes(b"c" + path.read_bytes()[1:])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was handed to torch"))
+    for read in (load_record, read_metadata):
+        with pytest.raises(RecordError, match=r"a text in it has 1,000,0\d\d characters|its first bytes are damaged"):
+            read(path)
+
+
 def test_values_that_are_no_numbers_are_never_saved_and_the_old_record_stays(tmp_path: Path):
     save_record(tmp_path / "a.pt", record())
     before = (tmp_path / "a.pt").read_bytes()
