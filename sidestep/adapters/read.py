@@ -3,6 +3,7 @@
 Files are untrusted: nothing in them is run, everything is checked.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -38,6 +39,7 @@ DIFFUSERS_HEADER = "lora_adapter_metadata"
 HEADER = "sidestep"  # our own entry in a safetensors header
 COMFYUI_MAGNITUDES = "comfyui_magnitudes"  # in it: they were rewritten for ComfyUI's formula, and are DoRA's no more
 AGAIN = "again_as"  # in it: what the keys begin with under which the same LoKr stands a second time
+DIGEST = "sidestep_digest"  # of everything in the file but itself
 OF_ONE_FILE = ("placeholder", "ranks", AGAIN)  # in it: what is so of this file and not of the adapter
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_TENSORS = 100_000
@@ -258,12 +260,29 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                         f"{file}: {_short(name)} holds {dtype}; an adapter holds float32, float16 or bfloat16.",
                         NOT_AN_ADAPTER,
                     )
-            return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
+            tensors, header = {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{file}: not a whole safetensors file ({_short(str(error))}).",
             "Download or export it again; it may be cut short.",
         ) from None
+    if DIGEST in header and digest_of(tensors, header) != header[DIGEST]:
+        raise UserError(
+            f"{file}: its content is not what Side-Step wrote: damaged, or changed by another program.",
+            "Use another copy, or export it again. Where the change was meant, save it without this file's metadata.",
+        )
+    return tensors, header
+
+
+def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Hex digest of an adapter file's tensors and of its header's texts but the digest itself."""
+    digest = hashlib.blake2b(digest_size=16)
+    texts = {name: text for name, text in header.items() if name != DIGEST}
+    digest.update(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _by_module(

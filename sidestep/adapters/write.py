@@ -37,11 +37,13 @@ from sidestep.adapters.read import (
     AGAIN,
     COMFYUI_MAGNITUDES,
     DIFFUSERS_HEADER,
+    DIGEST,
     HEADER,
     LOHA_WEIGHTS,
     LOKR_WEIGHTS,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    digest_of,
     lora_rank,
 )
 from sidestep.errors import JobError, UserError
@@ -290,7 +292,7 @@ def _diffusers_header(adapter: Adapter) -> str:
 def _save(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str]) -> Path:
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(file) as temporary:
-        save_file(copies, temporary, metadata=header)
+        save_file(copies, temporary, metadata=header | {DIGEST: digest_of(copies, header)})
     return file
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sidestep.adapters.adapter import Adapter, with_equal_ranks
 from sidestep.adapters.attach import adapter_of
 from sidestep.adapters.programs import OTHERS, RULES, STAYS, WAYS, applied_by_each
-from sidestep.adapters.read import find_adapter, read_adapter
+from sidestep.adapters.read import DIGEST, find_adapter, read_adapter
 from sidestep.adapters.write import save_comfyui, save_final, save_lycoris
 from tests import interop_page
 from tests.adapters.test_adapters import turbo
@@ -149,6 +149,7 @@ def of_another_program(origin: str, tmp_path: Path, own: Adapter) -> Path:
     if origin.startswith("ACE-Step"):
         final = official_lokr(tmp_path, "lokr", frozen=0.0)[0]
         header = header_of(tmp_path / "final" / "lokr_weights.safetensors")
+        del header[DIGEST]
         save_file(load_file(final), tmp_path / "x.safetensors", header)
         return tmp_path / "x.safetensors"
     prefix = {"ai": "transformer.decoder.", "Si": "base_model.model.decoder.", "Co": "diffusion_model.decoder."}[

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import random
 import re
 from functools import cache
 from pathlib import Path
@@ -477,3 +478,23 @@ def test_an_adapter_of_another_size_is_told_apart_from_one_factored_otherwise(tm
     with pytest.raises(UserError, match="made for a weight of shape") as refused:
         start_from(attach(turbo(), config(adapter_type="lokr")), tmp_path / "x.safetensors")
     assert "--model-variant" in refused.value.fix
+
+
+@pytest.mark.parametrize("adapter_type", ["lora", "lokr", "loha"])
+def test_a_flipped_bit_anywhere_in_an_adapter_is_refused(tmp_path: Path, adapter_type):
+    """Not only in the exponents: the file says the digest of its tensors and of its header's texts."""
+    settings, model = trained(adapter_type, "uniform")
+    save_final(model, tmp_path, settings)
+    draw = random.Random(4)
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        original = file.read_bytes()
+        before = read_adapter(file)
+        for _ in range(10):
+            damaged = bytearray(original)
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                read_adapter(file)
+            assert str(file) in caught.value.problem
+        file.write_bytes(original)
+        assert read_adapter(file).ranks == before.ranks
