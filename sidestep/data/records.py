@@ -278,24 +278,27 @@ def _verify(file: BinaryIO, whole: bool) -> bool:
     """
     start = file.read(len(_OLD_START))
     file.seek(0)
-    if start == _OLD_START:
-        return False
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if not start.startswith(b"PK\3\4"):
-            raise ValueError("its first bytes are damaged")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("it is compressed, which no program's records are")
-        if whole and (damaged := archive.testzip()):
-            raise ValueError(f"{damaged} is damaged: its checksum is wrong")
-        for entry in (entry for entry in entries if entry.filename.endswith(".pkl")):
-            content = archive.read(entry)
-            for opcode, argument, _ in pickletools.genops(content) if len(content) > _QUICKLY_SEARCHED else ():
-                limit = 2 * TEXT_LIMIT if "UNICODE" in opcode.name else 200
-                if isinstance(argument, str) and len(argument) > limit:
-                    raise ValueError(f"a text in it has {len(argument):,} characters")
+    old = start == _OLD_START
+    if old:
+        pickles = [file] * 5  # one after the other: magic number, protocol, system, content, keys of the tensors
+    else:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if not start.startswith(b"PK\3\4"):
+                raise ValueError("its first bytes are damaged")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("it is compressed, which no program's records are")
+            if whole and (damaged := archive.testzip()):
+                raise ValueError(f"{damaged} is damaged: its checksum is wrong")
+            contents = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+            pickles = [content for content in contents if len(content) > _QUICKLY_SEARCHED]
+    for content in pickles:
+        for opcode, argument, _ in pickletools.genops(content):
+            limit = 2 * TEXT_LIMIT if "UNICODE" in opcode.name else 200
+            if isinstance(argument, str) and len(argument) > limit:
+                raise ValueError(f"a text in it has {len(argument):,} characters")
     file.seek(0)
-    return True
+    return not old
 
 
 def _wrong(path: Path, error: Exception) -> RecordError:

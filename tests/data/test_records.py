@@ -152,7 +152,7 @@ def test_nothing_in_a_record_is_ever_executed(tmp_path: Path, capfd):
     assert "executed" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["a long name", "no archive's first byte"])
+@pytest.mark.parametrize("damage", ["a long name", "no archive's first byte", "a long name in the old format"])
 def test_a_damaged_record_is_refused_before_torch_searches_its_text_for_minutes(tmp_path: Path, monkeypatch, damage):
     """`torch.load` runs a quadratic pattern over the message of an unknown global."""
     path = tmp_path / "song.pt"
@@ -160,12 +160,14 @@ def test_a_damaged_record_is_refused_before_torch_searches_its_text_for_minutes(
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     [pickled] = [name for name in parts if name.endswith("data.pkl")]
-    if damage == "a long name":
+    if damage.startswith("a long name"):
         parts[pickled] = b"\x80\x02c" + b"x" * 1_000_000 + b"\ny\n."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
-    if damage != "a long name":
+    if damage == "a long name in the old format":
+        path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + parts[pickled])
+    elif damage == "no archive's first byte":
         path.write_bytes(b"c" + path.read_bytes()[1:])
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was handed to torch"))
     for read in (load_record, read_metadata):
