@@ -83,15 +83,15 @@ def run_line(argv: list[str], terminal: Terminal | None) -> int:
 
 def catch_signals() -> None:
     """Ctrl-C, SIGTERM and a closed window stop what runs; a signal that was ignored at the start (nohup) stays so."""
+
+    def as_ctrl_c(_signum: int, _frame: object) -> None:
+        if time.monotonic() - StopRequest.obeyed_at > GRACE_SECONDS:  # else a launcher sends again what was obeyed
+            StopRequest.raised_at = time.monotonic()
+            raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
         for number in STOP_SIGNALS:
-            signal.signal(number, _as_ctrl_c)
-
-
-def _as_ctrl_c(_signum: int, _frame: object) -> None:
-    if time.monotonic() - StopRequest.obeyed_at > GRACE_SECONDS:  # what a launcher sends again has nothing left to stop
-        StopRequest.raised_at = time.monotonic()
-        raise KeyboardInterrupt
+            signal.signal(number, as_ctrl_c)
 
 
 def open_terminal(plain: bool) -> Terminal:

@@ -77,7 +77,18 @@ def parse(argv: list[str]) -> Call:
     command, parser = SPELLINGS[typed_command], command_parser(typed_command)
     found, extra = parser.parse_known_args(namespace.rest)
     if extra:
-        raise _unknown(typed_command, parser, extra)
+        flags = [word.split("=")[0] for word in extra if word.startswith("-")]
+        see = f"See: {parser.prog} --help"
+        if not flags:
+            raise UserError(f"{typed_command} does not know what to do with: {' '.join(extra)}.", see)
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        fixes = []
+        for flag in flags:
+            others = (name for name in COMMANDS if name != command)
+            elsewhere = [name for name in others if any(flag in o.flags for o in options_for(name).values())]
+            hint = f"{flag} is a flag of {', '.join(elsewhere)}." if elsewhere else did_you_mean(flag, known)
+            fixes.append(hint or see)
+        raise UserError(f"{typed_command} has no flag {', '.join(flags)}.", "\n".join(dict.fromkeys(fixes)))
     typed = vars(found)
     preprocess, preset = typed.pop("preprocess", False), typed.pop("preset", "")
     vram_profile = typed.pop("vram_profile", "")
@@ -242,20 +253,6 @@ def global_parser(with_command: bool = True) -> argparse.ArgumentParser:
         parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
         parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
-
-
-def _unknown(command: str, parser: argparse.ArgumentParser, extra: list[str]) -> UserError:
-    flags = [word.split("=")[0] for word in extra if word.startswith("-")]
-    if not flags:
-        return UserError(f"{command} does not know what to do with: {' '.join(extra)}.", f"See: {parser.prog} --help")
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    others = [name for name in COMMANDS if name != SPELLINGS[command]]
-    fixes = []
-    for flag in flags:
-        elsewhere = [name for name in others if any(flag in o.flags for o in options_for(name).values())]
-        hint = f"{flag} is a flag of {', '.join(elsewhere)}." if elsewhere else did_you_mean(flag, known)
-        fixes.append(hint or f"See: {parser.prog} --help")
-    return UserError(f"{command} has no flag {', '.join(flags)}.", "\n".join(dict.fromkeys(fixes)))
 
 
 def profile_of(call: Call) -> tuple[str, str]:

@@ -204,8 +204,19 @@ def _inspect(path: Path) -> RecordInfo:
             )
     said = {name: record.metadata[name] for name in KEPT if name in record.metadata}
     metadata = {name: value for name, value in said.items() if isinstance(value, str | int | float | None)}
-    if problem := next((text for name, value in metadata.items() if (text := _problem(name, value))), ""):
-        raise RecordError(f"{path}: {problem}.", "Put it right in dataset.json and preprocess this song again.")
+    for name, value in metadata.items():
+        if isinstance(value, str) and name != "repeat":
+            is_text = value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
+            problem = f"no text of at most {TEXT_LIMIT} characters"
+            good = is_text and len(value) <= TEXT_LIMIT
+        else:
+            low, high = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT)}.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
+            problem = f"no number from {low} to {high}"
+            good = value is None or (isinstance(value, int | float) and low <= value <= high)
+        if not good:
+            shown = f" {value}" if isinstance(value, int | float) and abs(value) < NUMBER_LIMIT else ""
+            fix = "Put it right in dataset.json and preprocess this song again."
+            raise RecordError(f"{path}: its {name}{shown} is {problem}.", fix)
     made_by = {"condition_encoder": metadata.get("checkpoint_identity")}
     stored = record.metadata.get("fingerprint")
     for part, name in (("audio", "vae"), ("text", "text_encoder"), ("audio", "content")):
@@ -219,19 +230,6 @@ def _inspect(path: Path) -> RecordInfo:
         made_by={name: value for name, value in made_by.items() if isinstance(value, str)},
         metadata=metadata,
     )
-
-
-def _problem(name: str, value: object) -> str:
-    """What is wrong with a piece of metadata, or nothing."""
-    if isinstance(value, str) and name != "repeat":
-        is_text = value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
-        is_short = len(value) <= TEXT_LIMIT
-        return "" if is_text and is_short else f"its {name} is no text of at most {TEXT_LIMIT} characters"
-    low, high = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT)}.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
-    if value is None or (isinstance(value, int | float) and low <= value <= high):
-        return ""
-    shown = f" {value}" if isinstance(value, int | float) and abs(value) < NUMBER_LIMIT else ""
-    return f"its {name}{shown} is no number from {low} to {high}"
 
 
 def _digest(*tensors: Tensor) -> str:

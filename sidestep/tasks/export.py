@@ -238,14 +238,6 @@ def _correct_index(index: Path) -> None:
         ) from None
 
 
-def _link(source: str, link: str) -> None:
-    """A second name for a file; a copy where the disk has no links."""
-    try:
-        Path(link).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, link)
-
-
 @contextmanager
 def _appearing(target: Path) -> Generator[Path]:
     """A temporary path beside `target` that becomes it when the block ends well, and is removed when it does not.
@@ -266,7 +258,13 @@ def _appearing(target: Path) -> Generator[Path]:
             def replaced(folder: str, _names: list[str]) -> set[str]:
                 return own if Path(folder) == target else set()
 
-            shutil.copytree(target, temporary, symlinks=True, ignore=replaced, copy_function=_link, dirs_exist_ok=True)
+            def link(source: str, name: str) -> None:
+                try:
+                    Path(name).hardlink_to(source)
+                except OSError:  # the disk has no links
+                    shutil.copy2(source, name)
+
+            shutil.copytree(target, temporary, symlinks=True, ignore=replaced, copy_function=link, dirs_exist_ok=True)
         put_in_place(temporary, target)
     except OSError as error:
         raise JobError(

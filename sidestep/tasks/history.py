@@ -58,8 +58,25 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
         report(Notice(message=f"No runs in {config.folder}, nor in the folders below it.", level="warning"))
         return {"runs": []}
     columns = ("run", "started", "model", "adapter", "epochs", "time", "best loss", "judged by", "state")
-    rows = tuple(_row(run, config.folder) for run in runs)
-    report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=rows))
+    rows = []
+    for run in runs:
+        path = Path(run.folder)
+        is_below = path.is_relative_to(config.folder) and path != config.folder
+        ended = f"finished, {count(run.steps_done, 'step')}" if run.steps else "finished"
+        stopped = f"stopped at step {run.steps_done} of {run.steps}" if run.steps else "no step logged"
+        row = (
+            path.relative_to(config.folder).as_posix() if is_below else run.name,
+            run.started[:16].replace("T", " "),
+            run.model,
+            f"{run.adapter} {run.rank}" if run.rank else run.adapter,
+            f"{run.epochs_done}/{run.epochs}",
+            hours(run.seconds),
+            "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})",
+            run.best_by or "-",
+            ended if run.finished else stopped,
+        )
+        rows.append(row)
+    report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=tuple(rows)))
     resumable = next((run.folder for run in runs if not run.finished and found[run.folder].checkpoints), None)
     if resumable is not None:
         there = {"resume_from": "latest", "output_dir": resumable}
@@ -89,7 +106,13 @@ def past_run(run: FoundRun) -> PastRun:
                     steps = (int(event["step"]), int(event["total_steps"]))
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
-    best_loss, best_epoch, best_by = _best(epochs, validations)
+    judged = [(loss, epoch) for loss, epoch in validations.values() if math.isfinite(loss)]
+    by = "validation" if judged else "training"
+    for epoch in () if judged else epochs:  # without validation, by means of training losses
+        last = [epochs[e][0] for e in range(max(1, epoch - SMOOTHED_EPOCHS + 1), epoch + 1) if e in epochs]
+        if (len(last) == SMOOTHED_EPOCHS or len(epochs) < SMOOTHED_EPOCHS) and all(map(math.isfinite, last)):
+            judged.append((sum(last) / len(last), epoch))
+    best_loss, best_epoch = min(judged, default=(None, None))
     last_loss = epochs[max(epochs)][0] if epochs else math.nan
     return PastRun(
         folder=str(run.folder),
@@ -105,7 +128,7 @@ def past_run(run: FoundRun) -> PastRun:
         seconds=sum(seconds for _, seconds in epochs.values()),
         best_loss=best_loss,
         best_epoch=best_epoch,
-        best_by=best_by,
+        best_by=by if judged else "",
         last_loss=last_loss if math.isfinite(last_loss) else None,
         finished=run.finished,
     )
@@ -123,20 +146,6 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                         continue
     except OSError:
         return
-
-
-def _best(
-    epochs: dict[int, tuple[float, float]], validations: dict[int, tuple[float, int]]
-) -> tuple[float | None, int | None, str]:
-    held_out = [(loss, epoch) for loss, epoch in validations.values() if math.isfinite(loss)]
-    if held_out:
-        return *min(held_out), "validation"
-    means = []
-    for epoch in epochs:
-        last = [epochs[e][0] for e in range(max(1, epoch - SMOOTHED_EPOCHS + 1), epoch + 1) if e in epochs]
-        if (len(last) == SMOOTHED_EPOCHS or len(epochs) < SMOOTHED_EPOCHS) and all(map(math.isfinite, last)):
-            means.append((sum(last) / len(last), epoch))
-    return (*min(means), "training") if means else (None, None, "")
 
 
 def _find(folder: Path, deeper: int) -> Iterator[FoundRun]:
@@ -160,23 +169,3 @@ def _started(folder: Path) -> float:
             return float(json.loads(next(lines))["time"])
     except (OSError, StopIteration, ValueError, KeyError, TypeError, RecursionError):
         return (folder / "config.json").stat().st_mtime
-
-
-def _row(run: PastRun, folder: Path) -> tuple[str, ...]:
-    path = Path(run.folder)
-    place = path.relative_to(folder).as_posix() if path.is_relative_to(folder) and path != folder else run.name
-    adapter = f"{run.adapter} {run.rank}" if run.rank else run.adapter
-    best = "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})"
-    ended = f"finished, {count(run.steps_done, 'step')}" if run.steps else "finished"
-    state = f"stopped at step {run.steps_done} of {run.steps}" if run.steps else "no step logged"
-    return (
-        place,
-        run.started[:16].replace("T", " "),
-        run.model,
-        adapter,
-        f"{run.epochs_done}/{run.epochs}",
-        hours(run.seconds),
-        best,
-        run.best_by or "-",
-        ended if run.finished else state,
-    )

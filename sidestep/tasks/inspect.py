@@ -129,7 +129,16 @@ def _show(result: Inspection, applied: list[tuple[str, str, str]], report: Repor
     title = "Strength in each program (1: as the file states)"
     report(Table(title=title, columns=("program", "strength", "why"), rows=tuple(applied)))
     if result.norms:
-        report(_heat_map(result.norms))
+        cells = {parts(name): norm for name, norm in result.norms.items()}
+        ordered = [column for column in ORDER if any(key[1:] == column for key in cells)]
+        greatest = max(cells.values()) or 1.0
+        lines = []
+        for layer in sorted({key[0] for key in cells}):
+            found = [cells.get((layer, *column)) for column in ordered]
+            shown = ("·" if n is None else f"{BLOCKS[min(int(n / greatest * 8), 7)]} {n:.3g}" for n in found)
+            lines.append((str(layer), *shown))
+        titles = (f"{part.removesuffix('_attn')} {projection.removesuffix('_proj')}" for part, projection in ordered)
+        report(Table(title="Norm of the change", columns=("layer", *titles), rows=tuple(lines)))
     for note in result.notes:
         report(Notice(message=note, level="warning"))
     if bad:
@@ -142,23 +151,3 @@ def _span(values: Sequence[float]) -> str:
     if not values:
         return "-"
     return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
-
-
-def _heat_map(norms: dict[str, float]) -> Table:
-    """Norm of the change, layers × projections."""
-    cells = {parts(name): norm for name, norm in norms.items()}
-    columns = [column for column in ORDER if any(key[1:] == column for key in cells)]
-    greatest = max(norms.values()) or 1.0
-
-    def cell(layer: int, part: str, projection: str) -> str:
-        norm = cells.get((layer, part, projection))
-        return "·" if norm is None else f"{BLOCKS[min(int(norm / greatest * 8), 7)]} {norm:.3g}"
-
-    titles = tuple(f"{part.removesuffix('_attn')} {projection.removesuffix('_proj')}" for part, projection in columns)
-    return Table(
-        title="Norm of the change",
-        columns=("layer", *titles),
-        rows=tuple(
-            (str(layer), *(cell(layer, *column) for column in columns)) for layer in sorted({key[0] for key in cells})
-        ),
-    )

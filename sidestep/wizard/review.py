@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.events import Event, Notice, Report, Table
+from sidestep.events import Notice, Report, Table
 from sidestep.files import expand
 from sidestep.settings import presets
 from sidestep.settings.config import TrainConfig, command_line
@@ -138,8 +138,27 @@ def manage_presets(ask: Ask, show: Report) -> None:
         answers = Questionnaire(_preset_questions(), title=TITLE).forward(ask)
         if answers is None or answers["action"] == "back":
             return
+        action, name, done = answers["action"], answers.get("name", ""), ""
         try:
-            show(_managed(answers))
+            if "name" in answers and not name:
+                done = "There is none of yours yet: save one in a review, or import one."
+            elif action == "show":
+                show(preset_table(presets.find(name)))
+            elif action == "import":
+                done = f"Imported as {presets.import_file(Path(answers['file'])).name}."
+                if unknown := ", ".join(presets.read(expand(answers["file"])).unknown):
+                    done += f" Ignored, because no command has such a setting: {unknown}."
+            elif action == "export":
+                done = f"Written to {presets.export_file(name, Path(answers['target']))}."
+            elif action == "rename":
+                done = f"{name} is now {presets.rename(name, answers['new_name']).name}."
+            elif answers["sure"]:
+                presets.delete(name)
+                done = f"{name} is deleted."
+            else:
+                done = "Nothing was deleted."
+            if done:
+                show(Notice(message=done))
         except UserError as error:
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
 
@@ -185,26 +204,3 @@ def _preset_questions() -> list[Question]:
         words("new_name", "New name", "letters, digits, spaces, - and _", "text", "rename"),
         Question("sure", "Delete it?", kind="yes-no", default=lambda _: False, when=lambda a: to(a, "delete")),
     ]
-
-
-def _managed(answers: Answers) -> Event:
-    """Do what was answered; returns what to show of it."""
-    name = answers.get("name", "")
-    if "name" in answers and not name:
-        return Notice(message="There is none of yours yet: save one in a review, or import one.")
-    match answers["action"]:
-        case "show":
-            return preset_table(presets.find(name))
-        case "import":
-            preset = presets.import_file(Path(answers["file"]))
-            unknown = ", ".join(presets.read(expand(answers["file"])).unknown)
-            ignored = f" Ignored, because no command has such a setting: {unknown}." if unknown else ""
-            return Notice(message=f"Imported as {preset.name}.{ignored}")
-        case "export":
-            return Notice(message=f"Written to {presets.export_file(name, Path(answers['target']))}.")
-        case "rename":
-            return Notice(message=f"{name} is now {presets.rename(name, answers['new_name']).name}.")
-    if not answers["sure"]:
-        return Notice(message="Nothing was deleted.")
-    presets.delete(name)
-    return Notice(message=f"{name} is deleted.")

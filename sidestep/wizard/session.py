@@ -68,7 +68,18 @@ class Wizard:
             if key == "presets":
                 manage_presets(self.ask, self.show)
             elif key == "settings":
-                self._settings()
+                depths = (
+                    Choice("basic", "basic", "few questions; the rest has good defaults"),
+                    Choice("advanced", "advanced", "every section is offered"),
+                )
+                last = self.last_used.get("depth")
+                questions = [choose("depth", "How much to ask?", depths, default=last, section="Settings")]
+                for o in (options_of(ModelConfig)[name] for name in FOR_ALL_RUNS):
+                    last = self.last_used.get(o.name, o.default)
+                    questions.append(from_option(o, lambda _answers, last=last: last, section="Settings"))
+                answers = Questionnaire(questions, title="Settings", tell=self._print).forward(self.ask)
+                if answers is not None:
+                    self._keep(answers)
             elif key in FLOWS:
                 request = self._run_flow(FLOWS[key], follows_on)
         return request
@@ -156,21 +167,6 @@ class Wizard:
         self.show(machine or Notice(message=f"Not found out in time; this tells it: {side_step('doctor')}"))
         self._keep({"welcomed": True})
         return self._run_flow(FLOWS["demo"], follows_on=False) if answers.get("try_demo") else None
-
-    def _settings(self) -> None:
-        depths = (
-            Choice("basic", "basic", "few questions; the rest has good defaults"),
-            Choice("advanced", "advanced", "every section is offered"),
-        )
-        questions = [
-            choose("depth", "How much to ask?", depths, default=self.last_used.get("depth"), section="Settings")
-        ]
-        for o in (options_of(ModelConfig)[name] for name in FOR_ALL_RUNS):
-            last = self.last_used.get(o.name, o.default)
-            questions.append(from_option(o, lambda _answers, last=last: last, section="Settings"))
-        answers = Questionnaire(questions, title="Settings", tell=self._print).forward(self.ask)
-        if answers is not None:
-            self._keep(answers)
 
     def _keep(self, values: dict[str, Any]) -> None:
         self.last_used.update(values)

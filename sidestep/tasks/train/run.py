@@ -1,7 +1,7 @@
 """A run: what the training loop works with, and what the run remembers of its own course (kept in every save)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,18 +177,19 @@ class BackgroundWriter:
         """Begin a save once the one before it has ended."""
         self.wait()
         writes = {name: failed for name, (failed, _) in self._failed.items()} | {what: write}
-        self._under_way = self._pool.submit(self._write, writes)
 
-    def _write(self, writes: Mapping[str, Callable[[], list[Event]]]) -> list[Event]:
-        events, self._failed = [], {}
-        for what, write in writes.items():
-            try:
-                events += write()
-            except (OSError, JobError) as error:
-                self._failed[what] = write, error
-                message = f"{what}: not saved ({error}). It is tried again at the next save; training goes on."
-                events.append(Notice(message=message, level="error"))
-        return events
+        def save() -> list[Event]:
+            events, self._failed = [], {}
+            for what, write in writes.items():
+                try:
+                    events += write()
+                except (OSError, JobError) as error:
+                    self._failed[what] = write, error
+                    message = f"{what}: not saved ({error}). It is tried again at the next save; training goes on."
+                    events.append(Notice(message=message, level="error"))
+            return events
+
+        self._under_way = self._pool.submit(save)
 
     def poll(self) -> None:
         """Tell of a save that has ended; costs nothing while one is under way."""
