@@ -178,8 +178,8 @@ def acestep_cpp_weights(decoder: nn.Module, path: Path) -> Weights:
     """acestep.cpp, from its rules. What it does not know it leaves alone, without an error.
 
     A folder: `adapter_model.safetensors`, else `lokr_weights.safetensors`. LoRA: alpha of the module's own tensor, else
-    `lora_alpha` of the config (a whole number) for all modules, else the rank, over the rank of the module's shapes;
-    magnitudes are not looked at. LoKr, told by a factor's name anywhere in the file: names of LyCORIS only, each module
+    `lora_alpha` (or `alpha`) of the config, a whole number, for all modules; where that is 0 or not stated the rank of
+    the module's shapes; over that rank. Magnitudes are not looked at. LoKr, told by a factor's name anywhere in the file: names of LyCORIS only, each module
     with its alpha and one W1; over the rank of a split W2, for a whole one over `linear_dim` of the header.
     """
     file = path
@@ -201,7 +201,8 @@ def acestep_cpp_weights(decoder: nn.Module, path: Path) -> Weights:
                     weights[name] *= tensors[f"{x}dora_scale"] / norm
         return weights
     config = file.parent / "adapter_config.json"
-    stated = json.loads(config.read_text(encoding="utf-8")).get("lora_alpha", 0) if config.is_file() else 0
+    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    stated = said.get("lora_alpha") or said.get("alpha") or 0
     for key, down in tensors.items():
         module, _, factor = key.partition(".lora_")
         if factor in ("A.weight", "down.weight"):

@@ -23,11 +23,10 @@ format is one of `export`'s; merged weights sound the same everywhere.
 
 {notes}
 
-What that costs: acestep.cpp divides one alpha by each module's own rank, so a LoRA whose ranks differ (a rank map) is
-filled with zero rows up to its highest rank. A map for 2B with the default budget (44.0 million parameters, 176 MB)
-and a highest rank of 128 on all 264 modules makes a `final/` of 654 MB, with `--rank-max 64` of 327 MB; `--format
-comfyui` and `--format diffusers` keep the ranks as they are. Factors of a LoKr, which are small, stand twice in
-`adapter_model.safetensors`. A DoRA is not filled up, since acestep.cpp ignores its magnitudes anyway.
+What that costs: nothing for a LoRA. acestep.cpp knows one alpha for all modules, divides it by each module's own rank,
+and takes that rank where no alpha is stated. So `adapter_config.json` of a LoRA whose ranks differ (a rank map) states
+each module's alpha in `alpha_pattern` and has no `lora_alpha`. Factors of a LoKr, which are small, stand twice in
+`adapter_model.safetensors`.
 
 ## What other programs write
 

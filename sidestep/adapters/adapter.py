@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor
@@ -277,16 +276,3 @@ def with_full_factors(adapter: Adapter, parts: Iterable[str] = ("lokr_w1", "lokr
         rest = {key: tensor for key, tensor in factors.items() if not key.startswith(tuple(parts))}
         modules[name] = {part: kronecker_factor(factors, part) for part in parts} | rest
     return replace(adapter, modules=modules)
-
-
-def with_equal_ranks(adapter: Adapter) -> Adapter:
-    """The same LoRA with rows of zeros up to its highest rank."""
-    rank, modules = max(adapter.ranks.values()), {}
-    for name, factors in adapter.modules.items():
-        missing = rank - adapter.ranks[name]
-        padded = {
-            "lora_A": F.pad(factors["lora_A"], (0, 0, 0, missing)),
-            "lora_B": F.pad(factors["lora_B"], (0, missing)),
-        }
-        modules[name] = factors | padded
-    return replace(adapter, modules=modules, ranks=dict.fromkeys(modules, rank))

@@ -216,7 +216,7 @@ def by_lycoris(found: Found) -> Strength:
 
 
 def by_cpp(found: Found) -> Strength:
-    """acestep.cpp: LoRA by one lora_alpha over the rank of each module, or by alpha tensors; LoKr in LyCORIS' names.
+    """acestep.cpp: LoRA by alpha tensors, one lora_alpha or none, over the rank of each module; LoKr in LyCORIS' names.
 
     Of a folder it opens adapter_model.safetensors before lokr_weights.safetensors.
     """
@@ -236,7 +236,9 @@ def by_cpp(found: Found) -> Strength:
         for name, factors in found.modules.items():
             rank = lora_rank(factors) or 1
             scales[name] = (found.alphas.get(name) or alpha or rank) / rank
-        return _range(found, scales), f"one lora_alpha of {PEFT_CONFIG} for all" if alpha else "alpha tensors, or 1"
+        if alpha:
+            return _range(found, scales), f"one lora_alpha of {PEFT_CONFIG} for all"
+        return _range(found, scales), "alpha tensors" if found.alphas else "no lora_alpha for all: 1 · B · A"
     if found.kind != "lokr":
         return None, "merges nothing of this kind"
     if found.metadata.get(AGAIN):

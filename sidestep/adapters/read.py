@@ -97,19 +97,11 @@ class Found:
         return self.stated.get(name, 1.0)
 
     def adapter(self) -> Adapter:
-        """The adapter with its strength folded in, without the zero rows that `write.save_peft` adds."""
-        noted, modules, ranks = self.metadata.get("ranks"), {}, dict(self.ranks)
-        for name, factors in self.modules.items():
-            rank = noted.get(name) if isinstance(noted, dict) else None
-            modules[name] = scaled(factors, self.scale(name))
-            if "lora_A" in factors and isinstance(rank, int) and 0 < rank < ranks[name]:
-                a, b = modules[name]["lora_A"], modules[name]["lora_B"]
-                if not a[rank:].any() and not b[:, rank:].any():
-                    modules[name] |= {"lora_A": a[:rank].clone(), "lora_B": b[:, :rank].clone()}
-                    ranks[name] = rank
+        """The adapter with its strength folded in."""
+        modules = {name: scaled(factors, self.scale(name)) for name, factors in self.modules.items()}
         outside = {name: scaled(factors, self.scale(name)) for name, factors in self.outside.items()}
         metadata = {key: value for key, value in self.metadata.items() if key not in OF_ONE_FILE}
-        return Adapter(self.kind, modules, ranks, metadata, self.placeholder, self.remarks, outside, self.path)
+        return Adapter(self.kind, modules, dict(self.ranks), metadata, self.placeholder, self.remarks, outside, self.path)
 
 
 def lora_rank(factors: Factors) -> int | None:
@@ -426,14 +418,12 @@ def _stated_scales(
         said, by = {key.removeprefix("transformer."): value for key, value in own.items()}, DIFFUSERS_HEADER
     if said:
         default = said.get("lora_alpha", said.get("alpha"))
-        if default is None:
-            return {}, by
         pattern = _pattern(said.get("alpha_pattern"), modules, file)
+        alphas = {name: alpha for name in modules if (alpha := pattern.get(name, default)) is not None}
         power = 0.5 if said.get("use_rslora") else 1  # alpha / √r: rank-stabilised (Kalajdzievski 2023)
         return {
-            name: _number(pattern.get(name, default), "alpha", file)
-            / (ranks.get(name) or lora_rank(factors) or 1) ** power
-            for name, factors in modules.items()
+            name: _number(alpha, "alpha", file) / (ranks.get(name) or lora_rank(modules[name]) or 1) ** power
+            for name, alpha in alphas.items()
         }, by
     if not lokr.get("full_matrix") and "linear_alpha" in lokr and "linear_dim" in lokr:
         divisor = _rank(lokr["linear_dim"], "linear_dim", file) ** (0.5 if lokr.get("rs_lora") else 1)

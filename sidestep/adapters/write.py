@@ -26,7 +26,6 @@ from sidestep.adapters.adapter import (
     lokr_settings,
     most_common,
     not_finite,
-    with_equal_ranks,
     with_full_factors,
 )
 from sidestep.adapters.attach import adapter_of, settings_of
@@ -121,8 +120,9 @@ def save_folder(adapter: Adapter, folder: Path, card: Card | None = None) -> lis
 def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[Path]:
     """A PEFT folder in original names, which diffusers, ComfyUI and acestep.cpp read too (OFT: peft only).
 
-    acestep.cpp divides one alpha by the rank of each module: a LoRA is filled with zero rows up to its highest rank. A
-    LoKr it reads in LyCORIS' names only, so the factors stand there once more.
+    acestep.cpp knows no alpha_pattern and divides `lora_alpha` by each module's own rank; where that is not stated it
+    takes the rank itself. So a LoRA of several ranks states each module's alpha and none for all. A LoKr it reads in
+    LyCORIS' names only, so the factors stand there once more.
     """
     if adapter.kind != "lora" and adapter.has_magnitudes:
         raise UserError(
@@ -142,9 +142,6 @@ def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[
         adapter = replace(adapter, modules=modules, ranks=ranks)
         header["placeholder"] = PLACEHOLDER
     again, texts = {}, {}
-    if adapter.kind == "lora" and not adapter.has_magnitudes and len(set(adapter.ranks.values())) > 1:
-        header["ranks"] = adapter.ranks
-        adapter = with_equal_ranks(adapter)
     if adapter.kind == "lokr":
         header[AGAIN] = "lycoris_"
         again, texts = _lycoris_form(with_full_factors(adapter, ("lokr_w1",)))
@@ -156,6 +153,9 @@ def save_peft(adapter: Adapter, folder: Path, card: Card | None = None) -> list[
     config.base_model_name_or_path = (card.base_model if card else "") or None
     config.inference_mode = True
     said = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    if adapter.kind == "lora" and said["rank_pattern"]:
+        del said["lora_alpha"]
+        said["alpha_pattern"] = adapter.ranks
     written = _save(_keyed(adapter, peft_key) | again, folder / PEFT_WEIGHTS, texts)
     write_text(folder / PEFT_CONFIG, json.dumps(said, indent=2, sort_keys=True))
     return [written, folder / PEFT_CONFIG]

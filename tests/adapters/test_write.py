@@ -270,16 +270,20 @@ def test_a_loaded_adapter_changes_the_pipeline_as_the_trainers_own_model_does(pi
     torch.testing.assert_close(loaded, own, rtol=0, atol=1e-5)
 
 
-def test_final_states_alpha_as_rank_for_every_module(tmp_path):
-    settings, model = trained("lora", "rank map")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_final_states_alpha_as_rank_for_every_module(kind, tmp_path):
+    settings, model = trained(kind, "rank map")
     save_final(model, tmp_path, settings)
     said = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert (said["peft_type"], said["lora_alpha"], said["alpha_pattern"]) == ("LORA", said["r"], said["rank_pattern"])
+    assert said["peft_type"] == "LORA"
+    assert said["alpha_pattern"] == RANK_MAP["rank_pattern"]  # each module's own: acestep.cpp takes one for all as it is
+    assert not {"lora_alpha", "alpha"} & set(said)
     assert set(said["target_modules"]) == set(RANK_MAP["rank_pattern"])
     for key, tensor in tensors.items():
         name, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
-        assert said["rank_pattern"].get(name, said["r"]) == tensor.shape[1 if factor == "B.weight" else 0]
+        rank = said["rank_pattern"].get(name, said["r"])
+        assert factor.endswith("vector") or rank == tensor.shape[1 if factor == "B.weight" else 0]
     assert not [key for key in tensors if "alpha" in key]
     facts = json.loads(header_of(tmp_path / "adapter_model.safetensors")["sidestep"])
     assert facts["config_fingerprint"]
@@ -440,6 +444,15 @@ def test_older_side_step_folders_are_read_at_the_strength_their_config_says(nest
         found.adapter().modules["layers.1.self_attn.q_proj"]["lora_B"],
         own.modules["layers.1.self_attn.q_proj"]["lora_B"] * 0.5,
     )
+
+
+def test_alphas_that_are_stated_for_modules_alone_are_read(tmp_path):
+    names = ["layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"]
+    tensors = {f"base_model.model.{name}.lora_{f}.weight": torch.ones(4, 4) for name in names for f in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "target_modules": names, "alpha_pattern": {names[0]: 2, names[1]: 12}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said), encoding="utf-8")
+    assert [find_adapter(tmp_path).scale(name) for name in names] == [0.5, 3.0]
 
 
 @pytest.mark.parametrize(
