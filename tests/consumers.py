@@ -178,9 +178,10 @@ def acestep_cpp_weights(decoder: nn.Module, path: Path) -> Weights:
     """acestep.cpp, from its rules. What it does not know it leaves alone, without an error.
 
     A folder: `adapter_model.safetensors`, else `lokr_weights.safetensors`. LoRA: alpha of the module's own tensor, else
-    `lora_alpha` (or `alpha`) of the config, a whole number, for all modules; where that is 0 or not stated the rank of
-    the module's shapes; over that rank. Magnitudes are not looked at. LoKr, told by a factor's name anywhere in the file: names of LyCORIS only, each module
-    with its alpha and one W1; over the rank of a split W2, for a whole one over `linear_dim` of the header.
+    `lora_alpha` (or `alpha`) of the config, a whole number, for all modules, else, where that is 0 or not stated, the
+    rank; over the rank of the module's shapes; magnitudes are not looked at. LoKr, told by a factor's name anywhere in
+    the file: names of LyCORIS only, each module with its alpha and one W1; over the rank of a split W2, for a whole one
+    over `linear_dim` of the header.
     """
     file = path
     if path.is_dir():

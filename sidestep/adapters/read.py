@@ -101,7 +101,8 @@ class Found:
         modules = {name: scaled(factors, self.scale(name)) for name, factors in self.modules.items()}
         outside = {name: scaled(factors, self.scale(name)) for name, factors in self.outside.items()}
         metadata = {key: value for key, value in self.metadata.items() if key not in OF_ONE_FILE}
-        return Adapter(self.kind, modules, dict(self.ranks), metadata, self.placeholder, self.remarks, outside, self.path)
+        ranks = dict(self.ranks)
+        return Adapter(self.kind, modules, ranks, metadata, self.placeholder, self.remarks, outside, self.path)
 
 
 def lora_rank(factors: Factors) -> int | None:

@@ -277,7 +277,7 @@ def test_final_states_alpha_as_rank_for_every_module(kind, tmp_path):
     said = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert said["peft_type"] == "LORA"
-    assert said["alpha_pattern"] == RANK_MAP["rank_pattern"]  # each module's own: acestep.cpp takes one for all as it is
+    assert said["alpha_pattern"] == RANK_MAP["rank_pattern"]  # each module's own; acestep.cpp takes one
     assert not {"lora_alpha", "alpha"} & set(said)
     assert set(said["target_modules"]) == set(RANK_MAP["rank_pattern"])
     for key, tensor in tensors.items():
