@@ -119,10 +119,11 @@ def test_the_review_of_every_flow_is_reached_and_left_through_all_of_its_questio
 
 
 @pytest.mark.parametrize("title", FLOWS)
-def test_ctrl_c_leaves_every_question_without_a_traceback(folder, title):
+def test_ctrl_c_leaves_questions_and_the_review_without_a_traceback(folder, title):
+    """At every sixth question from the last one on: every walk to one of them is a start of its own."""
     with Walk(folder) as session:
         asked = session.walk_to(title)
-    for question in asked:
+    for question in asked[::-6]:
         with Walk(folder) as session:
             session.walk_to(title, question)
             session.keys("ctrl-c")
