@@ -53,7 +53,7 @@ class Times:
 class Result:
     """One table of the benchmark.
 
-    rows: one dict per row; facts: single figures that the README quotes; note: how it was measured.
+    rows: one dict per row; facts: single figures that docs/benchmarks.md quotes; note: how it was measured.
     """
 
     name: str

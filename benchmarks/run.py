@@ -4,9 +4,9 @@
     uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes: a first look, not for publication
     uv run benchmarks/run.py --only epochs   one part: attention, step, loop, epochs, growth, start, compile
 
-Writes speed.json, speed.md and charts to benchmarks/results and the ratios into the README; parts that were not run
-keep their stored figures. All comparisons are made in turns within one process. On a CPU the model has 51 M parameters,
-on a GPU it is the whole 2B model.
+Writes speed.json and speed.md to benchmarks/results, charts to docs/charts and the ratios into docs/benchmarks.md;
+parts that were not run keep their stored figures. All comparisons are made in turns within one process. On a CPU the
+model has 51 M parameters, on a GPU it is the whole 2B model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks import charts, speed_attention, speed_compile, speed_growth, spe
 from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
 from sidestep.acestep.device import choose_device, choose_precision
 
-RESULTS, README = ROOT / "benchmarks" / "results", ROOT / "README.md"
+RESULTS, PAGE, CHARTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "charts"
 MARKS = ("<!-- speed, rebuilt by benchmarks/run.py -->", "<!-- end of speed -->")
 PARTS = {
     "attention": (speed_attention.kernel, speed_attention.block_size),
@@ -71,14 +71,15 @@ def main() -> None:
             stored.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (options.output / "speed.md").write_text(report(tables), encoding="utf-8")
     if options.output == RESULTS:
-        README.write_text(with_ratios(README.read_text(encoding="utf-8"), tables), encoding="utf-8", newline="\n")
-    for path in charts.draw({name: table["rows"] for name, table in tables.items()}, options.output):
+        PAGE.write_text(with_ratios(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8", newline="\n")
+    drawn = CHARTS if options.output == RESULTS else options.output
+    for path in charts.draw({name: table["rows"] for name, table in tables.items()}, drawn):
         print(f"chart: {path}")
 
 
-def with_ratios(readme: str, tables: dict) -> str:
-    """The README with the ratios of all stored tables between its marks."""
-    before, rest = readme.split(MARKS[0])
+def with_ratios(page: str, tables: dict) -> str:
+    """The page with the ratios of all stored tables between its marks."""
+    before, rest = page.split(MARKS[0])
     rows = [f"| {name} | {value:.2f} |" for table in tables.values() for name, value in table["facts"].items()]
     return "\n".join(
         [before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]]

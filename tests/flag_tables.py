@@ -1,4 +1,4 @@
-"""The README's flag tables, made from the settings. `python -m tests.flag_tables` writes them between their marks."""
+"""The flag tables of docs/reference.md, made from the settings. `python -m tests.flag_tables` writes them."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from sidestep.settings.config import COMMANDS
 from sidestep.settings.option import Option, options_of
 from sidestep.terminal.terminal import as_typed
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
 
 def begin(command: str) -> str:
@@ -38,7 +38,7 @@ def with_tables(text: str) -> str:
         pattern = re.compile(re.escape(begin(command)) + r".*?" + re.escape(END), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(
-                f"README.md has no place for the flags of {command}: add the lines\n{begin(command)}\n{END}"
+                f"docs/reference.md has no place for the flags of {command}: add the lines\n{begin(command)}\n{END}"
             )
         text = pattern.sub(lambda _, command=command: f"{begin(command)}\n{flag_table(command)}\n{END}", text)
     return text
@@ -64,4 +64,4 @@ def _help(o: Option) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8", newline="\n")

@@ -14,7 +14,31 @@ from sidestep.variants import official_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 CARDS, SECONDS, TOKENS = (8, 12, 16, 24), (60, 240, 480), 512
-INTRODUCTION = """# What fits on which card
+INTRODUCTION = """# Memory
+
+```
+uv run train.py plan --model-variant xl-turbo --vram 8
+```
+
+says what a run takes, what each setting would save and the mildest settings that fit, without a checkpoint and without
+a GPU. `--recompute-as-needed` (not run on a GPU here yet) recomputes no more layers than the GPU's free memory needs,
+which is as fast as fits; the default is all of them.
+
+## Peaks
+
+The most that the tensors of a training step take, by the planner, for rank 64, 8-bit AdamW, batch 1, 512 condition
+tokens. `tests/tasks/plan/test_plan.py` holds them and compares the planner with measured steps on the CPU.
+
+| model | songs of | base | peak |
+|---|---|---|---|
+| 2B | 240 s | bf16 | 4.3 GiB |
+| 2B | 60 s windows | bf16 | 3.6 GiB |
+| 2B | 60 s windows | int8 | 2.2 GiB |
+| XL | 60 s windows | bf16 | 8.9 GiB |
+| XL | 60 s windows | int8 | 5.2 GiB |
+| XL | 60 s windows | nf4 | 3.3 GiB |
+
+## What fits on which card
 
 The settings that the planner adds to the defaults (LoRA of rank 64 on attention, batch 1, AdamW, all layers recomputed)
 so that a step fits, for songs of so many seconds with 512 condition tokens. `plan`, the check before a run and

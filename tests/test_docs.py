@@ -14,16 +14,17 @@ from sidestep.settings.option import options_of
 from tests.flag_tables import END, begin, flag_table, with_tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCS = {"README.md": README} | {
-    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+DOCS = {
+    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+FOR_MUSICIANS = ("README.md", "first-adapter.md", "index.md")
+ORDINARY = {"CD", "HTML", "I", "JSON", "MIT", "OK", "PC", "USB", "ZIP", "LICENSE", "ACE", "README", "DAW"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_flag_table_of_each_command_equals_its_settings(command):
-    found = re.search(re.escape(begin(command)) + r"\n(.*?)\n" + re.escape(END), README, re.DOTALL)
-    assert found, f"README.md has no place for the flags of {command}"
+    found = re.search(re.escape(begin(command)) + r"\n(.*?)\n" + re.escape(END), DOCS["reference.md"], re.DOTALL)
+    assert found, f"docs/reference.md has no place for the flags of {command}"
     assert found[1] == flag_table(command), "run: python -m tests.flag_tables"
 
 
@@ -93,6 +94,8 @@ def test_every_flag_that_the_docs_name_exists():
         "--nnodes",
         "--no-sync",
         "--group",
+        "--strict",
+        "--only-group",
         "--all-extras",
     }
     named = {flag for text in DOCS.values() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)}
@@ -105,8 +108,63 @@ def test_every_flag_that_the_docs_name_exists():
     assert named - known - others - programs == set()
 
 
-def test_every_built_in_preset_is_in_the_readme():
-    assert [path.stem for path in presets.BUILT_IN.glob("*.json") if f"`{path.stem}`" not in README] == []
+def test_every_built_in_preset_is_in_the_docs():
+    text = DOCS["training.md"]
+    assert [path.stem for path in presets.BUILT_IN.glob("*.json") if f"`{path.stem}`" not in text] == []
+
+
+def test_the_readme_is_short():
+    assert len(DOCS["README.md"].encode()) <= 8000
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a page: no code, no addresses; a heading, a cell and an item of a list end one."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    parts = re.split(r"\n\s*\n|\n(?=[-|#>]|\d+\.)|\|", text)
+    return [s.strip() for part in parts for s in re.split(r"(?<=[.?!:;])[*]*\s+", part.strip(" -#>\n")) if s.strip()]
+
+
+def test_long_sentences_are_found():
+    long = "so " * 31
+    assert [len(s.split()) for s in sentences_of(f"Short. {long}end.\n\n- {long}\n| a | {long} |")] == [
+        1,
+        32,
+        31,
+        1,
+        31,
+    ]
+    assert sentences_of(f"```\n{long}\n```\nOne [two]({long}) three: four.") == ["One two three:", "four."]
+
+
+@pytest.mark.parametrize("name", FOR_MUSICIANS)
+def test_sentences_for_musicians_have_at_most_thirty_words(name):
+    assert [s for s in sentences_of(DOCS[name]) if len(s.split()) > 30] == []
+
+
+def terms_of(text: str) -> set[str]:
+    """What a page sets in italics, and abbreviations as the trade writes them (LoRA, VAE, bf16), in small letters."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.DOTALL | re.MULTILINE)
+    italic = re.findall(r"(?<![*\w])\*([^*\n]+)\*(?![*\w])", text)
+    trade = re.findall(r"\b(?:[a-z]*[A-Z]+[a-z]*[A-Z]+\w*|bf16|fp16|fp32|int8|nf4)\b", text)
+    names = {"ComfyUI", "GitHub", "TensorBoard"}
+    return {term.lower() for term in [*italic, *(set(trade) - ORDINARY - names)]}
+
+
+def test_terms_are_found():
+    assert terms_of("a *rank* of `VAE`, **bold**, a LoRA in bf16\n```\nCFG\n```") == {"rank", "lora", "bf16"}
+
+
+@pytest.mark.parametrize("name", FOR_MUSICIANS)
+def test_every_term_for_musicians_is_in_the_glossary(name):
+    rows = re.findall(r"^\| ([^|]+) \|", DOCS["glossary.md"], re.MULTILINE)
+    known = {term.strip().lower() for row in rows for term in row.split(",")}
+    assert {term for term in terms_of(DOCS[name]) if term not in known and term.removesuffix("s") not in known} == set()
+
+
+def test_every_page_is_in_the_navigation():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {name for name in DOCS if name != "README.md" and name not in re.findall(r"[\w-]+\.md", site)} == set()
 
 
 @pytest.mark.parametrize("name", DOCS)

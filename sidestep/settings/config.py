@@ -1,4 +1,4 @@
-"""Every setting of every command, declared once. Flags, questions, preset keys and README rows derive from here."""
+"""Every setting of every command, declared once: flags, questions, preset keys and docs/reference.md derive from it."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path

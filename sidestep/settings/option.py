@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One setting: everything that the parser, the wizard, the presets, the review and the README derive from.
+    """One setting: everything that the parser, the wizard, the presets, the review and docs/reference.md derive from.
 
     The first fields are declared with `option(...)`; name and type come from its dataclass field.
     """

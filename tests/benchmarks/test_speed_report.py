@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import charts, speed_attention, speed_model
 from benchmarks.measure import ROOT, Result, Setting, Times, machine
-from benchmarks.run import PARTS, README, as_markdown, report, with_ratios
+from benchmarks.run import PAGE, PARTS, as_markdown, report, with_ratios
 
 CPU = torch.device("cpu")
 STORED = Path(ROOT, "benchmarks", "results", "speed.json")
@@ -37,9 +37,9 @@ def test_the_report_is_made_of_the_stored_figures():
         assert table["rows"]
 
 
-def test_the_readme_shows_the_stored_ratios():
-    readme = README.read_text(encoding="utf-8")
-    assert with_ratios(readme, json.loads(STORED.read_text(encoding="utf-8"))) == readme
+def test_the_page_shows_the_stored_ratios():
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_ratios(page, json.loads(STORED.read_text(encoding="utf-8"))) == page
 
 
 def test_every_part_has_measurements():
