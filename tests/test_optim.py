@@ -1,11 +1,13 @@
 """Optimizers and schedules by name."""
 
 import itertools
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler, warmup_steps
 from sidestep.settings.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
@@ -37,27 +39,34 @@ def test_each_optimizer_goes_downhill_and_prints_nothing(name, capsys):
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_TYPES)
-def test_at_its_default_rate_each_optimizer_solves_a_lora_regression_that_starts_at_zero(name):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 32, generator=generator)
-    a = torch.nn.Parameter(torch.empty(8, 32).uniform_(-(32**-0.5), 32**-0.5, generator=generator))
-    b = torch.nn.Parameter(torch.zeros(32, 8))
-    target = 2 * x @ a.detach().T @ (0.03 * torch.randn(8, 32, generator=generator))
-    changes = {"lr": 1.0} if name == "prodigy" else {}
+def test_with_default_flags_each_optimizer_solves_a_lora_regression_that_starts_at_zero(name):
+    """W = 2·B·A with the schedule and the clipping of a run, of a size that adamw8bit keeps in 8 bits."""
+    call = parse(shlex.split(f"fixed --checkpoint-dir c --dataset-dir d --output-dir o --optimizer-type {name}"))
+    [c] = configs_of(call, {})
+    generator, steps = torch.Generator().manual_seed(0), 800
+    x = torch.randn(128, 512, generator=generator)
+    a = torch.nn.Parameter(torch.empty(8, 512).uniform_(-(512**-0.5), 512**-0.5, generator=generator))
+    b = torch.nn.Parameter(torch.zeros(512, 8))
+    target = 2 * x @ a.detach().T @ (0.01 * torch.randn(8, 512, generator=generator))
     try:
-        optimizer = make_optimizer(config(optimizer_type=name, **changes), [a, b], CPU)
+        optimizer = make_optimizer(c, [a, b], CPU)
     except UserError:
         pytest.skip("no 8-bit optimizer for this CPU")
+    schedule = make_scheduler(c, optimizer, steps)
 
     def loss() -> torch.Tensor:
         return (2 * x @ a.T @ b.T - target).square().mean()
 
     start = loss().item()
-    for _ in range(1500):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
+        torch.nn.utils.clip_grad_norm_([a, b], c.max_grad_norm)
         optimizer.step()
+        schedule.step()
     assert loss().item() < 0.1 * start
+    if name == "adamw8bit":
+        assert optimizer.state[a]["state1"].dtype == torch.uint8
 
 
 def test_adamw_is_the_fused_one():

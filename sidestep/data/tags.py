@@ -124,12 +124,15 @@ def read_tags(path: Path, language: str = "") -> Tags:
         tags.problems.append("a compressed tag unpacks to more than 1 MiB and was not read")
     language = language or language_code("".join(written.get("tlan", []))) or ""
     if sung:
-        in_language = [texts for code, texts in sung if code == language]
-        written["lyrics"] = (in_language or [texts for _, texts in sung])[0]
-        languages = sorted({code for code, _ in sung if code})
-        if not in_language and len(languages) > 1:
-            several = f"lyrics stand there in {' and '.join(languages)}; the first were taken"
-            tags.problems.append(f"{several} (a sidecar with language: {languages[0]} chooses)")
+        code, written["lyrics"] = next((words for words in sung if words[0] == language), sung[0])
+        languages = sorted({each for each, _ in sung if each})
+        others = [each for each in languages if each != code]
+        if code != language and others and len(languages) > 1:
+            taken = f"those in {code}" if code else "those of no language"
+            tags.problems.append(
+                f"lyrics stand there in {' and '.join(languages)}; {taken} were taken "
+                f"(a sidecar with language: {others[0]} takes the others)"
+            )
     for name, keys in _KEYS.items():
         texts = next((written[key.casefold()] for key in keys if any(written.get(key.casefold(), ()))), None)
         if not texts:
