@@ -1,6 +1,7 @@
 """The model variants: their folders, sizes and training laws. Detected from `config.json`, not a folder's name."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 OFFICIAL_FOLDERS = {
     "turbo": "acestep-v15-turbo",
@@ -56,20 +57,41 @@ CONFIG_XL = CONFIG_2B | {
 }
 
 
+TURBO_SHIFT = 3.0  # of turbo models that do not state another
+MODES = {True: "discrete", False: "logit-normal"}  # of timesteps, by whether a model is turbo
+MERGED = {"merge", "merged", "mix", "mixed", "blend", "soup", "ta"}  # what people call a sum of two models
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What training needs to know of a checkpoint beyond its sizes."""
+    """What training needs to know of a checkpoint beyond its sizes.
+
+    shift: by which turbo's eight timesteps are moved towards noise, with the reason. doubt: signs that contradict each
+    other about which law the weights follow; empty when they agree. is_stems: captions have the form for stems.
+    """
 
     name: str  # turbo, base or sft (with xl- in front), or the version a fine-tune states
     is_turbo: bool
     is_xl: bool
     timestep_mu: float
     timestep_sigma: float
+    shift: float = TURBO_SHIFT
+    shift_reason: str = "the shift of turbo"
+    doubt: str = ""
+    is_stems: bool = False
 
     @property
     def timestep_mode(self) -> str:
         """`discrete`: turbo's eight inference steps. `logit-normal`: the law base and sft were trained with."""
-        return "discrete" if self.is_turbo else "logit-normal"
+        return MODES[self.is_turbo]
+
+    def under(self, timestep_mode: str) -> "Variant":
+        """The variant as `--timestep-mode` says it is; `auto` leaves it as it was detected."""
+        return self if timestep_mode == "auto" else replace(self, is_turbo=timestep_mode == MODES[True], doubt="")
+
+    def settled(self, timestep_mode: str) -> "Variant":
+        """The variant, under a typed law where its own signs contradict each other."""
+        return self.under(timestep_mode) if self.doubt else self
 
     @property
     def cfg_ratio(self) -> float:
@@ -81,16 +103,62 @@ class Variant:
         return f"config.json says is_turbo={str(self.is_turbo).lower()}, model_version={self.name!r}"
 
 
-def detect(config: dict) -> Variant:
-    """The variant that a checkpoint's `config.json` states. A fine-tune keeps its parent's training law."""
+def detect(config: dict, folder: str = "") -> Variant:
+    """The variant that a checkpoint's `config.json` states. A fine-tune keeps its parent's training law.
+
+    folder: the checkpoint's, whose name says the shift where the config does not, and betrays merges: they carry the
+    config of one parent.
+    """
     version = str(config.get("model_version") or "")
     is_turbo = bool(config.get("is_turbo", "turbo" in version.lower()))
     is_xl = config.get("encoder_hidden_size") is not None
     name = version or ("turbo" if is_turbo else "base")
     if is_xl and not name.startswith("xl"):
         name = f"xl-{name}"
+    shift, shift_reason = _shift_of(version, folder)
     return Variant(
-        name, is_turbo, is_xl, float(config.get("timestep_mu", -0.4)), float(config.get("timestep_sigma", 1.0))
+        name,
+        is_turbo,
+        is_xl,
+        float(config.get("timestep_mu", -0.4)),
+        float(config.get("timestep_sigma", 1.0)),
+        shift,
+        shift_reason,
+        _doubt_about(config, version, folder),
+        bool(config.get("is_lego_sft", False)),
+    )
+
+
+def _shift_of(version: str, folder: str) -> tuple[float, str]:
+    """(shift of turbo's timesteps, why)."""
+    for where, text in (("model_version", version), ("the folder", folder)):
+        if found := re.search(r"shift[-_]?(\d+(?:\.\d+)?)", text.lower()):
+            return float(found[1]), f"{where} is {text!r}"
+    for where, text in (("model_version", version), ("the folder", folder)):
+        if "continuous" in text.lower():
+            return TURBO_SHIFT, f"{where} is {text!r}, which takes any shift from 1 to 5; ACE-Step's app takes 3"
+    return TURBO_SHIFT, "turbo's own; nothing names another"
+
+
+def _doubt_about(config: dict, version: str, folder: str) -> str:
+    """In words, signs of both laws: those of turbo, and those of base and sft. Empty when all signs agree."""
+
+    def laws(text: str) -> dict[bool, str]:
+        words = re.split(r"[^a-z0-9]+", text.lower())
+        return {word == "turbo": word for word in words if word in ("turbo", "base", "sft")}
+
+    signs: dict[bool, list[str]] = {True: [], False: []}
+    if "is_turbo" in config:
+        signs[bool(config["is_turbo"])].append(f"config.json says is_turbo={str(bool(config['is_turbo'])).lower()}")
+    for law in laws(version):
+        signs[law].append(f"model_version is {version!r}")
+    of_folder = laws(folder)
+    # a fine-tune is what its config says, whatever its folder is called; a merge has one parent's config
+    if len(of_folder) == 2 or MERGED & set(re.split(r"[^a-z0-9]+", folder.lower())):
+        for law in of_folder:
+            signs[law].append(f"the folder is called {folder!r}")
+    return (
+        ", but ".join(" and ".join(dict.fromkeys(of_law)) for of_law in signs.values()) if all(signs.values()) else ""
     )
 
 

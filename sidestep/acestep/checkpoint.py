@@ -71,7 +71,7 @@ class Checkpoint:
     def __init__(self, layout: Layout):
         self.layout = layout
         self.config = layout.config
-        self.variant: Variant = detect(layout.config)
+        self.variant: Variant = detect(layout.config, layout.folder.name.removesuffix(".safetensors"))
         self.loaded_keys: set[str] = set()
         self._weights: dict[Path, Weights] = {}
 

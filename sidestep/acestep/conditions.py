@@ -5,7 +5,7 @@ embeddings) and silence in the place of a reference's timbre go through the cond
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ def text_prompt(
         f"- bpm: {bpm or 'N/A'}\n- timesignature: {timesignature or 'N/A'}\n- keyscale: {keyscale or 'N/A'}\n"
         f"- duration: {int(duration)} seconds\n<|endoftext|>\n"
     )
+
+
+def stems_caption(caption: str) -> str:
+    """The form of a caption that a model for stems (`is_lego_sft`) expects, as ACE-Step's app fills it for whole music.
+
+    The description of the whole song stays empty there, and the mask is left to the model.
+    """
+    return f"Global: \nLocal: {caption}\nMask Control: false"
 
 
 def lyric_prompt(lyrics: str, language: str) -> str:
@@ -168,3 +176,7 @@ class Prompt:
             duration=self.duration,
         )
         return Text(prompt, lyric_prompt(self.lyrics, self.language))
+
+    def text_for(self, is_stems: bool) -> Text:
+        """The same for a model whose captions may have the form for stems."""
+        return replace(self, caption=stems_caption(self.caption)).text if is_stems else self.text

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sidestep.variants import TURBO_SHIFT
+
 TURBO_STEPS = 8
-TURBO_SHIFT = 3.0
 
 Law = Callable[[Tensor], Tensor]
 
@@ -20,14 +21,14 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def turbo_timesteps() -> Tensor:
-    """The eight timesteps that turbo's inference visits, fp64 [8], from 1 down to 0.3."""
-    return shifted(torch.linspace(1, 1 / TURBO_STEPS, TURBO_STEPS, dtype=torch.float64), TURBO_SHIFT)
+def turbo_timesteps(shift: float = TURBO_SHIFT) -> Tensor:
+    """The eight timesteps that turbo's inference visits, fp64 [8], from 1 down; to 0.3 at its usual shift."""
+    return shifted(torch.linspace(1, 1 / TURBO_STEPS, TURBO_STEPS, dtype=torch.float64), shift)
 
 
-def discrete(u: Tensor) -> Tensor:
+def discrete(u: Tensor, shift: float = TURBO_SHIFT) -> Tensor:
     """Turbo: one of its eight timesteps, all equally likely. u: [B] in [0, 1] → t [B]"""
-    return turbo_timesteps()[(u.double() * TURBO_STEPS).long().clamp(max=TURBO_STEPS - 1)].to(u.dtype)
+    return turbo_timesteps(shift)[(u.double() * TURBO_STEPS).long().clamp(max=TURBO_STEPS - 1)].to(u.dtype)
 
 
 def logit_normal(mu: float, sigma: float) -> Law:

@@ -392,7 +392,19 @@ class TrainConfig(ModelConfig):
         "discrete (turbo's 8 steps) or logit-normal; auto asks the checkpoint",
         group="Flow matching",
         choices=("auto", "discrete", "logit-normal"),
+        depends_on=("checkpoint_dir", "model_variant"),
+        label="How the model makes music",
+        plain="in 8 fast steps without guidance, as turbo (discrete), or in many steps, as base and sft (logit-normal)",
         advanced=True,
+    )
+    timestep_shift: float | None = option(
+        None,
+        "shift of turbo's eight timesteps towards noise; default: the checkpoint's, by its config and name",
+        group="Flow matching",
+        above=0,
+        maximum=100,
+        advanced=True,
+        when=("timestep_mode", "auto", "discrete"),
     )
     timestep_mu: float | None = option(
         None,
@@ -643,6 +655,8 @@ class EstimateConfig(ModelConfig):
     )
     batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1, maximum=1024)
     seed: int = option(42, "seed of everything random", group="Measuring", minimum=0, maximum=LARGEST_SEED)
+    timestep_mode: str = same_as(TrainConfig, "timestep_mode", group="Measuring")
+    timestep_shift: float | None = same_as(TrainConfig, "timestep_shift", group="Measuring")
     sketch_width: int = option(
         32,
         "directions of each gradient that are measured; memory grows with it",
@@ -737,7 +751,19 @@ class SampleConfig(ModelConfig):
     guidance: float | None = option(
         None, "guidance scale; default: 7, and none for turbo, which has it built in", group="Sample", minimum=1
     )
-    shift: float = option(3.0, "shift of the timesteps towards noise", group="Sample", above=0, advanced=True)
+    shift: float | None = option(
+        None,
+        "shift of the timesteps towards noise; default: the checkpoint's, else 3",
+        group="Sample",
+        above=0,
+        advanced=True,
+    )
+    timestep_mode: str = same_as(
+        TrainConfig,
+        "timestep_mode",
+        group="Sample",
+        help="sample as turbo (discrete) or as base and sft (logit-normal); auto asks the checkpoint",
+    )
     seed: int = option(42, "seed of the noise", group="Sample", minimum=0, maximum=LARGEST_SEED)
     output: Path = option(Path("samples"), "folder for the audio", group="Sample")
     base_precision: str = same_as(TrainConfig, "base_precision", group="Sample")

@@ -73,7 +73,7 @@ def find_models(checkpoint_dir: Path) -> list[FoundModel]:
             return [FoundModel(checkpoint_dir.name, "unknown", False, 0, "single file", problem)]
         stated = _read_json(checkpoint_dir.with_suffix(".json"))
         if stated is not None:
-            variant = variants.detect(stated)
+            variant = variants.detect(stated, checkpoint_dir.stem)
             return [FoundModel(checkpoint_dir.name, variant.name, variant.is_turbo, parameters, "single file", "")]
         return [
             FoundModel(folder, name, "turbo" in name, parameters, "single file", "")
@@ -170,7 +170,7 @@ def _model(folder: Path) -> FoundModel | None:
     if config is None:
         return FoundModel(folder.name, "unknown", False, 0, layout, "config.json cannot be read")
     try:
-        variant = variants.detect(config)
+        variant = variants.detect(config, folder.name)
         parameters = sum(safetensors_parameters(path) for path in sorted(weights.glob("*.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return FoundModel(folder.name, "unknown", False, 0, layout, f"weights unreadable: {error}")
@@ -366,6 +366,18 @@ def models_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:
         for model in (find_models(Path(folder)) if folder else [])
         if not model.problem
     )
+
+
+def is_in_doubt(answers: Mapping[str, Any]) -> bool:
+    """Whether the chosen model has signs of both laws of timesteps, as merges have."""
+    if not {"checkpoint_dir", "model_variant"} <= answers.keys():
+        return False
+    home, name = Path(answers["checkpoint_dir"]), str(answers["model_variant"])
+    official = variants.OFFICIAL_FOLDERS.get(name, name)
+    folders = [folder for folder in (home / official, home / f"{official}-diffusers", home) if folder.is_dir()]
+    found = ((folder, _read_json(folder / sub / "config.json")) for folder in folders for sub in ("", "transformer"))
+    folder, config = next(((folder, config) for folder, config in found if config), (home, {}))
+    return bool(variants.detect(config, folder.name).doubt)
 
 
 def states_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:

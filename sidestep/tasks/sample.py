@@ -31,10 +31,10 @@ from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
-from sidestep.flow_matching.timesteps import TURBO_SHIFT, TURBO_STEPS
+from sidestep.flow_matching.timesteps import TURBO_STEPS
 from sidestep.settings.config import SampleConfig, check_streaming
 from sidestep.settings.option import options_of
-from sidestep.variants import Variant
+from sidestep.variants import TURBO_SHIFT, Variant
 from sidestep.words import count
 
 LONGEST_SECONDS = 600
@@ -56,13 +56,26 @@ class Sampling:
 
 
 def sampling_for(
-    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float = TURBO_SHIFT
+    variant: Variant, steps: int | None = None, guidance: float | None = None, shift: float | None = None
 ) -> Sampling:
-    """As ACE-Step's app samples a variant, but for what is given. Turbo takes no guidance: it is distilled into it."""
+    """As ACE-Step's app samples a variant, but for what is given. Turbo takes no guidance: it is distilled into it.
+
+    A turbo model is sampled with its own shift, the others with that of turbo.
+    """
+    if shift is None:
+        shift = variant.shift if variant.is_turbo else TURBO_SHIFT
     if variant.is_turbo:
         return Sampling(steps or TURBO_STEPS, 1.0, shift)
     default = SFT_STEPS if "sft" in variant.name else BASE_STEPS
     return Sampling(steps or default, GUIDANCE if guidance is None else guidance, shift)
+
+
+def sampling_reason(variant: Variant, config: SampleConfig) -> str:
+    """Why a variant is sampled so: what its config says, what was typed, where turbo's shift comes from."""
+    typed = {"--timestep-mode": config.timestep_mode != "auto", "--shift": config.shift is not None}
+    given = " and ".join(flag for flag, is_typed in typed.items() if is_typed)
+    own_shift = variant.shift_reason if variant.is_turbo and config.shift is None else ""
+    return "; ".join(part for part in (variant.reason, f"{given} typed" if given else "", own_shift) if part)
 
 
 def not_obeyed(variant: Variant, sampling: Sampling) -> list[str]:
@@ -75,7 +88,7 @@ def not_obeyed(variant: Variant, sampling: Sampling) -> list[str]:
             f"--steps {sampling.steps}: turbo was distilled for {TURBO_STEPS} steps; ACE-Step's app takes those "
             "whatever it is asked for, and would sound otherwise."
         )
-    any_shift = "continuous" in variant.name and SHIFTS[0] <= sampling.shift <= 5
+    any_shift = "continuous" in f"{variant.name} {variant.shift_reason}" and SHIFTS[0] <= sampling.shift <= 5
     if sampling.shift not in SHIFTS and not any_shift:
         nearest = min(SHIFTS, key=lambda shift: abs(shift - sampling.shift))
         found.append(
@@ -186,9 +199,13 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     precision = choose_precision(config.precision, device.value)
     report(Decision(what="device", value=str(device.value), reason=device.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
-    sampling = sampling_for(checkpoint.variant, config.steps, config.guidance, config.shift)
-    report(Decision(what="sampling", value=described(sampling), reason=checkpoint.variant.reason))
-    for message in not_obeyed(checkpoint.variant, sampling):
+    variant = checkpoint.variant.under(config.timestep_mode)
+    sampling = sampling_for(variant, config.steps, config.guidance, config.shift)
+    report(Decision(what="sampling", value=described(sampling), reason=sampling_reason(variant, config)))
+    if variant.doubt:
+        message = f"{variant.doubt}: --timestep-mode discrete samples as turbo, logit-normal as base and sft."
+        report(Notice(message=message, level="warning"))
+    for message in not_obeyed(variant, sampling):
         report(Notice(message=message, level="warning"))
     if config.guidance is not None and config.guidance != sampling.guidance:
         report(
@@ -198,7 +215,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             )
         )
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
-    [conditions] = encode_texts(checkpoint, [prompt.text], device.value, precision.value)
+    [conditions] = encode_texts(checkpoint, [prompt.text_for(variant.is_stems)], device.value, precision.value)
     tell_lost_tokens(prompt, conditions, report)
     quantised = "" if config.base_precision == "auto" else config.base_precision
     decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device.value, precision.value, quantised)

@@ -20,7 +20,7 @@ from sidestep.settings.config import (
     TrainConfig,
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
-from sidestep.settings.path_checks import Check, find_runs, likely_checkpoint_dirs, read_run
+from sidestep.settings.path_checks import Check, find_runs, is_in_doubt, likely_checkpoint_dirs, read_run
 from sidestep.wizard.questionnaire import Question, choose, from_option
 
 
@@ -40,7 +40,10 @@ class Flow:
 
 TRAIN: dict[str, Any] = {
     "config_class": TrainConfig,
-    "basic": ("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "preset", "rank", "epochs"),
+    "basic": (
+        *("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "output_dir"),
+        *("preset", "rank", "epochs"),
+    ),
 }
 FLOWS = {  # as in the menu
     flow.key: flow
@@ -70,7 +73,7 @@ FLOWS = {  # as in the menu
             key="estimate",
             title="Preprocessing++: find the ranks this music needs",
             config_class=EstimateConfig,
-            basic=("checkpoint_dir", "model_variant", "dataset_dir", "preset"),
+            basic=("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "preset"),
         ),
         Flow(
             key="build-dataset",
@@ -90,7 +93,16 @@ FLOWS = {  # as in the menu
             key="sample",
             title="Listen: make music with an adapter",
             config_class=SampleConfig,
-            basic=("checkpoint_dir", "model_variant", "adapter", "prompt", "lyrics", "duration", "strength"),
+            basic=(
+                "checkpoint_dir",
+                "model_variant",
+                "timestep_mode",
+                "adapter",
+                "prompt",
+                "lyrics",
+                "duration",
+                "strength",
+            ),
         ),
         Flow(
             key="export",
@@ -130,6 +142,18 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
     known = {*flow.basic, *flow.given, *flow.covered}
     basic = [*flow.basic, *(name for name, o in options.items() if o.required and name not in known)]
     questions = [question_of(name, flow, context) for name in basic]
+    if not advanced:  # asked only where the model does not say it
+        questions = [
+            replace(
+                question,
+                when=is_in_doubt,
+                choices=lambda answers, offered=question.choices: offered(answers)[1:],
+                default=lambda _answers: "discrete",
+            )
+            if question.name == "timestep_mode"
+            else question
+            for question in questions
+        ]
     for section, names in sections_of(flow.config_class).items() if advanced else ():
         rest = [name for name in names if name not in (*basic, *flow.covered)]
         if not rest:

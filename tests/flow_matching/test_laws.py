@@ -5,7 +5,8 @@ import torch
 
 from sidestep.flow_matching.guidance import drop_conditions
 from sidestep.flow_matching.loss import flow_matching_loss, uniform_weight
-from sidestep.flow_matching.timesteps import discrete, logit_normal, stratified
+from sidestep.flow_matching.sampler import sampling_timesteps
+from sidestep.flow_matching.timesteps import discrete, logit_normal, stratified, turbo_timesteps
 
 
 @pytest.mark.parametrize("make", [lambda: discrete, lambda: logit_normal(-0.4, 1.0)], ids=["discrete", "logit-normal"])
@@ -72,3 +73,20 @@ def test_dropped_samples_have_the_null_condition_at_every_position_in_the_dtype_
     assert dropped.dtype == torch.bfloat16
     assert torch.equal(dropped[0], null[0].to(torch.bfloat16).expand(3, 4))
     assert torch.equal(dropped[1], conditions[1])
+
+
+# The original model's tables of the timesteps of each shift.
+TABLES = {
+    1.0: [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+    2.0: [1.0, 0.93333333333333, 0.85714285714286, 0.76923076923077, 0.66666666666667, 0.54545454545455, 0.4, 2 / 9],
+    3.0: [1.0, 0.9545454545454546, 0.9, 0.8333333333333334, 0.75, 0.6428571428571429, 0.5, 0.3],
+}
+
+
+@pytest.mark.parametrize("shift", TABLES)
+def test_each_shift_has_the_timesteps_of_the_original_in_training_and_in_sampling(shift):
+    table = torch.tensor(TABLES[shift], dtype=torch.float64)
+    torch.testing.assert_close(turbo_timesteps(shift), table, rtol=0, atol=1e-12)
+    u = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
+    torch.testing.assert_close(discrete(u, shift), table, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sampling_timesteps(8, shift)[:-1].double(), table, rtol=0, atol=1e-6)

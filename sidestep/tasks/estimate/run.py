@@ -68,7 +68,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     if checkpoint.variant.is_turbo:
         report(Notice(message=TURBO_WARNING, level="warning"))
     law = focused(training_law(training, checkpoint.variant), config)
-    report(Decision(what="timesteps", value=law.name, reason=law.reason))
+    report(Decision(what="timesteps", value=law.name, reason=law.reason + law.shift_reason))
 
     decoder, mask = load_frozen(training, checkpoint, device, precision, report)
     layout = Layout(linear_shapes(decoder, target_names(decoder, training)), config.sketch_width, config.seed)
@@ -140,6 +140,8 @@ def as_training(config: EstimateConfig) -> TrainConfig:
         chunk_duration=config.chunk_duration,
         target_mlp=config.include_mlp,
         seed=config.seed,
+        timestep_mode=config.timestep_mode,
+        timestep_shift=config.timestep_shift,
     )
 
 
@@ -167,7 +169,7 @@ def focused(law: TrainingLaw, config: EstimateConfig) -> TrainingLaw:
         return law.draw(inside[(u * len(inside)).long().clamp(0, len(inside) - 1)])
 
     name, reason = f"{law.name}, t from {low:g} to {high:g}", f"{law.reason}; --focus {config.focus}"
-    return TrainingLaw(name, draw, law.cfg_ratio, reason)
+    return TrainingLaw(name, draw, law.cfg_ratio, reason, law.shift_reason)
 
 
 def resume_key(config: EstimateConfig, checkpoint: Checkpoint, data: str) -> str:
@@ -259,7 +261,8 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
     if left_out := result.excluded:
         names = ", ".join(left_out[:6]) + (" …" if len(left_out) > 6 else "")
         report(Notice(message=f"{len(left_out)} modules get no adapter: {names}"))
-    known = {name: getattr(config, name) for name in ("checkpoint_dir", "model_variant", "dataset_dir")}
+    kept = ("checkpoint_dir", "model_variant", "dataset_dir", "timestep_mode", "timestep_shift")
+    known = {name: getattr(config, name) for name in kept}
     # without --rank: typed, it would go before the map
     training = resolve(TrainConfig, known | {"output_dir": run_for(known)})
     report(Finished(message=result.summary(), next_commands=(command_line(training),)))

@@ -267,7 +267,7 @@ def encode_texts(job: Job, songs: Sequence[Song], results: Results) -> None:
         for song, found in text_pass.each(songs):
             if model is None:
                 model, tokenizer = job.checkpoint.load_text_encoder(job.device, job.dtype)
-            text = song.text(found.seconds)
+            text = job.text(song, found.seconds)
             text_ids, text_lost = token_ids(tokenizer, text.prompt, TEXT_TOKENS)
             lyric_ids, lyrics_lost = token_ids(tokenizer, text.lyrics, LYRIC_TOKENS)
             for what, lost, limit in (("text prompt", text_lost, TEXT_TOKENS), ("lyrics", lyrics_lost, LYRIC_TOKENS)):
@@ -276,7 +276,7 @@ def encode_texts(job: Job, songs: Sequence[Song], results: Results) -> None:
                     text_pass.warn(song, f"the {what} {reads}; the last {lost} tokens are lost.")
             states = {"text": encode_text(model, text_ids), "lyrics": embed_lyrics(model, lyric_ids)}
             if job.with_hints:
-                hints_ids, _ = token_ids(tokenizer, song.text(found.seconds, COVER).prompt, TEXT_TOKENS)
+                hints_ids, _ = token_ids(tokenizer, job.text(song, found.seconds, COVER).prompt, TEXT_TOKENS)
                 states["hints_text"] = encode_text(model, hints_ids)
             metadata = {
                 "fingerprint": {"text": job.text_part(text, made=True)},

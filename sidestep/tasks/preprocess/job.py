@@ -22,7 +22,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import Text, tiled_silence
+from sidestep.acestep.conditions import TEXT2MUSIC, Text, tiled_silence
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import frames_per_second
 from sidestep.audio.io import AudioError, content_hash, probe
@@ -213,6 +213,10 @@ class Job:
             "precision": precision_name(self.vae_dtype) if made else self.config.precision,
         }
 
+    def text(self, song: Song, seconds: float, instruction: str = TEXT2MUSIC) -> Text:
+        """What this model reads beside `seconds` of a song."""
+        return song.text(seconds, instruction, self.checkpoint.variant.is_stems)
+
     def text_part(self, text: Text, *, made: bool = False) -> dict[str, str]:
         """What conditions follow from beside the latents: as asked for, or as `made` now."""
         return {
@@ -256,7 +260,7 @@ class Job:
             seconds, in_record, reasons = float(latents["seconds"]), False, ("interrupted",)
         else:
             return self._without_latents(song, reasons)
-        text_part = self.text_part(song.text(seconds))
+        text_part = self.text_part(self.text(song, seconds))
         if record and in_record:
             reasons = differences(stored.get("text"), text_part)
             if not reasons:

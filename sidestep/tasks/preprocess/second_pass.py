@@ -70,7 +70,7 @@ class _Encoders:
             latents, audio, stat = tensors["latents"], made["fingerprint"]["audio"], made["audio_stat"]
             seconds = made["seconds"]
         conditions = encode_conditions(self.encoder, states["text"], states["lyrics"], self.silence)[0]
-        text = song.text(seconds)
+        text = job.text(song, seconds)
         metadata: dict[str, Any] = song.described() | {
             "schema": SCHEMA,
             "duration": seconds,

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from sidestep.acestep.conditions import TEXT2MUSIC, Text, lyric_prompt, text_prompt
+from sidestep.acestep.conditions import TEXT2MUSIC, Text, lyric_prompt, stems_caption, text_prompt
 from sidestep.audio.io import find_audio
 from sidestep.data.lyrics import without_time_marks
 from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, prompt_lyrics, relative_path
@@ -51,11 +51,11 @@ class Song:
     def lyrics(self) -> str:
         return without_time_marks(prompt_lyrics(self.sample))
 
-    def text(self, seconds: float, instruction: str = TEXT2MUSIC) -> Text:
-        """What the model reads beside `seconds` of this song."""
+    def text(self, seconds: float, instruction: str = TEXT2MUSIC, is_stems: bool = False) -> Text:
+        """What the model reads beside `seconds` of this song. is_stems: captions have the form for stems."""
         s = self.sample
         prompt = text_prompt(
-            self.caption,
+            stems_caption(self.caption) if is_stems else self.caption,
             bpm=s.bpm,
             timesignature=s.timesignature,
             keyscale=s.keyscale,

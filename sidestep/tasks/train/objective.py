@@ -12,6 +12,7 @@ from sidestep.acestep.blocks import offload_activations
 from sidestep.acestep.conditions import context_latents, tiled_silence
 from sidestep.acestep.device import to_device
 from sidestep.data.batches import Batch
+from sidestep.errors import UserError
 from sidestep.flow_matching.guidance import drop_conditions
 from sidestep.flow_matching.loss import flow_matching_loss, min_snr_weight, uniform_weight
 from sidestep.flow_matching.timesteps import Law, discrete, logit_normal, stratified
@@ -28,19 +29,41 @@ class TrainingLaw:
     draw: Law
     cfg_ratio: float
     reason: str
+    shift_reason: str = ""  # of turbo's timesteps
 
 
 def training_law(config: TrainConfig, variant: Variant) -> TrainingLaw:
-    """The checkpoint's own law, but for what the user typed."""
-    mode = variant.timestep_mode if config.timestep_mode == "auto" else config.timestep_mode
+    """The checkpoint's own law, but for what the user typed. Raises UserError where its signs contradict each other."""
+    if config.timestep_mode == "auto" and variant.doubt:
+        raise UserError(
+            f"{variant.doubt}: a merge of models that learnt under different laws of timesteps does not say which it "
+            "follows.",
+            "Add --timestep-mode discrete if it makes good music in 8 steps without guidance, as turbo does; "
+            "else --timestep-mode logit-normal",
+        )
+    mode = variant.under(config.timestep_mode).timestep_mode
+    variant = variant.settled(config.timestep_mode)
     mu = variant.timestep_mu if config.timestep_mu is None else config.timestep_mu
     sigma = variant.timestep_sigma if config.timestep_sigma is None else config.timestep_sigma
     cfg_ratio = variant.cfg_ratio if config.cfg_ratio is None else config.cfg_ratio
-    name = "discrete, 8 steps" if mode == "discrete" else f"logit-normal, mu {mu:g}, sigma {sigma:g}"
-    is_typed = {"--timestep-mode": config.timestep_mode != "auto", "--cfg-ratio": config.cfg_ratio is not None}
+    is_typed = {
+        "--timestep-mode": config.timestep_mode != "auto",
+        "--cfg-ratio": config.cfg_ratio is not None,
+    }
     typed = " and ".join(flag for flag, given in is_typed.items() if given)
     reason = variant.reason + (f"; {typed} typed" if typed else "")
-    return TrainingLaw(name, discrete if mode == "discrete" else logit_normal(mu, sigma), cfg_ratio, reason)
+    if mode == "discrete":
+        shift = variant.shift if config.timestep_shift is None else config.timestep_shift
+        why = "--timestep-shift typed" if config.timestep_shift is not None else variant.shift_reason
+        name = f"discrete, 8 steps, shift {shift:g}"
+        return TrainingLaw(name, partial(discrete, shift=shift), cfg_ratio, reason, f"; shift: {why}")
+    if config.timestep_shift is not None:
+        raise UserError(
+            f"--timestep-shift {config.timestep_shift:g}: only turbo's eight timesteps have a shift, and "
+            f"{variant.name} is trained with the logit-normal law ({reason}).",
+            "Leave it away; to move that law use --timestep-mu.",
+        )
+    return TrainingLaw(f"logit-normal, mu {mu:g}, sigma {sigma:g}", logit_normal(mu, sigma), cfg_ratio, reason)
 
 
 class ConditionMask:

@@ -23,6 +23,7 @@ from sidestep.events import Notice, Progress, Report, Saved
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import (
     Sampler,
+    Sampling,
     described,
     open_sampler,
     prompt_of,
@@ -33,6 +34,7 @@ from sidestep.tasks.sample import (
     write_take,
 )
 from sidestep.tasks.train.run import Previews, Run
+from sidestep.variants import Variant
 from sidestep.words import count
 
 FOLDER = "previews"
@@ -61,13 +63,21 @@ def previews_for(
     if not prompts:
         return None
     checkpoint.vae_config()  # a missing VAE is an error now, not after the first epochs
-    conditions = list(encode_texts(checkpoint, [prompt.text for prompt in prompts], device, dtype))
+    conditions = list(
+        encode_texts(checkpoint, [prompt.text_for(checkpoint.variant.is_stems) for prompt in prompts], device, dtype)
+    )
     for prompt, states in zip(prompts, conditions, strict=True):
         tell_lost_tokens(prompt, states, report)
     when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
-    how = described(sampling_for(checkpoint.variant))
+    how = described(preview_sampling(config, checkpoint.variant))
     report(Notice(message=f"Previews {when}: {count(len(prompts), 'prompt')}, {how}"))
     return Previews(prompts, conditions, dtype)
+
+
+def preview_sampling(config: TrainConfig, variant: Variant) -> Sampling:
+    """As `sample` does it; the shift that a turbo run was told to learn is the one it is heard with."""
+    variant = variant.settled(config.timestep_mode)
+    return sampling_for(variant, shift=config.timestep_shift if variant.is_turbo else None)
 
 
 def prompts_for(config: TrainConfig, songs: Sequence[Song]) -> list[Prompt]:
@@ -140,7 +150,7 @@ def _make(run: Run, previews: Previews, is_sharded: bool) -> None:
     if previews.sampler is None:
         # where the weights are sharded over processes, the wrapper gathers them
         decoder = run.wrapped if is_sharded else run.model.get_base_model()
-        sampling = sampling_for(run.checkpoint.variant)
+        sampling = preview_sampling(run.config, run.checkpoint.variant)
         previews.sampler = open_sampler(
             run.checkpoint, decoder, run.device, previews.dtype, sampling, run.config.offload_encoder
         )

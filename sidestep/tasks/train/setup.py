@@ -92,7 +92,11 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         raise cannot_save(run, error) from error
     finally:
         run.tensorboard.close()
-    base = ("--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant)
+    base = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
+    if run.checkpoint.variant.doubt:
+        base += ["--timestep-mode", config.timestep_mode]
+    if config.timestep_shift is not None:
+        base += ["--shift", f"{config.timestep_shift:g}"]
     report(
         Finished(
             message=f"Trained {run.position.step} optimizer steps. The adapter is in {final}",
@@ -173,7 +177,7 @@ def set_up(
 
     law = training_law(config, checkpoint.variant)
     dropout = f"{law.cfg_ratio:g}" if law.cfg_ratio else "off"
-    report(Decision(what="timesteps", value=law.name, reason=law.reason))
+    report(Decision(what="timesteps", value=law.name, reason=law.reason + law.shift_reason))
     report(Decision(what="CFG dropout", value=dropout, reason=law.reason))
     previews = previews_for(config, checkpoint, every, device, precision, report)
 

@@ -23,6 +23,7 @@ from sidestep.acestep.conditions import (
     Text,
     encode_texts,
     lyric_prompt,
+    stems_caption,
     text_prompt,
     tiled_silence,
 )
@@ -241,7 +242,7 @@ def with_windows(
     for song in (*songs, *held_out):
         if song.name in lengths:
             try:
-                plans[song.name] = plan_windows(song, lengths[song.name], rate, pool)
+                plans[song.name] = plan_windows(song, lengths[song.name], rate, pool, checkpoint.variant.is_stems)
             except KeyError as error:
                 reason = f"its record does not say its {error.args[0]}, which the prompt of a window needs"
                 report(FileFailed(path=song.name, reason=reason, stage="windows"))
@@ -318,7 +319,7 @@ def key_of(text: Text) -> str:
     return digest_of(f"{text.prompt}\0{text.lyrics}")
 
 
-def plan_windows(song: Song, frames: int, rate: float, pool: int) -> WindowPlan:
+def plan_windows(song: Song, frames: int, rate: float, pool: int, is_stems: bool = False) -> WindowPlan:
     """Where the windows of a song may begin and what each is told. frames: of a window; rate: frames per second.
 
     Windows begin on multiples of `pool` frames, where the codes of the hints begin too. Raises KeyError naming what the
@@ -337,6 +338,7 @@ def plan_windows(song: Song, frames: int, rate: float, pool: int) -> WindowPlan:
     different = list(dict.fromkeys(sung))
     which = tuple(different.index(words) for words in sung)
     caption = str(metadata["prompt_caption"] if "prompt_caption" in metadata else metadata["caption"])
+    caption = stems_caption(caption) if is_stems else caption
 
     def texts(instruction: str) -> tuple[Text, ...]:
         prompt = text_prompt(

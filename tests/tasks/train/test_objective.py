@@ -146,9 +146,9 @@ def test_dropout_of_conditions_is_that_of_the_model_unless_it_is_typed(data, tmp
 @pytest.mark.parametrize(
     ("variant", "typed", "name", "quartiles"),
     [
-        ("turbo", {}, "discrete, 8 steps", None),
+        ("turbo", {}, "discrete, 8 steps, shift 3", None),
         ("base", {}, "logit-normal, mu -0.4, sigma 1", (-0.4, 1.0)),
-        ("base", {"timestep_mode": "discrete"}, "discrete, 8 steps", None),
+        ("base", {"timestep_mode": "discrete"}, "discrete, 8 steps, shift 3", None),
         ("turbo", {"timestep_mode": "logit-normal"}, "logit-normal, mu -0.4, sigma 1", (-0.4, 1.0)),
         ("base", {"timestep_mu": 0.5, "timestep_sigma": 2.0}, "logit-normal, mu 0.5, sigma 2", (0.5, 2.0)),
     ],

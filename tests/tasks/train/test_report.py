@@ -57,7 +57,7 @@ def values(**changes) -> dict:
         "total_steps": 40,
         "epoch": 4,
         "total_epochs": 4,
-        "timesteps": "discrete, 8 steps",
+        "timesteps": "discrete, 8 steps, shift 3",
         "law": "config.json says is_turbo=true",
         "cfg_dropout": 0.15,
         "best": {"loss": 0.61, "epoch": 3, "by": "validation loss"},

@@ -1,0 +1,145 @@
+"""Turbo models of other shifts, merges, and models for stems, through the commands that use them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sidestep.data.records import load_record
+from sidestep.errors import UserError
+from sidestep.events import Decision, Notice
+from sidestep.settings.config import EstimateConfig, SampleConfig
+from sidestep.tasks.estimate import estimate
+from sidestep.tasks.preprocess import preprocess
+from sidestep.tasks.sample import sample
+from sidestep.tasks.train.songs import plan_windows
+from tests.preprocessing import job, make_library
+from tests.training_world import CHECKPOINTS, Log, prepared, run, settings, song, write_data
+from tests.wizard_world import Script, World
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), frames=(30, 30))
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A function: the tiny turbo model under another folder name, its config changed; → the folder of checkpoints."""
+
+    def make(name: str, **changes) -> Path:
+        home = tmp_path / "checkpoints"
+        for part in ("vae", "Qwen3-Embedding-0.6B"):
+            shutil.copytree(CHECKPOINTS / part, home / part)
+        shutil.copytree(CHECKPOINTS / "acestep-v15-turbo", home / name)
+        path = home / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+        return home
+
+    return make
+
+
+def decisions(events) -> dict[str, tuple[str, str]]:
+    return {event.what: (event.value, event.reason) for event in events if isinstance(event, Decision)}
+
+
+def sampling(home: Path, model: str, output: Path, **changes) -> tuple[dict, Log]:
+    log, values = (
+        Log(),
+        {"checkpoint_dir": home, "model_variant": model, "device": "cpu", "strength": (0.0,), "prompt": "techno"},
+    )
+    [made] = sample(SampleConfig(**values | {"duration": 1.0, "output": output, "steps": 1} | changes), log)
+    return json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))["sampling"], log
+
+
+@pytest.mark.parametrize(
+    ("typed", "shift", "why"),
+    [(None, 1.0, "the folder is 'acestep-v15-turbo-shift1'"), (2.0, 2.0, "--timestep-shift typed")],
+)
+def test_a_turbo_of_another_shift_is_trained_heard_and_sampled_with_it(named, data, tmp_path, typed, shift, why):
+    home, name = named("acestep-v15-turbo-shift1"), "acestep-v15-turbo-shift1"
+    changes = {"checkpoint_dir": home, "model_variant": name, "timestep_shift": typed, "max_steps": 1}
+    log = run(settings(data, tmp_path / "run", preview_prompt="techno", preview_duration=1.0, **changes))
+    value, reason = decisions(log.events)["timesteps"]
+    assert value == f"discrete, 8 steps, shift {shift:g}"
+    assert reason.endswith(f"shift: {why}")
+    [heard] = (tmp_path / "run" / "previews").glob("epoch_*/*.json")
+    assert json.loads(heard.read_text(encoding="utf-8"))["sampling"]["shift"] == shift
+    [command] = log.events[-1].next_commands
+    assert ("--shift 2" in command) == (typed is not None)
+    made, told = sampling(home, name, tmp_path / "out", shift=typed)
+    assert made["shift"] == shift
+    assert ("acestep-v15-turbo-shift1" in decisions(told.events)["sampling"][1]) == (typed is None)
+
+
+def test_a_shift_is_refused_where_the_law_has_none(named, data, tmp_path):
+    home = named("acestep-v15-base", is_turbo=False, model_version="base")
+    with pytest.raises(UserError, match=r"--timestep-shift 2: only turbo"):
+        run(settings(data, tmp_path, checkpoint_dir=home, model_variant="base", timestep_shift=2.0))
+
+
+MERGE = "acestep-v15-merge-base-turbo"
+
+
+def test_a_merge_with_contradictory_signs_is_refused_without_a_mode_and_trained_with_one(named, data, tmp_path):
+    home = named(MERGE)
+    changes = {"checkpoint_dir": home, "model_variant": MERGE}
+    with pytest.raises(UserError, match=r"is_turbo=true.*but.*merge-base-turbo") as refused:
+        run(settings(data, tmp_path / "run", **changes))
+    assert "--timestep-mode logit-normal" in refused.value.fix
+    assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(UserError, match="but the folder is called"):
+        estimate(EstimateConfig(dataset_dir=data, device="cpu", **changes), Log())
+    as_base = prepared(settings(data, tmp_path / "run", timestep_mode="logit-normal", **changes)).law
+    assert as_base.name.startswith("logit-normal")
+    assert as_base.cfg_ratio == 0.15
+    assert prepared(settings(data, tmp_path / "run", timestep_mode="discrete", **changes)).law.cfg_ratio == 0.0
+
+
+def test_a_merge_is_sampled_as_its_mode_says_and_warned_of_without(named, tmp_path):
+    home = named(MERGE)
+    made, log = sampling(home, MERGE, tmp_path / "out")
+    assert made["guidance"] == 1.0
+    assert any("--timestep-mode" in event.message for event in log.of(Notice))
+    made, log = sampling(home, MERGE, tmp_path / "out", timestep_mode="logit-normal")
+    assert made["guidance"] == 7.0
+    assert not any("--timestep-mode" in event.message for event in log.of(Notice))
+
+
+@pytest.mark.parametrize(("name", "is_asked"), [(MERGE, True), ("acestep-v15-turbo", False)])
+def test_the_wizard_asks_how_a_merge_makes_music_and_nobody_else(named, tmp_path, name, is_asked):
+    from sidestep.wizard.flows import FLOWS, Context, config_of, questions_of
+    from sidestep.wizard.questionnaire import Questionnaire
+
+    home, world = named(name), World(tmp_path / "world")
+    replies = {
+        "checkpoint_dir": str(home),
+        "model_variant": "turbo" if name.endswith("15-turbo") else name,
+        "timestep_mode": "logit-normal",
+        "dataset_dir": str(world.tensors),
+        "output_dir": str(tmp_path / "new"),
+    }
+    script = Script(replies)
+    flow = FLOWS["train-lora"]
+    answers = Questionnaire(questions_of(flow, Context())).forward(script)
+    assert ("timestep_mode" in script.names) == is_asked
+    if is_asked:
+        asked = next(prompt for prompt in script.asked if prompt.name == "timestep_mode")
+        assert [choice.value for choice in asked.choices] == ["discrete", "logit-normal"]
+    assert config_of(flow, answers, Context()).timestep_mode == ("logit-normal" if is_asked else "auto")
+
+
+def test_a_model_for_stems_gets_captions_in_its_own_form_everywhere(named, tmp_path):
+    home, name = named("acestep-v15-stems", is_lego_sft=True), "acestep-v15-stems"
+    library = make_library(tmp_path / "songs", ["a.wav"])
+    plain, stems = tmp_path / "plain", tmp_path / "stems"
+    preprocess(job(library, plain), Log())
+    preprocess(job(library, stems, checkpoint_dir=home, model_variant=name), Log())
+    texts = [load_record(folder / "a.wav.pt").metadata["prompt"] for folder in (plain, stems)]
+    assert "# Caption\nsong 0\n\n" in texts[0]
+    assert "# Caption\nGlobal: \nLocal: song 0\nMask Control: false\n\n" in texts[1]
+    made = load_record(stems / "a.wav.pt")
+    described = song("a", made.target_latents, made.encoder_hidden_states, metadata=made.metadata)
+    window = plan_windows(described, 5, 25.0, 5, is_stems=True).texts[0]
+    assert "Local: song 0\nMask Control: false" in window.prompt
