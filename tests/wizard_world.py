@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.events import Event
+from sidestep.events import Event, Notice
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
 from sidestep.settings.path_checks import verify
@@ -112,6 +112,7 @@ class Screen(list):
     """A `show` that keeps the events."""
 
     def __call__(self, event: Event) -> None:
+        assert not isinstance(event, Notice) or "\n" not in event.message  # it would be shown as \\n
         self.append(event)
 
     def text(self) -> str:
