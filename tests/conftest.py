@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sidestep.acestep.lm.model import load_language_model
+
 # A shell that starts the tests in the background, or nohup, leaves these ignored, for all processes of the tests too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("SIGTERM", "SIGHUP"):
@@ -74,3 +76,27 @@ def golden_time_table(monkeypatch):
         "diffusers.models.embeddings.get_timestep_embedding",
         lambda t, dim, scale=1, **how: table(t * scale, dim, **how),
     )
+
+
+@pytest.fixture(scope="session")
+def lm_checkpoints() -> Path:
+    """A tiny language model and a DiT with as many codes."""
+    return FIXTURES / "lm" / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def lm_golden() -> dict:
+    """What the original code makes of prompts and answers."""
+    return json.loads((FIXTURES / "lm" / "golden" / "lm.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def lm_numbers() -> dict:
+    """The original code's numbers for these."""
+    return load_file(FIXTURES / "lm" / "golden" / "lm.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(lm_checkpoints):
+    """The tiny language model in fp32; not to be changed."""
+    return load_language_model(lm_checkpoints / "acestep-5Hz-lm-0.6B", 512)

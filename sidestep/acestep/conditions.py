@@ -114,6 +114,14 @@ def cover_hints(audio_tokenizer, audio_detokenizer, latents: Tensor, silence: Te
     return codes, audio_detokenizer(quantized)[:, : latents.shape[1]]
 
 
+@torch.inference_mode()
+def hints_of_codes(audio_tokenizer, audio_detokenizer, codes: Sequence[int]) -> Tensor:
+    """Hints [1, 5·N, D] of N codes, such as the language model writes; those above the codebook become its last."""
+    quantizer = audio_tokenizer.quantizer
+    indices = torch.tensor(codes, device=audio_tokenizer.device).clamp(max=quantizer.codebook_size - 1)
+    return audio_detokenizer(quantizer.get_output_from_indices(indices[None, :, None]))
+
+
 @dataclass(frozen=True)
 class Text:
     """What the tokenizer gets: a `text_prompt` and a `lyric_prompt`."""

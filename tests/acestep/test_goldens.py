@@ -1,5 +1,7 @@
 """The checkpoint's parts give the original code's numbers."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from sidestep.acestep.conditions import (
     embed_lyrics,
     encode_conditions,
     encode_text,
+    hints_of_codes,
     lyric_prompt,
     text_prompt,
     tiled_silence,
@@ -124,3 +127,42 @@ def test_audio_codes_and_cover_hints_equal_the_original(checkpoints, golden, cas
     )
     assert codes.tolist() == expected[f"{case}.audio_codes"].tolist()
     assert_golden(hints, expected[f"{case}.cover_hints"])
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_codes_become_hints_and_conditions_as_in_the_original(
+    checkpoints, lm_checkpoints, lm_golden, lm_numbers, golden_time_table, tmp_path, case
+):
+    facts = lm_golden["hints"][case]
+    name = facts["checkpoint"]
+    home = (checkpoints if (checkpoints / name).is_dir() else lm_checkpoints) / name
+    for part, source in ((name, home), *((p, checkpoints / p) for p in ("vae", "Qwen3-Embedding-0.6B"))):
+        shutil.copytree(source, tmp_path / part)
+    checkpoint = open_checkpoint(tmp_path, name)
+    expected = {key.removeprefix(f"hints.{name}."): value for key, value in lm_numbers.items() if f".{name}." in key}
+    tokenizer, detokenizer = checkpoint.load_audio_tokenizer(), checkpoint.load_audio_detokenizer()
+    codes = torch.tensor(facts["codes"])
+    assert_golden(tokenizer.quantizer.get_output_from_indices(codes[None, :, None]), expected["quantized"])
+    hints = hints_of_codes(tokenizer, detokenizer, facts["codes"])
+    assert_golden(hints, expected["hints"])
+    last = tokenizer.quantizer.codebook_size - 1
+    beyond = hints_of_codes(tokenizer, detokenizer, [last + 7, 65_534])
+    assert torch.equal(beyond, hints_of_codes(tokenizer, detokenizer, [last, last]))
+    again, _ = cover_hints(tokenizer, detokenizer, hints, checkpoint.silence_latent())
+    assert again.tolist() == expected["codes_of_hints"].tolist()
+    assert_golden(context_latents(hints), expected["context_latents"])
+
+    text_encoder, text_tokenizer = checkpoint.load_text_encoder()
+    text_ids, _ = token_ids(text_tokenizer, facts["text"], TEXT_TOKENS)
+    lyric_ids, _ = token_ids(text_tokenizer, facts["lyric"], LYRIC_TOKENS)
+    states = encode_conditions(
+        checkpoint.load_condition_encoder(),
+        encode_text(text_encoder, text_ids),
+        embed_lyrics(text_encoder, lyric_ids),
+        checkpoint.silence_latent()[:, : checkpoint.timbre_frames],
+    )
+    assert_golden(states, expected["encoder_hidden_states"])
+    with torch.inference_mode():
+        t = expected["t"]
+        found = checkpoint.load_decoder()(expected["noise"], t, t, states, context_latents(hints), return_dict=False)[0]
+    assert_golden(found, expected["velocity"])

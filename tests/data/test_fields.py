@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidestep.data.fields import FIELDS, LANGUAGES, FieldError, field_named, parse_field
+from sidestep.data.fields import FIELDS, FieldError, field_named, parse_field
+from sidestep.metadata import LANGUAGES
 
 WITH_MEANING = [
     ("bpm", "120", 120),
