@@ -75,7 +75,7 @@ def wizard(folder: Path) -> None:
         session.keys("enter")
         session.asks("What would you like to do?", seconds=120)
         draw(session, "first-run", "uv run train.py", last=44)
-        session.choose("Preprocess audio")
+        session.choose("Preprocess")
         for question, typed in (
             ("Songs", "songs"),
             ("Folder of the checkpoints", ""),
@@ -85,7 +85,7 @@ def wizard(folder: Path) -> None:
             session.asks(question)
             session.keys(typed, "enter")
         session.asks("What now?")
-        draw(session, "preprocess", "Preprocess audio")
+        draw(session, "preprocess", "Preprocess")
         session.keys("enter")
         session.asks("What next?", seconds=600)
         session.keys("enter")

@@ -117,7 +117,7 @@ class Session:
         """Move the pointer of a list to the line that begins with this, and press Enter."""
         for _ in range(30):
             pointed = [line for line in self.lines() if line.lstrip().startswith("> ")]
-            if pointed and pointed[-1].lstrip()[2:].startswith(text):
+            if pointed and pointed[-1].lstrip()[2:].lstrip("123456789 ").startswith(text):
                 self.keys("enter")
                 return
             self.keys("down")

@@ -97,7 +97,7 @@ class PreprocessConfig(ModelConfig):
         None,
         "dataset.json that lists the songs and what is known of them",
         group="Preprocessing",
-        plain="the list that Build dataset made of your songs",
+        plain="the list that List songs made of your songs",
         holds="dataset.json",
         kept=True,
     )
@@ -151,7 +151,7 @@ class TrainConfig(ModelConfig):
         "folder of preprocessed .pt tensors",
         group="Data",
         label="Folder of training tensors",
-        plain="your songs as Preprocess audio has written them",
+        plain="your songs as Preprocess has written them",
         holds="tensors",
         kept=True,
     )
@@ -814,7 +814,14 @@ class PresetsConfig:
 class HistoryConfig:
     """`history`: past runs and how well they went."""
 
-    folder: Path = option(Path(), "a run's folder, or a folder that holds runs", "folder", group="History")
+    folder: Path = option(
+        Path(),
+        "a run's folder, or a folder that holds runs",
+        "folder",
+        group="History",
+        label="Folder of runs",
+        plain="the folder that your trainings went to; the folders in it are searched too",
+    )
     json: bool = option(False, "print one JSON object and nothing else", group="History")
 
 

@@ -301,7 +301,7 @@ def verify(holds: str, path: Path, songs: Songs) -> str:
                 fix = "Preprocess some audio first, or choose the folder it was written to."
                 raise UserError("No .pt tensors here.", fix) from None
             problem = f"No .pt tensors here, but {music}: preprocess first?"
-            raise UserError(problem, "Go back to the menu and choose Preprocess audio.")
+            raise UserError(problem, "Go back to the menu and choose Preprocess.")
         case "dataset.json":
             return _verify_list(path)
         case "songs":
@@ -322,7 +322,7 @@ def verify(holds: str, path: Path, songs: Songs) -> str:
                 raise UserError("No adapter here.", fix)
         case "new run":
             if read_run(path) is not None or (path / "final").is_dir():
-                raise UserError("A run stands there already.", "Choose another folder, or Resume a run in the menu.")
+                raise UserError("A run stands there already.", "Choose another folder, or Resume in the menu.")
             return "" if path.exists() else "a new folder"
         case "new folder":
             if found := count_tensors(path):
@@ -338,7 +338,7 @@ def _verify_list(path: Path) -> str:
         raise UserError(f"Not readable as JSON: {error}.") from None
     samples = data.get("samples") if isinstance(data, dict) else data
     if not isinstance(samples, list) or not samples:
-        raise UserError("No songs are listed in it.", "Build it from a folder of songs: choose Build dataset.")
+        raise UserError("No songs are listed in it.", "Build it from a folder of songs: choose List songs.")
     return count(len(samples), "song") + " listed"
 
 

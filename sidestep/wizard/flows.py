@@ -12,8 +12,10 @@ from sidestep.settings import presets
 from sidestep.settings.config import (
     BuildDatasetConfig,
     DemoConfig,
+    DoctorConfig,
     EstimateConfig,
     ExportConfig,
+    HistoryConfig,
     PlanConfig,
     PreprocessConfig,
     SampleConfig,
@@ -30,98 +32,117 @@ class Flow:
 
     key: str
     title: str
+    note: str  # what it is for, in the menu
     config_class: type
     basic: tuple[str, ...]  # names of settings, or songs, run and preset
     covered: tuple[str, ...] = ()  # settings that an own question answers
-    given: Mapping[str, Any] = field(default_factory=dict)  # what the flow is about
-    narrowed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # fewer choices than the setting has
     holds: Mapping[str, str] = field(default_factory=dict)  # what a path must hold here, where that is not the usual
+    then: tuple[str, ...] = ()  # the flows that make sense once this one went well, the usual one first
+    reviewed: bool = True  # false for what only looks, and starts without a review
 
 
-TRAIN: dict[str, Any] = {
-    "config_class": TrainConfig,
-    "basic": (
-        *("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "output_dir"),
-        *("preset", "rank", "epochs"),
-    ),
-}
-FLOWS = {  # as in the menu
+FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
     flow.key: flow
     for flow in (
         Flow(
-            key="train-lora",
-            title="Train a LoRA",
-            given={"adapter_type": "lora"},
-            narrowed={"adapter_type": ("lora", "dora")},
-            **TRAIN,
-        ),
-        Flow(
-            key="train-lokr",
-            title="Train a LoKr",
-            given={"adapter_type": "lokr"},
-            narrowed={"adapter_type": ("lokr", "loha", "oft")},
-            **TRAIN,
+            key="build-dataset",
+            title="List songs",
+            note="what you have, and what is known of each",
+            config_class=BuildDatasetConfig,
+            basic=("input", "tag"),
+            then=("preprocess",),
         ),
         Flow(
             key="preprocess",
-            title="Preprocess audio",
+            title="Preprocess",
+            note="make the songs readable for training, once",
             config_class=PreprocessConfig,
             basic=("songs", "checkpoint_dir", "model_variant", "tensor_output"),
             covered=("audio_dir", "dataset_json"),
+            then=("train", "estimate"),
         ),
         Flow(
             key="estimate",
-            title="Preprocessing++: find the ranks this music needs",
+            title="Measure ranks",
+            note="if you like: which parts of the model your music needs",
             config_class=EstimateConfig,
             basic=("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "preset"),
+            then=("train",),
         ),
         Flow(
-            key="build-dataset",
-            title="Build dataset",
-            config_class=BuildDatasetConfig,
-            basic=("input", "tag"),
-        ),
-        Flow(
-            key="resume",
-            title="Resume a run",
+            key="train",
+            title="Train",
+            note="learn an adapter from your songs",
             config_class=TrainConfig,
-            basic=("run", "resume_from", "epochs"),
-            covered=("checkpoint_dir", "dataset_dir", "output_dir"),
-            holds={"output_dir": ""},
+            basic=(
+                *("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "output_dir"),
+                *("preset", "adapter_type", "rank", "epochs"),
+            ),
+            then=("sample", "export"),
         ),
         Flow(
             key="sample",
-            title="Listen: make music with an adapter",
+            title="Listen",
+            note="make music with and without an adapter",
             config_class=SampleConfig,
             basic=(
-                "checkpoint_dir",
-                "model_variant",
-                "timestep_mode",
-                "adapter",
-                "prompt",
-                "lyrics",
-                "duration",
-                "strength",
+                *("checkpoint_dir", "model_variant", "timestep_mode", "adapter"),
+                *("prompt", "lyrics", "duration", "strength"),
             ),
+            then=("export", "sample"),
         ),
         Flow(
             key="export",
-            title="Export an adapter for another program",
+            title="Export",
+            note="an adapter for another program",
             config_class=ExportConfig,
             basic=("adapter", "format"),
         ),
         Flow(
+            key="resume",
+            title="Resume",
+            note="go on with a run that was stopped, or longer",
+            config_class=TrainConfig,
+            basic=("run", "resume_from", "epochs"),
+            covered=("checkpoint_dir", "dataset_dir", "output_dir"),
+            holds={"output_dir": ""},
+            then=("sample", "export"),
+        ),
+        Flow(
             key="plan",
-            title="Plan memory: will it fit?",
+            title="Memory",
+            note="would a training fit into a graphics card?",
             config_class=PlanConfig,
             basic=("model_variant", "preset", "rank", "chunk_duration"),
         ),
-        Flow(key="demo", title="Try the demo", config_class=DemoConfig, basic=("output_dir",)),
+        Flow(
+            key="history",
+            title="Past runs",
+            note="what was trained, and how well it went",
+            config_class=HistoryConfig,
+            basic=("folder",),
+            reviewed=False,
+        ),
+        Flow(
+            key="doctor",
+            title="Doctor",
+            note="what this computer offers, for a bug report",
+            config_class=DoctorConfig,
+            basic=(),
+            reviewed=False,
+        ),
+        Flow(
+            key="demo",
+            title="Demo",
+            note="all of it on a tiny model, in about a minute",
+            config_class=DemoConfig,
+            basic=("output_dir",),
+        ),
     )
 }
 RUNS_READ, RUNS_OFFERED = 200, 30  # of a folder's runs, the newest: there may be thousands, and any can be typed
 FOR_ALL_RUNS = ("device", "precision")  # set once, under Settings
-LEFT_TO_PRESET = ("rank",)  # not asked where the preset sets it
+LEFT_TO_PRESET = ("rank", "epochs")  # not asked where the preset sets it
 
 
 @dataclass(frozen=True)
@@ -139,7 +160,7 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
     In the advanced depth also all others, a section at a time, each section only if it is wanted.
     """
     options = options_of(flow.config_class)
-    known = {*flow.basic, *flow.given, *flow.covered}
+    known = {*flow.basic, *flow.covered}
     basic = [*flow.basic, *(name for name, o in options.items() if o.required and name not in known)]
     questions = [question_of(name, flow, context) for name in basic]
     if not advanced:  # asked only where the model does not say it
@@ -173,10 +194,7 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
 
 
 def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
-    """The config that the answers make: what holds for all runs, then the preset, the flow, the answers.
-
-    Raises UserError.
-    """
+    """The config that the answers make: what holds for all runs, then the preset, the answers. Raises UserError."""
     options = options_of(flow.config_class)
     base = {name: context.last_used[name] for name in FOR_ALL_RUNS if name in context.last_used and name in options}
     if "run" in answers:
@@ -185,14 +203,11 @@ def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
             raise UserError(f"{answers['run']}: no run there any more.")
         base = {name: value for name, value in run.settings.items() if name in options} | {"output_dir": answers["run"]}
     preset = {name: value for name, value in _preset_of(answers).items() if name in options}
-    given = {  # but for a DoRA preset under "Train a LoRA"
-        name: value for name, value in flow.given.items() if preset.get(name) not in flow.narrowed.get(name, ())
-    }
     answered = {name: value for name, value in answers.items() if name in options}
     if "songs" in answers and not set(flow.covered) & set(answered):
         songs = answers["songs"]
         answered["dataset_json" if songs.suffix.lower() == ".json" else "audio_dir"] = songs
-    return resolve(flow.config_class, base, preset, given, answered)
+    return resolve(flow.config_class, base, preset, answered)
 
 
 def sections_of(config_class: type) -> dict[str, list[str]]:
@@ -228,11 +243,7 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
     options = options_of(flow.config_class)
     if name not in options:
         return _own_question(name, context)
-    o = replace(
-        options[name],
-        choices=flow.narrowed.get(name, options[name].choices),
-        holds=flow.holds.get(name, options[name].holds),
-    )
+    o = replace(options[name], holds=flow.holds.get(name, options[name].holds))
 
     def default(answers: Answers) -> Any:
         value = current[name] if name in current else _suggestion(o, flow, answers, context)
@@ -253,14 +264,12 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
     if "run" in answers and (run := read_run(answers["run"])) and o.name in run.settings:
         return run.settings[o.name]
     preset, options = _preset_of(answers), options_of(flow.config_class)
-    if o.name in preset and (not o.choices or preset[o.name] in o.choices):
+    if o.name in preset:
         followed = [name for name in o.depends_on if name in answers and name in options]
         if all(answers[name] == preset.get(name, options[name].default) for name in followed):
             return preset[o.name]
     if o.suggest and (suggested := o.suggest(answers)) is not None:
         return suggested
-    if o.name in flow.given:
-        return flow.given[o.name]
     if o.name in context.last_used and (o.kept or o.name in FOR_ALL_RUNS):
         try:
             return o.check(context.last_used[o.name])

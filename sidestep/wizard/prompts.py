@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from functools import partial
 from typing import Any
 
 import questionary
@@ -13,6 +14,7 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.styles import Style
 from prompt_toolkit.validation import ThreadedValidator, ValidationError, Validator
 from questionary.prompts.common import Choice as Line
+from questionary.prompts.common import InquirerControl
 from rich.text import Text
 
 from sidestep.errors import UserError
@@ -23,6 +25,7 @@ from sidestep.wizard.questionnaire import BACK, Prompt
 from sidestep.words import visible
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
+NUMBERED = 9  # choices that a digit takes
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
 STYLE = Style(
     [
@@ -75,16 +78,19 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
     widest = max((len(choice.title) for choice in prompt.choices if choice.note), default=0)
     column = widest if widest <= width // 2 else 0  # where there is room, the notes stand below each other
 
+    searched = len(prompt.choices) >= SEARCH_FROM
+    numbered = prompt.kind == "choice" and not searched
+
     def title(choice: Choice) -> str:
-        name = choice.title.ljust(column)
+        number = prompt.choices.index(choice) + 1
+        name = (f"{number if number <= NUMBERED else ' '}  " if numbered else "") + choice.title.ljust(column)
         room = width - len(name) - 8
         note = choice.note if len(choice.note) <= room else f"{choice.note[: room - 3]}..."
-        return f"{name}  {note}" if choice.note and room >= 12 else choice.title
+        return f"{name}  {note}" if choice.note and room >= 12 else name.rstrip()
 
     typing: dict[str, Any] = {"default": typed, "validate": ThreadedValidator(Readable(prompt, width)), "style": STYLE}
     match prompt.kind:
         case "choice":
-            searched = len(prompt.choices) >= SEARCH_FROM
             lines = [Line(title(choice), choice.value) for choice in prompt.choices]
             return questionary.select(
                 prompt.text,
@@ -92,7 +98,7 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
                 default=next((line for line in lines if line.value == prompt.default), None),
                 use_jk_keys=not searched,
                 use_search_filter=searched,
-                instruction=f"({'type to search' if searched else 'arrows'}, Enter, Esc: back)",
+                instruction=f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back)",
                 pointer=">",
                 style=STYLE,
             )
@@ -154,10 +160,19 @@ def keys_of(prompt: Prompt) -> KeyBindings:
             buffer.insert_text(os.sep)
         buffer.start_completion()
 
+    def take(number: int, event: KeyPressEvent) -> None:
+        """The line of this number, as if Enter had been pressed on it."""
+        lines = next(w.content for w in event.app.layout.find_all_windows() if isinstance(w.content, InquirerControl))
+        lines.pointed_at, lines.is_answered = number, True
+        event.app.exit(result=lines.get_pointed_at().value)
+
     bindings.add(Keys.Escape, eager=True)(back)
     if prompt.kind == "path":
         bindings.add(Keys.ControlM, eager=True)(accept)
         bindings.add(os.sep, eager=True)(separate)
+    if prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM:
+        for number in range(min(NUMBERED, len(prompt.choices))):
+            bindings.add(str(number + 1), eager=True)(partial(take, number))
     if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM):
         bindings.add("b", eager=True)(back)
     return bindings

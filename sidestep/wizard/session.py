@@ -1,6 +1,6 @@
 """A session of the wizard: the menu, a flow, its review; what ran before fills in what comes next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,11 @@ from sidestep.events import Notice, Report, Table
 from sidestep.settings import last_used
 from sidestep.settings.config import ModelConfig, command_of
 from sidestep.settings.option import Choice, options_of
-from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs
-from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, left_by, questions_of
+from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs, read_run
+from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
 from sidestep.wizard.review import START, About, manage_presets, review
 from sidestep.words import side_step
-
-NEXT = {  # what makes sense after a flow that went well
-    "build-dataset": ("preprocess",),
-    "preprocess": ("estimate", "train-lora", "train-lokr"),
-    "estimate": ("train-lora", "train-lokr"),
-    "train-lora": ("sample", "export"),
-    "train-lokr": ("sample", "export"),
-    "resume": ("sample", "export"),
-    "sample": ("export", "sample"),
-}
-SUGGESTED = {"preprocess": "train-lora"}  # where the first of NEXT is not what most people want
 
 
 @dataclass(frozen=True)
@@ -54,6 +43,7 @@ class Wizard:
         self.ask, self.show, self.outside = ask, show, outside or Outside()
         self.last_used, problem = last_used.read()
         self._after: str = ""  # the flow that just went well
+        self._left: str = ""  # the entry of the menu that was chosen last
         if problem:
             self._print(problem, "warning")
 
@@ -86,7 +76,7 @@ class Wizard:
 
     def finished(self, request: Request, ok: bool) -> None:
         """Remember what was used; after a success the next step is offered with everything filled in."""
-        self._after = request.flow if ok and request.flow in NEXT else ""
+        self._after = request.flow if ok and FLOWS[request.flow].then else ""
         if ok:
             self._keep(left_by(request.config))
 
@@ -95,25 +85,24 @@ class Wizard:
         after, self._after = self._after, ""
         if after:
             choices = (
-                *(Choice(key, FLOWS[key].title, "everything filled in") for key in NEXT[after]),
+                *(Choice(key, FLOWS[key].title, FLOWS[key].note) for key in FLOWS[after].then),
                 Choice("", "Back to the menu"),
                 Choice("exit", "Exit"),
             )
-            question = choose("next", "What next?", choices, default=SUGGESTED.get(after))
-            title = f"Done: {FLOWS[after].title}"
+            reply = ask_one(self.ask, choose("next", "What next?", choices), f"Done: {FLOWS[after].title}")
         else:
             choices = (
-                *(Choice(key, flow.title) for key, flow in FLOWS.items() if key != "demo"),
-                Choice("presets", "Manage presets"),
-                Choice("settings", "Settings"),
-                Choice("demo", FLOWS["demo"].title),
+                *(Choice(key, flow.title, flow.note) for key, flow in FLOWS.items()),
+                Choice("presets", "Presets", "show, import, export, rename, delete"),
+                Choice("settings", "Settings", "how much is asked; device and precision"),
                 Choice("exit", "Exit"),
             )
-            last = self.last_used.get("last_action")
-            default = last if last in [choice.value for choice in choices] else "preprocess"
-            question, title = choose("menu", "What would you like to do?", choices, default=default), "Side-Step"
-        reply = ask_one(self.ask, question, title)
-        return "" if reply is BACK else reply
+            question = choose(
+                "menu", "What would you like to do?", choices, default=self._left or next_step(self.last_used)
+            )
+            reply = ask_one(self.ask, question, "Side-Step")
+        self._left = "" if reply is BACK else reply
+        return self._left
 
     def _run_flow(self, flow: Flow, follows_on: bool) -> Request | None:
         context = Context(self.last_used, self.outside.check, self.outside.here)
@@ -125,6 +114,8 @@ class Wizard:
             answers = questionnaire.forward(self.ask)
             if answers is None:
                 return None
+            if not flow.reviewed:
+                return Request(flow.key, command_of(flow.config_class), config_of(flow, answers, context))
             answers |= changes
             before = dict(answers)
             action, config = review(flow, answers, self.ask, self.show, context, self.outside.about)
@@ -173,6 +164,25 @@ class Wizard:
 
     def _print(self, line: str, level: str = "info") -> None:
         self.show(Notice(message=line, level=level))
+
+
+def next_step(used: Mapping[str, Any]) -> str:
+    """The flow that comes next in the work, by what is still on disk of the folders and files last used."""
+
+    def last(name: str) -> Path:
+        return Path(used.get(name) or "nothing was used")
+
+    run = read_run(last("adapter").parent)
+    has_tensors = next(last("dataset_dir").rglob("*.pt"), None) is not None
+    if (
+        run
+        and run.finished
+        and (not has_tensors or last("dataset_dir").resolve() == Path(run.settings["dataset_dir"]).resolve())
+    ):
+        return "sample"
+    if has_tensors:
+        return "train"
+    return "preprocess" if last("dataset_json").is_file() else next(iter(FLOWS))
 
 
 def _handed_on(questions: list[Question]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_the_wizard_asks_how_a_merge_makes_music_and_nobody_else(named, tmp_path
         "output_dir": str(tmp_path / "new"),
     }
     script = Script(replies)
-    flow = FLOWS["train-lora"]
+    flow = FLOWS["train"]
     answers = Questionnaire(questions_of(flow, Context())).forward(script)
     assert ("timestep_mode" in script.names) == is_asked
     if is_asked:

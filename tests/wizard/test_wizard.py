@@ -110,8 +110,10 @@ def test_what_is_known_is_not_asked():
 # The flows
 
 START = {
-    "train-lora": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
-    "train-lokr": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "train": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "plan": (COMMANDS["plan"].config, {}),
+    "history": (COMMANDS["history"].config, {}),
+    "doctor": (COMMANDS["doctor"].config, {}),
     "preprocess": (PreprocessConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
     "build-dataset": (BuildDatasetConfig, {}),
     "resume": (TrainConfig, {}),
@@ -175,8 +177,43 @@ def test_every_flow_is_in_the_menu(world):
     wizard, script, _ = session(world, menu="exit")
     assert wizard.next() is None
     values = [choice.value for choice in script.asked[0].choices]
-    assert set(FLOWS) <= set(values)
-    assert values == [key for key in FLOWS if key != "demo"] + ["presets", "settings", "demo", "exit"]
+    assert values == [*FLOWS, "presets", "settings", "exit"]
+    work = [values.index(key) for key in ("build-dataset", "preprocess", "estimate", "train", "sample", "export")]
+    assert work == sorted(work)
+    assert work[-1] < 9  # a digit takes it
+    assert values.index("resume") > work[-1]
+
+
+def test_what_only_looks_starts_without_a_review(world):
+    for key in ("history", "doctor"):
+        wizard, script, _ = session(world, menu=key)
+        assert wizard.next().flow == key
+        assert "review" not in script.names
+
+
+def test_the_cursor_stands_at_the_next_step_that_the_disk_knows(world):
+    def cursor(**used) -> str:
+        welcomed(world.root.parent / "home", **{name: str(value) for name, value in used.items()})
+        wizard, script, _ = session(world, menu="exit")
+        wizard.next()
+        return script.asked[0].default
+
+    listed = {"dataset_json": world.songs / "dataset.json"}
+    assert cursor() == "build-dataset"
+    assert cursor(**listed) == "preprocess"
+    assert cursor(**listed, dataset_dir=world.tensors) == "train"
+    assert cursor(**listed, dataset_dir=world.tensors, adapter=world.adapter) == "sample"
+    other = world.root / "tensors" / "newer"  # songs that the adapter was not trained on
+    other.mkdir()
+    (other / "one.pt").write_bytes(b"")
+    assert cursor(**listed, dataset_dir=other, adapter=world.adapter) == "train"
+    assert cursor(dataset_json=world.root / "gone.json", dataset_dir=world.root / "gone") == "build-dataset"
+
+
+def test_the_cursor_returns_to_the_entry_that_was_left(world):
+    wizard, script, _ = session(world, menu=["export", "demo", "exit"], adapter=BACK, review="cancel")
+    assert wizard.next() is None
+    assert [prompt.default for prompt in script.asked if prompt.name == "menu"] == ["build-dataset", "export", "demo"]
 
 
 def test_in_the_advanced_depth_every_setting_can_be_reached():
@@ -189,14 +226,14 @@ def test_in_the_advanced_depth_every_setting_can_be_reached():
 
 def test_songs_in_place_of_tensors_get_the_advice_to_preprocess(world):
     wizard, script, _ = session(
-        world, menu="train-lora", checkpoint_dir=str(CHECKPOINTS), dataset_dir=[str(world.songs), str(world.tensors)]
+        world, menu="train", checkpoint_dir=str(CHECKPOINTS), dataset_dir=[str(world.songs), str(world.tensors)]
     )
     wizard.next()
     assert any("preprocess first?" in prompt.error for prompt in script.asked)
 
 
 def test_models_are_offered_with_variant_and_size(world):
-    wizard, script, _ = session(world, menu="train-lora", **paths(world))
+    wizard, script, _ = session(world, menu="train", **paths(world))
     wizard.next()
     model = next(prompt for prompt in script.asked if prompt.name == "model_variant")
     assert [(choice.value, choice.note) for choice in model.choices] == [
@@ -205,14 +242,14 @@ def test_models_are_offered_with_variant_and_size(world):
     ]
 
 
-def test_a_lokr_stays_one_under_any_preset(world):
+def test_the_kind_of_adapter_that_is_answered_stays_under_any_preset(world):
     for preset in presets.list_presets():
-        wizard, _, _ = session(world, menu="train-lokr", preset=preset.name, **paths(world))
+        wizard, _, _ = session(world, menu="train", preset=preset.name, adapter_type="lokr", **paths(world))
         assert wizard.next().config.adapter_type == "lokr"
 
 
 def test_a_preset_fills_in_and_what_is_answered_wins(world):
-    wizard, _, _ = session(world, menu="train-lora", preset="minimal", epochs="7", **paths(world))
+    wizard, _, _ = session(world, menu="train", preset="minimal", epochs="7", **paths(world))
     config = wizard.next().config
     assert (config.optimizer_type, config.rank, config.epochs) == ("adamw8bit", 64, 7)
 
@@ -224,7 +261,7 @@ def test_resuming_takes_the_settings_of_the_run(world):
 
 
 def test_a_run_is_never_started_where_one_stands(world):
-    wizard, script, _ = session(world, menu="train-lora", output_dir=[str(world.run), "new"], **paths(world))
+    wizard, script, _ = session(world, menu="train", output_dir=[str(world.run), "new"], **paths(world))
     assert wizard.next().config.output_dir == Path("new")
     assert any("A run stands there already" in prompt.error for prompt in script.asked)
 
@@ -233,7 +270,7 @@ def test_a_run_is_never_started_where_one_stands(world):
 
 
 def test_the_review_shows_every_setting_marks_the_changed_ones_and_gives_the_command(world):
-    wizard, _, screen = session(world, menu="train-lora", epochs="7", **paths(world))
+    wizard, _, screen = session(world, menu="train", preset="", epochs="7", **paths(world))
     wizard.next()
     text = screen.text()
     assert "*  epochs" in text
@@ -244,14 +281,14 @@ def test_the_review_shows_every_setting_marks_the_changed_ones_and_gives_the_com
 
 def test_a_section_changed_in_the_review_is_in_the_config(world):
     wizard, _, _ = session(
-        world, menu="train-lora", review=["edit", "start"], section="Training", lr="0.002", **paths(world)
+        world, menu="train", review=["edit", "start"], section="Training", lr="0.002", **paths(world)
     )
     assert wizard.next().config.lr == 0.002
 
 
 def test_a_change_in_the_review_survives_a_step_back_to_the_questions(world):
     wizard, _, _ = session(
-        world, menu="train-lora", review=["edit", BACK, "start"], section="Training", lr="0.002", **paths(world)
+        world, menu="train", review=["edit", BACK, "start"], section="Training", lr="0.002", **paths(world)
     )
     assert wizard.next().config.lr == 0.002
 
@@ -272,7 +309,7 @@ def test_settings_that_contradict_each_other_cannot_be_started(world):
 def test_answers_are_saved_as_a_preset_without_folders(world):
     wizard, _, screen = session(
         world,
-        menu="train-lora",
+        menu="train",
         preset="minimal",
         review=["save", "save", "start"],
         preset_name=["minimal", "mine"],
@@ -300,7 +337,7 @@ def test_what_is_known_about_a_run_are_in_the_review(world):
 
 
 def test_each_step_fills_in_the_next_one(world):
-    replies = {"menu": "build-dataset", "next": ["preprocess", "train-lora", "sample", ""], "prompt": "piano"}
+    replies = {"menu": "build-dataset", "next": ["preprocess", "train", "sample", ""], "prompt": "piano"}
     wizard, script, _ = session(world, **(paths(world) | replies))
     built = wizard.next()
     wizard.finished(built, True)
@@ -316,7 +353,7 @@ def test_each_step_fills_in_the_next_one(world):
 
     script.asked.clear()
     trained = wizard.next()
-    assert script.names == ["next", "preset", "epochs", "review"]
+    assert script.names == ["next", "preset", "adapter_type", "review"]  # the preset says how long
     assert trained.config.dataset_dir == preprocessed.config.tensor_output
     (trained.config.output_dir / "final").mkdir(parents=True)
     (trained.config.output_dir / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
@@ -337,12 +374,12 @@ def test_nothing_is_offered_after_a_failure(world):
 
 
 def test_what_was_used_is_the_suggestion_of_the_next_session(world):
-    wizard, _, _ = session(world, menu="train-lora", preset="", rank="24", **paths(world))
+    wizard, _, _ = session(world, menu="train", preset="", rank="24", **paths(world))
     wizard.finished(wizard.next(), True)
     again, script, _ = session(world, preset="")
     again.next()
     defaults = {prompt.name: prompt.default for prompt in script.asked}
-    assert defaults["menu"] == "train-lora"
+    assert defaults["menu"] == "train"
     assert (str(defaults["checkpoint_dir"]), str(defaults["dataset_dir"]), defaults["rank"]) == (
         str(CHECKPOINTS),
         world.tensors.as_posix(),
@@ -351,9 +388,7 @@ def test_what_was_used_is_the_suggestion_of_the_next_session(world):
 
 
 def test_settings_apply_to_every_run(world):
-    wizard, _, _ = session(
-        world, menu=["settings", "demo", "train-lora"], device="cpu", depth="advanced", **paths(world)
-    )
+    wizard, _, _ = session(world, menu=["settings", "demo", "train"], device="cpu", depth="advanced", **paths(world))
     wizard.next()
     assert wizard.next().config.device == "cpu"
     kept = json.loads((world.root.parent / "home" / "settings.json").read_text(encoding="utf-8"))["values"]
@@ -387,9 +422,12 @@ def test_the_first_run_comes_once(world):
 
 def test_a_new_user_reaches_training_with_twelve_answers_most_of_them_enter(world):
     (world.root.parent / "home" / "settings.json").unlink()
-    typed = {"checkpoint_dir": str(CHECKPOINTS), "songs": str(world.songs)}
+    typed = {"checkpoint_dir": str(CHECKPOINTS), "input": str(world.songs)}
     script, screen = Script(typed), Screen()
     wizard = Wizard(script, screen, world.outside())
+    listed = wizard.next()
+    assert type(listed.config) is BuildDatasetConfig
+    wizard.finished(listed, True)
     preprocess = wizard.next()
     assert type(preprocess.config) is PreprocessConfig
     preprocess.config.tensor_output.mkdir(parents=True)

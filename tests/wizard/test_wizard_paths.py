@@ -47,7 +47,7 @@ def user(tmp_path) -> Path:
 def test_typing_does_not_wait_for_the_disk_and_a_scan_is_left_by_ctrl_c(user):
     with Session(user, PYTHONPATH=str(user / "slow")) as session:
         session.asks("What would you like to do?")
-        session.choose("Preprocess audio")
+        session.choose("Preprocess")
         session.asks("Songs")
         session.keys(*"library/alb")
         session.until("library/alb", seconds=3)  # less than what one call to that disk takes
@@ -77,7 +77,7 @@ def test_the_reason_why_a_path_is_not_taken_is_read_to_its_end(user, columns):
                 session.read()
 
         session.asks("What would you like to do?")
-        session.choose("Train a LoRA")
+        session.choose("Train")
         session.asks("Folder of the checkpoints")
         session.keys("clear", f"{folder}/nowhere")
         shows(f"There is no such folder or file; {folder} is there.")

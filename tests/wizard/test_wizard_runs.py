@@ -36,7 +36,7 @@ def test_two_trainings_of_different_precision_run_in_one_wizard(home, monkeypatc
     welcomed(home / "home", checkpoint_dir=str(CHECKPOINTS), dataset_dir=str(data), device="cpu")
     status, _, errors = run_wizard(
         monkeypatch,
-        menu=["settings", "train-lora", "settings", "train-lora", "exit"],
+        menu=["settings", "train", "settings", "train", "exit"],
         precision=["fp32", "bf16"],
         next="",
         preset="",
@@ -64,7 +64,7 @@ def test_the_demo_and_then_a_training_in_another_precision_run_in_one_wizard(hom
     welcomed(home / "home", checkpoint_dir=str(CHECKPOINTS), dataset_dir=str(data))
     status, _, errors = run_wizard(
         monkeypatch,
-        menu=["demo", "settings", "train-lora", "exit"],
+        menu=["demo", "settings", "train", "exit"],
         precision="bf16",
         next="",
         preset="",

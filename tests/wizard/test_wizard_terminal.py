@@ -57,7 +57,7 @@ def test_screens_at_80_columns_are_as_stored(known):
     with Session(known) as session:
         session.asks("What would you like to do?")
         compare("menu", session)
-        session.choose("Preprocess audio")
+        session.choose("Preprocess")
         session.asks("Songs")
         session.keys("enter")
         session.asks("Folder of the checkpoints")
@@ -74,7 +74,7 @@ def test_screens_at_80_columns_are_as_stored(known):
 def test_plain_screens_are_ascii_without_escape_sequences_and_as_stored(known):
     with Session(known, "--plain") as session:
         session.until("(b: back) >")
-        session.keys("3", "enter")
+        session.keys("2", "enter")
         session.until("Songs (")
         session.keys("nowhere", "enter")
         session.until("Not taken: There is no such folder or file.")
@@ -100,12 +100,12 @@ def test_every_question_of_training_is_reached_and_left_by_escape(known, columns
         "Folder of training tensors",
         "Folder for the results",
         "Preset",
-        "Epochs",
+        "Adapter type",
         "What now?",
     )
     with Session(known, columns=columns) as session:
         session.asks("What would you like to do?")
-        session.choose("Train a LoRA")
+        session.choose("Train")
         for question in questions:
             session.asks(question, seconds=90)
             assert all(len(line) <= columns for line in session.lines())
@@ -122,10 +122,10 @@ def test_every_question_of_training_is_reached_and_left_by_escape(known, columns
         assert session.end() == 0
 
 
-def test_b_goes_back_from_a_list_a_text_and_a_path(known):
+def test_a_digit_chooses_and_b_goes_back_from_a_list_a_text_and_a_path(known):
     with Session(known) as session:
         session.asks("What would you like to do?")
-        session.choose("Preprocess audio")
+        session.keys("2")
         session.asks("Songs")
         session.keys("enter")
         session.asks("Folder of the checkpoints")
@@ -142,7 +142,7 @@ def test_many_fine_tunes_are_searched_by_typing(known):
         shutil.copytree(known / "checkpoints" / "acestep-v15-turbo", known / "checkpoints" / f"tune-{number:02}")
     with Session(known) as session:
         session.asks("What would you like to do?")
-        session.choose("Preprocess audio")
+        session.choose("Preprocess")
         session.asks("Songs")
         session.keys("enter")
         session.asks("Folder of the checkpoints")
@@ -157,7 +157,7 @@ def test_many_fine_tunes_are_searched_by_typing(known):
 def test_a_refused_path_says_why_on_the_spot(known):
     with Session(known) as session:
         session.asks("What would you like to do?")
-        session.choose("Preprocess audio")
+        session.choose("Preprocess")
         session.asks("Songs")
         session.keys("clear", "nowhere", "enter")
         session.until("There is no such folder or file.")
@@ -168,14 +168,19 @@ def test_ctrl_c_at_each_question_leaves_without_a_traceback(folder, arguments):
     for stop in range(4):
         shutil.rmtree(folder / "home", ignore_errors=True)
         with Session(folder, *arguments) as session:
-            for question in ("Where are the ACE-Step checkpoints", "Try the demo", "What would you like", "Songs")[
-                : stop + 1
-            ]:
+            for question in (
+                "Where are the ACE-Step checkpoints",
+                "Try the demo",
+                "What would you like",
+                "Folder of songs",
+            )[: stop + 1]:
                 session.until(question)
                 time.sleep(0.3)
                 if (
                     question
-                    != ("Where are the ACE-Step checkpoints", "Try the demo", "What would you like", "Songs")[stop]
+                    != ("Where are the ACE-Step checkpoints", "Try the demo", "What would you like", "Folder of songs")[
+                        stop
+                    ]
                 ):
                     session.keys("enter")
             session.keys("ctrl-c")
@@ -200,7 +205,7 @@ def test_the_first_prompt_appears_in_under_0_7_seconds(known):
 def test_from_the_menu_to_a_trained_demo_adapter_by_keys_alone(known):
     with Session(known) as session:
         session.asks("What would you like to do?")
-        session.choose("Try the demo")
+        session.choose("Demo")
         session.asks("Folder for the results")
         session.keys("enter")
         session.asks("What now?")
@@ -225,23 +230,23 @@ def test_a_new_user_reaches_a_trained_adapter_with_twelve_answers(folder):
         answer("Where are the ACE-Step checkpoints?")  # found near by: Enter
         answer("Try the demo first?")
         answer("What would you like to do?", seconds=90)
-        answer("Songs", "songs")
-        answer("Folder of the checkpoints")
-        answer("Model")
-        answer("Folder for the training tensors")
+        answer("Folder of songs", "songs")
+        answer("Trigger word")
+        answer("What now?")
+        answer("What next?")
         answer("What now?")
         answer("What next?", seconds=600)
         session.asks("Preset")
         session.choose("quick_test")
         answers += 1
-        answer("Epochs", "clear", "2")
+        answer("Adapter type")
         answer("What now?", seconds=90)
         session.asks("What next?", seconds=900)
         session.choose("Exit")
         assert session.end() == 0
     assert answers <= 12
     assert (folder / "runs" / "songs" / "final" / "adapter_model.safetensors").is_file()
-    assert "--epochs 2" in (folder / "runs" / "songs" / "command.txt").read_text(encoding="utf-8")
+    assert "--max-steps 40" in (folder / "runs" / "songs" / "command.txt").read_text(encoding="utf-8")
 
 
 def test_without_a_terminal_the_help_is_printed_with_status_2(known):
