@@ -23,6 +23,7 @@ from sidestep.settings.config import memory_levers
 from sidestep.stopping import StopRequest
 from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
+from sidestep.tasks.train.guards import VISITS_ABOVE, require_gradients
 from sidestep.tasks.train.previews import make_previews
 from sidestep.tasks.train.processes import unshard
 from sidestep.tasks.train.report import add_timesteps, write_report
@@ -53,6 +54,7 @@ class Metrics:
     steps: list[tuple[int, torch.Tensor, list]] = field(default_factory=list)
 
     read_losses: list[float] = field(default_factory=list)  # of this process's samples
+    unwatched: list[tuple[int, str, float, float]] = field(default_factory=list)  # step, song, loss, t since the epoch
     grad_norm: float = math.nan
     skipped_in_a_row: int = 0
     logged_at: float = field(default_factory=time.perf_counter)
@@ -111,7 +113,7 @@ def run_loop(run: Run) -> None:
 
             done, seconds = epoch + 1, time.perf_counter() - started
             read_metrics(run, metrics)
-            add_up_processes(run)
+            add_up_processes(run, metrics)
             loss = history.epoch_loss()
             run.report(EpochDone(epoch=done, total_epochs=config.epochs, loss=loss, seconds=seconds))
             run.tensorboard.add_scalar("loss/epoch", loss, run.position.step)
@@ -157,6 +159,9 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
             accelerator.backward(weighted.sum() * share)
         if share:
             metrics.add(loss, t, batch.songs)
+    if not run.learns and not run.objective.drops_all(run.position.step, plan.samples):
+        require_gradients(run.model, run.processes, run.position.step + 1)
+        run.learns = True
     norm = accelerator.clip_grad_norm_(run.parameters, run.config.max_grad_norm or math.inf)
     assert norm is not None  # as it would be under DeepSpeed
     norm = unshard(norm.detach())
@@ -200,9 +205,10 @@ def read_metrics(run: Run, metrics: Metrics) -> None:
     """
     for reading in metrics.read():
         finite = [sample for sample in reading.samples if math.isfinite(sample[1])]
-        for _, loss, t in finite:
+        for song, loss, t in finite:
             run.history.add_sample(loss, t)
             metrics.read_losses.append(loss)
+            metrics.unwatched.append((reading.step, song, loss, t))
         if math.isfinite(reading.grad_norm):
             metrics.grad_norm, metrics.skipped_in_a_row = reading.grad_norm, 0
             continue
@@ -253,8 +259,19 @@ def log(run: Run, metrics: Metrics) -> None:
     metrics.read_losses, metrics.steps_since_log, metrics.logged_at = [], 0, now
 
 
-def add_up_processes(run: Run) -> None:
-    """Put together what each process has seen: the epoch's loss everywhere, losses by timestep in the first one."""
+def add_up_processes(run: Run, metrics: Metrics) -> None:
+    """Put together what each process has seen: the epoch's loss everywhere, losses by timestep in the first one.
+
+    Names songs whose loss stays far above its own history.
+    """
+    everyone = [sample for samples in run.processes.gather(metrics.unwatched) for sample in samples]
+    metrics.unwatched = []
+    for song, factor in run.history.watch.add(sample[1:] for sample in sorted(everyone, key=lambda sample: sample[0])):
+        message = (
+            f"{song}: its loss has stayed about {factor:.1f} times above its own history for {VISITS_ABOVE} visits. "
+            "Listen to it: it may not fit the other songs, or its file or caption is wrong."
+        )
+        run.report(Notice(message=message, level="warning"))
     history, bins = run.history, len(run.history.bin_loss)
     own = [history.loss_sum, float(history.samples), *history.bin_loss, *map(float, history.bin_count)]
     history.loss_sum, samples, *by_timestep = run.processes.sum(own)
@@ -266,7 +283,7 @@ def add_up_processes(run: Run) -> None:
 def save_and_exit(run: Run, metrics: Metrics) -> None:
     """Save and stop. Raises Interrupted."""
     read_metrics(run, metrics)
-    add_up_processes(run)
+    add_up_processes(run, metrics)
     run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
     save_checkpoint(run, f"step_{run.position.step:06d}")
     run.writer.finish()

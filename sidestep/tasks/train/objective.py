@@ -132,6 +132,14 @@ class Objective:
         drops = [uniform(self.seed, "cfg", step, slot) < self.law.cfg_ratio for slot in slots]
         return torch.tensor(drops) if any(drops) else None
 
+    def drops_all(self, step: int, samples: int) -> bool:
+        """Whether every sample of an optimizer step loses its condition.
+
+        Then keys of cross attention are all alike, and neither they nor the queries have a gradient.
+        """
+        dropped = self.dropped(step, tuple(range(samples)))
+        return dropped is not None and bool(dropped.all())
+
     def __call__(
         self, model: torch.nn.Module, batch: Batch, step: int, samples: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "epoch": position.epoch,
         "total_epochs": config.epochs,
         "timesteps": run.law.name,
-        "law": run.law.reason,
+        "law": run.law.reason + run.law.shift_reason,
         "cfg_dropout": run.law.cfg_ratio,
         "best": {"loss": best.loss, "epoch": best.epoch, "by": best.by} if best else None,
         "points": curve(history.points),
@@ -63,6 +63,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
             {"samples": count, "loss": number_or_none(loss / count) if count else None}
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
         ],
+        "named": history.watch.named,
         "ranks": ranks_of(run.model),
         "previews": previews_in(config.output_dir),
         "settings": settings_of(config),

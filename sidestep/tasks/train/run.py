@@ -21,6 +21,7 @@ from sidestep.errors import JobError
 from sidestep.events import Event, Notice, Report
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampler
+from sidestep.tasks.train.guards import SongWatch
 from sidestep.tasks.train.objective import Objective, TrainingLaw
 from sidestep.tasks.train.processes import Processes
 
@@ -87,6 +88,7 @@ class History:
     judged: int = 0
     loss_sum: float = 0.0
     samples: int = 0
+    watch: SongWatch = field(default_factory=SongWatch)
 
     def add_sample(self, loss: float, t: float) -> None:
         """Count a finite loss into its epoch and its timestep."""
@@ -125,6 +127,7 @@ class History:
         kept["points"] = [Point(**point) for point in kept["points"]]
         kept["evaluations"] = [Evaluation(**evaluation) for evaluation in kept["evaluations"]]
         kept["best"] = Best(**kept["best"]) if kept["best"] else None
+        kept["watch"] = SongWatch(**kept.get("watch", {}))  # states of before have none
         return cls(**kept)
 
 
@@ -245,6 +248,7 @@ class Run:
     average: EMAModel | None = None
     position: Position = Position()
     history: History = field(default_factory=History)
+    learns: bool = False  # every tensor of the adapter was seen to get a gradient
 
     @property
     def device(self) -> torch.device:

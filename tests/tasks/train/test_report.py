@@ -58,6 +58,7 @@ def values(**changes) -> dict:
         "epoch": 4,
         "total_epochs": 4,
         "timesteps": "discrete, 8 steps, shift 3",
+        "named": ["odd.pt"],
         "law": "config.json says is_turbo=true",
         "cfg_dropout": 0.15,
         "best": {"loss": 0.61, "epoch": 3, "by": "validation loss"},
