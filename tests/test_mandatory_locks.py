@@ -51,7 +51,8 @@ def test_what_was_read_holds_no_file(tmp_path):
     work = WorkFolder(tmp_path)
     work.save("song", LATENTS, {"latents": torch.ones(4, 8)}, {"seconds": 4})
     held = work.load("song", LATENTS), work.metadata("song", LATENTS)
-    work.drop("song")
+    work.drop("song")  # a held file would stay there without a word
+    assert not work.keys()
     record, path = Record(torch.ones(9, 4), torch.ones(3, 8), {"caption": "a"}), tmp_path / "song.pt"
     save_record(path, record)
     held += (load_record(path), read_metadata(path))
