@@ -23,6 +23,9 @@ format is one of `export`'s; merged weights sound the same everywhere.
 
 {notes}
 
+That a strength of 0 leaves the magnitudes of a DoRA and the rotations of an OFT in place is tested with peft's own
+layers. For LoHa and weight-decomposed LoKr it is what was seen in the app; it is not tested here.
+
 What that costs: nothing for a LoRA. acestep.cpp knows one alpha for all modules, divides it by each module's own rank,
 and takes that rank where no alpha is stated. So `adapter_config.json` of a LoRA whose ranks differ (a rank map) states
 each module's alpha in `alpha_pattern` and has no `lora_alpha`. Factors of a LoKr, which are small, stand twice in
@@ -42,8 +45,10 @@ Compare with the same steps, shift, guidance, seed and prompt. What each takes w
 
 {defaults}
 
-Side-Step and the app fill clips under 5.12 s ({frames} frames) up with silence for the model; diffusers does not. All
-send the mask value 1 for text to music.
+Side-Step and the app fill clips under 5.12 s ({frames} frames) up for the model and cut off what it made there;
+diffusers does not. Training takes songs and windows at their own length, also under 5.12 s: what the model makes of
+the frames that are cut off is not known beforehand, so no filling would be what it meets when it makes music. Windows
+of `--chunk-duration 6` and more are lengths that every program computes. All send the mask value 1 for text to music.
 """
 
 

@@ -273,6 +273,16 @@ def test_a_file_kept_elsewhere_is_rebuilt_with_what_it_says_of_songs_in_their_ow
         assert "is not there" not in messages(events)
 
 
+def test_files_of_kinds_that_are_not_read_are_one_line(tmp_path):
+    for name in ("a.dsf", "b.dsf", "c.mkv", "d.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    said = "passed over, because their kind is not read: 2 .dsf, 1 .mkv"
+    with pytest.raises(JobError, match=said):
+        build(tmp_path)
+    songs(tmp_path, "a.wav")
+    assert f"3 files {said}." in messages(build(tmp_path)[1])
+
+
 def test_many_songs_that_are_away_are_one_line(tmp_path):
     songs(tmp_path, "a.wav")
     (tmp_path / "dataset.json").write_text(json.dumps([{"filename": f"{i}.wav"} for i in range(9)]), encoding="utf-8")
