@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -252,7 +252,11 @@ def one_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         remove(holder)
-        lock.release()  # on Windows with its file
-        if is_new and all(path.name == ".lock" for path in folder.iterdir()):  # nothing came of it
-            remove(folder / ".lock")
-            folder.rmdir()
+        nothing_came = is_new and all(path.name == ".lock" for path in folder.iterdir())
+        if nothing_came:  # while the lock is held, or another start's would go
+            with suppress(OSError):  # Windows removes it with the lock
+                (folder / ".lock").unlink()
+        lock.release()
+        if nothing_came:
+            with suppress(OSError):  # another start has come in
+                folder.rmdir()

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -28,9 +29,20 @@ def _hear_ctrl_c() -> None:
 
 
 class Session:
-    """`train.py` under a terminal emulator of the given size; use as a context manager."""
+    """`train.py` under a terminal emulator of the given size; use as a context manager.
 
-    def __init__(self, folder: Path, *arguments: str, columns: int = 80, lines: int = 40, **env: str):
+    launcher: what starts it, by default the Python that runs here.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        launcher: Sequence[str] = (sys.executable,),
+        columns: int = 80,
+        lines: int = 40,
+        **env: str,
+    ):
         self.screen = pyte.HistoryScreen(columns, lines, history=5000, ratio=0.5)
         self._stream = pyte.ByteStream(self.screen)
         environment = {
@@ -45,8 +57,8 @@ class Session:
         } | env
         self.began = time.monotonic()
         self.process = pexpect.spawn(
-            sys.executable,
-            [str(ROOT / "train.py"), *arguments],
+            launcher[0],
+            [*launcher[1:], str(ROOT / "train.py"), *arguments],
             cwd=str(folder),
             env=environment,
             dimensions=(lines, columns),

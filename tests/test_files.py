@@ -1,5 +1,6 @@
 """One writer for a folder of results: the others are refused before they touch anything."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,11 @@ import pytest
 
 from sidestep import files
 from sidestep.cli.main import main
-from sidestep.errors import UserError
+from sidestep.errors import ExitStatus, UserError
 from sidestep.files import one_writer, write_text
+from sidestep.settings.option import as_arguments
+from sidestep.tasks.train.checkpoints import positions
+from tests.training_world import settings, write_data
 
 ROOT = Path(__file__).parent.parent
 HOLD = "import sys, time, pathlib\nfrom sidestep.files import one_writer\nwith one_writer(pathlib.Path(sys.argv[1])):\n"
@@ -91,12 +95,63 @@ def test_it_is_gone_again_where_a_lock_goes_with_its_file(tmp_path, monkeypatch)
     class Lock(files.FileLock):
         def _release(self):
             super()._release()
-            Path(self.lock_file).unlink()
+            Path(self.lock_file).unlink(missing_ok=True)
 
     monkeypatch.setattr(files, "FileLock", Lock)
     with one_writer(tmp_path / "new"):
         pass
     assert not (tmp_path / "new").exists()
+
+
+def test_a_start_that_comes_to_nothing_leaves_the_lock_of_one_that_came_in_meanwhile(tmp_path, monkeypatch):
+    class Lock(files.FileLock):
+        def _release(self):
+            super()._release()
+            Path(self.lock_file).touch()  # the other start's
+
+    monkeypatch.setattr(files, "FileLock", Lock)
+    with one_writer(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new" / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_of_twenty_starts_at_once_one_runs_and_after_its_death_the_next_start_goes_on(tmp_path):
+    config = settings(write_data(tmp_path / "data"), tmp_path / "run", epochs=5000, save_every=20, log_every=50)
+    command = [sys.executable, "train.py", "--plain", "--yes", "fixed", *as_arguments(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def start(number: int, *more: str) -> subprocess.Popen:
+        with (tmp_path / f"{number}.txt").open("w", encoding="utf-8") as said:
+            return subprocess.Popen([*command, *more], cwd=ROOT, env=environment, stdout=said, stderr=said)
+
+    def said(number: int) -> str:
+        return (tmp_path / f"{number}.txt").read_text(encoding="utf-8")
+
+    started = [start(number) for number in range(20)]
+    try:
+        while sum(process.poll() is None for process in started) > 1 or not positions(config.output_dir):
+            assert any(process.poll() is None for process in started), said(0)
+            assert sum("step " in said(number) for number in range(20)) <= 1, "two runs write there"
+            time.sleep(0.05)
+        [runs] = [number for number, process in enumerate(started) if process.poll() is None]
+        for number in set(range(20)) - {runs}:
+            assert started[number].returncode == ExitStatus.USAGE, said(number)
+            assert f"process {started[runs].pid} on " in said(number) or "it has not said which yet" in said(number)
+        started[runs].kill()
+        started[runs].wait()
+        last = list(positions(config.output_dir).values())[-1].step
+        started.append(start(20, "--resume-from", "latest", "--max-steps", str(last + 2)))
+        assert started[-1].wait(300) == 0, said(20)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    events = (config.output_dir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [event["step"] for event in map(json.loads, events) if event["event"] == "StepDone"]
+    assert steps[-1] == last + 2
+    assert len(steps) == len(set(steps)), "two runs wrote there"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

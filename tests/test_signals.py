@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidestep.cli.main import main
 from sidestep.errors import ExitStatus
 from sidestep.settings.option import as_arguments
 from sidestep.stopping import ANSWER, StopRequest
-from sidestep.tasks.train import checkpoints, evaluation, previews
+from sidestep.tasks.train import checkpoints, evaluation, loop, previews
 from sidestep.tasks.train.checkpoints import positions
+from tests.pseudo_terminal import Session
 from tests.training_world import settings, write_data
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +67,52 @@ def test_a_signal_to_the_group_of_a_real_uv_run_saves_once(config, number, times
     assert "Saving optimizer step" in rest
     assert "--resume-from latest" in rest
     assert process.returncode == ExitStatus.INTERRUPTED
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UV, reason="needs uv")
+@pytest.mark.parametrize("moment", ["a step", "the compilation"])
+def test_ctrl_c_typed_into_a_terminal_under_a_real_uv_run_saves_once(config, tmp_path, moment):
+    """The terminal signals its whole group: uv, the program, and the compiler that it waits for."""
+    is_compiling, compiler = tmp_path / "is compiling", tmp_path / "c++"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec c++ --version\n[ -e "{is_compiling}" ] && exit 1\n'
+        f'touch "{is_compiling}"\nexec sleep 600\n',
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    environment = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    config = replace(config, compile=moment == "the compilation")
+    words = ("--plain", "fixed", *as_arguments(config))
+    uv = (UV, "run", "--no-sync", "--project", str(ROOT))
+    with Session(tmp_path, *words, launcher=uv, columns=200, **environment) as session:
+        while not is_compiling.exists() if config.compile else "step 3" not in "\n".join(session.lines()):
+            assert session.read()
+        assert not positions(config.output_dir)
+        session.keys("ctrl-c")
+        assert session.end(seconds=300) == ExitStatus.INTERRUPTED
+    said = "".join(session.lines()).replace(" ", "")  # lines are broken anywhere
+    assert said.count("Askedtostop") == 1
+    assert "Quittingwithoutsaving" not in said
+    assert "--resume-fromlatest" in said
+    [saved] = positions(config.output_dir).values()
+    assert saved.step >= (0 if config.compile else 3)
+
+
+def test_a_compiler_that_ctrl_c_ended_costs_no_finished_step(config, monkeypatch, capsys):
+    original, left = loop.optimizer_step, iter((0, 0, 1))
+
+    def compiling(*arguments):
+        if next(left):  # a batch of another shape
+            os.kill(os.getpid(), signal.SIGINT)
+            raise torch._dynamo.exc.BackendCompilerFailed(compiling, RuntimeError("g++ was killed"), None)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "optimizer_step", compiling)
+    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
+    assert "--resume-from latest" in capsys.readouterr().err
+    assert [at.step for at in positions(config.output_dir).values()] == [2]
 
 
 @pytest.mark.slow

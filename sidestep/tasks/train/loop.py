@@ -102,7 +102,13 @@ def run_loop(run: Run) -> None:
                 stop.requested = run.processes.any(stop.requested)
                 if stop.requested:
                     save_and_exit(run, metrics)
-                try_optimizer_step(run, plan[index], metrics)
+                try:
+                    try_optimizer_step(run, plan[index], metrics)
+                except RuntimeError as error:  # a terminal's Ctrl-C ends the compiler of --compile, too
+                    failed = stop.requested and isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+                    if not failed or run.processes.count > 1:  # other processes are inside the step
+                        raise
+                    save_and_exit(run, metrics)
                 run.position = Position(epoch, index + 1, run.position.step + 1)
                 run.writer.poll()
                 is_log_step = run.position.step in (1, run.total_steps) or run.position.step % config.log_every == 0
