@@ -72,6 +72,8 @@ def test_each_way_of_the_table_is_exact_and_final_is_only_where_it_says_so(title
     adapter = read_adapter(final)
     for program, way in WAYS[title].items():
         assert is_exact(program, final, expected, pipeline) == way.is_final, program
+        if program == "ComfyUI" and way.is_final:  # the file that README.md names
+            assert is_exact(program, final / "adapter_model.safetensors", expected, pipeline)
         if way.form == "lycoris":
             file = save_lycoris(adapter, tmp_path / "l.safetensors")
             assert is_exact(program, file, expected, pipeline), program
@@ -94,6 +96,11 @@ def test_inspect_says_of_a_final_folder_what_the_table_says(title, tmp_path):
             assert f"--format {way.form}" in applied.note
         else:
             assert f"--format {way.form}" in applied.note
+
+
+def test_a_lora_is_what_every_program_reads_as_the_documents_say():
+    assert not any(way.form.startswith("merged") for way in WAYS["LoRA"].values())
+    assert {kind for kind, row in WAYS.items() if row["ComfyUI"].is_final} == {"LoRA", "LoKr", "LoHa"}
 
 
 def test_every_program_has_a_rule_and_a_way_for_each_kind():
