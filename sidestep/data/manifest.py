@@ -267,6 +267,9 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     if not written or "\0" in written:
         mistakes.append(f"{where}.audio_path: the path of an audio file is needed")
         return None
+    if len(written) > 60 and (len(encoded := os.fsencode(written)) > 2000 or max(map(len, encoded.split(b"/"))) > 255):
+        mistakes.append(f"{where}.audio_path: {written[:40]}… is longer than the name of a file can be")
+        return None
     if "\\" in written and os.sep == "/" and not os.path.lexists(folder / written):  # no file has it in its name
         written = written.replace("\\", "/")
     audio = Path(os.path.normpath(os.path.join(folder, written)))  # noqa: PTH118 (a million of them are made)

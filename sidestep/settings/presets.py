@@ -88,6 +88,8 @@ def profile_for(gib: float, is_xl: bool) -> str:
 def read(path: Path) -> Preset:
     """A preset from its file, its values checked. Raises UserError; nothing in the file is ever executed."""
     try:
+        if path.exists() and not path.is_file():  # to open a pipe may take for ever
+            raise UserError(f"{path} is no file.", "Give a preset file (.json).")
         if path.stat().st_size > LARGEST_BYTES:
             raise UserError(f"{path} is too large for a preset.", "A preset is a small JSON object of settings.")
         data = json.loads(path.read_text(encoding="utf-8-sig"))

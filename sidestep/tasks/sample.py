@@ -25,7 +25,8 @@ from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
 from sidestep.data.fields import FieldError, parse_field
-from sidestep.data.text import decode_text
+from sidestep.data.sidecars import MAX_BYTES
+from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
 from sidestep.files import write_text
@@ -351,14 +352,9 @@ def _typed_prompt(config: SampleConfig) -> dict[str, Any]:
         return values | {"lyrics": typed_lyrics(config.lyrics)}
     if config.lyrics != options_of(SampleConfig)["lyrics"].default:
         raise UserError("--lyrics and --lyrics-file are both given.", "Leave one of them away.")
-    try:
-        lyrics, problem = decode_text(config.lyrics_file.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"--lyrics-file {config.lyrics_file}: cannot be read ({error.strerror}).", "Give a text file."
-        ) from None
+    lyrics, problem = read_text(config.lyrics_file, MAX_BYTES)
     if problem and not lyrics:
-        raise UserError(f"--lyrics-file {config.lyrics_file} {problem}.")
+        raise UserError(f"--lyrics-file {config.lyrics_file} {problem}.", "Give a text file.")
     return values | {"lyrics": lyrics}
 
 

@@ -191,6 +191,15 @@ def test_each_mistake_is_told_with_its_json_path(tmp_path, data, told):
     assert error.value.status == ExitStatus.USAGE
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "ü" * 130, "a/" * 1500])
+def test_a_name_that_no_file_can_have_is_told_with_its_json_path(tmp_path, name):
+    """Asked for, such a file is an error of the system that ended the job."""
+    with pytest.raises(UserError, match=r"\$.samples\[0\].audio_path: .* is longer than"):
+        read(stored(tmp_path, [{"audio_path": f"{name}.wav"}]))
+    longest = f"{'a' * 251}.wav"
+    assert read(stored(tmp_path, [{"audio_path": longest}])).samples[0].filename == longest
+
+
 def test_all_mistakes_are_told_at_once_but_no_more_than_can_be_read(tmp_path):
     with pytest.raises(UserError) as error:
         read(stored(tmp_path, [{"audio_path": f"{i}.wav", "bpm": "x", "keyscale": "x"} for i in range(30)]))

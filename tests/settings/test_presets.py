@@ -1,6 +1,8 @@
 """Presets: plain partial configs, checked, never executed."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ NEEDED = {"checkpoint_dir": "c", "dataset_dir": "d", "output_dir": "o"}
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
     return tmp_path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+def test_a_preset_from_a_pipe_is_refused_and_the_pipe_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "mine.json")
+    threading.Thread(target=lambda: (tmp_path / "mine.json").open("wb").close(), daemon=True).start()
+    with pytest.raises(UserError, match="is no file"):
+        presets.import_file(tmp_path / "mine.json")
+    os.close(os.open(tmp_path / "mine.json", os.O_RDONLY | os.O_NONBLOCK))  # the thread ends
 
 
 def test_the_built_in_presets_are_there_with_recommended_first():

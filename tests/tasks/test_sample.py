@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -340,6 +342,16 @@ def test_a_lyrics_file_that_is_no_text_is_refused(checkpoints, tmp_path):
     (tmp_path / "lyrics.txt").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match=r"lyrics.txt is in no encoding"):
         sample(sample_config(checkpoints, tmp_path / "out", lyrics_file=tmp_path / "lyrics.txt"), null)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+def test_lyrics_from_a_pipe_are_refused_and_the_pipe_never_opened(checkpoints, tmp_path):
+    pipe = tmp_path / "lyrics.txt"
+    os.mkfifo(pipe)
+    threading.Thread(target=lambda: pipe.open("wb").close(), daemon=True).start()
+    with pytest.raises(UserError, match="lyrics.txt is a pipe or a device"):
+        sample(sample_config(checkpoints, tmp_path / "out", lyrics_file=pipe), null)
+    os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))  # the thread ends
 
 
 def test_an_adapter_of_another_size_is_refused(checkpoints, tmp_path, adapter_folder):

@@ -18,6 +18,8 @@ from sidestep.acestep.conditions import Prompt, encode_texts
 from sidestep.adapters.attach import adapter_scale
 from sidestep.data.batches import Song
 from sidestep.data.lyrics import without_time_marks
+from sidestep.data.sidecars import MAX_BYTES
+from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import Notice, Progress, Report, Saved
 from sidestep.settings.config import TrainConfig
@@ -114,10 +116,11 @@ def prompts_for(config: TrainConfig, songs: Sequence[Song]) -> list[Prompt]:
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The entries of a JSON file of prompts, each a caption or an object. Raises UserError."""
+    text, problem = read_text(path, MAX_BYTES)
+    if problem and not text:
+        raise UserError(f"--preview-prompts {path} {problem}.", EXAMPLE)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--preview-prompts {path}: cannot be read ({error.strerror}).", EXAMPLE) from None
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--preview-prompts {path}: no JSON ({error}).", EXAMPLE) from None
     content = content.get("prompts", content) if isinstance(content, dict) else content

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +273,16 @@ def test_mistakes_in_the_prompts_file_are_named(tmp_path, text, said):
     path.write_text(text, "utf-8")
     with pytest.raises(UserError, match=said):
         prompts_for(config(tmp_path, tmp_path, preview_prompts=path), [])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="other systems have no such files")
+def test_prompts_from_a_pipe_are_refused_and_the_pipe_never_opened(tmp_path):
+    path = tmp_path / "prompts.json"
+    os.mkfifo(path)
+    threading.Thread(target=lambda: path.open("wb").close(), daemon=True).start()
+    with pytest.raises(UserError, match="--preview-prompts .* is a pipe or a device"):
+        prompts_for(config(tmp_path, tmp_path, preview_prompts=path), [])
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # the thread ends
 
 
 def test_without_prompts_there_are_no_previews_and_nothing_is_loaded(tmp_path):
