@@ -201,7 +201,7 @@ def test_an_import_that_a_signal_breaks_off_is_a_stop_and_no_unexpected_error(co
     monkeypatch.setattr(StopRequest, "obeyed_at", float("-inf"))
     monkeypatch.setattr("sidestep.cli.commands.train", job)
     assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
-    assert capsys.readouterr().err == "error: Stopped.\n"
+    assert capsys.readouterr().err == "Stopped.\n"
 
 
 def test_a_stop_whose_save_fails_does_not_say_that_all_is_saved(config, monkeypatch, capsys):
@@ -214,4 +214,4 @@ def test_a_stop_whose_save_fails_does_not_say_that_all_is_saved(config, monkeypa
     assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.FAILED
     said = capsys.readouterr().err
     assert "the disk is full. Nothing had been saved before." in said
-    assert "what was done is saved" not in said
+    assert "Stopped; saved." not in said

@@ -12,7 +12,7 @@ from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
 from sidestep.settings.path_checks import verify
 from sidestep.terminal.terminal import as_lines
-from sidestep.wizard.questionnaire import Prompt
+from sidestep.wizard.questionnaire import NEWS, Prompt
 from sidestep.wizard.session import Outside
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
@@ -84,6 +84,9 @@ class Script:
         self.limit = limit
 
     def __call__(self, prompt: Prompt) -> Any:
+        if prompt.news:
+            assert prompt.news.wait(60)
+            return NEWS
         self.asked.append(prompt)
         assert len(self.asked) < self.limit, (
             f"asked without end: {[p.name for p in self.asked[-10:]]}, last error: {prompt.error}"

@@ -211,7 +211,8 @@ def run_wizard(terminal: Terminal) -> ExitStatus:
     wizard = Wizard(ask, show, outside(terminal))
     while (chosen := wizard.next()) is not None:
         status = guarded(terminal, partial(output_folder, chosen.config), partial(run_config, chosen.config, terminal))
-        wizard.finished(chosen, status in (ExitStatus.OK, ExitStatus.SOME_FAILED))
+        some_failed = status == ExitStatus.SOME_FAILED
+        wizard.finished(chosen, status == ExitStatus.OK or some_failed, status == ExitStatus.INTERRUPTED, some_failed)
     terminal.print("Goodbye.")
     return ExitStatus.OK
 
@@ -245,11 +246,10 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
     try:
         return int(job())
     except Interrupted as stopped:
-        fix = f"Go on with:\n  {stopped.resume}" if stopped.resume else ""
-        terminal.error("Stopped; what was done is saved.", fix)
+        terminal.note("Stopped; saved." + (f" Go on with:\n  {stopped.resume}" if stopped.resume else ""))
         return ExitStatus.INTERRUPTED
     except KeyboardInterrupt:
-        terminal.error("Stopped.")
+        terminal.note("Stopped.")
         return ExitStatus.INTERRUPTED
     except UserError as error:
         if error.status == ExitStatus.FAILED and (folder := log_folder()) is not None and folder.is_dir():
@@ -261,7 +261,7 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
         return ExitStatus.OK
     except Exception as error:  # noqa: BLE001  this is the boundary
         if StopRequest.raised_at > began:  # an import that Ctrl-C broke off fails in ways of its own
-            terminal.error("Stopped.")
+            terminal.note("Stopped.")
             return ExitStatus.INTERRUPTED
         return _unexpected(error, terminal, log_folder())
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Table
-from sidestep.settings.config import DoctorConfig, PlanConfig, TrainConfig, command_words
+from sidestep.settings.config import RANK_MAP, DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.settings.path_checks import Check, verify
 from sidestep.terminal.terminal import Terminal
+from sidestep.wizard.review import Knowledge
 from sidestep.wizard.session import Outside
 from sidestep.words import clock, count, gib, side_step
 
@@ -34,7 +36,7 @@ def outside(terminal: Terminal, here: Path = Path()) -> Outside:
             fix = "Name a folder nearer to the files, or press Enter to look again."
             raise UserError(f"Stopped looking at {path}.", fix) from None
 
-    return Outside(check=check, machine=machine, about=partial(about, check), here=here)
+    return Outside(check, machine, Knowledge(partial(data, check), memory), open_file, here)
 
 
 @lru_cache(maxsize=32)
@@ -68,26 +70,53 @@ def machine(checkpoint_dir: Path | None) -> Table | None:
     return Table(title="This machine", columns=("what", "value", "note"), rows=rows)
 
 
-def about(check: Check, config: Any) -> list[str]:
-    """Lines for the review of a training run: the data, and whether it fits into memory."""
+def data(check: Check, config: Any) -> list[str]:
+    """Lines for the review of a training run: its songs, and where the ranks come from."""
     if not isinstance(config, TrainConfig):
         return []
     try:
         lines = [f"Data: {check('tensors', config.dataset_dir)} in {config.dataset_dir}"]
     except UserError as error:
         lines = [f"Data: {error.problem}"]
+    if not config.ignore_rank_map and (config.dataset_dir / RANK_MAP).is_file():
+        lines.append(f"Ranks: measured, from {config.dataset_dir / RANK_MAP}; they go before the rank above.")
+    return lines
+
+
+def memory(config: Any) -> list[str]:
+    """Lines for the review of a training run: whether it fits into memory. Takes seconds."""
+    if not isinstance(config, TrainConfig):
+        return []
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(PlanConfig)}
     plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})))
     if not isinstance(plan, dict):
-        return [*lines, f"Memory: not worked out in time; this tells it: {side_step('plan')}"]
+        return [f"Memory: not worked out in time; this tells it: {side_step('plan')}"]
     needed, longest = gib(plan["asked"]["needed_bytes"]), f"for the longest song ({clock(plan['song_seconds'])})"
     if plan["fits"] is None:
-        return [*lines, f"Memory: {needed} {longest} (no GPU found to compare with)"]
+        return [f"Memory: {needed} {longest} (no GPU found to compare with)"]
     verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    lines.append(f"Memory: {needed} of {gib(plan['device_bytes'])} {longest}: {verdict}")
+    lines = [f"Memory: {needed} of {gib(plan['device_bytes'])} {longest}: {verdict}"]
     if not plan["fits"] and plan["best"]:
         lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")
     return lines
+
+
+def open_file(path: Path) -> str:
+    """Show a page or a folder, or play music, with the program that the system has for it; a line that says so.
+
+    Without a screen, such as over ssh, the line says where the file is.
+    """
+    path = path.resolve()
+    if sys.platform == "win32":
+        os.startfile(path)
+        return f"Opened {path}."
+    program = "open" if sys.platform == "darwin" else "xdg-open"
+    has_screen = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if not has_screen or not (found := shutil.which(program)):
+        return f"No screen to show it on; it is here: {path}"
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen([found, str(path)], start_new_session=True, **silent)
+    return f"Opened {path}."
 
 
 @lru_cache(maxsize=8)  # a review that is shown again has the same answer

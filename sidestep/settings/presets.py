@@ -18,6 +18,7 @@ BUILT_IN = Path(__file__).resolve().parent / "built_in"
 COMMANDS_WITH_PRESETS = ("fixed", "preprocess", "estimate", "plan")
 # GiB of the smallest card that each is made for
 PROFILES = {"comfortable": 24, "standard": 16, "tight": 12, "minimal": 8}
+ORDER = ("recommended", *(f"{name}{xl}" for name in reversed(PROFILES) for xl in ("", "_xl")), "high_quality")
 USABLE = 0.93  # what a card of so many GB reports of them
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _.\-]{0,60}[A-Za-z0-9]|[A-Za-z0-9]")
 LARGEST_BYTES = 1_000_000
@@ -52,15 +53,22 @@ def user_folder() -> Path:
 
 
 def list_presets() -> list[Preset]:
-    """All presets that can be read, built-in ones first, by name. Of a broken file `find` says what is wrong."""
+    """All presets that can be read: the usual one, those for cards by their memory, the others, the user's own by name.
+
+    Of a broken file `find` says what is wrong.
+    """
     presets = []
     for folder in (BUILT_IN, user_folder()):
-        for path in sorted(folder.glob("*.json"), key=lambda p: (p.stem != "recommended", p.stem.lower())):
+        for path in sorted(folder.glob("*.json"), key=_place):
             try:
                 presets.append(read(path))
             except UserError:
                 continue
     return presets
+
+
+def _place(path: Path) -> tuple[int, str]:
+    return ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem.lower()
 
 
 def find(name: str) -> Preset:

@@ -173,6 +173,11 @@ class Terminal:
         with suppress(OSError):  # nobody reads it; the exit status says it too
             print(text, file=self.err, flush=True)
 
+    def note(self, text: str) -> None:
+        """What is no error and no output either, on the error stream: it never lands in a file of results."""
+        with suppress(OSError):
+            print(visible(text, lines=True), file=self.err, flush=True)
+
     def confirm(self, question: str) -> bool:
         """A yes/no question on one line; Enter and the end of input mean no."""
         print(f"{question} [y/N] ", end="", file=self.out, flush=True)

@@ -1,10 +1,11 @@
 """Questions as numbered lines, answered by typing: for plain mode and for terminals that cannot move a cursor."""
 
+from contextlib import suppress
 from typing import Any
 
 from sidestep.settings.option import Choice
 from sidestep.terminal.terminal import Terminal, as_typed
-from sidestep.wizard.questionnaire import BACK, Prompt
+from sidestep.wizard.questionnaire import BACK, NEWS, Prompt
 
 YES, NO = ("y", "yes", "on", "true", "1"), ("n", "no", "off", "false", "0")
 
@@ -17,7 +18,11 @@ class NumberedAsk:
 
     def __call__(self, prompt: Prompt) -> Any:
         print_line = self.terminal.print
-        step = f"{prompt.step} of {prompt.steps}" if prompt.steps > 1 else ""
+        if prompt.news:  # a line that is being typed cannot be left, so the question comes after
+            with suppress(KeyboardInterrupt):
+                prompt.news.wait()
+            return NEWS
+        step = f"question {prompt.step}" if prompt.steps > 1 else ""
         print_line()
         if heading := " | ".join(part for part in (prompt.title, prompt.section, step) if part):
             print_line(heading)
@@ -61,8 +66,10 @@ def _suggestion(prompt: Prompt) -> str:
 
 
 def _value_of(typed: str, choices: tuple[Choice, ...]) -> Any:
-    """The value of a number, or of a title typed out; what fits neither is left for `read` to refuse."""
+    """The value of a number, a title, or the only title with these letters; else `read` refuses what was typed."""
     if typed.isdigit() and 1 <= int(typed) <= len(choices):
         return choices[int(typed) - 1].value
-    titled = (choice.value for choice in choices if typed.lower() in (choice.title.lower(), str(choice.value).lower()))
-    return next(titled, typed)
+    words = typed.lower()
+    named = [choice for choice in choices if words in (choice.title.lower(), str(choice.value).lower())]
+    parts = named or [choice for choice in choices if words in choice.title.lower()]
+    return parts[0].value if len(parts) == 1 or named else typed

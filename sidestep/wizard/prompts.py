@@ -2,10 +2,13 @@
 
 import os
 import textwrap
+from contextlib import suppress
 from functools import partial
+from threading import Event, Thread
 from typing import Any
 
 import questionary
+from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Always
@@ -21,7 +24,7 @@ from sidestep.errors import UserError
 from sidestep.settings.option import Choice
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import as_typed
-from sidestep.wizard.questionnaire import BACK, Prompt
+from sidestep.wizard.questionnaire import BACK, NEWS, Move, Prompt
 from sidestep.words import visible
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
@@ -44,15 +47,17 @@ class QuestionaryAsk:
 
     def __init__(self, terminal: RichTerminal):
         self.terminal = terminal
+        self._was_left = False  # the question before, for news
         self._typed = ""  # in the question before, to be put right where it was refused
 
     def __call__(self, prompt: Prompt) -> Any:
         console = self.terminal.console
         heading = " / ".join(part for part in (prompt.title, prompt.section) if part)
-        step = f"  {prompt.step} of {prompt.steps}" if prompt.steps > 1 else ""
-        console.print()
-        if heading or step:
-            console.print(Text.assemble((heading, "cyan"), (step, "dim")))
+        step = f"  question {prompt.step}" if prompt.steps > 1 else ""
+        if not self._was_left:  # asked again, it has its heading
+            console.print()
+            if heading or step:
+                console.print(Text.assemble((heading, "cyan"), (step, "dim")))
         if prompt.help:
             console.print(Text(visible(prompt.help), style="dim"))
         if prompt.error:
@@ -65,9 +70,14 @@ class QuestionaryAsk:
                 window.height, window.wrap_lines, window.dont_extend_height = None, Always(), Always()
         app.key_bindings = merge_key_bindings([app.key_bindings or KeyBindings(), keys_of(prompt)])
         app.ttimeoutlen = app.timeoutlen = ESCAPE_SECONDS
+        if prompt.news:
+            app.pre_run_callables.append(partial(leave_for_news, app, prompt.news))
         reply = question.unsafe_ask()
+        self._was_left = reply is NEWS
         self._typed = reply if isinstance(reply, str) else ""
-        if reply is BACK or (not prompt.choices and self._typed.strip() == "b"):
+        if isinstance(reply, Move):
+            return reply
+        if not prompt.choices and self._typed.strip() == "b":
             return BACK
         return tuple(reply) if prompt.kind == "several" else reply
 
@@ -115,6 +125,24 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
         case "path":
             return questionary.path(prompt.text, complete_in_thread=True, **typing)
     return questionary.text(prompt.text, **typing)
+
+
+def leave_for_news(app: Application, news: Event) -> None:
+    """End a question that has begun, leaving no line of it, once what was waited for is there."""
+    loop = app.loop
+    assert loop is not None
+
+    def leave() -> None:
+        if app.is_running and not app.is_done:
+            app.erase_when_done = True
+            app.exit(result=NEWS)
+
+    def wait() -> None:
+        news.wait()
+        with suppress(RuntimeError):  # answered meanwhile, and its loop is closed
+            loop.call_soon_threadsafe(leave)
+
+    Thread(target=wait, daemon=True).start()
 
 
 class Readable(Validator):

@@ -4,9 +4,10 @@ Pure: who asks is passed in, so that all of it can be tested with a scripted `as
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from sidestep.errors import UserError
@@ -15,12 +16,13 @@ from sidestep.settings.path_checks import Check, glance, path_of
 
 
 class Move(Enum):
-    """A reply that is no answer."""
+    """A reply that is no answer: one step back, or what was waited for is there."""
 
     BACK = "back"
+    NEWS = "news"
 
 
-BACK = Move.BACK
+BACK, NEWS = Move.BACK, Move.NEWS
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Prompt:
     step: int = 1
     steps: int = 1
     error: str = ""  # why the last reply was not taken
+    news: Event | None = None  # once it is set the reply is NEWS, as soon as the asker can
 
 
-Ask = Callable[[Prompt], Any]  # the reply as typed or chosen, or BACK; Ctrl-C raises KeyboardInterrupt
+Ask = Callable[[Prompt], Any]  # the reply as typed or chosen, BACK or NEWS; Ctrl-C raises KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,8 @@ class Questionnaire:
                 if not self.back():
                     return None
                 continue
+            if reply is NEWS:
+                return self.answers | {question.name: NEWS}
             try:
                 value = prompt.read(reply)
                 line = question.verify(value, answers)
@@ -238,7 +243,7 @@ class Questionnaire:
         return question.name not in self.known and question.when(answers)
 
 
-def ask_one(ask: Ask, question: Question, title: str = "") -> Any:
-    """The answer to a question that stands alone, or BACK."""
-    answers = Questionnaire([question], title=title).forward(ask)
+def ask_one(ask: Ask, question: Question, title: str = "", news: Event | None = None) -> Any:
+    """The answer to a question that stands alone, BACK, or NEWS once that event is set."""
+    answers = Questionnaire([question], title=title).forward(lambda prompt: ask(replace(prompt, news=news)))
     return BACK if answers is None else answers[question.name]

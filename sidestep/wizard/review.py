@@ -1,7 +1,10 @@
-"""What is shown before anything runs: every setting, the command that does the same, and what to change or keep."""
+"""What is shown before anything runs: the settings that matter, the same as a command, and what to change or keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from sidestep.errors import UserError
@@ -12,88 +15,120 @@ from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import Answers, Choice, changed_from_defaults, options_of
 from sidestep.settings.path_checks import path_of
 from sidestep.terminal.terminal import as_typed
-from sidestep.wizard.flows import Context, Flow, config_of, question_of, sections_of
-from sidestep.wizard.questionnaire import BACK, Ask, Move, Question, Questionnaire, ask_one, choose, needed
+from sidestep.wizard.flows import LEFT_TO_PRESET, Context, Flow, config_of, question_of, sections_of
+from sidestep.wizard.questionnaire import BACK, NEWS, Ask, Move, Question, Questionnaire, ask_one, choose, needed
 
-About = Callable[[Any], list[str]]  # lines on a config that only the outside knows: its data, memory and time
-START, EDIT, ALL, SAVE, CANCEL = "start", "edit", "all", "save", "cancel"
+About = Callable[[Any], list[str]]  # lines on a config that only the outside knows
+START, CHANGE, ALL, SAVE, CANCEL = "start", "change", "all", "save", "cancel"
 
 
-def review_table(title: str, config: Any) -> Table:
-    """Every setting by section; a star marks what differs from the default."""
+@dataclass(frozen=True)
+class Knowledge:
+    """What only the outside knows of a config. `slow`: what takes so long that it comes while the review is shown."""
+
+    quick: About = lambda _config: []
+    slow: About = lambda _config: []
+
+
+def review_table(title: str, config: Any, asked: Container[str], every: bool = False) -> Table:
+    """The settings that were asked for or differ from the default, with a star where they do; or every setting."""
     changed, options = changed_from_defaults(config), options_of(type(config))
     rows = []
     for section, names in sections_of(type(config)).items():
-        rows.append(("", section.upper(), "", ""))
+        if every:
+            rows.append(("", section.upper(), "", ""))
         for name in names:
-            default = "" if options[name].required or name not in changed else as_typed(options[name].default)
-            rows.append(
-                ("*" if name in changed else "", name.replace("_", " "), as_typed(getattr(config, name)), default)
-            )
+            o, is_changed = options[name], name in changed and not options[name].required
+            if every or name in changed or name in asked:
+                default = as_typed(o.default) if is_changed else ""
+                rows.append(("*" if is_changed else "", o.title, as_typed(getattr(config, name)), default))
     return Table(title=title, columns=("", "setting", "value", "default"), rows=tuple(rows))
 
 
 def review(
-    flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, context: Context, about: About
+    flow: Flow, answers: dict[str, Any], ask: Ask, show: Report, context: Context, knowledge: Knowledge
 ) -> tuple[str | Move, Any]:
     """Show and let the user start, change or leave: (START, config), (CANCEL, None) or (BACK, None).
 
     `answers` takes the changes.
     """
+    every, shown_of, news = False, None, None
     while True:
         config = None
         try:
             config = config_of(flow, answers, context)
         except UserError as error:
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
-        else:
-            show(review_table(f"Review: {flow.title}  (* differs from the default)", config))
-            if type(config) is TrainConfig:
-                show(Notice(message="Working out the memory of this run (Ctrl-C: skip) ..."))
-            for line in about(config):
+        if config and (config, every) != shown_of:
+            table = review_table(
+                f"{flow.title}: ready to start  (* not the default)", config, {*answers, *LEFT_TO_PRESET}, every
+            )
+            show(table)
+            for line in knowledge.quick(config):
                 show(Notice(message=line))
             show(Notice(message="The same as a command:"))
             show(Notice(message=f"  {command_line(config)}"))
-        start = [Choice(START, "Start", "run it now")] if config else []
-        change = [
-            Choice(EDIT, "Change a section", "and come back here"),
-            Choice(ALL, "Go through all settings", "the advanced ones too"),
-        ]
-        save = (
-            [Choice(SAVE, "Save as preset", "to use these settings again")] if config and "preset" in flow.basic else []
+            if shown_of is None or config != shown_of[0]:
+                lines, news = in_background(partial(knowledge.slow, config))
+                if type(config) is TrainConfig:
+                    show(Notice(message="Memory: being worked out; it appears here. Starting does not wait for it."))
+            shown_of = (config, every)
+        rest = len(options_of(flow.config_class)) - len(table.rows) if config and not every else 0
+        offered = (
+            *([Choice(START, "Start", "run it now")] if config else []),
+            Choice(CHANGE, "Change a setting", "type a part of its name"),
+            *([Choice(ALL, "Show all settings", f"and {rest} more at their defaults")] if rest > 0 else []),
+            *([Choice(SAVE, "Save as preset", "to use these again")] if config and "preset" in flow.basic else []),
+            Choice(CANCEL, "Cancel", "back to the menu"),
         )
-        actions = (*start, *change, *save, Choice(CANCEL, "Cancel", "back to the menu"))
-        action = ask_one(ask, choose("review", "What now?", actions, section="Review"), flow.title)
-        if action is BACK or action == CANCEL:
+        question = choose("review", "What now?", offered, section="Review")
+        action = ask_one(ask, question, flow.title, news)
+        if action is NEWS:
+            for line in lines:
+                show(Notice(message=line))
+            news = None
+        elif action is BACK or action == CANCEL:
             return action, None
-        if action == START:
+        elif action == START:
             return START, config
-        if action == SAVE:
+        elif action == SAVE:
             _save(ask, show, config, flow.title)
+        elif action == ALL:
+            every = True
         else:
-            _edit(flow, answers, config, ask, show, context, every=action == ALL)
+            _change(flow, answers, config, ask, show, context)
 
 
-def _edit(
-    flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Report, context: Context, every: bool
-) -> None:
-    sections = sections_of(flow.config_class)
-    names = [name for section in sections.values() for name in section]
-    if not every:
-        choices = tuple(
-            Choice(section, section, ", ".join(n.replace("_", " ") for n in held[:4]))
-            for section, held in sections.items()
-        )
-        section = ask_one(ask, choose("section", "Which section?", choices, section="Review"), flow.title)
-        if section is BACK:
-            return
-        names = sections[section]
-    current = answers | ({name: getattr(config, name) for name in options_of(flow.config_class)} if config else {})
-    unasked = {name: value for name, value in current.items() if name not in names}
-    questions = [question_of(name, flow, context, current) for name in names]
-    changed = Questionnaire(questions, unasked, flow.title, lambda line: show(Notice(message=line))).forward(ask)
+def in_background(work: Callable[[], list[str]]) -> tuple[list[str], Event]:
+    """What lines work returns are put into the list, and the event is set, whenever that is."""
+    lines: list[str] = []
+    done = Event()
+
+    def run() -> None:
+        try:
+            lines.extend(work())
+        finally:
+            done.set()
+
+    Thread(target=run, daemon=True).start()
+    return lines, done
+
+
+def _change(flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Report, context: Context) -> None:
+    """Ask which setting, then for its value."""
+    options = options_of(flow.config_class)
+    current = answers | ({name: getattr(config, name) for name in options} if config else {})
+    settings = tuple(
+        Choice(name, o.title, as_typed(current[name]) if name in current else "") for name, o in options.items()
+    )
+    name = ask_one(ask, choose("setting", "Which setting?", settings, section="Review"), flow.title)
+    if name is BACK:
+        return
+    unasked = {other: value for other, value in current.items() if other != name}
+    question = replace(question_of(name, flow, context, current), when=lambda _answers: True)
+    changed = Questionnaire([question], unasked, flow.title, lambda line: show(Notice(message=line))).forward(ask)
     if changed is not None:
-        answers.update({name: changed[name] for name in names if name in changed})
+        answers[name] = changed[name]
 
 
 def _save(ask: Ask, show: Report, config: Any, title: str) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
 from sidestep.settings import last_used
-from sidestep.settings.config import ModelConfig, command_of
+from sidestep.settings.config import BuildDatasetConfig, ModelConfig, SampleConfig, TrainConfig, command_of
 from sidestep.settings.option import Choice, options_of
 from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs, read_run
 from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
-from sidestep.wizard.review import START, About, manage_presets, review
+from sidestep.wizard.review import START, Knowledge, manage_presets, review
 from sidestep.words import side_step
 
 
@@ -32,7 +32,8 @@ class Outside:
 
     check: Check = lambda _holds, _path: ""
     machine: Callable[[Path | None], Table | None] = lambda _checkpoint_dir: None
-    about: About = lambda _config: []
+    about: Knowledge = field(default_factory=Knowledge)
+    open: Callable[[Path], str] = str  # shows or plays a file; what to say of it
     here: Path = field(default_factory=Path)
 
 
@@ -44,6 +45,9 @@ class Wizard:
         self.last_used, problem = last_used.read()
         self._after: str = ""  # the flow that just went well
         self._left: str = ""  # the entry of the menu that was chosen last
+        self._results: dict[str, Path] = {}  # what the flow that just went well made, to be opened
+        self._going: tuple[Flow, Questionnaire, dict[str, Any]] | None = None  # what was started last, with its answers
+        self._failed, self._how = False, ""
         if problem:
             self._print(problem, "warning")
 
@@ -70,26 +74,46 @@ class Wizard:
                 answers = Questionnaire(questions, title="Settings", tell=self._print).forward(self.ask)
                 if answers is not None:
                     self._keep(answers)
+            elif key == "fix" and self._going:
+                request = self._go(*self._going)
             elif key in FLOWS:
                 request = self._run_flow(FLOWS[key], follows_on)
         return request
 
-    def finished(self, request: Request, ok: bool) -> None:
-        """Remember what was used; after a success the next step is offered with everything filled in."""
+    def finished(self, request: Request, ok: bool, stopped: bool = False, left_out: bool = False) -> None:
+        """Remember what was used; after a success the next step is offered, after a failure the answers once more.
+
+        stopped: by the user, so that nothing is wrong with the answers. left_out: ok, but for some files.
+        """
+        self._how = "Done, but for the files named above" if left_out else "Done"
+        self._failed = not ok and not stopped and FLOWS[request.flow].reviewed
         self._after = request.flow if ok and FLOWS[request.flow].then else ""
+        self._results = results_of(request.config) if ok else {}
+        if stopped and request.flow == "train":
+            self._left = "resume"
         if ok:
             self._keep(left_by(request.config))
+        elif stopped:
+            self._keep({name: value for name, value in left_by(request.config).items() if name == "output_dir"})
 
     def _choose_next(self) -> str:
         """What to do, from the menu; after a flow that went well first from what makes sense then. Empty: ask again."""
         after, self._after = self._after, ""
-        if after:
+        failed, self._failed = self._failed, False
+        leave = (Choice("", "Back to the menu"), Choice("exit", "Exit"))
+        if failed:
+            fix = Choice("fix", "Change an answer", "the review of what was tried, with all answers kept")
+            reply = ask_one(self.ask, choose("next", "What next?", (fix, *leave)), "Not done")
+        elif after:
+            opened = {f"open {name}": path for name, path in self._results.items() if path.exists()}
             choices = (
                 *(Choice(key, FLOWS[key].title, FLOWS[key].note) for key in FLOWS[after].then),
-                Choice("", "Back to the menu"),
-                Choice("exit", "Exit"),
+                *(Choice(key, key.capitalize(), str(path)) for key, path in opened.items()),
+                *leave,
             )
-            reply = ask_one(self.ask, choose("next", "What next?", choices), f"Done: {FLOWS[after].title}")
+            title = f"{self._how}: {FLOWS[after].title}"
+            while (reply := ask_one(self.ask, choose("next", "What next?", choices), title)) in opened:
+                self._print(self.outside.open(opened[reply]))
         else:
             choices = (
                 *(Choice(key, flow.title, flow.note) for key, flow in FLOWS.items()),
@@ -108,8 +132,11 @@ class Wizard:
         context = Context(self.last_used, self.outside.check, self.outside.here)
         questions = questions_of(flow, context, self.last_used.get("depth") == "advanced")
         known = _handed_on(questions) if follows_on else {}
-        questionnaire = Questionnaire(questions, known, flow.title, self._print)
-        changes: dict[str, Any] = {}
+        return self._go(flow, Questionnaire(questions, known, flow.title, self._print), {})
+
+    def _go(self, flow: Flow, questionnaire: Questionnaire, changes: dict[str, Any]) -> Request | None:
+        """The questions that are left, then the review. `changes`: what was changed there before."""
+        context = Context(self.last_used, self.outside.check, self.outside.here)
         while True:
             answers = questionnaire.forward(self.ask)
             if answers is None:
@@ -121,6 +148,7 @@ class Wizard:
             action, config = review(flow, answers, self.ask, self.show, context, self.outside.about)
             changes |= {name: value for name, value in answers.items() if before.get(name, BACK) != value}
             if action == START:
+                self._going = (flow, questionnaire, changes)
                 self._keep({"last_action": flow.key} | ({"preset": answers["preset"]} if "preset" in answers else {}))
                 return Request(flow.key, command_of(flow.config_class), config)
             if action is not BACK or not questionnaire.back():
@@ -164,6 +192,20 @@ class Wizard:
 
     def _print(self, line: str, level: str = "info") -> None:
         self.show(Notice(message=line, level=level))
+
+
+def results_of(config: Any) -> dict[str, Path]:
+    """What a config's job leaves to look at or listen to, by what it is; it need not be there."""
+    match config:
+        case TrainConfig(output_dir=folder):
+            return {"the report": folder / "report.html", "the folder": folder}
+        case SampleConfig(output=folder):
+            newest = max(folder.glob("*.flac"), key=lambda path: path.stat().st_mtime, default=folder)
+            return {"the music": newest, "the folder": folder}
+        case BuildDatasetConfig(input=folder, output=output, audit=True):
+            listed = output or folder / "dataset.json"
+            return {"the page": listed.with_name(f"{listed.stem}-audit.html")}
+    return {}
 
 
 def next_step(used: Mapping[str, Any]) -> str:

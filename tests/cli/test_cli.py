@@ -101,7 +101,7 @@ def test_every_command_has_a_function_that_runs_it(command):
         (
             Interrupted("train.py fixed --resume-from latest"),
             130,
-            ["what was done is saved", "train.py fixed --resume-from latest"],
+            ["Stopped; saved. Go on with", "train.py fixed --resume-from latest"],
         ),
         (KeyboardInterrupt(), 130, ["Stopped."]),
         (

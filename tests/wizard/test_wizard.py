@@ -2,11 +2,17 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from sidestep.errors import UserError
+from sidestep.events import Table
 from sidestep.settings import presets
 from sidestep.settings.config import (
     COMMANDS,
@@ -17,11 +23,15 @@ from sidestep.settings.config import (
     command_words,
 )
 from sidestep.settings.option import Choice, options_of
+from sidestep.settings.presets import PROFILES
+from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.flows import FLOWS, Context, questions_of
 from sidestep.wizard.numbered import NumberedAsk
-from sidestep.wizard.questionnaire import BACK, Prompt, Question, Questionnaire
-from sidestep.wizard.session import Wizard
+from sidestep.wizard.prompts import QuestionaryAsk
+from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
+from sidestep.wizard.review import Knowledge, in_background
+from sidestep.wizard.session import Outside, Wizard
 from tests.wizard_world import CHECKPOINTS, Screen, Script, World, welcomed
 
 
@@ -269,26 +279,39 @@ def test_a_run_is_never_started_where_one_stands(world):
 # The review
 
 
-def test_the_review_shows_every_setting_marks_the_changed_ones_and_gives_the_command(world):
-    wizard, _, screen = session(world, menu="train", preset="", epochs="7", **paths(world))
+def test_the_review_shows_what_was_asked_and_what_differs_and_the_rest_on_demand(world):
+    wizard, script, screen = session(world, menu="train", preset="", epochs="7", **paths(world))
     wizard.next()
     text = screen.text()
-    assert "*  epochs" in text
-    assert "   weight decay" in text
+    assert "*  Epochs" in text
+    assert "   Rank" in text  # asked, and the default
+    assert "Weight decay" not in text
     assert "uv run train.py fixed --checkpoint-dir" in text
     assert "--epochs 7" in text
+    table = next(event for event in screen if isinstance(event, Table))
+    rest = next(choice.note for choice in script.asked[-1].choices if choice.value == "all")
+    assert rest == f"and {len(options_of(TrainConfig)) - len(table.rows)} more at their defaults"
+    screen.clear()
+    wizard, script, screen = session(world, menu="train", preset="", review=["all", "start"], **paths(world))
+    wizard.next()
+    titles = {row[1] for event in screen if isinstance(event, Table) for row in event.rows}
+    assert {o.title for o in options_of(TrainConfig).values()} <= titles
+    assert "all" not in [choice.value for choice in script.asked[-1].choices]
 
 
-def test_a_section_changed_in_the_review_is_in_the_config(world):
-    wizard, _, _ = session(
-        world, menu="train", review=["edit", "start"], section="Training", lr="0.002", **paths(world)
+def test_a_setting_changed_in_the_review_is_in_the_config(world):
+    wizard, script, _ = session(
+        world, menu="train", review=["change", "start"], setting="lr", lr="0.002", **paths(world)
     )
     assert wizard.next().config.lr == 0.002
+    listed = next(prompt for prompt in script.asked if prompt.name == "setting")
+    assert [choice.value for choice in listed.choices] == list(options_of(TrainConfig))
+    assert ("Learning rate", "0.0001") in [(choice.title, choice.note) for choice in listed.choices]
 
 
 def test_a_change_in_the_review_survives_a_step_back_to_the_questions(world):
     wizard, _, _ = session(
-        world, menu="train", review=["edit", BACK, "start"], section="Training", lr="0.002", **paths(world)
+        world, menu="train", review=["change", BACK, "start"], setting="lr", lr="0.002", **paths(world)
     )
     assert wizard.next().config.lr == 0.002
 
@@ -296,8 +319,8 @@ def test_a_change_in_the_review_survives_a_step_back_to_the_questions(world):
 def test_settings_that_contradict_each_other_cannot_be_started(world):
     script = {
         "menu": "preprocess",
-        "review": ["edit", "edit", "start"],
-        "section": "Preprocessing",
+        "review": ["change", "change", "start"],
+        "setting": "audio_dir",
         "audio_dir": ["", str(world.songs)],
         "dataset_json": "",
     }
@@ -326,11 +349,39 @@ def test_cancel_goes_back_to_the_menu(world):
     assert script.names == ["menu", "output_dir", "review", "menu"]
 
 
-def test_what_is_known_about_a_run_are_in_the_review(world):
-    wizard, _, screen = session(world, menu="demo")
-    wizard.outside = type(wizard.outside)(about=lambda config: ["Memory: 3.4 GiB at most"])
-    wizard.next()
-    assert "Memory: 3.4 GiB at most" in screen.text()
+def test_what_is_known_of_a_run_is_in_the_review_and_what_takes_long_comes_later(world):
+    may_end, seen = Event(), []
+
+    def slow(_config) -> list[str]:
+        assert may_end.wait(60)
+        return ["Memory: 3.4 GiB at most"]
+
+    knowledge = Knowledge(quick=lambda config: ["Data: 3 songs"], slow=slow)
+    screen = Screen()
+
+    def ask(prompt):
+        if prompt.name != "review":
+            return "demo" if prompt.name == "menu" else prompt.default
+        seen.append(screen.text())
+        if prompt.news is None:
+            return "start"
+        may_end.set()
+        assert prompt.news.wait(60)
+        return NEWS
+
+    Wizard(ask, screen, Outside(about=knowledge)).next()
+    before, after = seen
+    assert "Data: 3 songs" in before
+    assert "Memory" not in before
+    assert after.count("Data: 3 songs") == 1  # what was shown is not shown again
+    assert "Memory: 3.4 GiB at most" in after
+
+
+def test_a_plain_terminal_waits_for_what_takes_long_and_asks_then():
+    lines, news = in_background(lambda: ["one"])
+    out = io.StringIO()
+    assert NumberedAsk(Terminal(out, out, io.StringIO("")))(replace(prompt("text"), news=news)) is NEWS
+    assert (lines, out.getvalue()) == (["one"], "")
 
 
 # One step after another
@@ -366,11 +417,93 @@ def test_each_step_fills_in_the_next_one(world):
     assert "adapter" not in script.names
 
 
-def test_nothing_is_offered_after_a_failure(world):
-    wizard, script, _ = session(world, menu=["build-dataset", "exit"], input=str(world.songs))
-    wizard.finished(wizard.next(), False)
+def test_after_a_failure_the_review_comes_back_with_all_answers_to_change_one(world):
+    wizard, script, _ = session(
+        world,
+        menu="train",
+        review=["start", "change", "start"],
+        next="fix",
+        setting="lr",
+        lr="0.002",
+        epochs="7",
+        preset="",
+        **paths(world),
+    )
+    first = wizard.next()
+    wizard.finished(first, False)
+    script.asked.clear()
+    again = wizard.next()
+    assert script.names == ["next", "review", "setting", "lr", "review"]
+    assert script.asked[0].title == "Not done"
+    assert again.config == replace(first.config, lr=0.002)
+
+
+def test_after_a_stop_by_the_user_the_cursor_stands_at_resume(world):
+    wizard, script, _ = session(world, menu="train", **paths(world))
+    wizard.finished(wizard.next(), False, stopped=True)
+    script.replies["menu"] = ["exit"]
+    script.asked.clear()
     assert wizard.next() is None
-    assert "next" not in script.names
+    assert [(prompt.name, prompt.default) for prompt in script.asked] == [("menu", "resume")]
+
+
+def test_files_that_were_left_out_are_not_called_done(world):
+    wizard, script, _ = session(world, menu="build-dataset", next="exit", input=str(world.songs))
+    wizard.finished(wizard.next(), True, left_out=True)
+    assert wizard.next() is None
+    assert script.asked[-1].title == "Done, but for the files named above: List songs"
+
+
+def test_results_are_opened_from_what_comes_next(world):
+    opened = []
+    wizard, script, screen = session(
+        world,
+        menu="train",
+        preset="",
+        next=["open the report", "exit"],
+        output_dir=str(world.root / "new"),
+        **paths(world),
+    )
+    wizard.outside = replace(wizard.outside, open=lambda path: opened.append(path) or f"Opened {path}.")
+    done = wizard.next()
+    done.config.output_dir.mkdir(parents=True)
+    (done.config.output_dir / "report.html").touch()
+    wizard.finished(done, True)
+    assert wizard.next() is None
+    assert opened == [done.config.output_dir / "report.html"]
+    assert script.names[-2:] == ["next", "next"]
+    assert f"Opened {opened[0]}." in screen.text()
+
+
+def test_adapters_and_tensors_that_lie_near_are_offered_beside_typing(world):
+    wizard, script, _ = session(
+        world,
+        menu=["sample", "train"],
+        adapter=str(world.adapter),
+        prompt="x",
+        **{name: value for name, value in paths(world).items() if name != "adapter"},
+    )
+    wizard.next()
+    wizard.next()
+    offered = {p.name: [choice.value for choice in p.choices] for p in script.asked if p.kind == "path"}
+    assert offered["adapter"] == [str(world.adapter)]
+    assert offered["dataset_dir"] == [str(world.tensors)]
+
+
+def test_presets_stand_by_memory_and_a_test_is_not_suggested_again(world):
+    def asked(**used):
+        welcomed(world.root.parent / "home", **used)
+        wizard, script, _ = session(world, menu="train", **paths(world))
+        wizard.next()
+        return next(prompt for prompt in script.asked if prompt.name == "preset")
+
+    names = [choice.value for choice in asked().choices]
+    cards = [name for name in names if name in PROFILES]
+    assert cards == sorted(PROFILES, key=PROFILES.get)
+    assert names[0] == "recommended"
+    assert all(len(choice.note) <= 56 for choice in asked().choices)  # whole at 80 columns
+    assert asked(preset="quick_test").default == "recommended"
+    assert asked(preset="tight").default == "tight"
 
 
 def test_what_was_used_is_the_suggestion_of_the_next_session(world):
@@ -495,6 +628,9 @@ def prompt(kind, default="", choices=()):
         ("choice", "b2", ("a1", "b2"), "1\n", "a1"),
         ("choice", "b2", ("a1", "b2"), "ta1\n", "a1"),
         ("choice", "b2", ("a1", "b2"), "9\n", "9"),
+        ("choice", "b2", ("weight decay", "weight"), "decay\n", "weight decay"),
+        ("choice", "b2", ("weight decay", "weight"), "tweight\n", "weight"),
+        ("choice", "b2", ("a1", "a2"), "ta\n", "ta"),
         ("choice", "b2", ("a1", "b2"), "b\n", BACK),
         ("several", ("a1",), ("a1", "b2"), "\n", ("a1",)),
         ("several", ("a1",), ("a1", "b2"), "1, 2\n", ("a1", "b2")),
@@ -519,3 +655,26 @@ def test_numbered_questions_take_numbers_words_and_enter(kind, default, choices,
 def test_the_end_of_input_leaves_like_ctrl_c():
     with pytest.raises(KeyboardInterrupt):
         numbered("", prompt("text"))
+
+
+# Questions with cursor keys
+
+
+def drawn(asked: Prompt, keys: str, meanwhile=lambda: None) -> object:
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text(keys)
+        meanwhile()
+        return QuestionaryAsk(RichTerminal(io.StringIO()))(asked)
+
+
+@pytest.mark.parametrize(("keys", "reply"), [("2", "b2"), ("\x1b[B\r", "b2"), ("\r", "a1"), ("9\r", "a1")])
+def test_a_digit_takes_the_line_of_its_number(keys, reply):
+    assert drawn(prompt("choice", "a1", ("a1", "b2")), keys) == reply
+
+
+@pytest.mark.parametrize("kind", ["choice", "text"])
+def test_a_question_that_waits_for_news_is_left_for_it_and_answered_before(kind):
+    news = Event()
+    asked = replace(prompt(kind, "a1", ("a1", "b2") if kind == "choice" else ()), news=news)
+    assert drawn(asked, "\r") == "a1"
+    assert drawn(asked, "", lambda: Timer(0.05, news.set).start()) is NEWS

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sidestep.cli.parser import configs_of, parse
 from sidestep.settings.config import command_words
 from sidestep.settings.option import resolve
-from sidestep.wizard.questionnaire import BACK, Prompt
+from sidestep.wizard.questionnaire import BACK, NEWS, Prompt
 from sidestep.wizard.session import Wizard
 from tests.wizard_world import Screen, World, welcomed
 
@@ -59,6 +59,8 @@ class Wanderer:
         self.draw, self.world, self.count = draw, world, 0
 
     def __call__(self, prompt: Prompt) -> Any:
+        if prompt.news and prompt.news.is_set() and self.draw(st.booleans()):
+            return NEWS
         self.count += 1
         assert self.count < PATIENCE + 150, f"no way out of {prompt.name}: {prompt.error}"
         if self.count > PATIENCE:
