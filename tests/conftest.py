@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -100,3 +101,12 @@ def lm_numbers() -> dict:
 def tiny_lm(lm_checkpoints):
     """The tiny language model in fp32; not to be changed."""
     return load_language_model(lm_checkpoints / "acestep-5Hz-lm-0.6B", 512)
+
+
+@pytest.fixture(scope="session")
+def lm_home(tmp_path_factory, checkpoints, lm_checkpoints) -> Path:
+    """A folder of checkpoints as people have it: DiT, language model, VAE and text encoder. Not to be changed."""
+    home = tmp_path_factory.mktemp("lm-home")
+    for folder in (*lm_checkpoints.iterdir(), checkpoints / "vae", checkpoints / "Qwen3-Embedding-0.6B"):
+        shutil.copytree(folder, home / folder.name)
+    return home

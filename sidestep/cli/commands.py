@@ -106,6 +106,10 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
     summary = build_dataset(config, report)
     if config.analyze:
         analyze(summary.path, report)
+    if config.caption != "none":
+        from sidestep.tasks.describe import describe
+
+        describe(summary.path, config, report)
     if config.audit:
         from sidestep.tasks.audit import audit
 

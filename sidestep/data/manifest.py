@@ -15,7 +15,9 @@
   so, or, where that is null, for `genre_ratio` percent of the songs, chosen by a hash of their id and so the same in
   every run; whichever is empty gives way to the other. Then the tag: the song's own, else the data set's, before, after
   or instead of it.
-- `estimated` lists the fields of a song that --analyze guessed.
+- `estimated` lists the fields of a song that a program guessed: --analyze, or who stands under its name in `origins`.
+- `origins` says where values come from that nobody has written: a caption made of a file's name or of genre and title,
+  what a language model or a server has heard.
 
 Building the file again (`merge`) loses nothing that was edited by hand in it. Beside the samples the file keeps, under
 "sidestep", a fingerprint of every value as it was built. A value that no longer has its fingerprint was edited and
@@ -91,6 +93,7 @@ class Sample:
     prompt_override: str | None = None
     repeat: int = 1
     estimated: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)  # by field, of values that nobody has written
     extra: Mapping[str, Any] = field(default_factory=dict)  # keys of other programs
 
 
@@ -276,6 +279,10 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     identity = data.pop("id", None)
     identity = str(identity) if isinstance(identity, int) else _text(identity, f"{where}.id", mistakes)
     labeled = bool(data.pop("labeled", False))
+    origins = data.pop("origins", None) or {}
+    if not isinstance(origins, dict) or not all(isinstance(origin, str) for origin in origins.values()):
+        mistakes.append(f"{where}.origins: an object of names is needed")
+        origins = {}
     estimated = data.pop("estimated", None) or []
     if not isinstance(estimated, list) or not all(isinstance(name, str) for name in estimated):
         mistakes.append(f"{where}.estimated: a list of field names is needed")
@@ -300,6 +307,7 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
         filename=filename or audio.name,
         labeled=labeled,
         estimated=tuple(estimated),
+        origins=origins,
         extra=extra,
         **known,
     )
@@ -390,15 +398,20 @@ def _merge_one(before: Sample, fresh: Sample, built: Mapping[str, str], tag: str
         if is_edited:
             values[name] = old
             edited.add(name)
-        elif name in before.estimated and new in _SAYS_NOTHING:
+        elif name in before.estimated and (new in _SAYS_NOTHING or name in fresh.origins):
             values[name] = old
             estimated.append(name)
     if "lyrics" in edited and "is_instrumental" not in edited:
         values["is_instrumental"] = values["lyrics"] in _SAYS_NOTHING
     if {"caption", "genre"} & edited and "labeled" not in edited:
         values["labeled"] = bool(values["caption"] or values["genre"])
+    if "caption" in estimated and "labeled" not in edited:
+        values["labeled"] = True
+    origins = {name: origin for name, origin in fresh.origins.items() if name not in edited}
+    origins |= {name: before.origins[name] for name in estimated if name in before.origins}
     extra = {**fresh.extra, **before.extra}
-    return replace(fresh, id=before.id, estimated=tuple(estimated), extra=extra, **values), edited
+    merged = replace(fresh, id=before.id, estimated=tuple(estimated), origins=origins, extra=extra, **values)
+    return merged, edited
 
 
 def filled_in(dataset: Dataset, samples: Iterable[Sample], names: Iterable[str], folder: Path) -> Dataset:
@@ -437,8 +450,9 @@ def _packed(built: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 def _as_json(sample: Sample, folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": sample.id, **vars(sample), "audio_path": relative_path(sample.audio_path, folder)}
     entry["duration"] = int(sample.duration) if sample.duration >= 1 else round(sample.duration, 3)
-    if not sample.estimated:
-        del entry["estimated"]
+    for name in ("estimated", "origins"):
+        if not entry[name]:
+            del entry[name]
     del entry["extra"]
     return {**entry, **sample.extra}
 

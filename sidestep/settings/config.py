@@ -590,16 +590,77 @@ class BuildDatasetConfig:
         group="Dataset",
         plain="listen to every song for what harms training: clipping, silence, doubles, missing text",
     )
+    caption: str = option(
+        "none",
+        "describe songs that have no caption: lm (ACE-Step's language model) or endpoint (a server, see --endpoint)",
+        group="Describe",
+        choices=("none", "lm", "endpoint"),
+        plain="let a model listen to the songs and describe those that have no caption; lm runs on this computer",
+    )
+    lyrics: str = option(
+        "none",
+        "lm: also take lyrics from --caption's model, which invents some of them; they are marked",
+        group="Describe",
+        choices=("none", "lm"),
+        plain="also let the model write down the lyrics; it often invents them",
+        when=("caption", "lm", "endpoint"),
+    )
+    lm: str = option(
+        "auto",
+        "language model: 0.6B, 1.7B, 4B, a folder's name or path; auto takes 1.7B where it is there",
+        group="Describe",
+        advanced=True,
+        when=("caption", "lm"),
+    )
+    model_variant: str = same_as(
+        ModelConfig, "model_variant", group="Describe", when=("caption", "lm"), depends_on=(), offers=None, kept=False
+    )
+    device: str = same_as(ModelConfig, "device", group="Describe", advanced=True, when=("caption", "lm"))
+    precision: str = same_as(ModelConfig, "precision", group="Describe", advanced=True, when=("caption", "lm"))
+    base_precision: str = same_as(
+        TrainConfig, "base_precision", group="Describe", advanced=True, when=("caption", "lm"), plain=""
+    )
+    endpoint: str = option(
+        "",
+        "URL of a server that speaks OpenAI's chat format with audio; its key is read from SIDE_STEP_API_KEY",
+        group="Describe",
+        when=("caption", "endpoint"),
+    )
+    endpoint_model: str = option(
+        "", "name of the server's model", "--model", group="Describe", when=("caption", "endpoint")
+    )
+    endpoint_timeout: float = option(
+        120.0,
+        "seconds to wait for an answer of the server",
+        group="Describe",
+        above=0,
+        advanced=True,
+        when=("caption", "endpoint"),
+    )
     checkpoint_dir: Path | None = option(
         None,
-        "ACE-Step checkpoints, whose tokenizer --audit then counts with instead of estimating",
+        "ACE-Step checkpoints: for --caption lm, and for --audit, which then counts with their tokenizer",
         group="Dataset",
+        plain="where the ACE-Step models are: the folder with acestep-v15-turbo/, vae/ and others",
         advanced=True,
         label="Folder of the checkpoints",
         holds="checkpoints",
         kept=True,
     )
     overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
+
+    def __post_init__(self) -> None:
+        if self.caption == "none" and self.lyrics != "none":
+            raise UserError(f"--lyrics {self.lyrics} needs a model that listens.", "Add --caption lm.")
+        if self.caption == "lm" and self.checkpoint_dir is None:
+            raise UserError(
+                "--caption lm needs the folder of the ACE-Step checkpoints.", "Add --checkpoint-dir CHECKPOINTS."
+            )
+        if self.caption == "endpoint" and not (self.endpoint and self.endpoint_model):
+            raise UserError(
+                "--caption endpoint needs a server and the name of its model.",
+                "Add --endpoint http://localhost:8000/v1 --model NAME.",
+            )
 
 
 FOCUS_RANGES = {"balanced": (0.0, 1.0), "texture": (0.0, 0.4), "structure": (0.6, 1.0)}

@@ -417,6 +417,8 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
             f"peak {measured.peak_db:.1f} dB",
         ]
     parts += [
+        f"caption {sample.origins['caption']}" if "caption" in sample.origins else "",
+        f"lyrics {sample.origins['lyrics']}" if "lyrics" in sample.origins else "",
         described("bpm", f"{sample.bpm} bpm") if sample.bpm else "",
         described("keyscale", sample.keyscale),
         described("timesignature", f"{sample.timesignature} beats") if sample.timesignature else "",

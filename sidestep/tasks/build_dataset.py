@@ -59,6 +59,7 @@ from sidestep.words import clock, count, side_step
 
 MODEL_SECONDS = 600  # the longest song the model knows
 ANALYZED = ("bpm", "keyscale", "timesignature")
+FROM_TAGS, FROM_NAME, NO_LYRICS = "from genre and title", "from the file name", "no lyrics were found"
 CACHE = Path(".side-step") / "analysis.json"
 _SAVE_SECONDS = 20.0
 _THREADS = 8  # headers and tags wait for the disk
@@ -235,12 +236,16 @@ def _describe(
         left_out = "is said to be instrumental and has lyrics; the lyrics were left out."
         report(Notice(level="warning", message=f"{name}: {left_out}"))
         has_words = False
+    made_up: dict[str, str] = {}
     if instrumental is None:
         instrumental = not has_words
+        if instrumental:
+            made_up["is_instrumental"] = NO_LYRICS
     caption, genre, title = values.get("caption", ""), values.get("genre", ""), song.tags.title
     labeled = bool(caption or genre)
-    origins["written" if caption else "from genre and title" if genre or title else "from the file name"] += 1
+    origins["written" if caption else FROM_TAGS if genre or title else FROM_NAME] += 1
     if not caption:
+        made_up["caption"] = FROM_TAGS if genre or title else FROM_NAME
         called = f"{title} by {song.tags.artist}" if title and song.tags.artist else title
         caption = ", ".join(part for part in (genre, called) if part)
     if not caption:
@@ -263,6 +268,7 @@ def _describe(
         labeled=labeled,
         prompt_override=values.get("prompt_override"),
         repeat=values.get("repeat", 1),
+        origins=made_up,
     )
     seconds = song.info.seconds
     if duration_differs(sample, seconds):

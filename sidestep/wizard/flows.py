@@ -53,6 +53,14 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             then=("preprocess",),
         ),
         Flow(
+            key="describe",
+            title="Describe the songs",
+            note="ACE-Step's language model listens and writes captions",
+            config_class=BuildDatasetConfig,
+            basic=("input", "checkpoint_dir", "caption", "lyrics"),
+            then=("preprocess",),
+        ),
+        Flow(
             key="preprocess",
             title="Preprocess",
             note="make the songs readable for training, once",
