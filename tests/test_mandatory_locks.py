@@ -66,6 +66,8 @@ def test_what_was_read_holds_no_file(tmp_path):
 @pytest.mark.usefixtures("mandatory_locks")
 def test_the_demo(tmp_path, capsys):
     assert main(["--plain", "--yes", "demo", "--output-dir", str(tmp_path / "demo")]) == 0, capsys.readouterr()
+    assert main(["--plain", "history", str(tmp_path / "demo")]) == 0
+    assert "finished, 20 steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow

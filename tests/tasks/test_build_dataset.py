@@ -283,6 +283,15 @@ def test_files_of_kinds_that_are_not_read_are_one_line(tmp_path):
     assert f"3 files {said}." in messages(build(tmp_path)[1])
 
 
+def test_text_files_beside_songs_that_no_song_used_are_named(tmp_path):
+    songs(tmp_path, "a.wav", **{"a.txt": "caption: a song", "readme.txt": "read me"})
+    assert "1 text file beside songs was not read: readme.txt" in messages(build(tmp_path)[1])
+    for name in ("b.lrc", "b_prompt.txt", "c.lyrics", "d.srt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    said = "5 text files beside songs were not read: b.lrc, b_prompt.txt, c.lyrics, …"
+    assert said in messages(build(tmp_path, overwrite=True)[1])
+
+
 def test_many_songs_that_are_away_are_one_line(tmp_path):
     songs(tmp_path, "a.wav")
     (tmp_path / "dataset.json").write_text(json.dumps([{"filename": f"{i}.wav"} for i in range(9)]), encoding="utf-8")
