@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import distlib
@@ -154,7 +155,7 @@ class Wine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
-            timeout=120,
+            timeout=600,
         )
         return done.returncode, done.stdout.decode("utf-8", "replace")
 
@@ -179,15 +180,14 @@ def windows(tmp_path_factory) -> Iterator[Wine]:
 def install(windows, tmp_path):
     """install(folder's name, programs that are missing, status by step) → (status, output, calls, folder)."""
 
-    def run(name: str = "Side-Step", missing: tuple[str, ...] = (), files: bool = True, **statuses: int | str):
+    def run(name: str = "Side-Step", missing: tuple[str, ...] = (), **statuses: int):
         drive = windows.home / "prefix" / "dosdevices" / "s:"
         drive.unlink(missing_ok=True)
         drive.symlink_to(tmp_path)
         folder = tmp_path / name
         folder.mkdir()
         shutil.copyfile(INSTALLER, folder / INSTALLER.name)
-        if files:
-            (folder / "train.py").touch()
+        (folder / "train.py").touch()
         for program in missing:
             (windows.stand_ins / f"{program}.exe").rename(windows.stand_ins / f"{program}.away")
         try:
@@ -234,27 +234,6 @@ def test_it_installs_in_any_folder_and_what_it_leaves_starts_the_wizard(install,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "said", "status"),
-    [
-        ("SYNC", "packages could not", 1),
-        ("SYNC", "packages could not", CRASH),
-        ("PIP", "PyTorch could not", CRASH),
-        ("RUN", "the check failed", CRASH),
-        ("RUN", "the check failed", 3),
-    ],
-)
-def test_a_step_that_fails_ends_it_with_its_words_whatever_the_status(install, step, said, status):
-    ended, output, called, folder = install(**{step: status})
-    assert ended == 1
-    assert said in output
-    assert "Press any key" in output
-    assert "Done" not in output
-    assert called == [*START, *CALLS[: ["SYNC", "PIP", "RUN"].index(step) + 1]]
-    assert not (folder / "Side-Step.bat").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
     ("missing", "statuses", "status", "asked"),
     [
         (("uv",), {}, 0, ["where winget", "winget install --id astral-sh.uv --exact", "where uv"]),
@@ -292,17 +271,84 @@ def test_what_only_makes_things_worse_is_a_note_and_both_files_start_from_any_fo
         assert called in calls(folder)
 
 
+@dataclass(frozen=True)
+class Case:
+    """An installation in a folder of a plain name; `statuses` by step."""
+
+    folder: str
+    files: bool = True
+    statuses: Mapping[str, int | str] = field(default_factory=dict)
+
+
+FAILS = {  # (step, its status) → the words
+    ("SYNC", 1): "packages could not",
+    ("SYNC", CRASH): "packages could not",
+    ("PIP", CRASH): "PyTorch could not",
+    ("RUN", CRASH): "the check failed",
+    ("RUN", 3): "the check failed",
+}
+LONG = {"": 1, "0x0": 1, "0x1": 0}  # what the registry says of long paths → status
+CASES = {
+    **{case: Case("-".join(map(str, case)), statuses=dict([case])) for case in FAILS},
+    **{  # behind S:\\, the limit is 80
+        ("long", said): Case(f"{number}{'x' * 77}", statuses={"LONG_PATHS_ENABLED": said})
+        for number, said in enumerate(LONG)
+    },
+    "no files": Case("empty", files=False),
+}
+
+
+@pytest.fixture(scope="module")
+def installed(windows, tmp_path_factory) -> dict[object, tuple[int, str, list[str], Path]]:
+    """(status, output, calls, folder) of every case, one after the other: starting wine takes longer than most."""
+    root = tmp_path_factory.mktemp("cases")
+    drive = windows.home / "prefix" / "dosdevices" / "s:"
+    drive.unlink(missing_ok=True)
+    drive.symlink_to(root)
+    lines = ["@echo off"]
+    for case in CASES.values():
+        folder = root / case.folder
+        folder.mkdir()
+        shutil.copyfile(INSTALLER, folder / INSTALLER.name)
+        if case.files:
+            (folder / "train.py").touch()
+        variables = {**GOOD, "LONG_PATHS_ENABLED": "", **case.statuses}
+        lines += [f'set "{name}={value}"' for name, value in variables.items()]
+        lines += [f'cd /d "S:\\{case.folder}"', f"cmd /d /c {INSTALLER.name} >output.txt 2>&1 <nul"]
+        lines.append(">status.txt echo %ERRORLEVEL%")
+    (root / "all.bat").write_bytes("\r\n".join([*lines, "exit /b 0", ""]).encode("ascii"))
+    assert windows.cmd("all.bat", cwd=root)[0] == 0
+    found = {}
+    for name, case in CASES.items():
+        folder = root / case.folder
+        output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        found[name] = int((folder / "status.txt").read_text(encoding="ascii")), output, calls(folder), folder
+    return found
+
+
 @pytest.mark.slow
-def test_without_the_files_it_says_so_and_calls_nothing(install):
-    status, output, called, _ = install(files=False)
+@pytest.mark.parametrize("case", FAILS, ids=str)
+def test_a_step_that_fails_ends_it_with_its_words_whatever_the_status(installed, case):
+    ended, output, called, folder = installed[case]
+    assert ended == 1
+    assert FAILS[case] in output
+    assert "Press any key" in output
+    assert "Done" not in output
+    assert called == [*START, *CALLS[: ["SYNC", "PIP", "RUN"].index(case[0]) + 1]]
+    assert not (folder / "Side-Step.bat").exists()
+
+
+@pytest.mark.slow
+def test_without_the_files_it_says_so_and_calls_nothing(installed):
+    status, output, called, _ = installed["no files"]
     assert (status, called) == (1, [])
     assert "train.py is not in this folder" in output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("long_paths", "status"), [("", 1), ("0x0", 1), ("0x1", 0)])
-def test_a_path_that_is_too_long_is_refused_unless_windows_takes_long_ones(install, long_paths, status):
-    ended, output, called, _ = install("x" * 78, LONG_PATHS_ENABLED=long_paths)  # behind S:\, the limit is 80
-    assert ended == status
-    assert ("too long for Windows" in output) == bool(status)
-    assert bool(called) == (not status)
+@pytest.mark.parametrize("long_paths", LONG)
+def test_a_path_that_is_too_long_is_refused_unless_windows_takes_long_ones(installed, long_paths):
+    ended, output, called, _ = installed["long", long_paths]
+    assert ended == LONG[long_paths], output
+    assert ("too long for Windows" in output) == bool(ended)
+    assert bool(called) == (not ended)
