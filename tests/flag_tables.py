@@ -60,7 +60,8 @@ def _default(o: Option) -> str:
 def _help(o: Option) -> str:
     named = o.choices and not all(choice in o.help for choice in o.choices)
     text = o.help + (f" ({', '.join(o.choices)})" if named else "")
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    text += "".join(f"<br>*{words}*" for words in (o.plain, o.more) if words and words != o.help)
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("&lt;br>", "<br>")
 
 
 if __name__ == "__main__":

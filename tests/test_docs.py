@@ -37,11 +37,11 @@ def test_a_flag_table_has_a_row_for_every_setting(command):
 
 
 def test_tables_are_written_between_their_marks_and_nothing_else_is_touched():
-    empty = "\n".join(f"## {command}\n{begin(command)}\n{END}\nwords" for command in COMMANDS)
+    empty = "\n".join(f"## {command}\n{begin(command)}\n{END}\nbetween tables" for command in COMMANDS)
     filled = with_tables(empty)
     assert with_tables(filled) == filled
     assert all(flag_table(command) in filled for command in COMMANDS)
-    assert filled.count("words") == len(COMMANDS)
+    assert filled.count("between tables") == len(COMMANDS)
     with pytest.raises(ValueError, match="no place for the flags of fixed"):
         with_tables("")
 

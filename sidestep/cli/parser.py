@@ -217,6 +217,7 @@ def _add(group: Any, name: str, o: Option) -> None:
     default = as_typed(o.default)
     note = " (required)" if o.required else f" (default: {default})" if default not in ("-", "none") else ""
     text = o.help + ("" if positional and not o.required and note == " (default: .)" else note)
+    text += f"; {o.plain}" if o.plain else ""
     if o.type is bool:
         action = argparse.BooleanOptionalAction
         group.add_argument(*o.flags, dest=name, action=action, default=argparse.SUPPRESS, help=text.replace("%", "%%"))

@@ -117,6 +117,11 @@ class PreprocessConfig(ModelConfig):
         group="Preprocessing",
         choices=NORMALIZATIONS,
         plain="make loud and quiet songs equally loud: peak goes by their peaks, lufs by how loud they sound",
+        notes=("as they are", "by their loudest moment", "by how loud they sound"),
+        more=(
+            "Songs of one album are even already: none. A collection from many sources gains from lufs. "
+            "Nothing is clipped."
+        ),
     )
     max_duration: float = option(
         0.0,
@@ -176,7 +181,12 @@ class TrainConfig(ModelConfig):
         "train on random windows of N seconds; 0 trains on whole songs",
         group="Data",
         minimum=0,
-        plain="learn from random excerpts of so many seconds: less memory and time; 0 learns from whole songs",
+        plain="learn from excerpts of so many seconds: less memory and time; 0 hears whole songs",
+        more=(
+            "Whole songs teach how a piece is built, from the first verse to the end. Excerpts of 30 to 60 "
+            "seconds teach sound and playing, in a fraction of the time, and are cut elsewhere in every "
+            "round."
+        ),
     )
     hints_ratio: float = option(
         0.0,
@@ -193,6 +203,11 @@ class TrainConfig(ModelConfig):
         minimum=0,
         maximum=0.5,
         plain="a share of the songs to test on instead of learning from, such as 0.1: shows when it starts to copy",
+        more=(
+            "With 0.1 and twenty songs two are kept apart. When their loss rises while that of the others "
+            "falls, it has begun to copy; best/ holds the moment before. With fewer than ten songs leave it "
+            "at 0."
+        ),
     )
 
     adapter_type: str = option(
@@ -200,7 +215,20 @@ class TrainConfig(ModelConfig):
         "kind of adapter",
         group="Adapter",
         choices=ADAPTER_TYPES,
-        plain="lora is what every program reads; dora, lokr, loha and oft are other forms of adapter",
+        label="Kind of adapter",
+        plain="lora is what every program reads; the others are smaller or learn otherwise",
+        notes=(
+            "the usual one; every program reads it",
+            "the smallest files; gentle",
+            "like lora, more stable at low ranks; slower",
+            "more reach at the same rank",
+            "turns what is there; keeps the model's sound",
+        ),
+        more=(
+            "LoRA is the safe choice. LoKr makes files of a few megabytes and changes less, which suits a "
+            "voice or an instrument. Which program reads which kind is on the page about other programs "
+            "(docs/interop.md)."
+        ),
     )
     rank: int = option(
         64,
@@ -210,8 +238,13 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         minimum=1,
         maximum=4096,  # the widest layer of any model
-        plain="how much the adapter can learn: 16 is little, 64 usual, 128 much; more takes memory and a larger file",
         kept=True,
+        plain="how much it can learn: 16 small, 64 usual, 128 a large file and more memory",
+        more=(
+            "A low rank takes the colour of your music: instruments, room, voice. A high one also takes "
+            "details, and copies songs sooner. Most people train LoRAs of rank 16 to 64; for fewer than ten "
+            "songs stay low. For LoKr the number is a dimension of another kind: leave it at 64."
+        ),
     )
     alpha: float = option(
         128.0,
@@ -221,7 +254,11 @@ class TrainConfig(ModelConfig):
         depends_on=("rank",),
         suggest=twice_the_rank,
         kept=True,
-        plain="how strongly what is learnt acts: twice the rank is usual",
+        plain="its strength while it learns: leave it at twice the rank",
+        more=(
+            "What counts is alpha divided by rank: 2 is usual here, 1 in many other tools. Half of it acts "
+            "much like half the learning rate."
+        ),
     )
     dropout: float = option(
         0.1,
@@ -229,7 +266,10 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         minimum=0,
         maximum=0.95,
-        plain="leave out a random part of the adapter in each step, so that it learns the style and not the songs",
+        plain=(
+            "how much of the adapter is left out at random in each step, so that it learns the style and not the songs"
+        ),
+        more=("0.1 is usual. With very few songs 0.2 copies later; with hundreds of songs 0 learns a little faster."),
     )
     init_from: Path | None = option(
         None,
@@ -244,9 +284,15 @@ class TrainConfig(ModelConfig):
         "attention projections that get an adapter",
         group="Adapter",
         choices=("q_proj", "k_proj", "v_proj", "o_proj"),
+        plain="which parts of the model's listening it may change; all four is usual",
     )
     attention_type: str = option(
-        "both", "adapt self attention, cross attention or both", group="Adapter", choices=("both", "self", "cross")
+        "both",
+        "adapt self attention, cross attention or both",
+        group="Adapter",
+        choices=("both", "self", "cross"),
+        notes=("music and words", "how moments of the music relate", "how caption and lyrics act"),
+        plain="what it may change: how moments of the music relate, how caption and lyrics act, or both",
     )
     self_target_modules: tuple[str, ...] | None = option(
         None,
@@ -305,8 +351,13 @@ class TrainConfig(ModelConfig):
         "passes over the data",
         group="Training",
         minimum=1,
-        plain="how often all songs are gone through; more comes closer to them, too often only copies them",
         kept=True,
+        plain="how often every song is heard: 100 is usual, too often copies them",
+        more=(
+            "Ten songs are learnt after some fifty to two hundred rounds; with a hundred songs a third of "
+            "that is enough. Saved states on the way let you go back to an earlier one, so rather too many "
+            "than too few."
+        ),
     )
     max_steps: int = option(0, "stop after N optimizer steps; 0 trains all epochs", group="Training", minimum=0)
     batch_size: int = option(
@@ -315,14 +366,16 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=1,
         maximum=1024,
-        plain="how many songs are learnt from at the same time; more takes more memory",
+        plain="how many songs are learnt from at the same moment; more takes more memory",
+        more="1 is usual on cards up to 16 GB. Gradient accumulation gives the same evenness without the memory.",
     )
     gradient_accumulation: int = option(
         4,
         "micro-steps in an optimizer step",
         group="Training",
         minimum=1,
-        plain="how many songs are heard before the adapter is changed: more is steadier and slower",
+        plain="how many songs are heard before the adapter is changed: more is steadier, and fewer changes a round",
+        more="4 is usual. With fewer than ten songs 1 or 2 learns more in the same time.",
     )
     seed: int = option(
         42,
@@ -338,9 +391,13 @@ class TrainConfig(ModelConfig):
         group="Training",
         above=0,
         label="Learning rate",
-        plain="how far each step of learning goes: 1e-4 is usual; more is faster and can spoil the sound",
         depends_on=("optimizer_type",),
         suggest=rate_of_prodigy,
+        plain="how far each step goes: 0.0001 is usual; more is faster and can break the sound",
+        more=(
+            "If the result crackles or all songs sound alike, halve it. If nothing can be heard after many "
+            "rounds, double it. Prodigy finds it by itself; leave it at 1 there."
+        ),
     )
     optimizer_type: str = option(
         "adamw",
@@ -348,6 +405,12 @@ class TrainConfig(ModelConfig):
         group="Training",
         choices=OPTIMIZER_TYPES,
         plain="adamw is usual, adamw8bit takes less memory, prodigy finds the learning rate itself",
+        notes=(
+            "the usual one",
+            "the same with less memory",
+            "little memory, slow start",
+            "finds the learning rate itself",
+        ),
     )
     scheduler_type: str = option(
         "cosine",
@@ -363,8 +426,20 @@ class TrainConfig(ModelConfig):
         minimum=0,
         plain="begin with a small learning rate for so many steps",
     )
-    weight_decay: float = option(0.01, "weight decay", group="Training", minimum=0)
-    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 does not clip", group="Training", minimum=0)
+    weight_decay: float = option(
+        0.01,
+        "weight decay",
+        group="Training",
+        minimum=0,
+        plain="pulls the adapter gently back to nothing, so that it does not overdo; 0.01 is usual",
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "clip the gradient to this norm; 0 does not clip",
+        group="Training",
+        minimum=0,
+        plain="a limit for single wild steps; 1 is usual",
+    )
     ema_decay: float = option(
         0.0,
         "keep a running average of the adapter beside it, written to ema/; 0 keeps none, 0.99 is usual",
@@ -379,6 +454,7 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=0,
         plain="stop by itself after so many epochs without getting better; 0 never does",
+        more=("It needs something to judge by: best with a share of the songs kept apart. 10 to 20 rounds are usual."),
     )
 
     loss_weighting: str = option(
@@ -427,6 +503,12 @@ class TrainConfig(ModelConfig):
         group="Flow matching",
         minimum=0,
         maximum=1,
+        label="CFG dropout",
+        plain="how often the caption is hidden, so that guidance works later; turbo: leave empty",
+        more=(
+            "Base and sft need about 0.15, or guidance loses its grip. Turbo has its guidance built in and "
+            "was never trained without captions."
+        ),
     )
 
     compile: bool = option(
@@ -459,9 +541,14 @@ class TrainConfig(ModelConfig):
         group="Memory",
         choices=("auto", "int8", "nf4"),
         plain="store the model smaller to save memory: int8 halves it, nf4 quarters it",
+        notes=("as it is", "half the memory, next to no loss", "a quarter of the memory, a little rougher"),
     )
     offload_activations: bool = option(
-        False, "activations wait on the CPU for the backward pass", group="Memory", advanced=True
+        False,
+        "activations wait on the CPU for the backward pass",
+        group="Memory",
+        advanced=True,
+        plain="much less memory on the card, more time: results in between wait in the computer's memory",
     )
     even_if_it_does_not_fit: bool = option(
         False, "train although the memory planner says that the GPU is too small", group="Memory", advanced=True
@@ -472,6 +559,7 @@ class TrainConfig(ModelConfig):
         group="Memory",
         minimum=0,
         advanced=True,
+        plain="the least memory on the card, much more time: so many layers wait in the computer's memory",
     )
     offload_encoder: bool = option(
         False,
@@ -487,6 +575,10 @@ class TrainConfig(ModelConfig):
         group="Previews",
         minimum=0,
         plain="make music to listen to while training, every so many epochs; 0 only at the end",
+        more=(
+            "Each preview takes some seconds to minutes. Every 10 rounds is usual; it is the surest way to "
+            "hear when to stop."
+        ),
     )
     preview_prompt: str = option(
         "",
@@ -567,6 +659,10 @@ class BuildDatasetConfig:
         group="Dataset",
         label="Trigger word",
         plain="a word of your own that goes into every caption and calls the style up later; empty: none",
+        more=(
+            "Take a word that means nothing, such as mrnglght: an ordinary one already means something to the "
+            "model. It stands before every caption; write it into your prompts, and the style comes."
+        ),
     )
     tag_position: str | None = option(
         None, "where the tag goes; default: prepend", group="Dataset", choices=("prepend", "append", "replace")
@@ -805,12 +901,21 @@ class SampleConfig(ModelConfig):
         minimum=-4,
         maximum=4,
         plain="how strongly the adapter acts, a recording each: 0 is without it, 1 as it was trained",
+        more=(
+            "0 is the model alone, to compare with. If 0.6 sounds better than 1, it was trained a little too "
+            "long, and 0.6 is a fine way to use it. Above 1 it is overdone on purpose."
+        ),
     )
     steps: int | None = option(
         None, "denoising steps; default: 8 for turbo, 50 for sft, 32 for base", group="Sample", minimum=1, maximum=1000
     )
     guidance: float | None = option(
-        None, "guidance scale; default: 7, and none for turbo, which has it built in", group="Sample", minimum=1
+        None,
+        "guidance scale; default: 7, and none for turbo, which has it built in",
+        group="Sample",
+        minimum=1,
+        plain="how strictly the caption is followed; 7 is usual, turbo: leave empty",
+        more="High values follow the words and sound pressed; low ones are freer.",
     )
     shift: float | None = option(
         None,

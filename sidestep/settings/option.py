@@ -42,7 +42,9 @@ class Option:
     group: str
     label: str = ""  # the question's words, where the flag's own would puzzle
     plain: str = ""
+    more: str = ""  # two or three sentences for who wants to know: what it does to the sound, what is usual
     choices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # a few words on each of the choices
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None

@@ -11,7 +11,10 @@ YES, NO = ("y", "yes", "on", "true", "1"), ("n", "no", "off", "false", "0")
 
 
 class NumberedAsk:
-    """Asks on a plain terminal. Enter takes what is in brackets, `b` goes back, Ctrl-C or the end of input leaves."""
+    """Asks on a plain terminal. Enter takes what is in brackets, `b` goes back, `?` tells more, Ctrl-C leaves.
+
+    So does the end of input.
+    """
 
     def __init__(self, terminal: Terminal):
         self.terminal = terminal
@@ -33,7 +36,8 @@ class NumberedAsk:
             print_line(f"  {number}) {choice.title}" + (f" - {choice.note}" if choice.note else ""))
         suggestion = _suggestion(prompt)
         while True:
-            line = f"[{suggestion}] (b: back) > " if suggestion else "(b: back) > "
+            keys = "(b: back, ?: more)" if prompt.more else "(b: back)"
+            line = f"[{suggestion}] {keys} > " if suggestion else f"{keys} > "
             print(line, end="", file=self.terminal.out, flush=True)
             line = self.terminal.source.readline()
             if not line:
@@ -41,6 +45,9 @@ class NumberedAsk:
             typed = line.strip()
             if typed == "b":
                 return BACK
+            if typed == "?" and prompt.more:
+                print_line(prompt.more)
+                continue
             if not typed:
                 return prompt.default
             if prompt.kind == "several":

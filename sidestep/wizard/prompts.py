@@ -1,8 +1,9 @@
-"""Questions with cursor keys, by questionary. Esc (or `b`) goes back, Ctrl-C leaves."""
+"""Questions with cursor keys, by questionary. Esc (or `b`) goes back, `?` tells more, Ctrl-C leaves."""
 
 import os
 import textwrap
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from threading import Event, Thread
 from typing import Any
@@ -28,6 +29,7 @@ from sidestep.wizard.questionnaire import BACK, NEWS, Move, Prompt
 from sidestep.words import visible
 
 SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
+MORE = object()  # a reply that asks for more on the question
 NUMBERED = 9  # choices that a digit takes
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
 STYLE = Style(
@@ -59,7 +61,7 @@ class QuestionaryAsk:
             if heading or step:
                 console.print(Text.assemble((heading, "cyan"), (step, "dim")))
         if prompt.help:
-            console.print(Text(visible(prompt.help), style="dim"))
+            console.print(Text(visible(prompt.help) + ("  (?: more)" if prompt.more else ""), style="dim"))
         if prompt.error:
             console.print(Text(f"Not taken: {visible(prompt.error)}", style="yellow"))
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
@@ -73,8 +75,11 @@ class QuestionaryAsk:
         if prompt.news:
             app.pre_run_callables.append(partial(leave_for_news, app, prompt.news))
         reply = question.unsafe_ask()
-        self._was_left = reply is NEWS
+        self._was_left = reply in (NEWS, MORE)
         self._typed = reply if isinstance(reply, str) else ""
+        if reply is MORE:
+            console.print(Text(visible(prompt.more), style="dim"))
+            return self(replace(prompt, help="", more=""))
         if isinstance(reply, Move):
             return reply
         if not prompt.choices and self._typed.strip() == "b":
@@ -194,6 +199,17 @@ def keys_of(prompt: Prompt) -> KeyBindings:
         lines.pointed_at, lines.is_answered = number, True
         event.app.exit(result=lines.get_pointed_at().value)
 
+    def more(event: KeyPressEvent) -> None:
+        """A question mark asks for more, but where a text has been begun, of which it is a part."""
+        suggested = "" if prompt.default in ("", None) else as_typed(prompt.default)
+        if prompt.kind in ("choice", "several", "yes-no") or event.current_buffer.text in ("", suggested):
+            event.app.erase_when_done = True
+            event.app.exit(result=MORE)
+        else:
+            event.current_buffer.insert_text("?")
+
+    if prompt.more:
+        bindings.add("?", eager=True)(more)
     bindings.add(Keys.Escape, eager=True)(back)
     if prompt.kind == "path":
         bindings.add(Keys.ControlM, eager=True)(accept)

@@ -3,6 +3,7 @@
 Pure: who asks is passed in, so that all of it can be tested with a scripted `ask`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -45,6 +46,7 @@ class Prompt:
     step: int = 1
     steps: int = 1
     error: str = ""  # why the last reply was not taken
+    more: str = ""  # what `?` tells
     news: Event | None = None  # once it is set the reply is NEWS, as soon as the asker can
 
 
@@ -74,6 +76,7 @@ class Question:
     depends_on: tuple[str, ...] = ()
     typed: str = "choice"
     on_disk: bool = False
+    more: str = ""
 
     def asked(self, answers: Answers, default: Any, **place: Any) -> Prompt:
         """The prompt that asks this now."""
@@ -88,7 +91,9 @@ class Question:
                 raise UserError(f"{' '.join(map(str, reply))}: not all of these are in the list.")
             return self.read(reply, answers)
 
-        return Prompt(self.name, self.text, self.help, kind, default, choices, read, section=self.section, **place)
+        return Prompt(
+            self.name, self.text, self.help, kind, default, choices, read, section=self.section, more=self.more, **place
+        )
 
 
 def choose(
@@ -149,12 +154,13 @@ def from_option(
         if o.offers:
             return o.offers(answers)
         unset = (Choice(None, "not set"),) if o.optional and kind == "choice" else ()
-        return (*unset, *(Choice(value, value) for value in o.choices))
+        return (*unset, *(Choice(v, v, note) for v, note in itertools.zip_longest(o.choices, o.notes, fillvalue="")))
 
     listed = f" ({', '.join(o.choices)}; empty: not set)" if o.many and o.choices and kind == "text" else ""
     fields: dict[str, Any] = {
         "text": o.title,
         "help": (o.plain or o.help) + listed,
+        "more": o.more,
         "kind": kind,
         "section": o.group,
         "choices": choices,

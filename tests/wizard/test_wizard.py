@@ -660,11 +660,47 @@ def test_the_end_of_input_leaves_like_ctrl_c():
 # Questions with cursor keys
 
 
-def drawn(asked: Prompt, keys: str, meanwhile=lambda: None) -> object:
+def drawn(asked: Prompt, keys: str, meanwhile=lambda: None, out: io.StringIO | None = None) -> object:
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
         pipe.send_text(keys)
         meanwhile()
-        return QuestionaryAsk(RichTerminal(io.StringIO()))(asked)
+        return QuestionaryAsk(RichTerminal(out or io.StringIO()))(asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "keys", "reply", "is_told"),
+    [
+        ("choice", ("a1", "b2"), "?2", "b2", True),
+        ("yes-no", (), "?n", False, True),
+        ("text", (), "?\r", "a1", True),
+        ("text", (), "x?\r", "a1x?", False),  # a part of what is typed
+    ],
+)
+def test_a_question_mark_tells_more_and_asks_again(kind, choices, keys, reply, is_told):
+    out = io.StringIO()
+    asked = replace(prompt(kind, True if kind == "yes-no" else "a1", choices), more="Sixty-four is usual.")
+    assert drawn(asked, keys, out=out) == reply
+    assert ("Sixty-four is usual." in out.getvalue()) == is_told
+    assert "(?: more)" in out.getvalue()
+
+
+def test_a_question_mark_tells_more_on_a_plain_terminal():
+    reply, shown = numbered("?\n\n", replace(prompt("text", "64"), more="Sixty-four is usual."))
+    assert reply == "64"
+    assert shown.count("Sixty-four is usual.") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rank", "alpha", "dropout", "cfg_ratio", "chunk_duration", "gradient_accumulation", "epochs", "lr", "val_split"],
+)
+def test_what_musicians_puzzle_over_has_a_line_for_the_ear_and_more_behind_it(name):
+    o = options_of(TrainConfig)[name]
+    asked = questions_of(FLOWS["train"], Context(), advanced=True)
+    question = next(question for question in asked if question.name == name)
+    assert (question.help, question.more) == (o.plain, o.more)
+    assert len(o.plain) <= 120
+    assert len(o.more.split(". ")) in (2, 3, 4)
 
 
 @pytest.mark.parametrize(("keys", "reply"), [("2", "b2"), ("\x1b[B\r", "b2"), ("\r", "a1"), ("9\r", "a1")])

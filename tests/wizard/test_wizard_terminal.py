@@ -100,7 +100,7 @@ def test_every_question_of_training_is_reached_and_left_by_escape(known, columns
         "Folder of training tensors",
         "Folder for the results",
         "Preset",
-        "Adapter type",
+        "Kind of adapter",
         "What now?",
     )
     with Session(known, columns=columns) as session:
@@ -239,7 +239,7 @@ def test_a_new_user_reaches_a_trained_adapter_with_twelve_answers(folder):
         session.asks("Preset")
         session.choose("quick_test")
         answers += 1
-        answer("Adapter type")
+        answer("Kind of adapter")
         answer("What now?", seconds=90)
         session.asks("What next?", seconds=900)
         session.choose("Exit")
