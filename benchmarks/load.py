@@ -27,7 +27,7 @@ from benchmarks.measure import ROOT
 from sidestep.settings.option import as_arguments
 from sidestep.words import gib
 from tests.pseudo_terminal import Session
-from tests.training_world import WIDTH, record, settings
+from tests.training_world import WIDTH, record, settings, write_data
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -151,7 +151,18 @@ def records(folder: Path) -> list[Row]:
     ]
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs, "runs": runs, "records": records}
+def epochs(folder: Path) -> list[Row]:
+    """Memory over 2,000 epochs of one song, against that over 20."""
+    data = write_data(folder / "tensors", (20,))
+    peaks = {}
+    for number in (20, 2000):
+        config = settings(data, folder / f"run-{number}", epochs=number, log_every=100, save_every=1000)
+        seconds, peaks[number] = run_command("fixed", *as_arguments(config))
+    grown = f"{(peaks[2000] - peaks[20]) / 2**20:+.0f} MiB against 20 epochs"
+    return [Row("2,000 epochs of one song: memory", f"{took(seconds, peaks[2000])} ({grown})", "flat")]
+
+
+PARTS: dict[str, Callable[[Path], list[Row]]] = {"songs": songs, "runs": runs, "records": records, "epochs": epochs}
 
 
 def table(stored: dict[str, list[dict[str, str]]]) -> str:

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -25,6 +27,8 @@ from tests.preprocessing import contents, job, make_library
 
 SONGS = [*(f"{i}.wav" for i in range(8)), *(f"deep/{i}.wav" for i in range(4))]
 KILLS = 20
+ROOT = Path(__file__).parents[3]
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--mount", "--fork", "--mount-proc")
 pytestmark = pytest.mark.slow  # importing torch in one more process takes longest
 
 # One process imports torch; each job is a fork of it, which costs a few hundredths of a second instead of seconds.
@@ -179,6 +183,37 @@ def test_killed_before_any_rename_or_removal_it_makes_what_an_uninterrupted_run_
     finish(*[start(library, output, log) for _ in range(2)])
     assert_complete(output, reference[0])
     assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_at_pairs_of_operations_it_makes_what_an_uninterrupted_run_makes(
+    library: Path, reference, tmp_path: Path
+):
+    """A kill between two removals, and then one of the process that cleans up after it: neither leaves a loop."""
+    for first, second in itertools.product(range(5), (0, 1)):
+        output, log = tmp_path / f"out {first} {second}", tmp_path / f"log {first} {second}"
+        for number in (first, second):
+            process = start(library, output, log, KILL_AT=str(number))
+            process.join(120)
+            assert process.exitcode == -signal.SIGKILL
+        finish(start(library, output, log))
+        assert_complete(output, reference[0])
+        assert not [line for line in lines(log, "encoded") if line[2]]
+
+
+def test_two_containers_make_the_same_set_and_no_song_twice(library: Path, reference, tmp_path: Path):
+    """Both processes have the same host name and the number 1: neither takes the other's files for its own."""
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"], check=False).returncode:
+        pytest.skip("no namespaces here")
+    output, log = tmp_path / "out", tmp_path / "log"
+    paths = [str(path) for path in (library, output, log)]
+    code = f"from pathlib import Path\nfrom {__name__} import work\nwork(*map(Path, {paths!r}), {{}})"
+    both = [subprocess.Popen([*CONTAINER, sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert_complete(output, reference[0])
+    assert Counter(name for _, name, _ in lines(log, "encoded")) == Counter(SONGS)
+    assert [pid for pid, *_ in lines(log, "started")] == [1, 1]
+    assert sum(done for _, done, _, _ in lines(log, "summary")) == len(SONGS)
 
 
 def test_two_machines_with_clocks_three_hours_apart_make_the_same_set_and_no_song_twice(

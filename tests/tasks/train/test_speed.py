@@ -1,12 +1,14 @@
 """The host does not wait for the device in a micro-step: it reads values only when it logs."""
 
+import gc
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidestep.events import StepDone
+from sidestep.events import EpochDone, StepDone
 from sidestep.tasks.train import train
 from sidestep.tasks.train.loop import Metrics, optimizer_step
 from tests.training_world import Log, prepared, settings, write_data
@@ -100,3 +102,28 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(data, tmp_path, changes):
         )
         losses[name] = [event.loss for event in log.events if isinstance(event, StepDone)]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_epoch_leaves_no_tensor_and_next_to_no_memory_behind(tmp_path):
+    """2,000 of them must not fill the machine: what is kept of each is a handful of numbers."""
+    first, last = 10, 30
+    held: dict[int, tuple[int, int]] = {}
+
+    def look(event) -> None:
+        if isinstance(event, EpochDone) and event.epoch in (first, last):
+            gc.collect()
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            held[event.epoch] = tensors, tracemalloc.get_traced_memory()[0]
+
+    config = settings(
+        write_data(tmp_path / "data", (12,)), tmp_path / "run", epochs=last, log_every=10, save_best=False
+    )
+    tracemalloc.start()
+    try:
+        train(config, look)
+    finally:
+        tracemalloc.stop()
+    (tensors, before), (tensors_then, then) = held[first], held[last]
+    assert tensors_then <= tensors
+    assert (then - before) / (last - first) < 10_000  # bytes an epoch
