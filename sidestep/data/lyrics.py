@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _TIME = r"(\d{1,3}):([0-5]?\d)(?:[.:,](\d{1,3}))?"
 TIME_MARK = re.compile(rf"[\[<]{_TIME}[\]>][ \t]?")
+_HOUR_MARK = re.compile(r"(?<=[\[<])(\d{1,2}):([0-5]\d)(?=:[0-5]\d[.,]\d{1,3}[\]>])")  # [1:02:03.45]
 _SEVERAL_MARKS = re.compile(rf"^[ \t]*\[{_TIME}\][ \t]*\[{_TIME}\]", re.MULTILINE)
 _HEADER = re.compile(r"^\s*\[(?:ar|ti|al|au|by|re|ve|length|offset|la|lr|tool|id)\s*:[^\]]*\]\s*$", re.IGNORECASE)
 _OFFSET = re.compile(r"^\s*\[offset\s*:\s*([+-]?\d{1,7})\s*\]\s*$", re.IGNORECASE)
@@ -40,6 +41,7 @@ def cleaned(text: str) -> str:
     Subtitles get time marks. With time marks, headers such as [ar: artist] go and [offset: ms] is applied (a positive
     one makes lines appear sooner).
     """
+    text = _HOUR_MARK.sub(lambda mark: f"{60 * int(mark[1]) + int(mark[2]):02}", text)
     lines = [line.rstrip() for line in text.split("\n")]
     if "-->" in text and any(map(_CUE.match, lines)):
         lines = _subtitles(lines)

@@ -183,7 +183,7 @@ def parse_txt(text: str, source: str = "text") -> Known:
 
 
 def _tagged(text: str) -> list[tuple[str, str]]:
-    """(field, text) of <FIELD>text</FIELD>, whatever stands between."""
+    """(field, text) of <FIELD>text</FIELD>, whatever stands between; one that is not closed goes on to the end."""
     found, opened = [], None
     for tag in _TAG.finditer(text):
         if opened and tag[1] and tag[2] == opened[2]:
@@ -191,6 +191,8 @@ def _tagged(text: str) -> list[tuple[str, str]]:
             opened = None
         elif not opened and not tag[1] and field_named(tag[2]):
             opened = tag
+    if opened:  # and never closed
+        found.append((opened[2], text[opened.end() :].strip("\r\n")))
     return found
 
 

@@ -57,6 +57,13 @@ def test_a_line_with_several_marks_stands_in_the_whole_as_often_as_it_is_sung():
     assert without_time_marks(lyrics) == expected
 
 
+def test_marks_with_hours_are_those_of_their_minutes():
+    lyrics = "[00:59:59.50]One\n[1:00:05.00]<1:00:05.00>Two\n[01:03:50]minutes, seconds, hundredths"
+    expected = "[59:59.50]One\n[60:05.00]<60:05.00>Two\n[01:03:50]minutes, seconds, hundredths"
+    assert parse_field("lyrics", lyrics) == expected
+    assert [line.start for line in timed_lines(expected)] == [63.5, 3599.5, 3605.0]
+
+
 @pytest.mark.parametrize(
     ("offset", "moved"),
     [

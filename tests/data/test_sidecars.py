@@ -331,6 +331,11 @@ def test_a_file_of_tags_gives_numbers_too():
     assert parse_txt("<BPM>72</BPM>\n<KEYSCALE>Dm</KEYSCALE>").values == {"bpm": 72, "keyscale": "D minor"}
 
 
+def test_a_tag_that_is_not_closed_is_no_text_of_the_prompt():
+    assert parse_txt("<BPM>72</BPM>\n<CAPTION>\nsad <3 ballad\n").values == {"bpm": 72, "caption": "sad <3 ballad"}
+    assert parse_txt("<b>bold</b> words").values == {"caption": "<b>bold</b> words"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
