@@ -11,6 +11,9 @@ from typing import Any
 
 from sidestep.words import visible
 
+STEP_TASK = "Within this step"  # the task of its progress, which goes with the step
+SECONDS_OF_SILENCE = 3.0  # the longest that a task may go on without a word
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -39,7 +42,10 @@ class Decision(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
-    """How far a task of countable parts has come. `rate` is in `unit` per second, `eta_seconds` the time left."""
+    """How far a task of countable parts has come. `rate` is in `unit` per second, `eta_seconds` the time left.
+
+    With `bytes` as the unit, `done` and `total` are bytes.
+    """
 
     task: str
     done: int
@@ -127,6 +133,35 @@ class Finished(Event):
 
     message: str
     next_commands: tuple[str, ...] = ()
+
+
+class LongTask:
+    """Progress of a task that may be over at once: a first word after `quiet_seconds`, then one a second, and its end.
+
+    Call it with the parts that were done since the last call. A task that ends before its first word tells nothing.
+    """
+
+    def __init__(
+        self, report: Report, task: str, total: int, *, unit: str = "", quiet_seconds: float = SECONDS_OF_SILENCE
+    ):
+        self._report, self._task, self._total, self._unit = report, task, total, unit
+        self._began = time.monotonic()
+        self._next, self._done, self._is_told = self._began + quiet_seconds, 0, False
+        if not quiet_seconds:
+            self(0)
+
+    def __call__(self, parts: int = 1, current: str = "") -> None:
+        self._done += parts
+        now = time.monotonic()
+        if now < self._next and not (self._is_told and self._done >= self._total):
+            return
+        self._next, self._is_told = now + 1.0, True
+        left = (self._total - self._done) * (now - self._began) / self._done if self._done else None
+        self._report(
+            Progress(
+                task=self._task, done=self._done, total=self._total, current=current, unit=self._unit, eta_seconds=left
+            )
+        )
 
 
 def as_json(event: Event) -> str:

@@ -4,6 +4,7 @@ No Python that a checkpoint brings along is run. Key map and XL timbre token: sp
 """
 
 import inspect
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,8 +27,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
-from sidestep.acestep.weights import CPU, Weights, fill
+from sidestep.acestep.weights import CPU, Weights, fill, quiet_seconds
 from sidestep.errors import UserError
+from sidestep.events import LongTask, Report, null
 from sidestep.variants import Variant, detect
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,10 +68,13 @@ OWN_KEYS = {"transformer": ("decoder.", "null_condition_emb"), "condition_encode
 
 
 class Checkpoint:
-    """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors read of its file."""
+    """One variant on disk. Loads only the parts asked for; `loaded_keys` names the tensors read of its file.
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    `report` is told how far reading has come where that takes longer than a moment.
+    """
+
+    def __init__(self, layout: Layout, report: Report = null):
+        self.layout, self.report = layout, report
         self.config = layout.config
         self.variant: Variant = detect(layout.config, layout.folder.name.removesuffix(".safetensors"))
         self.loaded_keys: set[str] = set()
@@ -195,7 +200,7 @@ class Checkpoint:
     def _open(self, part: str) -> Weights:
         path = self.layout.part(part)
         if path not in self._weights:
-            self._weights[path] = Weights(path)
+            self._weights[path] = Weights(path, self.report)
         return self._weights[path]
 
     def _load(
@@ -221,11 +226,15 @@ class Checkpoint:
             sizes = read_config(weights.path / "config.json") if prefix else sizes
             # a text encoder may come from a whole language model
             keys = {k.removeprefix("model."): k for k in weights.shapes if k not in extra and k != "lm_head.weight"}
+        what = part.replace("_", " ")
+        nbytes = sum(math.prod(weights.shapes[key]) for key in keys.values()) * dtype.itemsize
+        task = f"Loading the {what}" + (f" and packing it in {quantize}" if quantize else "")
+        done = LongTask(self.report, task, nbytes, unit="bytes", quiet_seconds=quiet_seconds(nbytes))
         with init_empty_weights(include_buffers=False):
             model = model_class(**accepted(model_class, sizes))
             if quantize:
                 make_quantizable(model, quantize, dtype)
-        fill(model, weights, keys, dtype, device, part.replace("_", " "), extra)
+        fill(model, weights, keys, dtype, device, what, extra, done)
         self.loaded_keys.update(keys.values() if prefix else ())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here
 
@@ -247,9 +256,9 @@ def encoder_sizes(config: dict) -> dict:
     return sizes
 
 
-def open_checkpoint(checkpoint_dir: Path, model_variant: str) -> Checkpoint:
+def open_checkpoint(checkpoint_dir: Path, model_variant: str, report: Report = null) -> Checkpoint:
     """The checkpoint of a variant (or folder name) below `checkpoint_dir`. Reads only its config. Raises UserError."""
-    return Checkpoint(find_layout(checkpoint_dir, model_variant))
+    return Checkpoint(find_layout(checkpoint_dir, model_variant), report)
 
 
 def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:

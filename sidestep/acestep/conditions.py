@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sidestep.acestep.checkpoint import Checkpoint
+from sidestep.events import LongTask
 
 TEXT2MUSIC = "Fill the audio semantic mask based on the given conditions:"
 COVER = "Generate audio semantic tokens based on the given conditions:"
@@ -149,14 +150,20 @@ def encode_texts(
     text_encoder, tokenizer = checkpoint.load_text_encoder(device, dtype)
     prompts = {text.prompt: token_ids(tokenizer, text.prompt, TEXT_TOKENS) for text in texts}
     lyrics = {text.lyrics: token_ids(tokenizer, text.lyrics, LYRIC_TOKENS) for text in texts}
-    prompt_states = {prompt: encode_text(text_encoder, ids).cpu() for prompt, (ids, _) in prompts.items()}
+    prompt_states = {}
+    encoded = LongTask(checkpoint.report, "Encoding prompts", len(prompts))
+    for prompt, (ids, _) in prompts.items():
+        prompt_states[prompt] = encode_text(text_encoder, ids).cpu()
+        encoded()
     embeddings = text_encoder.get_input_embeddings().cpu()
     del text_encoder
     encoder = checkpoint.load_condition_encoder(device, dtype)
     timbre = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
+    packed = LongTask(checkpoint.report, "Encoding lyrics", len(texts))
     for text in texts:
         ids, lyric_tokens_lost = lyrics[text.lyrics]
         states = encode_conditions(encoder, prompt_states[text.prompt], embeddings(ids), timbre)
+        packed()
         yield Conditions(states.cpu(), prompts[text.prompt][1], lyric_tokens_lost)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sidestep.acestep.quantize import is_quantized, quantize_weight
 from sidestep.errors import UserError
+from sidestep.events import SECONDS_OF_SILENCE, LongTask, Report, null
 from sidestep.files import state_folder, write_text
 
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ class Weights:
     Raises UserError for a missing, truncated or LFS-pointer file and for a shard that is not there.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, report: Report = null):
+        self.path, self._report = path, report
         self.files, self._file_of = ([path], {}) if path.is_file() else weight_files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._prefix = ""
@@ -69,7 +70,7 @@ class Weights:
     def identity(self, *prefixes: str) -> str:
         """Hex digest of every byte of the tensors whose names begin so (all without), with names, types and shapes."""
         beginnings = tuple(self._prefix + prefix for prefix in prefixes or ("",))
-        digests = [(key, digest) for file in self.files for key, digest in tensor_digests(file).items()]
+        digests = [(key, digest) for file in self.files for key, digest in tensor_digests(file, self._report).items()]
         own = sorted((key, digest) for key, digest in digests if key.startswith(beginnings))
         return hashlib.blake2b(json.dumps(own).encode(), digest_size=16).hexdigest()
 
@@ -88,7 +89,7 @@ class Weights:
         return digest.hexdigest()
 
 
-def tensor_digests(file: Path) -> dict[str, str]:
+def tensor_digests(file: Path, report: Report = null) -> dict[str, str]:
     """A digest of each tensor of a safetensors file, kept by the file's size and times where reading takes its time."""
     stat = file.stat()
     is_large = stat.st_size > UNKEPT_BYTES
@@ -106,13 +107,24 @@ def tensor_digests(file: Path) -> dict[str, str]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         entries = {key: entry for key, entry in json.loads(f.read(length)).items() if key != "__metadata__"}
+    digests = {}
+    task = f"Reading {file.name} once, to know it again"
+    sizes = [end - start for start, end in (entry["data_offsets"] for entry in entries.values())]
+    read = LongTask(report, task, sum(sizes), unit="bytes", quiet_seconds=quiet_seconds(sum(sizes)))
     with ThreadPoolExecutor(4, thread_name_prefix="digest") as pool:
         found = pool.map(lambda entry: _digest(file, 8 + length, entry), entries.values())
-        digests = dict(zip(entries, found, strict=True))
+        for key, size, digest in zip(entries, sizes, found, strict=True):
+            digests[key] = digest
+            read(size)
     if is_large:
         with suppress(OSError):  # it only saves the next reading
             write_text(kept, json.dumps({"file": known, "digests": digests}))
     return digests
+
+
+def quiet_seconds(nbytes: int) -> float:
+    """How long reading so many bytes may go on without a word: not at all where that takes longer than a moment."""
+    return 0.0 if nbytes > UNKEPT_BYTES else SECONDS_OF_SILENCE
 
 
 def _digest(file: Path, origin: int, entry: dict) -> str:
@@ -181,10 +193,12 @@ def fill(
     device: torch.device,
     what: str,
     extra: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
+    done: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Give a model built on `meta` its weights, one tensor at a time, so that memory peaks at the weights themselves.
 
-    keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key.
+    keys: checkpoint key of each model key. extra: tensors that come from elsewhere, by model key. done(bytes) is called
+    after each tensor.
     Layers of `make_quantizable` get theirs quantised.
     Raises UserError when tensors are missing, left over or of another shape than the config says.
     """
@@ -224,3 +238,4 @@ def fill(
             module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
         else:
             module._buffers[leaf] = tensor.to(device)
+        done(tensor.nbytes)

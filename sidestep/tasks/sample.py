@@ -192,7 +192,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     prompt = prompt_of(_typed_prompt(config), "")
     strengths = _strengths(config)
     check_streaming(config)
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sidestep.events import (
+    STEP_TASK,
     Decision,
     EpochDone,
     Event,
@@ -28,7 +29,7 @@ from sidestep.events import (
     Validated,
     visible_event,
 )
-from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, is_tty, rate
+from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, done_of, is_tty, pace, rate
 from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -84,12 +85,14 @@ class LiveView:
                 self.tasks[task] = event
                 if total and done >= total:
                     del self.tasks[task]
-                    self.console.print(Text.assemble(("done ", "green"), task, (f"  {done}/{total}", "dim")))
+                    self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
             case StepDone(loss=loss):
                 self.step = event
+                self.tasks.pop(STEP_TASK, None)
                 self.losses.append(loss)
             case EpochDone():
                 self.epoch = event
+                self.tasks.pop(STEP_TASK, None)
             case Validated(best=best):
                 self.validated, self.best = event, event if best else self.best
             case _:
@@ -100,7 +103,7 @@ class LiveView:
         parts: list[RenderableType] = []
         for progress in self.tasks.values():
             left = "" if progress.eta_seconds is None else f"{clock(progress.eta_seconds)} left"
-            done = "  ".join(part for part in (f"{progress.done}/{progress.total}", rate(progress), left) if part)
+            done = "  ".join(part for part in (done_of(progress), rate(progress), left) if part)
             room = max(8, self.console.width - len(progress.task) - len(done) - 6)
             bar = ProgressBar(max(progress.total, 1), progress.done, width=min(30, room))
             grid = RichTable.grid(padding=(0, 1))
@@ -131,7 +134,7 @@ class LiveView:
             Text(f"lr {step.lr:.1e}"),
             Text(f"grad {step.grad_norm:.3g}"),
         )
-        figures.add_row(Text(f"{step.steps_per_second:.3g} steps/s"), Text(left), Text(gib(step.memory_bytes)))
+        figures.add_row(Text(pace(step.steps_per_second)), Text(left), Text(gib(step.memory_bytes)))
         if self.validated is not None:
             best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
             figures.add_row(Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold")), Text(best), Text())

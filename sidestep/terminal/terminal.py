@@ -76,16 +76,30 @@ def as_lines(event: Event) -> list[str]:
 
 
 def progress_line(event: Progress) -> str:
-    """`preprocess 3/12 (25%), 4.1 s/s, 0:32 left, song.wav`."""
+    """`preprocess 3/12 (25%), 4.1 s/s, 0:32 left, song.wav`; bytes as `Merging 1.2/4.5 GiB (26%)`."""
     share = f" ({100 * event.done // event.total}%)" if event.total else ""
     goes_on = event.eta_seconds is not None and event.done < event.total
     parts = (
-        f"{event.task} {event.done}/{event.total}{share}",
+        f"{event.task} {done_of(event)}{share}",
         rate(event),
         f"{clock(event.eta_seconds)} left" if goes_on else "",
         event.current,
     )
     return ", ".join(part for part in parts if part)
+
+
+def done_of(event: Progress) -> str:
+    """How much of a task is done: `3/12`, or `1.2/4.5 GiB`."""
+    if event.unit == "bytes":
+        return f"{event.done / 2**30:.1f}/{gib(event.total)}"
+    return f"{event.done}/{event.total}"
+
+
+def pace(steps_per_second: float) -> str:
+    """How fast steps go: `2.1 steps/s`, or `14 s per step` where one takes longer than a second."""
+    if 0 < steps_per_second < 1:
+        return f"{1 / steps_per_second:.3g} s per step"
+    return f"{steps_per_second:.3g} steps/s"
 
 
 def rate(event: Progress) -> str:
@@ -101,7 +115,7 @@ def step_line(event: StepDone) -> str:
         f"loss {event.loss:.4f}",
         f"lr {event.lr:.1e}",
         f"grad norm {event.grad_norm:.3g}",
-        f"{event.steps_per_second:.3g} steps/s",
+        pace(event.steps_per_second),
         f"{clock(event.eta_seconds)} left" if event.step < event.total_steps else "",
         gib(event.memory_bytes),
     )

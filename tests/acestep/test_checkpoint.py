@@ -400,3 +400,26 @@ def test_the_device_is_chosen_with_a_reason(monkeypatch):
 def test_old_gpus_get_fp16_and_new_ones_bf16(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if has_bf16 else (7, 5))
     assert choose_precision("auto", torch.device("cuda")).value == expected
+
+
+def test_reading_and_packing_a_large_part_is_told_from_its_first_byte_to_its_last(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "UNKEPT_BYTES", 0)
+    told: list = []
+    checkpoint = open_checkpoint(checkpoints, "turbo", told.append)
+    loads = {
+        "Loading the transformer": lambda: checkpoint.load_decoder(),
+        "Loading the transformer and packing it in int8": lambda: checkpoint.load_decoder(quantize="int8"),
+        "Loading the text encoder": checkpoint.load_text_encoder,
+        "Reading model.safetensors once, to know it again": checkpoint.identity,
+    }
+    for task, load in loads.items():
+        told.clear()
+        load()
+        assert {event.task for event in told} == {task}
+        assert (told[0].done, told[0].unit) == (0, "bytes")
+        assert told[-1].done == told[-1].total > 0
+    told.clear()
+    monkeypatch.setattr(weights, "UNKEPT_BYTES", 1 << 30)
+    checkpoint.load_decoder()
+    assert told == []

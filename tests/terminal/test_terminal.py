@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sidestep import events
 from sidestep.events import (
+    STEP_TASK,
     Decision,
     EpochDone,
     Event,
@@ -41,6 +42,12 @@ EXAMPLES = {
     "device: cpu (no GPU found)": Decision(what="device", value="cpu", reason="no GPU found"),
     "Pass 1 3/12 (25%), 4.1 audio s/s, 0:32 left, song.wav": Progress(
         task="Pass 1", done=3, total=12, rate=4.1, unit="audio s", eta_seconds=32, current="song.wav"
+    ),
+    "Merging 0.5/2.0 GiB (25%), 0:32 left": Progress(
+        task="Merging", done=2**29, total=2**31, unit="bytes", eta_seconds=32
+    ),
+    "step 1/2, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 66.7 s per step, 1:07 left": dataclasses.replace(
+        STEP, step=1, total_steps=2, steps_per_second=0.015, eta_seconds=66.7, memory_bytes=None
     ),
     "failed (decode): a.wav: cut": FileFailed(path="a.wav", reason="cut", stage="decode"),
     "step 10/500, epoch 1, loss 0.8120, lr 1.0e-04, grad norm 0.31, 2.1 steps/s, 3:55 left, 3.0 GiB": STEP,
@@ -89,6 +96,21 @@ def test_plain_progress_comes_every_few_seconds_and_always_at_the_end():
         now[0] += 0.5
         view(Progress(task="t", done=done, total=20))
     assert [line.split()[1] for line in lines] == ["0/20", "6/20", "12/20", "18/20", "20/20"]
+
+
+def test_the_live_view_tells_bytes_and_slow_steps_and_forgets_what_went_on_within_a_step():
+    loading = Progress(task="Loading", done=2**29, total=2**31, unit="bytes")
+    within = Progress(task=STEP_TASK, done=7, total=97)
+    out = draw([loading, within])
+    assert "0.5/2.0 GiB" in out
+    assert "7/97" in out
+    slow = dataclasses.replace(STEP, steps_per_second=0.015)
+    for ending in (slow, EpochDone(epoch=1, total_epochs=9, loss=0.5, seconds=61)):
+        with LiveView(Console(file=io.StringIO())) as view:
+            view(within)
+            view(ending)
+            assert view.tasks == {}
+    assert "66.7 s per step" in draw([slow])
 
 
 def test_two_tasks_do_not_silence_each_other():

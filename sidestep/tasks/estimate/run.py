@@ -61,7 +61,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     check_memory_options(training, processes=1)
     accelerator, precision = open_accelerator(training, report)
     device = accelerator.device
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
     songs = load_songs(training, checkpoint, report)
     data, count = fingerprint(songs), len(songs)
     songs, _ = with_windows(songs, [], training, checkpoint, device, precision, Processes(accelerator), report)

@@ -313,7 +313,7 @@ class Job:
 
 def open_job(config: PreprocessConfig, report: Report) -> Job:
     """Open the checkpoint, of which only headers are read; say which device and precision it is. Raises UserError."""
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
     choice = choose_device(config.device)
     precision = choose_precision(config.precision, choice.value)
     report(Decision(what="device", value=str(choice.value), reason=choice.reason))

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from sidestep.data.batches import Item, MicroBatch, Song, collate, nearest
-from sidestep.events import Notice, Validated
+from sidestep.events import LongTask, Notice, Validated
 from sidestep.seeding import seed_for
 from sidestep.tasks.train.run import Evaluation, Run
 
@@ -73,8 +73,10 @@ def grid_loss(run: Run, songs: list[Song], model: torch.nn.Module | None = None)
     total = torch.zeros((), dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
     was_training = run.model.training
     run.model.eval()
+    rounds = -(-len(batches) // run.processes.count)
+    validated = LongTask(run.report, "Validation", rounds)
     try:
-        for number in range(-(-len(batches) // run.processes.count)):
+        for number in range(rounds):
             # all processes call the model equally often, as FSDP needs it
             cells = own[number] if number < len(own) else batches[0]
             batch = collate(songs, cells).to(run.device)
@@ -82,6 +84,7 @@ def grid_loss(run: Run, songs: list[Song], model: torch.nn.Module | None = None)
             loss = run.objective.loss(model, batch, noise, timesteps[list(cells.slots)].to(run.device))
             if number < len(own):
                 total += loss.sum()
+            validated()
     finally:
         run.model.train(was_training)
     return run.processes.sum([total.item()])[0] / sum(len(cells.slots) for cells in batches)

@@ -6,7 +6,9 @@ The host reads values from the device only when it logs, and at least every `SKI
 import math
 import time
 import warnings
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -17,7 +19,7 @@ from sidestep.acestep.device import peak_memory_bytes
 from sidestep.data.batches import StepPlan, collate
 from sidestep.data.records import RecordError
 from sidestep.errors import Interrupted, JobError
-from sidestep.events import EpochDone, Notice, StepDone, StepSkipped
+from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, StepSkipped
 from sidestep.optim import can_skip_on_device
 from sidestep.settings.config import memory_levers
 from sidestep.stopping import StopRequest
@@ -57,8 +59,10 @@ class Metrics:
     unwatched: list[tuple[int, str, float, float]] = field(default_factory=list)  # step, song, loss, t since the epoch
     grad_norm: float = math.nan
     skipped_in_a_row: int = 0
+    lr: float = math.nan  # of the last optimizer step
     logged_at: float = field(default_factory=time.perf_counter)
     steps_since_log: int = 0
+    rare_seconds: Counter[str] = field(default_factory=Counter)  # spent on validations, saves and previews
 
     def add(self, loss: torch.Tensor, t: torch.Tensor, songs: tuple[str, ...]) -> None:
         """Keep the plain losses of a micro-step."""
@@ -69,6 +73,13 @@ class Metrics:
         self.steps.append((step, norm.float().reshape(1), self.parts))
         self.parts = []
         self.steps_since_log += 1
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Count the seconds of a block among those spent on this kind."""
+        began = time.perf_counter()
+        yield
+        self.rare_seconds[kind] += time.perf_counter() - began
 
     def read(self) -> list[StepReading]:
         """Bring all that waits on the device to the host, in one transfer."""
@@ -129,17 +140,19 @@ def run_loop(run: Run) -> None:
                 run.position = Position(done, 0, run.position.step)
             else:  # before it is judged: a run that goes on judges the epoch once, when it is whole
                 save_checkpoint(run, f"step_{run.position.step:06d}")
-            is_best = update_best(run, done)
+            with metrics.timed("validations"):
+                is_best = update_best(run, done)
             stops_early = has_waited_enough(run)
             run.tensorboard.flush()
-            metrics.logged_at, metrics.steps_since_log = time.perf_counter(), 0
-
-            if is_best and config.save_best:
-                save_best(run)
-            if is_whole and (done % config.save_every == 0 or run.position.step == run.total_steps or stops_early):
-                save_checkpoint(run, f"epoch_{done:04d}")
+            with metrics.timed("saves"):
+                if is_best and config.save_best:
+                    save_best(run)
+                if is_whole and (done % config.save_every == 0 or run.position.step == run.total_steps or stops_early):
+                    save_checkpoint(run, f"epoch_{done:04d}")
             if run.previews and config.preview_every and is_whole and done % config.preview_every == 0:
-                make_previews(run, run.previews)
+                with metrics.timed("previews"):
+                    make_previews(run, run.previews)
+            metrics.logged_at, metrics.steps_since_log = time.perf_counter(), 0
             if run.is_main:
                 add_timesteps(run)
                 write_report(run)
@@ -155,6 +168,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     accelerator, processes = run.accelerator, run.processes.count
     own = plan.micro_batches[run.processes.index :: processes]
     rounds = -(-len(plan.micro_batches) // processes)
+    run.step_task = LongTask(run.report, STEP_TASK, rounds * (run.layer_calls or 1) + 1)  # the update is one part
     for number in range(rounds):
         # a process without work still takes part in the reduction
         micro_batch = own[number] if number < len(own) else plan.micro_batches[0]
@@ -165,6 +179,9 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
             accelerator.backward(weighted.sum() * share)
         if share:
             metrics.add(loss, t, batch.songs)
+        if not run.layer_calls:
+            run.step_task()
+    run.step_task = None
     if not run.learns and not run.objective.drops_all(run.position.step, plan.samples):
         require_gradients(run.model, run.processes, run.position.step + 1)
         run.learns = True
@@ -180,6 +197,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     elif bool(torch.isfinite(norm)):  # the host has to look, once
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    [metrics.lr, *_] = run.scheduler.get_last_lr()
     run.scheduler.step()
     if run.average is not None:
         run.average.step(run.parameters)
@@ -247,7 +265,7 @@ def log(run: Run, metrics: Metrics) -> None:
         step,
         epoch=run.position.epoch + 1,
         loss=total / count if count else math.nan,
-        lr=float(run.scheduler.get_last_lr()[0]),
+        lr=float(metrics.lr),
         grad_norm=metrics.grad_norm,
         memory_bytes=peak_memory_bytes(run.device),
     )
@@ -257,12 +275,24 @@ def log(run: Run, metrics: Metrics) -> None:
             **asdict(point),
             total_steps=run.total_steps,
             steps_per_second=rate,
-            eta_seconds=(run.total_steps - step) / rate,
+            eta_seconds=(run.total_steps - step) / rate + rare_seconds_left(run, metrics),
         )
     )
     for name, value in (("loss/train", point.loss), ("lr", point.lr), ("grad_norm", point.grad_norm)):
         run.tensorboard.add_scalar(name, value, step)
     metrics.read_losses, metrics.steps_since_log, metrics.logged_at = [], 0, now
+
+
+def rare_seconds_left(run: Run, metrics: Metrics) -> float:
+    """Seconds that the validations, saves and previews to come take, if they take as long as those of this process."""
+    config, ended, total = run.config, run.position.epoch, 0.0
+    intervals = {"validations": config.validate_every, "saves": config.save_every, "previews": config.preview_every}
+    for kind, seconds in metrics.rare_seconds.items():
+        # at the end of the run there is one of each
+        due = [e for e in range(1, run.last_epoch + 1) if e == run.last_epoch or not e % intervals[kind]]
+        done = sum(run.first_epoch < epoch <= ended for epoch in due)
+        total += seconds / max(done, 1) * sum(epoch > ended for epoch in due)
+    return total
 
 
 def add_up_processes(run: Run, metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ from sidestep.acestep.conditions import Conditions, Prompt
 from sidestep.acestep.vae import frames_per_second
 from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
-from sidestep.events import Event, Notice, Report
+from sidestep.events import Event, LongTask, Notice, Report
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.train.guards import SongWatch
@@ -244,6 +244,10 @@ class Run:
     total_steps: int
     tensorboard: TensorBoard
     writer: BackgroundWriter
+    last_epoch: int = 0  # in which the run ends
+    first_epoch: int = 0  # epochs that were whole when this process began
+    layer_calls: int = 0  # that a micro-step makes and tells of; 0 where layers are not watched
+    step_task: LongTask | None = None  # while an optimizer step is under way
     previews: Previews | None = None
     average: EMAModel | None = None
     position: Position = Position()

@@ -153,7 +153,7 @@ def set_up(
     """
     device, processes = accelerator.device, Processes(accelerator)
     check_memory_options(config, processes.count)
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
     check_sizes(config, checkpoint.config)
     if saved and saved.state["model"] != checkpoint.identity():
         raise UserError(
@@ -237,6 +237,7 @@ def set_up(
         fingerprints=prints,
         ranks=ranks,
         total_steps=total_steps,
+        last_epoch=-(-total_steps // len(plan)),
         tensorboard=TensorBoard(tensorboard, report),
         writer=BackgroundWriter(report),
         previews=previews,
@@ -245,7 +246,23 @@ def set_up(
         run.average = EMAModel(run.parameters, decay=config.ema_decay, foreach=True)
     if saved:
         restore_state(run, saved)
+        run.first_epoch = run.position.epoch
+    if device.type == "cpu" and not config.compile:  # other devices are told what to do long before they do it
+        watch_layers(run, decoder)
     return run
+
+
+def watch_layers(run: Run, decoder: Any) -> None:
+    """Let each call of a layer, to compute or to recompute it, count as progress within an optimizer step."""
+
+    def tell(*_: object) -> None:
+        if run.step_task:
+            run.step_task()
+
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(tell)
+    recomputed = len(decoder.layers[: run.config.recompute_layers]) if run.config.gradient_checkpointing else 0
+    run.layer_calls = len(decoder.layers) + recomputed
 
 
 def batch_decision(config: TrainConfig, plan: list[StepPlan]) -> Decision:

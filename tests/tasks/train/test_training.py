@@ -1,14 +1,18 @@
 """What a run learns, keeps and says."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sidestep import events
+from sidestep.acestep import weights
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.adapters import rank_map
 from sidestep.adapters.adapter import changed_weight
@@ -17,11 +21,11 @@ from sidestep.adapters.names import to_original
 from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
-from sidestep.events import Decision, EpochDone, Saved, StepDone, Validated
+from sidestep.events import STEP_TASK, Decision, EpochDone, Progress, Saved, StepDone, Validated
 from sidestep.tasks.train import evaluation
 from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
-from sidestep.tasks.train.loop import run_loop
+from sidestep.tasks.train.loop import Metrics, rare_seconds_left, run_loop
 from tests.training_world import CHECKPOINTS, adapter, differing, prepared, record, run, settings, write_data
 
 
@@ -293,3 +297,40 @@ def test_init_gradient_starts_along_the_measured_directions_without_changing_the
     (mapped / rank_map.DIRECTIONS_NAME).unlink()
     with pytest.raises(UserError, match="--init gradient: .* is not there"):
         prepared(settings(mapped, tmp_path / "none", init="gradient"))
+
+
+def test_the_learning_rate_shown_is_the_one_that_was_used(data, tmp_path):
+    trained, used = prepared(settings(data, tmp_path, scheduler_type="linear", warmup_steps=2)), []
+    step = trained.optimizer.step
+
+    def watched(*arguments):
+        used.append(trained.optimizer.param_groups[0]["lr"])
+        return step(*arguments)
+
+    trained.optimizer.step = watched
+    run_loop(trained)
+    assert [event.lr for event in trained.report.of(StepDone)] == used
+    assert used[0] != used[1] != used[2]
+
+
+@pytest.mark.parametrize(("recomputed", "calls"), [(None, 6), (1, 4), (0, 3)])  # three layers; a recomputed one twice
+def test_a_run_that_takes_long_tells_how_far_it_is(data, tmp_path, monkeypatch, recomputed, calls):
+    ticks = itertools.count(step=2.0)
+    monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: next(ticks), time=lambda: 0.0))
+    monkeypatch.setattr(weights, "UNKEPT_BYTES", 0)
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    config = settings(data, tmp_path, epochs=1, val_split=0.3, preview_prompt="x", preview_duration=1.0)
+    log = run(replace(config, gradient_checkpointing=True, recompute_layers=recomputed))
+    told = log.of(Progress)
+    assert {"Loading the transformer", "Loading the text encoder", "Validation"} <= {event.task for event in told}
+    within = [event for event in told if event.task == STEP_TASK]
+    assert {event.total for event in within} <= {1 + calls, 1 + 2 * calls}  # steps of one and of two micro-steps
+    assert max(event.done for event in within) == 2 * calls, "the update is left"
+
+
+def test_the_time_left_counts_validations_saves_and_previews():
+    every = SimpleNamespace(validate_every=2, save_every=5, preview_every=0)
+    done, metrics = SimpleNamespace(epoch=6), Metrics()
+    metrics.rare_seconds.update({"validations": 30.0, "saves": 7.0})  # of the epochs 3 to 6: two and one
+    run = SimpleNamespace(config=every, position=done, first_epoch=2, last_epoch=11)
+    assert rare_seconds_left(run, metrics) == pytest.approx(3 * 15.0 + 2 * 7.0)  # 8, 10 and 11; 10 and 11

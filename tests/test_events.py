@@ -1,0 +1,43 @@
+"""Progress of tasks that may be over at once, or take minutes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sidestep import events
+from sidestep.events import LongTask, Progress
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(events, "time", SimpleNamespace(monotonic=lambda: found.now))
+    return found
+
+
+def test_a_short_task_tells_nothing(clock):
+    told: list[Progress] = []
+    task = LongTask(told.append, "t", 4)
+    for _ in range(4):
+        clock.now += 0.7
+        task()
+    assert told == []
+
+
+def test_a_long_task_tells_after_three_seconds_then_once_a_second_and_its_end(clock):
+    told: list[Progress] = []
+    task = LongTask(told.append, "t", 12, unit="bytes")
+    for _ in range(12):
+        clock.now += 0.4
+        task(1, "part")
+    assert [event.done for event in told] == [8, 11, 12]
+    assert told[0] == Progress(task="t", done=8, total=12, current="part", unit="bytes", eta_seconds=pytest.approx(1.6))
+    assert told[-1].eta_seconds == 0
+
+
+def test_a_task_that_is_known_to_be_long_says_so_at_once(clock):
+    told: list[Progress] = []
+    task = LongTask(told.append, "t", 2, quiet_seconds=0.0)
+    assert told == [Progress(task="t", done=0, total=2)]
+    task(2)
+    assert [event.done for event in told] == [0, 2]
