@@ -115,7 +115,13 @@ def detect(config: dict, folder: str = "") -> Variant:
     name = version or ("turbo" if is_turbo else "base")
     if is_xl and not name.startswith("xl"):
         name = f"xl-{name}"
-    shift, shift_reason = _shift_of(version, folder)
+    shift, shift_reason = TURBO_SHIFT, "turbo's own; nothing names another"
+    for where, text in (("the folder", folder), ("model_version", version)):  # what stands in the config counts more
+        if "continuous" in text.lower():
+            shift_reason = f"{where} is {text!r}, which takes any shift from 1 to 5; ACE-Step's app takes 3"
+    for where, text in (("the folder", folder), ("model_version", version)):
+        if found := re.search(r"shift[-_]?(\d+(?:\.\d+)?)", text.lower()):
+            shift, shift_reason = float(found[1]), f"{where} is {text!r}"
     return Variant(
         name,
         is_turbo,
@@ -127,17 +133,6 @@ def detect(config: dict, folder: str = "") -> Variant:
         _doubt_about(config, version, folder),
         bool(config.get("is_lego_sft", False)),
     )
-
-
-def _shift_of(version: str, folder: str) -> tuple[float, str]:
-    """(shift of turbo's timesteps, why)."""
-    for where, text in (("model_version", version), ("the folder", folder)):
-        if found := re.search(r"shift[-_]?(\d+(?:\.\d+)?)", text.lower()):
-            return float(found[1]), f"{where} is {text!r}"
-    for where, text in (("model_version", version), ("the folder", folder)):
-        if "continuous" in text.lower():
-            return TURBO_SHIFT, f"{where} is {text!r}, which takes any shift from 1 to 5; ACE-Step's app takes 3"
-    return TURBO_SHIFT, "turbo's own; nothing names another"
 
 
 def _doubt_about(config: dict, version: str, folder: str) -> str:

@@ -89,7 +89,20 @@ def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
             f"--checkpoint-dir {checkpoint_dir}: no such folder.",
             f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.",
         )
-    folder = _model_folder(checkpoint_dir, model_variant)
+    official = OFFICIAL_FOLDERS.get(model_variant, model_variant)
+    names = [name for name in (official, f"{official}-diffusers") if Path(name).name == name]
+    folder = next((checkpoint_dir / name for name in names if (checkpoint_dir / name).is_dir()), None)
+    is_named = model_variant in OFFICIAL_FOLDERS or model_variant in (checkpoint_dir.name, ".")
+    if folder is None and is_named and _is_model(checkpoint_dir):
+        folder = checkpoint_dir
+    if folder is None:
+        models = [path.name for path in sorted(checkpoint_dir.iterdir()) if _is_model(path)]
+        found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
+        fix = "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
+        if models:
+            short = [name for name, own in OFFICIAL_FOLDERS.items() if own in models]
+            fix = did_you_mean(model_variant, [*short, *models]) or f"Use one of them: --model-variant {models[0]}"
+        raise UserError(f"--model-variant {model_variant}: no folder {official} in {checkpoint_dir} ({found}).", fix)
     if (folder / "model_index.json").is_file():
         vae, text_encoder, tokenizer = (folder / part for part in ("vae", "text_encoder", "tokenizer"))
         config, silence = read_config(folder / "transformer" / "config.json"), folder / SILENCE_LATENT
@@ -137,22 +150,6 @@ def read_config(path: Path) -> dict:
             f"{path}: not a model's config (it holds a {type(config).__name__}).", "Download this file again."
         )
     return config
-
-
-def _model_folder(checkpoint_dir: Path, variant: str) -> Path:
-    official = OFFICIAL_FOLDERS.get(variant, variant)
-    for name in (official, f"{official}-diffusers"):
-        if Path(name).name == name and (checkpoint_dir / name).is_dir():
-            return checkpoint_dir / name
-    if _is_model(checkpoint_dir) and (variant in OFFICIAL_FOLDERS or variant in (checkpoint_dir.name, ".")):
-        return checkpoint_dir
-    models = [path.name for path in sorted(checkpoint_dir.iterdir()) if _is_model(path)]
-    found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
-    fix = "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
-    if models:
-        short = [name for name, folder in OFFICIAL_FOLDERS.items() if folder in models]
-        fix = did_you_mean(variant, [*short, *models]) or f"Use one of them: --model-variant {models[0]}"
-    raise UserError(f"--model-variant {variant}: no folder {official} in {checkpoint_dir} ({found}).", fix)
 
 
 def _is_model(folder: Path) -> bool:

@@ -58,17 +58,15 @@ def list_presets() -> list[Preset]:
     Of a broken file `find` says what is wrong.
     """
     presets = []
+    places = {name: place for place, name in enumerate(ORDER)}
     for folder in (BUILT_IN, user_folder()):
-        for path in sorted(folder.glob("*.json"), key=_place):
+        found = folder.glob("*.json")
+        for path in sorted(found, key=lambda path: (places.get(path.stem, len(places)), path.stem.lower())):
             try:
                 presets.append(read(path))
             except UserError:
                 continue
     return presets
-
-
-def _place(path: Path) -> tuple[int, str]:
-    return ORDER.index(path.stem) if path.stem in ORDER else len(ORDER), path.stem.lower()
 
 
 def find(name: str) -> Preset:

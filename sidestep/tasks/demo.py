@@ -277,7 +277,25 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
             head_dim=16,
         )
         Qwen3Model(sizes).save_pretrained(folder / TEXT_ENCODER_FOLDER)
-        _write_model(folder / OFFICIAL_FOLDERS["turbo"], vae)
+        model = folder / OFFICIAL_FOLDERS["turbo"]
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(json.dumps(MODEL_SIZES, indent=2), encoding="utf-8")
+        parts = {
+            "decoder.": AceStepTransformer1DModel,
+            "encoder.": AceStepConditionEncoder,
+            "tokenizer.": AceStepAudioTokenizer,
+            "detokenizer.": AceStepAudioTokenDetokenizer,
+        }
+        tensors = {
+            prefix + original_key(name): tensor.contiguous()
+            for prefix, part in parts.items()
+            for name, tensor in part(**accepted(part, MODEL_SIZES)).state_dict().items()
+        }
+        tensors["null_condition_emb"] = tensors.pop("encoder.null_condition_emb")
+        del tensors["encoder.silence_latent"]  # it has a file of its own
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        silence = encode_mean(vae, torch.zeros(1, 2, round(SILENCE_SECONDS * SAMPLE_RATE)))
+        torch.save(silence.transpose(1, 2).contiguous(), model / "silence_latent.pt")
     return folder
 
 
@@ -293,28 +311,3 @@ def write_tokenizer(folder: Path) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=END_TOKEN, eos_token=END_TOKEN)
     fast.save_pretrained(folder)
     return len(vocabulary)
-
-
-def _write_model(folder: Path, vae: AutoencoderOobleck) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(MODEL_SIZES, indent=2), encoding="utf-8")
-    parts = {
-        "decoder.": AceStepTransformer1DModel,
-        "encoder.": AceStepConditionEncoder,
-        "tokenizer.": AceStepAudioTokenizer,
-        "detokenizer.": AceStepAudioTokenDetokenizer,
-    }
-    tensors = {
-        prefix + original_key(name): tensor
-        for prefix, part in parts.items()
-        for name, tensor in part(**accepted(part, MODEL_SIZES)).state_dict().items()
-    }
-    tensors["null_condition_emb"] = tensors.pop("encoder.null_condition_emb")
-    del tensors["encoder.silence_latent"]  # it has a file of its own
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    silence = encode_mean(vae, torch.zeros(1, 2, round(SILENCE_SECONDS * SAMPLE_RATE)))
-    torch.save(silence.transpose(1, 2).contiguous(), folder / "silence_latent.pt")

@@ -73,7 +73,16 @@ def export(config: ExportConfig, report: Report) -> Path:
         for note in adapter.remarks if config.format == "merged" else adapter.notes:
             report(Notice(message=note, level="warning"))
         adapters.append((adapter, strength))
-    base = _base(config)
+    base = None
+    if config.base is None:
+        if config.format == "merged":
+            problem = "--format merged needs the base that the adapter is merged into."
+            raise UserError(problem, "Add --base CHECKPOINT_DIR --model-variant NAME")
+    elif config.base.is_file():
+        base = Base(config.base, [config.base])
+    else:
+        layout = find_layout(config.base, config.model_variant)
+        base = Base(layout.folder, Weights(layout.part("transformer")).files)
     target = _target(config, adapters[0][0].kind, [adapter_file(path) for path, _ in sources], base)
     if base and config.format == "merged":
         _merge(config, adapters, base, target, report)
@@ -120,20 +129,6 @@ def _path_and_strength(text: str) -> tuple[Path, float]:
     if not abs(value) <= 1000:
         raise UserError(f"--add {text}: {strength} is no strength.", "Write it as --add FOLDER:0.5")
     return expand(path), value
-
-
-def _base(config: ExportConfig) -> Base | None:
-    if config.base is None:
-        if config.format == "merged":
-            raise UserError(
-                "--format merged needs the base that the adapter is merged into.",
-                "Add --base CHECKPOINT_DIR --model-variant NAME",
-            )
-        return None
-    if config.base.is_file():
-        return Base(config.base, [config.base])
-    layout = find_layout(config.base, config.model_variant)
-    return Base(layout.folder, Weights(layout.part("transformer")).files)
 
 
 def _target(config: ExportConfig, kind: str, sources: list[Path], base: Base | None) -> Path:

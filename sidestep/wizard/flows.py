@@ -262,7 +262,16 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
         preset_sets_it = not current and name in LEFT_TO_PRESET and name in _preset_of(answers)
         return matters(o, answers, options) and not preset_sets_it
 
-    recent = tuple(Choice(str(path), str(path)) for path in _recent(o.holds, context))
+    near: list[Path] = []  # what to choose from besides typing: what lies near or was used last
+    if o.holds == "adapter":
+        runs = itertools.islice(find_runs(context.here / "runs"), RUNS_READ)
+        near = [folder for run in runs for folder in (run.folder / "final", run.folder / "best") if folder.is_dir()]
+    elif o.holds == "tensors":
+        near = sorted(path for path in (context.here / "tensors").glob("*") if path.is_dir())
+    names = {"adapter": ("adapter",), "tensors": ("dataset_dir",), "songs": ("input", "audio_dir")}.get(o.holds, ())
+    last = [Path(context.last_used[name]) for name in names if context.last_used.get(name)]
+    known = {path.absolute(): path for path in (*near, *last)}
+    recent = tuple(Choice(str(path), str(path)) for path in list(known.values())[:RUNS_OFFERED])
     offered = {"choices": lambda _answers: recent} if recent and not o.offers else {}
     question = from_option(o, default, context.check, when=when, **offered)
     voids = ("run",) if o.type is Path else ("run", "preset")
@@ -288,20 +297,6 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
     if o.holds == "checkpoints" and (found := likely_checkpoint_dirs(context.here)):
         return found[0]
     return "" if o.required else o.default
-
-
-def _recent(holds: str, context: Context) -> list[Path]:
-    """What to choose from besides typing: the adapters, tensors and songs that lie near or were used last."""
-    used, found = context.last_used, []
-    if holds == "adapter":
-        runs = itertools.islice(find_runs(context.here / "runs"), RUNS_READ)
-        found = [folder for run in runs for folder in (run.folder / "final", run.folder / "best") if folder.is_dir()]
-    elif holds == "tensors":
-        found = sorted(path for path in (context.here / "tensors").glob("*") if path.is_dir())
-    names = {"adapter": ("adapter",), "tensors": ("dataset_dir",), "songs": ("input", "audio_dir")}.get(holds, ())
-    last = [Path(used[name]) for name in names if used.get(name)]
-    known = {path.absolute(): path for path in (*found, *last)}
-    return list(known.values())[:RUNS_OFFERED]
 
 
 SONGS = Option(
