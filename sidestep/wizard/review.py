@@ -52,7 +52,8 @@ def review(
 
     `answers` takes the changes.
     """
-    every, shown_of, news = False, None, None
+    every, shown_of, news, rest = False, None, None, 0
+    lines: list[str] = []
     while True:
         config = None
         try:
@@ -64,6 +65,7 @@ def review(
                 f"{flow.title}: ready to start  (* not the default)", config, {*answers, *LEFT_TO_PRESET}, every
             )
             show(table)
+            rest = 0 if every else len(options_of(flow.config_class)) - len(table.rows)
             for line in knowledge.quick(config):
                 show(Notice(message=line))
             show(Notice(message="The same as a command:"))
@@ -73,11 +75,10 @@ def review(
                 if type(config) is TrainConfig:
                     show(Notice(message="Memory: being worked out; it appears here. Starting does not wait for it."))
             shown_of = (config, every)
-        rest = len(options_of(flow.config_class)) - len(table.rows) if config and not every else 0
         offered = (
             *([Choice(START, "Start", "run it now")] if config else []),
             Choice(CHANGE, "Change a setting", "type a part of its name"),
-            *([Choice(ALL, "Show all settings", f"and {rest} more at their defaults")] if rest > 0 else []),
+            *([Choice(ALL, "Show all settings", f"and {rest} more at their defaults")] if config and rest > 0 else []),
             *([Choice(SAVE, "Save as preset", "to use these again")] if config and "preset" in flow.basic else []),
             Choice(CANCEL, "Cancel", "back to the menu"),
         )
