@@ -32,6 +32,7 @@ from sidestep.settings.config import (
     PresetsConfig,
     SampleConfig,
     TrainConfig,
+    check_streaming,
     command_of,
     memory_levers,
 )
@@ -97,6 +98,26 @@ def train(config: TrainConfig, report: Report) -> None:
     from sidestep.tasks.train import train
 
     train(check_memory(config, report), report)
+
+
+def estimate(config: EstimateConfig, report: Report) -> Any:
+    """`estimate`, if it fits into memory."""
+    from sidestep.tasks.estimate import estimate
+    from sidestep.tasks.estimate.run import as_training
+    from sidestep.tasks.plan.plan import check_estimate
+
+    check_estimate(config, as_training(config), report)
+    return estimate(config, report)
+
+
+def sample(config: SampleConfig, report: Report) -> list[Path]:
+    """`sample`, if it fits into memory."""
+    from sidestep.tasks.plan.plan import check_sample
+    from sidestep.tasks.sample import sample
+
+    check_streaming(config)
+    check_sample(config, report)
+    return sample(config, report)
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> None:

@@ -1125,14 +1125,14 @@ COMMANDS = {
     "estimate": Command(
         EstimateConfig,
         "Preprocessing++: measure which modules respond to this music and give each its rank",
-        "tasks.estimate:estimate",
+        "cli.commands:estimate",
     ),
     "plan": Command(
         PlanConfig,
         "say, before anything is loaded, how much memory a run takes and whether it fits",
         "cli.commands:plan",
     ),
-    "sample": Command(SampleConfig, "make audio with the base model plus an adapter", "tasks.sample:sample"),
+    "sample": Command(SampleConfig, "make audio with the base model plus an adapter", "cli.commands:sample"),
     "export": Command(ExportConfig, "convert or merge an adapter for another program", "tasks.export:export"),
     "inspect": Command(
         InspectConfig,

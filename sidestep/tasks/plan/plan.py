@@ -4,6 +4,7 @@ Before a run `check_memory` asks the same: it refuses a run that cannot fit, and
 """
 
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
+from sidestep.acestep.conditions import TEXT_TOKENS
 from sidestep.acestep.device import (
     GIB,
     PRECISIONS,
@@ -25,7 +27,7 @@ from sidestep.adapters.attach import check_sizes
 from sidestep.data.records import index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
-from sidestep.settings.config import PlanConfig, TrainConfig
+from sidestep.settings.config import EstimateConfig, PlanConfig, SampleConfig, TrainConfig, memory_levers
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
@@ -33,7 +35,9 @@ from sidestep.variants import OFFICIAL_FOLDERS, official_config
 from sidestep.words import did_you_mean, gib
 
 FRAMES_PER_SECOND = 25
+SUNG_TOKENS = 256  # that lyrics of some verses take
 SHORTEST_WINDOW_SECONDS = 15.0
+GATHERED_LAYERS = 2  # that FSDP holds whole at a time: the one that computes and the next
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
 
 
@@ -76,10 +80,13 @@ class Plan:
 
 
 class Planner:
-    """Peaks of one model's step under different settings, each computed once. seconds: of the songs trained on."""
+    """Peaks of one model's step under different settings, each computed once. seconds: of the songs trained on.
 
-    def __init__(self, sizes: dict, dtype: torch.dtype, seconds: float, tokens: int):
-        self.sizes, self.dtype, self.seconds, self.tokens = sizes, dtype, seconds, tokens
+    shards: GPUs that share all weights under FSDP, each of which is planned for.
+    """
+
+    def __init__(self, sizes: dict, dtype: torch.dtype, seconds: float, tokens: int, shards: int = 1):
+        self.sizes, self.dtype, self.seconds, self.tokens, self.shards = sizes, dtype, seconds, tokens, shards
         self.layers = int(sizes["num_hidden_layers"])
         self._known: dict[TrainConfig, StepModel] = {}
 
@@ -102,7 +109,12 @@ class Planner:
         if same not in self._known:
             shape = Shape(config.batch_size, round(self.window(config) * FRAMES_PER_SECOND), self.tokens)
             self._known[same] = StepModel(self.sizes, same, shape, self.dtype)
-        return self._known[same].peak(config)
+        whole = self._known[same].peak(config)
+        if self.shards == 1:
+            return whole
+        parts = {name: getattr(whole, name) // self.shards for name in ("weights", "adapter", "gradients", "optimizer")}
+        gathered = GATHERED_LAYERS * (whole.weights + whole.adapter) // self.layers
+        return replace(whole, **parts, average=whole.average // self.shards, activations=whole.activations + gathered)
 
     def preview(self, config: TrainConfig) -> int:
         """Bytes on the device while a preview is made in a run, context and slack included."""
@@ -327,7 +339,7 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
         return config
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
     dtype = choose_precision(config.precision, choose_device(config.device).value).value
-    planner = Planner(sizes, dtype, frames / FRAMES_PER_SECOND, tokens)
+    planner = Planner(sizes, dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards())
     if as_needed:
         config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
@@ -358,6 +370,51 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
         )
         report(Notice(message=message, level="warning"))
     return config
+
+
+def check_estimate(config: EstimateConfig, training: TrainConfig, report: Report) -> None:
+    """Raises UserError when the measurement of `estimate` cannot fit. training: the step that it measures."""
+    device = choose_device(config.device).value
+    frames, tokens = longest(config.dataset_dir)
+    if (gpu := gpu_memory(device)) is None or not frames:
+        return
+    sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
+    planner = Planner(sizes, choose_precision(config.precision, device).value, frames / FRAMES_PER_SECOND, tokens)
+    # there is no adapter; one of rank 1 leaves next to nothing of one
+    require_room(planner.peak(replace(training, rank=1, batch_size=config.batch_size)).total, gpu, config, report)
+
+
+def check_sample(config: SampleConfig, report: Report) -> None:
+    """Raises UserError when `sample` cannot fit; of the adapter, which is small beside the model, it knows nothing."""
+    device = choose_device(config.device).value
+    if (gpu := gpu_memory(device)) is None:
+        return
+    shared = ("checkpoint_dir", "model_variant", "attention", "base_precision", "swap_blocks", "offload_encoder")
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=config.duration, **values)
+    sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
+    dtype = choose_precision(config.precision, device).value
+    planner = Planner(sizes, dtype, config.duration, TEXT_TOKENS + SUNG_TOKENS)
+    beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
+    require_room(planner.peak(making).weights + beside, gpu, config, report)
+
+
+def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | SampleConfig, report: Report) -> None:
+    """Raises UserError where tensors alone are more than the GPU has; warns where a context and slack are too much."""
+    needed = with_overhead(tensor_bytes)
+    what = f"This needs {needed / GIB:.1f} of {gib(gpu.bytes)} ({gpu.source})"
+    helps = f"What helps: {', '.join(memory_levers(config)) or 'a smaller model variant, or --device cpu'}."
+    if tensor_bytes > gpu.bytes:
+        raise UserError(f"{what}: it would run out of memory.", helps)
+    report(Decision(what="memory", value=f"{needed / GIB:.1f} of {gib(gpu.bytes)}", reason="as planned, not measured"))
+    if needed > gpu.free:
+        message = f"{what}, of which {gib(gpu.free)} are free: it may run out of memory. {helps}"
+        report(Notice(message=message, level="warning"))
+
+
+def fsdp_shards() -> int:
+    """GPUs that share the weights, as `accelerate launch --use_fsdp` says to its processes; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
 
 
 def longest(folder: Path) -> tuple[int, int]:

@@ -12,19 +12,21 @@ from diffusers.training_utils import EMAModel
 
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute_layers
-from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import GIB, Choice, GpuMemory, with_overhead
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.adapters.attach import attach
+from sidestep.cli import commands
 from sidestep.data.batches import Batch
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
 from sidestep.optim import optimizer_bytes
-from sidestep.settings.config import PlanConfig, TrainConfig
+from sidestep.settings.config import COMMANDS, EstimateConfig, PlanConfig, SampleConfig, TrainConfig
 from sidestep.settings.presets import PROFILES, USABLE, find, profile_for
+from sidestep.tasks.plan import plan as plans
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
-from sidestep.tasks.plan.plan import Planner, as_json, check_memory, fit_into, longest, plan, tables
+from sidestep.tasks.plan.plan import Planner, as_json, check_memory, fit_into, fsdp_shards, longest, plan, tables
 from sidestep.tasks.plan.step import (
     LiveBytes,
     Segment,
@@ -495,3 +497,62 @@ def test_a_plan_is_for_the_longest_song_of_a_folder(small_run):
 @pytest.mark.slow
 def test_the_published_table_is_what_the_planner_says():
     assert memory_table.PAGE.read_text(encoding="utf-8") == memory_table.page(), "run: python -m tests.memory_table"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card of so many bytes in the place of `--device cuda`."""
+
+    def put(nbytes: int, taken: int = 0) -> None:
+        monkeypatch.setattr("sidestep.tasks.plan.plan.choose_device", lambda request: Choice(torch.device("cuda"), ""))
+        monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda device: GpuMemory(nbytes, "a card", taken))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+    return put
+
+
+@pytest.mark.parametrize("command", ["estimate", "sample"])
+def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, card, monkeypatch, command):
+    began, events = [], []
+    module = {"estimate": "sidestep.tasks.estimate", "sample": "sidestep.tasks.sample"}[command]
+    monkeypatch.setattr(f"{module}.{command}", lambda config, report: began.append(config))
+    shared = {"checkpoint_dir": small_run.checkpoint_dir, "device": "cuda"}
+    if command == "estimate":
+        config = EstimateConfig(dataset_dir=small_run.dataset_dir, base_precision="int8", **shared)
+    else:
+        config = SampleConfig(prompt="x", offload_encoder=True, **shared)
+    run = COMMANDS[command].run.split(":")[1]
+    known = []  # of three answers of the planner one is enough here
+    monkeypatch.setattr(plans, "preview_peak", lambda *of: (known or known.append(preview_peak(*of)) or known)[0])
+    card(10_000)
+    with pytest.raises(UserError, match="would run out of memory") as caught:
+        getattr(commands, run)(config, events.append)
+    levers = {"estimate": ("--offload-activations", "int8"), "sample": ("--base-precision int8", "--offload-encoder")}
+    helps, on_already = levers[command]
+    assert helps in caught.value.fix
+    assert on_already not in caught.value.fix
+    assert began == []
+    assert events == []
+    card(8 * GIB)
+    getattr(commands, run)(config, events.append)
+    assert (began, [event.what for event in events]) == ([config], ["memory"])
+    card(8 * GIB, taken=8 * GIB - 1)
+    getattr(commands, run)(config, events.append)
+    assert "may run out of memory" in events[-1].message
+
+
+def test_each_gpu_of_fsdp_is_planned_with_its_share_of_the_weights(small_run, monkeypatch):
+    sizes = decoder_sizes(open_checkpoint(small_run.checkpoint_dir, "turbo").config)
+    alone, shared = (Planner(sizes, torch.float32, 4.0, 30, shards).peak(small_run) for shards in (1, 4))
+    assert shared.weights == alone.weights // 4
+    assert shared.optimizer == alone.optimizer // 4
+    assert shared.activations > alone.activations, "two layers are gathered"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert fsdp_shards() == 1, "under DDP each holds all"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    planned = []
+    monkeypatch.setattr(
+        "sidestep.tasks.plan.plan.Planner", lambda *arguments: planned.append(arguments) or Planner(*arguments)
+    )
+    fit_into(GpuMemory(8 * GIB, "a card"), small_run, null)
+    assert planned[0][-1] == 4
