@@ -56,8 +56,10 @@ class Weights:
                 key.removeprefix(ALL_IN_ONE): shape for key, shape in self.shapes.items() if key.startswith(ALL_IN_ONE)
             }
 
-    def read(self, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, Tensor]]:
-        """Each of the tensors, cast and moved one by one; floating point only is cast."""
+    def read(
+        self, keys: Iterable[str], dtype: torch.dtype | None, device: torch.device
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Each of the tensors, cast and moved one by one; floating point only is cast, and nothing without a dtype."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._file_of[self._prefix + key], []).append(key)
@@ -65,7 +67,7 @@ class Weights:
             with _open(file) as opened:
                 for key in wanted:
                     tensor = opened.get_tensor(self._prefix + key)
-                    yield key, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                    yield key, tensor.to(device, (tensor.is_floating_point() and dtype) or tensor.dtype)
 
     def identity(self, *prefixes: str) -> str:
         """Hex digest of every byte of the tensors whose names begin so (all without), with names, types and shapes."""

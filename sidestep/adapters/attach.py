@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import Qwen3Model
 
 from sidestep.adapters.adapter import (
     MERGE_INSTEAD,
@@ -38,6 +40,11 @@ from sidestep.errors import JobError, UserError
 from sidestep.settings.config import TrainConfig
 
 
+def spelled(decoder: nn.Module, name: str) -> str:
+    """The name of an original's module in memory: the DiT is diffusers', the language model transformers' own."""
+    return name if isinstance(decoder, Qwen3Model) else to_diffusers(name)
+
+
 def target_names(decoder: nn.Module, config: TrainConfig) -> list[str]:
     """Full diffusers names of the modules that the settings select, in model order. Raises UserError for none."""
     wanted: set[tuple[str, str]] = set()
@@ -46,7 +53,7 @@ def target_names(decoder: nn.Module, config: TrainConfig) -> list[str]:
             wanted |= {(attention, projection) for projection in (config.target_modules if own is None else own)}
     if config.target_mlp:
         wanted |= {("mlp", projection) for projection in MLP_PROJECTIONS}
-    names = [to_diffusers(name) for name in adaptable_names(decoder) if tuple(name.split(".")[2:]) in wanted]
+    names = [spelled(decoder, name) for name in adaptable_names(decoder) if tuple(name.split(".")[2:]) in wanted]
     if not names:
         raise UserError(
             f"The settings select no module to adapt (--attention-type {config.attention_type}, "
@@ -205,7 +212,7 @@ def _own_key(key: str) -> tuple[str, str]:
 
 def _layer(model: PeftModel, name: str) -> Any:
     """peft's layer on the module of an original name; Any, since its tables (`r`, `scaling`) are no Module's."""
-    return model.get_submodule(f"base_model.model.{to_diffusers(name)}")
+    return model.get_submodule(f"base_model.model.{spelled(model.get_base_model(), name)}")
 
 
 def settings_of(adapter: Adapter, spelled: Callable[[str], str]) -> tuple[TrainConfig, Targets]:
@@ -245,7 +252,7 @@ def load_adapter(decoder: nn.Module, adapter: Adapter) -> PeftModel:
             f"The adapter changes {len(unmatched)} modules that this model does not have, such as {unmatched[0]}.",
             "It was trained on another model: choose that one with --model-variant.",
         )
-    model = _with_layers(decoder, *settings_of(adapter, to_diffusers))
+    model = _with_layers(decoder, *settings_of(adapter, partial(spelled, decoder)))
     state = {}
     for key, own in adapter_state(model).items():
         name, factor = _own_key(key)

@@ -105,6 +105,37 @@ def save_final(
     save_folder(adapter, folder, replace(card, settings=settings, config_fingerprint=fingerprint.hexdigest()))
 
 
+def save_language_adapter(
+    model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None, card: Card | None = None
+) -> None:
+    """Write the LoRA of a language model as peft's folder for its Qwen3ForCausalLM.
+
+    The adapter sits on the trunk inside of that: its names get the `model.` that stands before them there.
+    """
+    adapter, card = adapter_of(model, state), card or Card()
+    tensors = {
+        f"base_model.model.model.{name}.{factor}.weight": tensor.contiguous()
+        for name, factors in adapter.modules.items()
+        for factor, tensor in factors.items()
+    }
+    rank = most_common(adapter.ranks)[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": card.base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapter.modules}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": "pt", "base_model": card.base_model, "steps": str(card.steps)})
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
 def save_folder(adapter: Adapter, folder: Path, card: Card | None = None) -> list[Path]:
     """Write the folder that every program which can read this kind of adapter reads; returns its files."""
     card, written = card or Card(), []

@@ -32,6 +32,7 @@ from sidestep.settings.config import (
     PresetsConfig,
     SampleConfig,
     TrainConfig,
+    TrainLmConfig,
     check_streaming,
     command_of,
     memory_levers,
@@ -118,6 +119,15 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     check_streaming(config)
     check_sample(config, report)
     return sample(config, report)
+
+
+def train_lm(config: TrainLmConfig, report: Report) -> None:
+    """`train-lm`: train, if it fits into memory."""
+    from sidestep.tasks.plan.language import check_language_memory
+    from sidestep.tasks.train import train
+
+    check_language_memory(config, report)
+    train(config, report)
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> None:

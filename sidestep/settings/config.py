@@ -10,6 +10,7 @@ from sidestep.settings.option import (
     Answers,
     as_arguments,
     changed_from_defaults,
+    fixed,
     option,
     options_of,
     same_as,
@@ -639,6 +640,59 @@ class TrainConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainLmConfig(TrainConfig):
+    """`train-lm`: train an adapter for the language model, which composes. What it has not, is fixed below."""
+
+    lm: str = option(
+        "auto",
+        "language model: 0.6B, 1.7B, 4B, a folder's name or path; auto takes 1.7B where it is there",
+        group="Model",
+        plain="which language model; auto takes the one that the app has",
+    )
+    rank: int = same_as(TrainConfig, "rank", default=16, kept=False)
+    alpha: float = same_as(TrainConfig, "alpha", default=32.0, kept=False)
+    dropout: float = same_as(TrainConfig, "dropout", default=0.05)
+    epochs: int = same_as(TrainConfig, "epochs", default=20, kept=False)
+    val_split: float = same_as(TrainConfig, "val_split", default=0.1)
+    early_stop_patience: int = same_as(TrainConfig, "early_stop_patience", default=3)
+    target_mlp: bool = same_as(TrainConfig, "target_mlp", default=True)
+
+    adapter_type: str = fixed("lora")
+    batch_size: int = fixed(1)
+    chunk_duration: float = fixed(0.0)
+    hints_ratio: float = fixed(0.0)
+    attention_type: str = fixed("self")
+    self_target_modules: tuple[str, ...] | None = fixed(None)
+    cross_target_modules: tuple[str, ...] | None = fixed(None)
+    ignore_rank_map: bool = fixed(True)
+    init: str = fixed("default")
+    init_from: Path | None = fixed(None)
+    lokr_factor: int = fixed(-1)
+    lokr_decompose_both: bool = fixed(False)
+    lokr_weight_decompose: bool = fixed(False)
+    loss_weighting: str = fixed("none")
+    snr_gamma: float = fixed(5.0)
+    timestep_mode: str = fixed("auto")
+    timestep_shift: float | None = fixed(None)
+    timestep_mu: float | None = fixed(None)
+    timestep_sigma: float | None = fixed(None)
+    cfg_ratio: float | None = fixed(None)
+    attention: str = fixed("auto")
+    compile: bool = fixed(False)
+    recompute_layers: int | None = fixed(None)
+    recompute_as_needed: bool = fixed(False)
+    offload_activations: bool = fixed(False)
+    offload_encoder: bool = fixed(False)
+    swap_blocks: int = fixed(0)
+    preview_every: int = fixed(0)
+    preview_prompt: str = fixed("")
+    preview_lyrics: str = fixed("")
+    preview_prompts: Path | None = fixed(None)
+    preview_duration: float = fixed(30.0)
+    preview_seed: int = fixed(42)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildDatasetConfig:
     """`build-dataset`: index a folder of audio and text."""
 
@@ -1015,9 +1069,9 @@ class ExportConfig:
     )
     format: str = option(
         "peft",
-        "peft folder, single file for comfyui, diffusers or lycoris, or merged into the base",
+        "peft folder, single file for comfyui, diffusers or lycoris, merged into the base, or merged-lm for train-lm's",
         group="Export",
-        choices=("peft", "comfyui", "diffusers", "lycoris", "merged"),
+        choices=("peft", "comfyui", "diffusers", "lycoris", "merged", "merged-lm"),
         plain="the program it is for; merged makes a complete model that needs no adapter",
     )
     output: Path = option(
@@ -1038,6 +1092,13 @@ class ExportConfig:
         holds="checkpoints",
     )
     model_variant: str = option("turbo", "variant or folder name below --base", group="Export", kept=True)
+    lm: str = option(
+        "auto",
+        "merged-lm: language model below --base (0.6B, 1.7B, 4B, a name or path); auto is the one it was trained on",
+        group="Export",
+        advanced=True,
+        when=("format", "merged-lm"),
+    )
     overwrite: bool = option(False, "replace what --output already holds", group="Export")
 
 
@@ -1117,6 +1178,11 @@ COMMANDS = {
         "train an adapter; with --preprocess, turn audio into training tensors first",
         "cli.commands:train",
         spellings=("train",),
+    ),
+    "train-lm": Command(
+        TrainLmConfig,
+        "train an adapter for the language model, which composes (needs tensors with --regimes hints)",
+        "cli.commands:train_lm",
     ),
     "preprocess": Command(PreprocessConfig, "turn audio into training tensors", "cli.commands:preprocess"),
     "build-dataset": Command(

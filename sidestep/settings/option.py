@@ -157,12 +157,19 @@ def same_as(config_class: type, name: str, **changes: Any) -> Any:
     return dataclasses.field(default=changed.default, metadata={"option": changed})
 
 
+def fixed(value: Any) -> Any:
+    """A field of another config class that a command has no setting for: it has always this value."""
+    return dataclasses.field(default=value, init=False)
+
+
 @functools.cache  # resolving the type hints of sixty fields takes a millisecond, and a wizard asks often
 def options_of(config_class: type) -> dict[str, Option]:
     """Every setting of a config class by name, in order of declaration."""
     hints = typing.get_type_hints(config_class)
     found = {}
     for f in dataclasses.fields(config_class):
+        if not f.init:
+            continue
         o, kind = f.metadata["option"], hints[f.name]
         if optional := isinstance(kind, types.UnionType):
             kind = next(a for a in typing.get_args(kind) if a is not type(None))

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from sidestep import __version__
-from sidestep.acestep.layout import find_layout
-from sidestep.acestep.weights import Weights
+from sidestep.acestep.layout import find_layout, read_config
+from sidestep.acestep.lm.model import PREFIX as LM_PREFIX
+from sidestep.acestep.lm.model import choose_language_model, size_of
+from sidestep.acestep.weights import CPU, Weights
 from sidestep.adapters.adapter import Adapter, cast, combined, not_finite, with_strength
 from sidestep.adapters.merge import BaseWeights, merge_file
 from sidestep.adapters.read import (
@@ -37,7 +40,7 @@ from sidestep.adapters.write import (
 )
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved
-from sidestep.files import bring_back, expand, put_in_place, remove
+from sidestep.files import bring_back, expand, put_in_place, remove, write_text
 from sidestep.settings.config import ExportConfig
 from sidestep.words import gib, side_step
 
@@ -73,6 +76,8 @@ def export(config: ExportConfig, report: Report) -> Path:
         for note in adapter.remarks if config.format == "merged" else adapter.notes:
             report(Notice(message=note, level="warning"))
         adapters.append((adapter, strength))
+    if config.format == "merged-lm":
+        return _merge_language(config, adapters, report)
     base = None
     if config.base is None:
         if config.format == "merged":
@@ -216,6 +221,58 @@ def _merge(
         words = ("--checkpoint-dir", str(target.parent), "--model-variant", target.name, "--prompt", "…")
         command = side_step("sample", *words)
         report(Finished(message=f"Merged into a checkpoint of {gib(total, digits=2)}.", next_commands=(command,)))
+
+
+def _merge_language(config: ExportConfig, adapters: list[tuple[Adapter, float]], report: Report) -> Path:
+    """Write the language model with the adapters in it as the folder that every program finds by its name.
+
+    `acestep-5Hz-lm-{size}-{name}`, names of tensors with `model.`, the tokenizer's files as they are.
+    """
+    if config.base is None:
+        raise UserError("--format merged-lm needs the language model itself.", "Add --base CHECKPOINT_DIR")
+    trained_on = str(adapters[0][0].metadata.get("base_model", ""))
+    wanted = trained_on if config.lm == "auto" and trained_on else config.lm
+    folder = choose_language_model(find_layout(config.base, config.model_variant), wanted)
+    name, beginning = config.output.name, f"{LM_PREFIX}{size_of(folder)}-"
+    target = config.output.with_name(name if name.startswith(beginning) else beginning + name)
+    if target.exists():
+        raise UserError(f"--output {target}: there is something already.", "Choose another --output, or remove it.")
+    weights = Weights(folder)
+    changes: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for adapter, strength in adapters:
+        if adapter.kind != "lora" or adapter.has_magnitudes:
+            raise UserError(f"--format merged-lm: {adapter.title} is no adapter of `train-lm`.", "Give a LoRA of it.")
+        for module, factors in adapter.modules.items():
+            shape = (factors["lora_B"].shape[0], factors["lora_A"].shape[1])
+            if weights.shapes.get(f"model.{module}.weight", weights.shapes.get(f"{module}.weight")) != shape:
+                raise UserError(
+                    f"{adapter.path}: {module} is made for a weight of shape {list(shape)}, which {folder.name} "
+                    "has not.",
+                    f"Name the model that it was trained on: --lm {trained_on or '0.6B'}",
+                )
+            changes.setdefault(module, []).append((strength * factors["lora_B"].float(), factors["lora_A"].float()))
+    tensors = {}
+    for key in (key for key in weights.shapes if key != "lm_head.weight"):
+        (tensor,) = (tensor for _, tensor in weights.read([key], None, CPU))
+        module = key.removeprefix("model.").removesuffix(".weight")
+        dtype = DTYPES[config.dtype] or tensor.dtype
+        for up, down in changes.get(module, ()):
+            tensor = tensor.float() + up @ down
+        tensors["model." + key.removeprefix("model.")] = tensor.to(dtype).contiguous()
+        report(Progress(task="Merging", done=len(tensors), total=len(weights.shapes), current=key))
+    settings = read_config(folder / "config.json") | {"architectures": ["Qwen3ForCausalLM"]}
+    others = [path for path in folder.iterdir() if path.is_file() and path not in weights.files]
+    with _appearing(target) as temporary:
+        temporary.mkdir()
+        for path in others:
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, temporary / path.name)
+        write_text(temporary / "config.json", json.dumps(settings, indent=2) + "\n")
+        save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
+    report(Saved(what="merged language model", path=str(target)))
+    place = config.base if config.base.is_dir() else config.base.parent
+    report(Finished(message=f"Put it beside the other models, into {place}: programs find it by its name."))
+    return target
 
 
 def _correct_index(index: Path) -> None:

@@ -332,7 +332,9 @@ def _own_question(name: str, context: Context) -> Question:
         newest = (run for folder in folders for run in itertools.islice(find_runs(folder), RUNS_READ))
         choices = tuple(
             Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
-            for r in itertools.islice((run for run in newest if run.checkpoints), RUNS_OFFERED)
+            for r in itertools.islice(
+                (run for run in newest if run.checkpoints and "lm" not in run.settings), RUNS_OFFERED
+            )
         )
         first = choices[0].value if choices else last
         return from_option(RUN, lambda _answers: first, context.check, choices=lambda _answers: choices)

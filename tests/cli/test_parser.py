@@ -87,7 +87,7 @@ def test_training_flags_typed_for_preprocessing_alone_are_named_as_unused():
         ("fixd", "Unknown command: fixd.", "Did you mean fixed?"),
         ("zzz", "Unknown command: zzz.", "Commands: fixed,"),
         ("fixed --rnak 8", "no flag --rnak", "--rank"),
-        ("trian --rank 8", "Unknown command: trian.", "Did you mean train?"),
+        ("trian --rank 8", "Unknown command: trian.", "Did you mean train or train-lm?"),
         ("train --rnak 8", "train has no flag --rnak", "--rank"),
         (
             f"preprocess {SONGS} --output-dir o",

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from sidestep.adapters.attach import adapter_state
-from sidestep.adapters.write import Card, save_final
+from sidestep.adapters.write import Card, save_final, save_language_adapter
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Event, Notice, Report, Saved
 from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_text
 from sidestep.optim import optimizer_bytes
-from sidestep.settings.config import TrainConfig, command_line, command_words
+from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.processes import shard_like, unshard
@@ -263,7 +263,7 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
             "or go on from the newest: --resume-from latest",
         )
 
-    saved, now, options = state["config"], as_json_values(config), options_of(TrainConfig)
+    saved, now, options = state["config"], as_json_values(config), options_of(type(config))
     different = [name for name in now if name in saved and saved[name] != now[name] and name not in NOT_COMPARED]
     refused = [name for name in different if name in FIXED_ON_RESUME]
     if refused:
@@ -517,6 +517,8 @@ def adapter_writer(run: Run, tensors: dict[str, torch.Tensor]) -> Callable[[Path
         epochs=run.position.epoch,
         hints_ratio=run.config.hints_ratio,
     )
+    if isinstance(run.config, TrainLmConfig):
+        return lambda folder: save_language_adapter(run.model, folder, tensors, card)
     return lambda folder: save_final(run.model, folder, run.config, tensors, card)
 
 

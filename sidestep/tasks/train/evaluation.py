@@ -10,13 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from sidestep.data.batches import Item, MicroBatch, Song, collate, nearest
+from sidestep.data.batches import Song
 from sidestep.events import LongTask, Notice, Validated
-from sidestep.seeding import seed_for
 from sidestep.tasks.train.run import Evaluation, Run
-
-GRID_TIMESTEPS = 8  # midpoints of equally likely parts of the law: on turbo its eight steps
-GRID_WINDOWS = 4  # of a song, evenly spaced
 
 
 def update_best(run: Run, epoch: int) -> bool:
@@ -66,9 +62,7 @@ def grid_loss(run: Run, songs: list[Song], model: torch.nn.Module | None = None)
     model: by default the run's own. Its training mode is put back.
     """
     model = model or run.wrapped
-    batches = grid(songs, run.config.batch_size, hints=run.config.hints_ratio == 1)
-    midpoints = (torch.arange(GRID_TIMESTEPS, dtype=torch.float64) + 0.5) / GRID_TIMESTEPS
-    timesteps = run.law.draw(midpoints).float()
+    batches = run.objective.grid(songs)
     own = batches[run.processes.index :: run.processes.count]
     total = torch.zeros((), dtype=torch.float64 if run.device.type != "mps" else torch.float32, device=run.device)
     was_training = run.model.training
@@ -79,44 +73,13 @@ def grid_loss(run: Run, songs: list[Song], model: torch.nn.Module | None = None)
         for number in range(rounds):
             # all processes call the model equally often, as FSDP needs it
             cells = own[number] if number < len(own) else batches[0]
-            batch = collate(songs, cells).to(run.device)
-            noise = grid_noise(songs, cells).to(run.device)
-            loss = run.objective.loss(model, batch, noise, timesteps[list(cells.slots)].to(run.device))
+            loss = run.objective.grid_loss(model, songs, cells)
             if number < len(own):
                 total += loss.sum()
             validated()
     finally:
         run.model.train(was_training)
     return run.processes.sum([total.item()])[0] / sum(len(cells.slots) for cells in batches)
-
-
-def grid(songs: list[Song], batch_size: int, hints: bool) -> list[MicroBatch]:
-    """The cells of the grid in batches of one window each; a cell's slot is the number of its timestep."""
-    batches = []
-    for index, song in enumerate(songs):
-        if song.windows is None:
-            windows = [Item(index, 0, song.frames)]
-        else:
-            starts = song.windows.starts
-            wanted = [round(starts[-1] * i / (GRID_WINDOWS - 1)) for i in range(GRID_WINDOWS)]
-            found = dict.fromkeys(nearest(starts, start) for start in wanted)
-            windows = [Item(index, starts[i], song.windows.frames, song.windows.which[i]) for i in found]
-        for item in windows:
-            for first in range(0, GRID_TIMESTEPS, batch_size):
-                slots = tuple(range(first, min(first + batch_size, GRID_TIMESTEPS)))
-                batches.append(MicroBatch((item,) * len(slots), slots, hints and song.has_hints))
-    return batches
-
-
-def grid_noise(songs: list[Song], cells: MicroBatch) -> torch.Tensor:
-    """The noise [B, T, D] of cells of one window: it depends on the song's name, the window and the timestep alone."""
-    item = cells.items[0]
-    song, draws = songs[item.song], []
-    channels = song.read().target_latents.shape[1]
-    for slot in cells.slots:
-        generator = torch.Generator().manual_seed(seed_for("grid", song.name, item.start, slot))
-        draws.append(torch.randn((item.frames, channels), generator=generator))
-    return torch.stack(draws)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sidestep.acestep.device import peak_memory_bytes
-from sidestep.data.batches import StepPlan, collate
+from sidestep.data.batches import StepPlan
 from sidestep.data.records import RecordError
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, StepSkipped
@@ -173,7 +173,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
         # a process without work still takes part in the reduction
         micro_batch = own[number] if number < len(own) else plan.micro_batches[0]
         share = processes / plan.samples if number < len(own) else 0.0
-        batch = collate(run.songs, micro_batch, pin=run.device.type == "cuda").to(run.device)
+        batch = run.objective.collate(run.songs, micro_batch)
         with accelerator.no_sync(run.wrapped) if number < rounds - 1 else nullcontext():
             weighted, loss, t = run.objective(run.wrapped, batch, run.position.step, plan.samples)
             accelerator.backward(weighted.sum() * share)

@@ -1,5 +1,6 @@
 """What a micro-step computes: the loss of a batch, with the noise, timesteps and dropped conditions of its step."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from diffusers.models.transformers.ace_step_transformer import AceStepAttnProces
 from sidestep.acestep.blocks import offload_activations
 from sidestep.acestep.conditions import context_latents, tiled_silence
 from sidestep.acestep.device import to_device
-from sidestep.data.batches import Batch
+from sidestep.data.batches import Batch, Item, MicroBatch, Song, collate, nearest
 from sidestep.errors import UserError
 from sidestep.flow_matching.guidance import drop_conditions
 from sidestep.flow_matching.loss import flow_matching_loss, min_snr_weight, uniform_weight
@@ -19,6 +20,9 @@ from sidestep.flow_matching.timesteps import Law, discrete, logit_normal, strati
 from sidestep.seeding import seed_for, uniform
 from sidestep.settings.config import TrainConfig
 from sidestep.variants import Variant
+
+GRID_TIMESTEPS = 8  # midpoints of equally likely parts of the law: on turbo its eight steps
+GRID_WINDOWS = 4  # of a song, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,28 @@ class Objective:
     ):
         self.law, self.silence, self.null_condition, self.condition_mask = law, silence, null_condition, condition_mask
         self.weight = min_snr_weight(config.snr_gamma) if config.loss_weighting == "min_snr" else uniform_weight
-        self.seed = config.seed
+        self.seed, self.batch_size, self.hints_only = config.seed, config.batch_size, config.hints_ratio == 1
         self._activations = partial(offload_activations, silence.device) if config.offload_activations else nullcontext
         self._generator = torch.Generator(silence.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.silence.device
+
+    def collate(self, songs: Sequence[Song], micro_batch: MicroBatch) -> Batch:
+        """The tensors of a micro-batch on the device."""
+        return collate(songs, micro_batch, pin=self.device.type == "cuda").to(self.device)
+
+    def grid(self, songs: Sequence[Song]) -> list[MicroBatch]:
+        """What songs are validated on."""
+        return grid(songs, self.batch_size, self.hints_only)
+
+    def grid_loss(self, model: torch.nn.Module, songs: Sequence[Song], cells: MicroBatch) -> torch.Tensor:
+        """Plain loss [B] of cells of the grid, the same for the same weights."""
+        midpoints = (torch.arange(GRID_TIMESTEPS, dtype=torch.float64) + 0.5) / GRID_TIMESTEPS
+        timesteps = self.law.draw(midpoints).float()[list(cells.slots)]
+        batch, noise = collate(songs, cells).to(self.device), grid_noise(songs, cells).to(self.device)
+        return self.loss(model, batch, noise, timesteps.to(self.device))
 
     def timesteps(self, step: int, samples: int) -> torch.Tensor:
         """All timesteps of an optimizer step, fp32 [samples] on the CPU, spread evenly over the law."""
@@ -182,3 +205,32 @@ class Objective:
 
         with self._activations():
             return flow_matching_loss(velocity, batch.latents, noise, t)
+
+
+def grid(songs: Sequence[Song], batch_size: int, hints: bool) -> list[MicroBatch]:
+    """The cells of the grid in batches of one window each; a cell's slot is the number of its timestep."""
+    batches = []
+    for index, song in enumerate(songs):
+        if song.windows is None:
+            windows = [Item(index, 0, song.frames)]
+        else:
+            starts = song.windows.starts
+            wanted = [round(starts[-1] * i / (GRID_WINDOWS - 1)) for i in range(GRID_WINDOWS)]
+            found = dict.fromkeys(nearest(starts, start) for start in wanted)
+            windows = [Item(index, starts[i], song.windows.frames, song.windows.which[i]) for i in found]
+        for item in windows:
+            for first in range(0, GRID_TIMESTEPS, batch_size):
+                slots = tuple(range(first, min(first + batch_size, GRID_TIMESTEPS)))
+                batches.append(MicroBatch((item,) * len(slots), slots, hints and song.has_hints))
+    return batches
+
+
+def grid_noise(songs: Sequence[Song], cells: MicroBatch) -> torch.Tensor:
+    """The noise [B, T, D] of cells of one window: it depends on the song's name, the window and the timestep alone."""
+    item = cells.items[0]
+    song, draws = songs[item.song], []
+    channels = song.read().target_latents.shape[1]
+    for slot in cells.slots:
+        generator = torch.Generator().manual_seed(seed_for("grid", song.name, item.start, slot))
+        draws.append(torch.randn((item.frames, channels), generator=generator))
+    return torch.stack(draws)

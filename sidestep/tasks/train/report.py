@@ -148,7 +148,7 @@ def previews_in(run_folder: Path) -> list[dict[str, Any]]:
 
 def settings_of(config: TrainConfig) -> list[dict[str, str]]:
     """The settings that are not at their default: flag, value, default and what it means."""
-    options = options_of(TrainConfig)
+    options = options_of(type(config))
     return [
         {
             "flag": options[name].flag,

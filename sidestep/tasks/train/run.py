@@ -22,7 +22,7 @@ from sidestep.events import Event, LongTask, Notice, Report
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.train.guards import SongWatch
-from sidestep.tasks.train.objective import Objective, TrainingLaw
+from sidestep.tasks.train.objective import TrainingLaw
 from sidestep.tasks.train.processes import Processes
 
 TIMESTEP_BINS = 10
@@ -236,7 +236,7 @@ class Run:
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    objective: Objective
+    objective: Any  # Objective, or AnswerObjective where the language model is trained: the same few methods
     songs: list[Song]
     held_out: list[Song]
     fingerprints: dict[str, dict[str, str]]  # of all songs, by name and part
@@ -256,7 +256,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return self.objective.silence.device
+        return self.objective.device
 
     @property
     def is_main(self) -> bool:

@@ -39,6 +39,7 @@ from sidestep.tasks.train.checkpoints import (
     save_results,
     write_settings,
 )
+from sidestep.tasks.train.language import NEXT_TOKEN, AnswerObjective, is_language, open_language
 from sidestep.tasks.train.loop import run_loop
 from sidestep.tasks.train.objective import ConditionMask, Objective, training_law
 from sidestep.tasks.train.previews import make_previews, previews_for
@@ -92,6 +93,11 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
         raise cannot_save(run, error) from error
     finally:
         run.tensorboard.close()
+    if is_language(config):
+        merge = ("export", str(final), "--format", "merged-lm", "--base", str(config.checkpoint_dir), "--output", "…")
+        trained = f"Trained {run.position.step} optimizer steps. The composer's adapter is in {final}"
+        report(Finished(message=trained, next_commands=(side_step(*merge),)))
+        return TrainResult(run.position.step, final)
     base = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
     if run.checkpoint.variant.doubt:
         base += ["--timestep-mode", config.timestep_mode]
@@ -154,6 +160,8 @@ def set_up(
     device, processes = accelerator.device, Processes(accelerator)
     check_memory_options(config, processes.count)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
+    language = open_language(config, checkpoint, device, precision, report) if is_language(config) else None
+    dit, checkpoint = checkpoint, language.checkpoint if language else checkpoint
     check_sizes(config, checkpoint.config)
     if saved and saved.state["model"] != checkpoint.identity():
         raise UserError(
@@ -161,8 +169,10 @@ def set_up(
             f"({saved.config['model_variant']} then).",
             "Use the --checkpoint-dir and --model-variant of that run.",
         )
-    songs = load_songs(config, checkpoint, report)
+    songs = load_songs(config, dit, report)
     require_hints(songs, config)
+    if language:
+        songs = language.usable(songs, config, report)
     prints = fingerprints(songs, config)
     if saved:
         require_same_data(saved, prints, config)
@@ -175,14 +185,17 @@ def set_up(
     songs, held_out = with_windows(songs, held_out, config, checkpoint, device, precision, processes, report)
     every = [*songs, *held_out]
 
-    law = training_law(config, checkpoint.variant)
-    dropout = f"{law.cfg_ratio:g}" if law.cfg_ratio else "off"
-    report(Decision(what="timesteps", value=law.name, reason=law.reason + law.shift_reason))
-    report(Decision(what="CFG dropout", value=dropout, reason=law.reason))
+    law = NEXT_TOKEN if language else training_law(config, checkpoint.variant)
+    if not language:
+        dropout = f"{law.cfg_ratio:g}" if law.cfg_ratio else "off"
+        report(Decision(what="timesteps", value=law.name, reason=law.reason + law.shift_reason))
+        report(Decision(what="CFG dropout", value=dropout, reason=law.reason))
     previews = previews_for(config, checkpoint, every, device, precision, report)
 
     set_seed(config.seed)
-    decoder, mask = load_decoder(config, checkpoint, device, precision, report)
+    decoder, mask = (
+        (language.trunk, ConditionMask()) if language else load_decoder(config, checkpoint, device, precision, report)
+    )
     ranks = saved.state["ranks"] if saved else ranks_for(config, checkpoint, decoder, dataset, report)
     model = attach(decoder, config, ranks)
     if saved:
@@ -214,7 +227,12 @@ def set_up(
     wrapped, prepared_optimizer = accelerator.prepare(model, optimizer, device_placement=[not config.swap_blocks, True])
 
     longest = max(song.windows.frames if song.windows else song.frames for song in every)
-    silence = checkpoint.silence_latent()[:, :longest].to(device)
+    if language:
+        objective: Objective | AnswerObjective = AnswerObjective(config, language, device)
+    else:
+        silence = checkpoint.silence_latent()[:, :longest].to(device)
+        null = checkpoint.load_null_condition(device, precision)
+        objective = Objective(config, law, silence, null, mask)
     curves = config.output_dir / "runs" / portable(config.run_name or config.output_dir.absolute().name or "run")
     # what a killed run had written beyond the step it is resumed at disappears
     purge_step = saved.position.step + 1 if saved else None
@@ -231,7 +249,7 @@ def set_up(
         parameters=[p for p in wrapped.parameters() if p.requires_grad],
         optimizer=prepared_optimizer,
         scheduler=scheduler,
-        objective=Objective(config, law, silence, checkpoint.load_null_condition(device, precision), mask),
+        objective=objective,
         songs=songs,
         held_out=held_out,
         fingerprints=prints,

@@ -36,7 +36,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Notice, Progress, Report
 from sidestep.files import replacing
 from sidestep.seeding import uniform
-from sidestep.settings.config import TrainConfig
+from sidestep.settings.config import TrainConfig, TrainLmConfig
 from sidestep.tasks.train.processes import Processes
 from sidestep.words import count, paste, side_step
 
@@ -164,7 +164,7 @@ def require_same_model(
 
 def fingerprints(songs: list[Song], config: TrainConfig) -> dict[str, dict[str, str]]:
     """What a run depends on of each song, by its name and in the user's words, as digests."""
-    has_windows = config.chunk_duration > 0 or config.batch_size > 1
+    has_windows = config.chunk_duration > 0 or config.batch_size > 1 or isinstance(config, TrainLmConfig)
     found = {}
     for song in songs:
         found[song.name] = {**song.digests, "repeats": str(song.repeat)}

@@ -1,0 +1,221 @@
+"""train-lm: the same loop on the language model; what it learns, saves, goes on from and refuses."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import Qwen3ForCausalLM
+
+from sidestep.acestep.device import GIB, GpuMemory
+from sidestep.acestep.lm.loss import answer_loss
+from sidestep.acestep.lm.prompts import codes_prompt, plan_text
+from sidestep.cli.main import main
+from sidestep.data.records import save_record
+from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
+from sidestep.events import EpochDone, Finished, StepDone, Validated
+from sidestep.settings.config import HistoryConfig, TrainLmConfig
+from sidestep.tasks.history import history
+from sidestep.tasks.plan.language import check_language_memory, training_bytes, weights_bytes
+from sidestep.tasks.train import train
+from tests.training_world import Log, adapter, differing, prepared, record
+
+VARIANT = "acestep-v15-512-codes"
+
+
+def form(seed: int, seconds: int = 4) -> torch.Tensor:
+    """Codes [N, 1] of a song with a form: intro, verse, chorus, verse, each a motif of its own."""
+    motif = {"a": [10, 11, 12, 13, 14], "b": [100, 120, 140, 160, 180], "c": [400, 300, 200, 100, 50]}
+    codes = [code + seed % 3 for section in "abcb" for code in motif[section]]
+    return torch.tensor(codes[: 5 * seconds], dtype=torch.int32)[:, None]
+
+
+def write_songs(folder: Path, number: int = 4) -> Path:
+    for seed in range(number):
+        codes = form(seed)
+        made = replace(record(seed, 5 * len(codes), hints=True, caption=f"song {seed % 3}"), audio_codes=codes)
+        save_record(folder / f"song {seed}.pt", made)
+    return folder
+
+
+def settings(data: Path, output: Path, home: Path, **changes) -> TrainLmConfig:
+    values = {
+        "checkpoint_dir": home,
+        "model_variant": VARIANT,
+        "dataset_dir": data,
+        "output_dir": output,
+        "device": "cpu",
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "lr": 5e-3,
+        "epochs": 2,
+        "gradient_accumulation": 2,
+        "log_every": 1,
+        "warmup_steps": 0,
+        "val_split": 0.0,
+    }
+    return TrainLmConfig(**values | changes)
+
+
+def run(config, act=None) -> Log:
+    log = Log(act)
+    train(config, log)
+    return log
+
+
+def test_the_loss_of_a_step_is_that_of_the_whole_answer(tmp_path, lm_home, tiny_lm):
+    run = prepared(settings(write_songs(tmp_path / "data"), tmp_path / "run", lm_home))
+    [micro_batch] = run.objective.grid(run.songs[:1])
+    batch = run.objective.collate(run.songs, micro_batch)
+    told = {"bpm": 100, "caption": "song 0", "duration": 4, "keyscale": "A minor", "language": "en"}
+    plan = plan_text({**told, "timesignature": "4"})
+    text = tiny_lm.tokens.text(batch.ids[0])
+    assert text.startswith(codes_prompt("song 0", "[Instrumental]", plan) + "<|audio_code_10|>")
+    assert text.endswith("<|audio_code_180|><|im_end|>")
+    with torch.inference_mode():
+        states = tiny_lm.model.model(input_ids=batch.ids).last_hidden_state[0].clone()
+    expected = answer_loss(states, tiny_lm.model.lm_head.weight, batch.ids[0], batch.n_prompt)
+    torch.testing.assert_close(run.objective.grid_loss(run.wrapped, run.songs, micro_batch)[0].detach(), expected)
+
+
+def test_recomputation_changes_no_gradient(tmp_path, lm_home):
+    data = write_songs(tmp_path / "data", 1)
+    for name, recompute in (("with", True), ("without", False)):
+        run(settings(data, tmp_path / name, lm_home, gradient_checkpointing=recompute, max_steps=2))
+    assert not list(differing(adapter(tmp_path / "with" / "final"), adapter(tmp_path / "without" / "final")))
+
+
+def test_form_is_learnt_and_held_out_songs_show_it(tmp_path, lm_home):
+    config = settings(
+        write_songs(tmp_path / "data", 6),
+        tmp_path / "run",
+        lm_home,
+        epochs=15,
+        val_split=0.2,
+        lr=1e-2,
+        early_stop_patience=0,
+    )
+    log = run(config)
+    losses = [event.loss for event in log.of(Validated)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert log.of(EpochDone)[-1].loss < log.of(EpochDone)[0].loss
+    assert (tmp_path / "run" / "best").is_dir()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_folder_loads_in_peft_without_our_code(tmp_path, lm_home, tiny_lm):
+    run(settings(write_songs(tmp_path / "data"), tmp_path / "run", lm_home))
+    final = tmp_path / "run" / "final"
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert key in load_file(final / "adapter_model.safetensors")
+    base = Qwen3ForCausalLM.from_pretrained(lm_home / "acestep-5Hz-lm-0.6B", dtype=torch.float32)
+    ids = torch.tensor([tiny_lm.tokens.ids("<|im_start|>user\nx")])
+    with torch.inference_mode():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, final)(ids).logits
+    assert (plain - adapted).abs().max() > 1e-3
+
+
+def test_a_merged_folder_loads_in_transformers_and_says_the_same(tmp_path, lm_home, tiny_lm):
+    run(settings(write_songs(tmp_path / "data"), tmp_path / "run", lm_home))
+    final = tmp_path / "run" / "final"
+    command = ["export", str(final), "--format", "merged-lm", "--base", str(lm_home), "--model-variant", VARIANT]
+    assert main([*command, "--output", str(tmp_path / "waltz"), "--dtype", "fp32"]) == ExitStatus.OK
+    merged = tmp_path / "acestep-5Hz-lm-0.6B-waltz"
+    names = {path.name for path in (lm_home / "acestep-5Hz-lm-0.6B").iterdir()}
+    assert {path.name for path in merged.iterdir()} == names
+    base = Qwen3ForCausalLM.from_pretrained(lm_home / "acestep-5Hz-lm-0.6B", dtype=torch.float32)
+    whole = Qwen3ForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    ids = torch.tensor([tiny_lm.tokens.ids("<|im_start|>user\nx")])
+    with torch.inference_mode():
+        expected = PeftModel.from_pretrained(base, final)(ids).logits
+        torch.testing.assert_close(whole(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert whole.config.vocab_size == 1059
+    assert main([*command, "--output", str(tmp_path / "waltz")]) != ExitStatus.OK  # it is there already
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, lm_home, monkeypatch):
+    data = write_songs(tmp_path / "data")
+    run(settings(data, tmp_path / "whole", lm_home, dropout=0.1))
+
+    def stop(event):
+        if isinstance(event, StepDone) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = settings(data, tmp_path / "parts", lm_home, dropout=0.1)
+    with pytest.raises(Interrupted) as caught:
+        run(config, stop)
+    assert "train-lm" in str(caught.value)
+    events = []
+    history(HistoryConfig(folder=tmp_path / "parts"), events.append)
+    assert any("train-lm" in command for e in events if isinstance(e, Finished) for command in e.next_commands)
+    run(replace(config, resume_from=Path("latest")))
+    whole, parts = adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "parts" / "final")
+    assert not list(differing(whole, parts))
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantised_base_learns_too(tmp_path, lm_home, precision):
+    data = write_songs(tmp_path / "data", 2)
+    log = run(settings(data, tmp_path / "run", lm_home, base_precision=precision, epochs=3))
+    losses = [event.loss for event in log.of(EpochDone)]
+    assert losses[-1] < losses[0]
+
+
+def test_songs_without_codes_are_refused_with_the_command_that_makes_them(tmp_path, lm_home):
+    save_record(tmp_path / "a.pt", record(0, 50))
+    with pytest.raises(UserError, match="1 of 1 songs have no codes") as caught:
+        run(settings(tmp_path, tmp_path / "run", lm_home))
+    assert "--regimes text2music hints" in caught.value.fix
+
+
+def test_the_command_trains_and_is_kept_as_it_was_typed(tmp_path, lm_home):
+    data = write_songs(tmp_path / "data", 2)
+    command = ["train-lm", "--checkpoint-dir", str(lm_home), "--model-variant", VARIANT, "--dataset-dir", str(data)]
+    typed = ["--output-dir", str(tmp_path / "run"), "--device", "cpu", "--epochs", "1", "--val-split", "0"]
+    assert main([*command, *typed]) == ExitStatus.OK
+    assert "train-lm" in (tmp_path / "run" / "command.txt").read_text()
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert kept["lm"] == "auto"
+    assert "timestep_mode" not in kept
+
+
+SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "4B": (2560, 9728, 36, 32)}
+PARAMETERS = {"0.6B": 662_884_352, "1.7B": 1_854_243_840, "4B": 4_189_554_176}
+
+
+def sizes_of(name: str) -> dict:
+    width, inner, layers, heads = SIZES[name]
+    return {
+        **{"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 217_204},
+    }
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_weights_are_counted_as_they_are_but_for_the_norms(name):
+    assert weights_bytes(sizes_of(name), 2, "auto") == pytest.approx(2 * PARAMETERS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "precision", "gib"), [("0.6B", "auto", 8), ("1.7B", "auto", 8), ("4B", "nf4", 12)])
+def test_each_size_trains_on_the_card_that_it_is_said_to(tmp_path, name, precision, gib):
+    config = settings(tmp_path, tmp_path, tmp_path, rank=16, base_precision=precision)
+    assert training_bytes(sizes_of(name), config, 2500, 2) < gib * GIB
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path, lm_home, monkeypatch, forced):
+    card = GpuMemory(2**28, "a small card")
+    monkeypatch.setattr("sidestep.tasks.plan.language.gpu_memory", lambda _: card)
+    config = settings(tmp_path, tmp_path / "run", lm_home, even_if_it_does_not_fit=forced)
+    if forced:
+        check_language_memory(config, lambda _: None)
+    else:
+        with pytest.raises(JobError, match="a small card has .* this run takes"):
+            check_language_memory(config, lambda _: None)
