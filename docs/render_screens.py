@@ -4,6 +4,7 @@ uv run python -m docs.render_screens
 """
 
 import io
+import re
 import shutil
 import tempfile
 import wave
@@ -12,6 +13,7 @@ from pathlib import Path
 from string import hexdigits
 
 import numpy as np
+from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -19,6 +21,10 @@ from rich.text import Text
 from tests.pseudo_terminal import ROOT, Session
 from tests.training_world import write_data
 
+# Rich's own drawing fetches a font from elsewhere; every system has a font of even width.
+FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL).replace(
+    "font-family: Fira Code, monospace", "font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+)
 OUT = Path(__file__).parent / "screens"
 COLUMNS = 92
 COLOURS = {"default": None, "brown": "yellow"}  # pyte's names where Rich's differ
@@ -34,7 +40,9 @@ def draw(session: Session, name: str, title: str, last: int = 40) -> None:
     for line in lines[-last:]:
         console.print(line, no_wrap=True, crop=True)
     OUT.mkdir(exist_ok=True)
-    (OUT / f"{name}.svg").write_text(console.export_svg(title=title), encoding="utf-8", newline="\n")
+    (OUT / f"{name}.svg").write_text(
+        console.export_svg(title=title, code_format=FORMAT), encoding="utf-8", newline="\n"
+    )
 
 
 def _line(row: dict) -> Text:
@@ -76,26 +84,25 @@ def wizard(folder: Path) -> None:
         session.asks("What would you like to do?", seconds=120)
         draw(session, "first-run", "uv run train.py", last=44)
         session.choose("Preprocess")
-        for question, typed in (
-            ("Songs", "songs"),
-            ("Folder of the checkpoints", ""),
-            ("Model", ""),
-            ("Folder for the training tensors", ""),
-        ):
+        session.asks("Songs")
+        session.keys("clear", "songs", "enter")
+        for question in ("Folder of the checkpoints", "Model", "Folder for the training tensors"):
             session.asks(question)
-            session.keys(typed, "enter")
+            session.keys("enter")
         session.asks("What now?")
         draw(session, "preprocess", "Preprocess")
         session.keys("enter")
         session.asks("What next?", seconds=600)
-        session.keys("enter")
+        session.choose("Train")
         session.asks("Preset")
         draw(session, "chain", "The next step, filled in", last=34)
         session.choose("quick_test")
-        session.asks("Epochs")
+        session.asks("Kind of adapter")
         session.keys("enter")
-        session.asks("What now?", seconds=120)
-        draw(session, "review", "Review", last=90)
+        session.asks("What now?")
+        session.until("for the longest song", seconds=300)
+        session.asks("What now?")
+        draw(session, "review", "Review", last=34)
         session.keys("ctrl-c")
         session.end()
 

@@ -83,7 +83,7 @@ def test_every_flag_that_the_docs_name_exists():
         for o in options_for(command).values()
         for flag in (*o.flags, "--no-" + o.flag.removeprefix("--"))
     }
-    known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset", "--vram-profile"}
+    known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset", "--vram-profile", "--config"}
     others = {
         "--no-config",
         "--torch-backend",

@@ -7,7 +7,7 @@ so that help and the wizard start without torch.
 import argparse
 import json
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sidestep.settings.config import (
     COMMANDS,
     SPELLINGS,
     BuildDatasetConfig,
+    CleanConfig,
     CompletionConfig,
     DemoConfig,
     EstimateConfig,
@@ -64,7 +65,10 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         raise JobError(f"Out of memory: {first}", f"What helps: {fix}.") from None
     if isinstance(result, ExitStatus):
         return result
-    if isinstance(result, str):
+    if isinstance(config, CleanConfig) and not config.delete and result["checkpoints"] and terminal.interactive:
+        if terminal.confirm("Delete them now?"):
+            return run(replace(config, delete=True), report, terminal)
+    elif isinstance(result, str):
         terminal.out.write(result)
     elif getattr(config, "json", False):
         terminal.out.write(json.dumps(result, default=lambda v: asdict(v) if is_dataclass(v) else str(v)) + "\n")

@@ -28,6 +28,7 @@ from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, nu
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig, command_line
+from sidestep.settings.path_checks import run_settings
 from sidestep.stopping import GRACE_SECONDS, StopRequest
 from sidestep.terminal.terminal import PlainView, Terminal, wants_plain
 from sidestep.wizard.numbered import NumberedAsk
@@ -114,7 +115,7 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
         name, why = profile_of(call)
         notes.append(Decision(what="profile", value=name, reason=why))
     preset = presets.find(name) if name else None
-    values = preset.values if preset else {}
+    values = (run_settings(call.config) if call.config else {}) | (preset.values if preset else {})
     configs = configs_of(call, values)
     notes += notes_of(call, configs, values)
     if preset and preset.unknown:

@@ -22,7 +22,8 @@ from sidestep.words import clock, count, gib, side_step
 
 COUNT_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
-SHOWN = ("device", "device memory", "precision", "attention", "checkpoints", "free disk")  # of the doctor's findings
+BESIDE_SECONDS = 180  # for one that comes while a question is read
+SHOWN = ("device", "device memory", "precision", "checkpoints", "free disk")  # of the doctor's findings
 
 
 def outside(terminal: Terminal, here: Path = Path()) -> Outside:
@@ -88,7 +89,7 @@ def memory(config: Any) -> list[str]:
     if not isinstance(config, TrainConfig):
         return []
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(PlanConfig)}
-    plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})))
+    plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})), seconds=BESIDE_SECONDS)
     if not isinstance(plan, dict):
         return [f"Memory: not worked out in time; this tells it: {side_step('plan')}"]
     needed, longest = gib(plan["asked"]["needed_bytes"]), f"for the longest song ({clock(plan['song_seconds'])})"
@@ -120,7 +121,7 @@ def open_file(path: Path) -> str:
 
 
 @lru_cache(maxsize=8)  # a review that is shown again has the same answer
-def json_of(*words: str) -> Any:
+def json_of(*words: str, seconds: float = WAIT_SECONDS) -> Any:
     """What a command of ours prints as JSON, or None: the wizard goes on without it. Ctrl-C skips the wait."""
     # -P keeps the user's folder, where a file may be called like a module, out of the search; ours is put into it.
     command = [sys.executable, "-P", "-m", "sidestep.cli", *words]
@@ -131,7 +132,7 @@ def json_of(*words: str) -> Any:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=WAIT_SECONDS,
+            timeout=seconds,
             check=True,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(home)},

@@ -4,10 +4,15 @@
 """
 
 import argparse
+import importlib.metadata
+import platform
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
@@ -43,6 +48,7 @@ class Call:
     typed: dict[str, Any] = field(default_factory=dict)
     preprocess: bool = False
     preset: str = ""
+    config: Path | None = None
     vram_profile: str = ""
     plain: bool = False
     yes: bool = False
@@ -60,6 +66,24 @@ class _Parser(argparse.ArgumentParser):
         found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         nearest = did_you_mean(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
         raise UserError(message[:1].upper() + message[1:] + ".", nearest or f"See: {self.prog} --help")
+
+
+class _Version(argparse.Action):
+    """`--version`: found out only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_rest: Any) -> NoReturn:
+        root = Path(__file__).parents[2]
+        commit = ""
+        if (root / ".git").exists() and (git := shutil.which("git")):
+            asked = [git, "-C", str(root), "rev-parse", "--short", "HEAD"]
+            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            torch = f"PyTorch {importlib.metadata.version('torch')}"
+        except importlib.metadata.PackageNotFoundError:
+            torch = "PyTorch is not installed"
+        of_commit = f" (commit {commit})" if commit else ""
+        print(f"Side-Step {__version__}{of_commit}, {torch}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def parse(argv: list[str]) -> Call:
@@ -91,7 +115,7 @@ def parse(argv: list[str]) -> Call:
         raise UserError(f"{typed_command} has no flag {', '.join(flags)}.", "\n".join(dict.fromkeys(fixes)))
     typed = vars(found)
     preprocess, preset = typed.pop("preprocess", False), typed.pop("preset", "")
-    vram_profile = typed.pop("vram_profile", "")
+    vram_profile, config = typed.pop("vram_profile", ""), typed.pop("config", None)
     plain, yes = typed.pop("plain", namespace.plain), typed.pop("yes", namespace.yes)
     options = options_for(command)
     values = {}
@@ -102,7 +126,7 @@ def parse(argv: list[str]) -> Call:
         if isinstance(value, list) and splits_at_commas(o):
             value = [part for word in value for part in word.split(",") if part]
         values[name] = value
-    return Call(command, values, preprocess, preset, vram_profile, plain, yes)
+    return Call(command, values, preprocess, preset, config, vram_profile, plain, yes)
 
 
 def configs_of(call: Call, preset: Mapping[str, Any]) -> list[Any]:
@@ -202,6 +226,8 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     if name in COMMANDS_WITH_PRESETS:
         help = f"start from a preset (see: {PROGRAM[-1]} presets list); typed flags win"
         parser.add_argument("--preset", metavar="NAME", default=argparse.SUPPRESS, help=help)
+        help = "start from the settings of a run: its config.json; folders for results are not taken; typed flags win"
+        parser.add_argument("--config", metavar="FILE", type=Path, default=argparse.SUPPRESS, help=help)
         help = "start from the preset for this GPU (auto), or for a card of that kind; typed flags win"
         parser.add_argument("--vram-profile", choices=("auto", *PROFILES), default=argparse.SUPPRESS, help=help)
     groups: dict[str, Any] = {}
@@ -249,7 +275,7 @@ def global_parser(with_command: bool = True) -> argparse.ArgumentParser:
     plain = "plain text only: no colours, no live view, numbered questions"
     parser.add_argument("--plain", action="store_true", help=plain)
     parser.add_argument("--yes", "-y", action="store_true", help="ask for no confirmation")
-    parser.add_argument("--version", action="version", version=f"Side-Step {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of Side-Step and PyTorch")
     if with_command:
         parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
         parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

@@ -1046,6 +1046,23 @@ class HistoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """`clean`: free the disk of a run's old saved states."""
+
+    folder: Path = option(
+        MISSING,
+        "a run's folder",
+        "run",
+        group="Clean",
+        label="Run",
+        plain="the run whose old saved states may go; the adapter itself stays",
+        holds="run",
+    )
+    keep: int = option(1, "newest checkpoints that stay, to go on from", group="Clean", minimum=0)
+    delete: bool = option(False, "delete them; without it, only say which and how much", group="Clean")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """`doctor`: what this machine offers, for the first run and for bug reports."""
 
@@ -1206,6 +1223,7 @@ COMMANDS = {
         "tasks.inspect:inspect_adapter",
     ),
     "history": Command(HistoryConfig, "list past runs with their best loss", "tasks.history:history"),
+    "clean": Command(CleanConfig, "delete a run's old checkpoints, after saying which", "tasks.clean:clean"),
     "demo": Command(DemoConfig, "the whole pipeline on a tiny built-in model and built-in music", "tasks.demo:demo"),
     "presets": Command(PresetsConfig, "list, show, import or export presets", "cli.commands:presets"),
     "doctor": Command(

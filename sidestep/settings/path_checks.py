@@ -117,6 +117,18 @@ def find_runs(folder: Path) -> Iterator[FoundRun]:
             yield run
 
 
+def run_settings(file: Path) -> dict[str, Any]:
+    """The settings in a run's config.json to start another one with: all but where its results went.
+
+    Raises UserError where it is none.
+    """
+    settings = _read_json(file)
+    if settings is None or "dataset_dir" not in settings:
+        raise UserError(f"--config {file}: not the config.json of a run.", "Give runs/NAME/config.json of one.")
+    own = ("output_dir", "resume_from", "run_name")
+    return {name: value for name, value in settings.items() if name not in own and value is not None}
+
+
 def read_run(folder: Path) -> FoundRun | None:
     """The run whose output folder this is, or None."""
     settings = _read_json(folder / "config.json")
@@ -352,6 +364,15 @@ def _verify_run(folder: Path) -> str:
 
 
 # What the disk suggests for a question, under the answers so far
+
+
+def a_prompt_of(dataset_json: Path) -> str:
+    """The trigger word and the first caption of a list of songs: something to listen to; empty where there is none."""
+    data = _read_json(dataset_json) or {}
+    samples, metadata = data.get("samples"), data.get("metadata")
+    captions = [s.get("caption") for s in samples if isinstance(s, dict)] if isinstance(samples, list) else []
+    tag = metadata.get("custom_tag") if isinstance(metadata, dict) else ""
+    return ", ".join(text for text in (tag, *captions[:1]) if isinstance(text, str) and text)
 
 
 def models_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:

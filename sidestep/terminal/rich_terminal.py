@@ -64,6 +64,7 @@ class LiveView:
         self.epoch: EpochDone | None = None
         self.validated: Validated | None = None
         self.best: Validated | None = None
+        self.preview = ""  # folder of the last ones
         self.began = time.monotonic()
         self.live = Live(
             console=console, refresh_per_second=4, transient=True, get_renderable=self.board, vertical_overflow="crop"
@@ -96,6 +97,8 @@ class LiveView:
             case Validated(best=best):
                 self.validated, self.best = event, event if best else self.best
             case _:
+                if isinstance(event, Saved) and event.what == "previews":
+                    self.preview = event.path
                 self.console.print(shown(event, self.unicode), soft_wrap=not isinstance(event, Table))
 
     def board(self) -> RenderableType:
@@ -139,6 +142,8 @@ class LiveView:
             best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
             figures.add_row(Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold")), Text(best), Text())
         lines: list[RenderableType] = [bar, figures]
+        if self.preview:
+            lines.append(Text.assemble("last preview ", (self.preview, "bold"), no_wrap=True, overflow="ellipsis"))
         if self.unicode and len(self.losses) > 1:
             lines.append(Text(sparkline(list(self.losses), inner), style="cyan", no_wrap=True))
         return Panel(Group(*lines), title="Training", title_align="left", width=inner + 4, border_style="dim")

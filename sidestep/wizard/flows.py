@@ -22,7 +22,7 @@ from sidestep.settings.config import (
     TrainConfig,
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
-from sidestep.settings.path_checks import Check, find_runs, is_in_doubt, likely_checkpoint_dirs, read_run
+from sidestep.settings.path_checks import Check, a_prompt_of, find_runs, is_in_doubt, likely_checkpoint_dirs, read_run
 from sidestep.wizard.questionnaire import Question, choose, from_option
 
 
@@ -37,6 +37,7 @@ class Flow:
     basic: tuple[str, ...]  # names of settings, or songs, run and preset
     covered: tuple[str, ...] = ()  # settings that an own question answers
     holds: Mapping[str, str] = field(default_factory=dict)  # what a path must hold here, where that is not the usual
+    shown: tuple[str, ...] = ()  # not asked, but shown in the review
     then: tuple[str, ...] = ()  # the flows that make sense once this one went well, the usual one first
     reviewed: bool = True  # false for what only looks, and starts without a review
 
@@ -55,7 +56,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
         Flow(
             key="describe",
             title="Describe the songs",
-            note="ACE-Step's language model listens and writes captions",
+            note="the language model listens and writes captions",
             config_class=BuildDatasetConfig,
             basic=("input", "checkpoint_dir", "caption", "lyrics"),
             then=("preprocess",),
@@ -93,10 +94,8 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             title="Listen",
             note="make music with and without an adapter",
             config_class=SampleConfig,
-            basic=(
-                *("checkpoint_dir", "model_variant", "timestep_mode", "adapter"),
-                *("prompt", "lyrics", "duration", "strength"),
-            ),
+            basic=("checkpoint_dir", "model_variant", "timestep_mode", "adapter", "prompt"),
+            shown=("lyrics", "duration", "strength"),
             then=("export", "sample"),
         ),
         Flow(
@@ -149,6 +148,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
     )
 }
 RUNS_READ, RUNS_OFFERED = 200, 30  # of a folder's runs, the newest: there may be thousands, and any can be typed
+RUNS_TO_REPEAT = 3  # beside the presets
 FOR_ALL_RUNS = ("device", "precision")  # set once, under Settings
 LEFT_TO_PRESET = ("rank", "epochs")  # not asked where the preset sets it
 
@@ -287,6 +287,8 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
         followed = [name for name in o.depends_on if name in answers and name in options]
         if all(answers[name] == preset.get(name, options[name].default) for name in followed):
             return preset[o.name]
+    if o.name == "prompt" and context.last_used.get("dataset_json"):
+        return a_prompt_of(Path(context.last_used["dataset_json"]))
     if o.suggest and (suggested := o.suggest(answers)) is not None:
         return suggested
     if o.name in context.last_used and (o.kept or o.name in FOR_ALL_RUNS):
@@ -341,6 +343,10 @@ def _own_question(name: str, context: Context) -> Question:
     offered = (
         *(Choice(p.name, p.name, p.description) for p in presets.list_presets()),
         Choice("", "none", "the defaults of each setting"),
+        *(
+            Choice(str(run.folder / "config.json"), f"as {run.folder.name}", "the settings of that run")
+            for run in itertools.islice(find_runs(context.here / "runs"), RUNS_TO_REPEAT)
+        ),
     )
     names = [choice.value for choice in offered]
     tested = used.get("preset") == "quick_test"  # who saw that all works does not want a test again

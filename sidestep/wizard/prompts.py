@@ -28,7 +28,8 @@ from sidestep.terminal.terminal import as_typed
 from sidestep.wizard.questionnaire import BACK, NEWS, Move, Prompt
 from sidestep.words import visible
 
-SEARCH_FROM = 15  # with as many choices, typing searches instead of `b` going back
+SEARCH_FROM = 20  # with as many choices, typing searches instead of digits choosing and `b` going back
+SEARCHED = ("setting",)  # questions whose choices are searched, however few there are
 MORE = object()  # a reply that asks for more on the question
 NUMBERED = 9  # choices that a digit takes
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
@@ -87,13 +88,18 @@ class QuestionaryAsk:
         return tuple(reply) if prompt.kind == "several" else reply
 
 
+def is_searched(prompt: Prompt) -> bool:
+    """Whether typing searches the choices."""
+    return len(prompt.choices) >= SEARCH_FROM or prompt.name in SEARCHED
+
+
 def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
     """The question as questionary asks it. `typed`: what its line begins with. `width`: columns of the terminal."""
 
     widest = max((len(choice.title) for choice in prompt.choices if choice.note), default=0)
     column = widest if widest <= width // 2 else 0  # where there is room, the notes stand below each other
 
-    searched = len(prompt.choices) >= SEARCH_FROM
+    searched = is_searched(prompt)
     numbered = prompt.kind == "choice" and not searched
 
     def title(choice: Choice) -> str:
@@ -208,15 +214,15 @@ def keys_of(prompt: Prompt) -> KeyBindings:
         else:
             event.current_buffer.insert_text("?")
 
-    if prompt.more:
+    if prompt.more and not is_searched(prompt):
         bindings.add("?", eager=True)(more)
     bindings.add(Keys.Escape, eager=True)(back)
     if prompt.kind == "path":
         bindings.add(Keys.ControlM, eager=True)(accept)
         bindings.add(os.sep, eager=True)(separate)
-    if prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM:
+    if prompt.kind == "choice" and not is_searched(prompt):
         for number in range(min(NUMBERED, len(prompt.choices))):
             bindings.add(str(number + 1), eager=True)(partial(take, number))
-    if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and len(prompt.choices) < SEARCH_FROM):
+    if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and not is_searched(prompt)):
         bindings.add("b", eager=True)(back)
     return bindings

@@ -62,7 +62,10 @@ def review(
             show(Notice(message=f"{error.problem} {error.fix}".strip(), level="error"))
         if config and (config, every) != shown_of:
             table = review_table(
-                f"{flow.title}: ready to start  (* not the default)", config, {*answers, *LEFT_TO_PRESET}, every
+                f"{flow.title}: ready to start  (* not the default)",
+                config,
+                {*answers, *LEFT_TO_PRESET, *flow.shown},
+                every,
             )
             show(table)
             rest = 0 if every else len(options_of(flow.config_class)) - len(table.rows)

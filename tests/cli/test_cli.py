@@ -1,10 +1,12 @@
 """The real `main`, from argv to exit status."""
 
 import errno
+import importlib.metadata
 import inspect
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +35,7 @@ from sidestep.settings.config import (
     command_of,
     memory_levers,
 )
-from sidestep.settings.option import options_of
+from sidestep.settings.option import as_json_values, options_of
 
 ROOT = Path(__file__).parents[2]
 BUILD = ["build-dataset", "--input", "songs"]
@@ -321,7 +323,7 @@ def test_every_number_flag_refuses_the_absurd_by_its_name_and_starts_nothing(tas
     task(raising(AssertionError("started")), config_class)
     needed = [x for x in options_of(config_class).values() if x.required and x.flag.startswith("-")]
     argv = [command, *(word for x in needed for word in (x.flag, "x"))]
-    argv += ["--audio-dir", "x"] * (command == "preprocess") + ["x"] * (command == "export")
+    argv += ["--audio-dir", "x"] * (command == "preprocess") + ["x"] * (command in ("export", "clean"))
     for value in ("nan", "inf", "-inf", "1e23", "-1e23", "9" * 30, "9" * 5000):
         assert main([*argv, f"{o.flag}={value}"]) == 2
         assert capsys.readouterr().err.startswith(f"error: {o.flag} ")
@@ -379,6 +381,29 @@ def test_without_arguments_and_without_a_terminal_the_help_is_printed_with_statu
 def test_help_and_version_are_a_success(argv, capsys):
     assert main(argv) == 0
     assert capsys.readouterr().out
+
+
+def test_the_version_names_commit_and_torch_and_loads_neither(capsys):
+    code = "import sys; from sidestep.cli.main import main; main(['--version']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    torch = importlib.metadata.version("torch")
+    in_git = r" \(commit [0-9a-f]{7,}\)" if (ROOT / ".git").exists() else ""
+    assert re.fullmatch(rf"Side-Step [\d.]+{in_git}, PyTorch {re.escape(torch)}, Python [\d.]+\n", done.stdout)
+
+
+def test_the_settings_of_a_run_are_taken_but_for_its_folder_and_what_is_typed_wins(task, capsys, tmp_path):
+    seen = []
+    task(lambda config, report: seen.append(config) or ExitStatus.OK, TrainConfig)
+    run = tmp_path / "first"
+    run.mkdir()
+    first = TrainConfig(checkpoint_dir=tmp_path, dataset_dir=tmp_path, output_dir=run, rank=8, epochs=7, run_name="a")
+    (run / "config.json").write_text(json.dumps(as_json_values(first)), encoding="utf-8")
+    new = ["--output-dir", str(tmp_path / "new"), "--epochs", "9"]
+    assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
+    assert seen == [replace(first, output_dir=tmp_path / "new", epochs=9, run_name="")]
+    assert main(["fixed", "--config", str(tmp_path / "none.json"), *new]) == ExitStatus.USAGE
+    assert "not the config.json of a run" in capsys.readouterr().err
+    assert main(["fixed", "--config", str(run / "config.json")]) == ExitStatus.USAGE  # it needs a folder of its own
 
 
 def test_the_preset_of_a_call_fills_in_and_its_unknown_keys_are_named(task, capsys, tmp_path):

@@ -144,8 +144,10 @@ def test_the_live_view_ends_with_the_state_of_the_training():
             STEP,
             dataclasses.replace(STEP, step=500, loss=0.25),
             EXAMPLES["validation at step 5: loss 0.4000 (best so far)"],
+            Saved(what="previews", path="runs/a/previews/epoch_0010"),
         ]
     )
+    assert "last preview" in out.splitlines()[-3]
     assert "500/500" in out
     assert "0.2500" in out
     assert "best 0.4000 at step 5" in out

@@ -23,6 +23,7 @@ from sidestep.settings.config import (
     command_words,
 )
 from sidestep.settings.option import Choice, options_of
+from sidestep.settings.path_checks import a_prompt_of
 from sidestep.settings.presets import PROFILES
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import Terminal
@@ -262,6 +263,14 @@ def test_a_preset_fills_in_and_what_is_answered_wins(world):
     wizard, _, _ = session(world, menu="train", preset="minimal", epochs="7", **paths(world))
     config = wizard.next().config
     assert (config.optimizer_type, config.rank, config.epochs) == ("adamw8bit", 64, 7)
+
+
+def test_a_training_is_started_with_the_settings_of_another(world):
+    wizard, script, _ = session(world, menu="train", preset=str(world.run / "config.json"), **paths(world))
+    config = wizard.next().config
+    assert (config.rank, config.output_dir.name) == (8, "a")
+    offered = next(prompt for prompt in script.asked if prompt.name == "preset").choices
+    assert (str(world.run / "config.json"), "as old") in [(choice.value, choice.title) for choice in offered]
 
 
 def test_resuming_takes_the_settings_of_the_run(world):
@@ -571,6 +580,34 @@ def test_a_new_user_reaches_training_with_twelve_answers_most_of_them_enter(worl
     assert sum(str(prompt.default) != typed.get(prompt.name, str(prompt.default)) for prompt in script.asked) == 2
 
 
+def test_from_the_first_start_to_an_adapter_that_is_heard_in_fifteen_answers(world):
+    (world.root.parent / "home" / "settings.json").unlink()
+    typed = {"checkpoint_dir": str(CHECKPOINTS), "input": str(world.songs), "tag": "mrnglght"}
+    script, screen = Script(typed), Screen()
+    wizard = Wizard(script, screen, world.outside())
+    listed = wizard.next()
+    described = {"metadata": {"custom_tag": "mrnglght"}, "samples": [{"audio_path": "a", "caption": "slow folk"}]}
+    (world.songs / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+    wizard.finished(listed, True)
+    made = wizard.next()
+    made.config.tensor_output.mkdir(parents=True)
+    (made.config.tensor_output / "a.pt").write_bytes(b"")
+    wizard.finished(made, True)
+    trained = wizard.next()
+    (trained.config.output_dir / "final").mkdir(parents=True)
+    (trained.config.output_dir / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    wizard.finished(trained, True)
+    heard = wizard.next().config
+    assert (heard.adapter, heard.prompt) == (trained.config.output_dir / "final", "mrnglght, slow folk")
+    assert len(script.asked) <= 15, script.names
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"samples": 3, "metadata": []}', '{"samples": [3, {"caption": 7}]}'])
+def test_a_list_that_holds_no_captions_suggests_no_prompt(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text, encoding="utf-8")
+    assert a_prompt_of(tmp_path / "dataset.json") == ""
+
+
 # Presets in the wizard
 
 
@@ -706,6 +743,16 @@ def test_what_musicians_puzzle_over_has_a_line_for_the_ear_and_more_behind_it(na
 @pytest.mark.parametrize(("keys", "reply"), [("2", "b2"), ("\x1b[B\r", "b2"), ("\r", "a1"), ("9\r", "a1")])
 def test_a_digit_takes_the_line_of_its_number(keys, reply):
     assert drawn(prompt("choice", "a1", ("a1", "b2")), keys) == reply
+
+
+def test_the_menu_takes_digits_and_the_settings_of_a_flow_are_searched(world):
+    _, script, _ = session(world, menu=["demo", "exit"], review=["change", "cancel"], setting=BACK)
+    wizard = Wizard(script, Screen(), world.outside())
+    assert wizard.next() is None
+    menu, setting = (next(p for p in script.asked if p.name == name) for name in ("menu", "setting"))
+    assert drawn(menu, "2") == menu.choices[1].value
+    setting = replace(setting, choices=(Choice("a", "Weight decay"), Choice("b", "Learning rate")), default="a")
+    assert drawn(setting, "rate\r") == "b"
 
 
 @pytest.mark.parametrize("kind", ["choice", "text"])

@@ -74,7 +74,7 @@ def test_screens_at_80_columns_are_as_stored(known):
 def test_plain_screens_are_ascii_without_escape_sequences_and_as_stored(known):
     with Session(known, "--plain") as session:
         session.until("(b: back) >")
-        session.keys("2", "enter")
+        session.keys("3", "enter")
         session.until("Songs (")
         session.keys("nowhere", "enter")
         session.until("Not taken: There is no such folder or file.")
@@ -125,7 +125,7 @@ def test_every_question_of_training_is_reached_and_left_by_escape(known, columns
 def test_a_digit_chooses_and_b_goes_back_from_a_list_a_text_and_a_path(known):
     with Session(known) as session:
         session.asks("What would you like to do?")
-        session.keys("2")
+        session.keys("3")
         session.asks("Songs")
         session.keys("enter")
         session.asks("Folder of the checkpoints")
