@@ -142,7 +142,7 @@ def phases() -> dict[str, str]:
     found |= {f"train {name}": f"{TRAIN} --epochs 2 {lever}" for name, lever in LEVERS.items()}
     return found | {
         "resume 5 s": f"{TRAIN} --epochs 3 --resume-from latest",
-        "estimate 5 s": "estimate --dataset-dir tensors --batches 1 --output map",
+        "estimate 5 s": "estimate --dataset-dir tensors --batches 4 --output map",
         "sample 5 s": "sample --adapter final --prompt noise --duration 5 --strength 1 --output run",
         "export merged": "export --adapter final --output into --format merged",
     }
@@ -187,12 +187,16 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Watched:
-    """What was seen of a process. silent: the longest time without a line, and after which line it was."""
+    """What was seen of a process. silent: the longest times without a line, and after which line each was.
+
+    step_peak: `peak` when the first optimizer step was told, before anything was saved; 0 where none was.
+    """
 
     status: int
     wall: float
     processor: float
     peak: int
+    step_peak: int
     silent: list[tuple[float, str]]
 
 
@@ -202,7 +206,7 @@ def watch(words: list[str]) -> Watched:
     process = psutil.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment()
     )
-    silent, peak, processor, line = [], 0, 0.0, "the start"
+    silent, peak, step_peak, processor, line = [], 0, 0, 0.0, "the start"
     done = threading.Event()
 
     def look() -> None:
@@ -223,12 +227,14 @@ def watch(words: list[str]) -> Watched:
             silent.append((round(now - last, 1), line))
         print(f"    {now - started:7.1f} {text.rstrip()[:150]}", flush=True)
         last, line = now, text.strip()[:60]
+        if line.startswith("step ") and not step_peak:
+            step_peak = peak
     status = process.wait()
     done.set()
     looking.join()
     if (end := time.perf_counter() - last) > SILENT_SECONDS:
         silent.append((round(end, 1), line))
-    return Watched(status, time.perf_counter() - started, processor, peak, silent)
+    return Watched(status, time.perf_counter() - started, processor, peak, step_peak, silent)
 
 
 def main() -> None:
@@ -253,7 +259,10 @@ def main() -> None:
         row: dict[str, Any] = {"phase": name, "status": seen.status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
         if planned := planned_bytes(options.folder, options.size, name):
-            row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - before)}
+            # a save copies adapter and optimizer into RAM, which is not the memory that a card would need
+            computed = (seen.step_peak or seen.peak) - before
+            row |= {"before a save": computed / GIB, "planned GiB": planned / GIB}
+            row |= {"planned over measured": planned / computed}
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
         table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
