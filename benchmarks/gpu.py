@@ -36,6 +36,7 @@ from sidestep.acestep.attention import MaskCache, flash_attention, flash_obstacl
 from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import accepted, decoder_sizes
 from sidestep.acestep.device import GIB, PRECISIONS, choose_device, peak_memory_bytes, with_overhead
+from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
@@ -177,6 +178,7 @@ def random_decoder(sizes: dict, device: torch.device, dtype: torch.dtype, config
                 quantize_weight(module, weight, device)
             else:
                 module._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+    fuse_layers(decoder)
     return decoder.to(device).requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ from diffusers import AceStepTransformer1DModel
 from safetensors.torch import save_file
 
 from benchmarks.measure import Setting
+from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.layout import original_key
 from sidestep.adapters.attach import attach
 from sidestep.data.records import Record, save_record
@@ -54,7 +55,9 @@ def make_decoder(setting: Setting, layers: int = 0) -> AceStepTransformer1DModel
         "audio_acoustic_hidden_dim sliding_window is_turbo"
     )
     chosen = {name: config[name] for name in names.split()}
-    return AceStepTransformer1DModel(**chosen).to(setting.device, setting.dtype).requires_grad_(False)
+    decoder = AceStepTransformer1DModel(**chosen).to(setting.device, setting.dtype).requires_grad_(False)
+    fuse_layers(decoder)
+    return decoder
 
 
 def train_config(folder: Path = Path(), **changes) -> TrainConfig:

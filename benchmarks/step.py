@@ -1,22 +1,29 @@
-"""What a micro-step of the training loop costs over the bare forward and backward of the same model at the same shapes.
+"""What a micro-step of the training loop costs over a bare forward and backward at the same shapes.
 
-    uv run benchmarks/step.py [--seconds 60] [--rounds 15] [--threads 2]
+    uv run benchmarks/step.py [--seconds 60] [--rounds 15] [--threads 2] [--precision fp32]
 
-Prints the ratio of medians, measured alternately in one process.
+"Bare" is diffusers' model with its own attention and peft's LoRA, called with tensors that are ready. Prints the ratio
+of medians, measured alternately in one process, and how far the gradients of the two are apart.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not as a module of the repository
 
 import torch
 from diffusers import AceStepTransformer1DModel
 
+from benchmarks.launches import undo
+from sidestep.acestep.attention import use_attention
+from sidestep.acestep.device import PRECISIONS
+from sidestep.acestep.fused import fuse_layers
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Song, collate, plan_epoch
 from sidestep.data.records import Record
@@ -33,7 +40,9 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=60.0, help="length of a training window")
     arguments.add_argument("--rounds", type=int, default=15, help="how often each side is timed")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = arguments.parse_args()
+    dtype = PRECISIONS[options.precision]
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     frames = round(options.seconds * 25)
@@ -45,7 +54,7 @@ def main() -> None:
         alpha=32,
         gradient_checkpointing=False,
     )
-    decoder = AceStepTransformer1DModel(
+    decoder: Any = AceStepTransformer1DModel(
         hidden_size=512,
         intermediate_size=1536,
         num_hidden_layers=10,
@@ -54,14 +63,21 @@ def main() -> None:
         head_dim=64,
         is_turbo=True,
     )
+    decoder = decoder.to(dtype)
+    decoder.requires_grad_(False)
+    fuse_layers(decoder)
+    use_attention(decoder)
     mask = ConditionMask()
-    mask.install(decoder)
     model = attach(decoder, config).train()
+    usual = copy.deepcopy(model)
+    undo(usual)
+    mask.install(decoder)
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {frames} latent frames, "
-        f"{CONDITION_TOKENS} condition tokens, {options.threads} threads, torch {torch.__version__}"
+        f"{CONDITION_TOKENS} condition tokens, {options.threads} threads, {options.precision}, "
+        f"torch {torch.__version__}"
     )
-    silence, null = torch.zeros(1, 15000, CHANNELS), torch.zeros(1, 1, 512)
+    silence, null = torch.zeros(1, 15000, CHANNELS), torch.zeros(1, 1, 512, dtype=dtype)
     objective = Objective(config, TrainingLaw("discrete", discrete, 0.0, ""), silence, null, mask)
     records = [Record(torch.randn(frames, CHANNELS), torch.randn(CONDITION_TOKENS, 512), {}) for _ in range(4)]
     songs = [Song(f"song {i}", frames, lambda record=record: record) for i, record in enumerate(records)]
@@ -70,7 +86,8 @@ def main() -> None:
 
     def micro_step() -> None:
         batch = collate(songs, plan.micro_batches[0]).to(silence.device)
-        weighted, loss, t = objective(model, batch, 0, plan.samples)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            weighted, loss, t = objective(model, batch, 0, plan.samples)
         (weighted.sum() / plan.samples).backward()
         metrics.add(loss, t, batch.songs)
 
@@ -79,18 +96,23 @@ def main() -> None:
         torch.randn(1, frames, CHANNELS),
         torch.randn(1, frames, 2 * CHANNELS),
     )
-    conditions, t = records[0].encoder_hidden_states[None], torch.tensor([0.5])
+    noisy, context = noisy.to(dtype), context.to(dtype)
+    conditions, t = records[0].encoder_hidden_states[None].to(dtype), torch.tensor([0.5])
+
+    def forward_and_backward(model: torch.nn.Module) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            velocity = model(
+                hidden_states=noisy,
+                timestep=t,
+                timestep_r=t,
+                encoder_hidden_states=conditions,
+                context_latents=context,
+                return_dict=False,
+            )[0]
+        torch.nn.functional.mse_loss(velocity.float(), target).backward()
 
     def bare() -> None:
-        velocity = model(
-            hidden_states=noisy,
-            timestep=t,
-            timestep_r=t,
-            encoder_hidden_states=conditions,
-            context_latents=context,
-            return_dict=False,
-        )[0]
-        torch.nn.functional.mse_loss(velocity, target).backward()
+        forward_and_backward(usual)
 
     times: dict[str, list[float]] = {"bare": [], "micro-step": []}
     for number in range(options.rounds + 2):
@@ -101,7 +123,8 @@ def main() -> None:
             work()
             if number >= 2:
                 times[name].append(time.perf_counter() - started)
-            model.zero_grad(set_to_none=True)
+            for each in (model, usual):
+                each.zero_grad(set_to_none=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
     pairs = sorted(ours / limit for ours, limit in zip(times["micro-step"], times["bare"], strict=True))
     print(
@@ -112,6 +135,14 @@ def main() -> None:
         f"(paired: median {statistics.median(pairs):.3f}, "
         f"quartiles {pairs[len(pairs) // 4]:.3f} to {pairs[-len(pairs) // 4]:.3f})"
     )
+    for each in (model, usual):
+        for module in each.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        forward_and_backward(each)
+    trained = [(p.grad, q.grad) for p, q in zip(model.parameters(), usual.parameters(), strict=True) if p.requires_grad]
+    apart = max(((p - q).norm() / q.norm()).item() for p, q in trained if p is not None and q is not None and q.any())
+    print(f"gradients at most {apart:.1e} apart")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.ace_step_transformer import AceStepAttention, AceStepAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from sidestep.acestep.device import Choice, is_ampere
+from sidestep.acestep.fused import rotate
 from sidestep.errors import UserError
 
 Attend = Callable[..., Tensor]
@@ -196,11 +196,7 @@ class WindowProcessor:
         key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim)))
         value = attn.to_v(hidden_states).unflatten(-1, (attn.kv_heads, attn.head_dim))
         if image_rotary_emb is not None:
-            query, key = (
-                # pyrefly: ignore[bad-argument-type] (it says tuple[Tensor] and takes a pair)
-                apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
-                for x in (query, key)
-            )
+            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
         # under autocast the norms return fp32, which custom kernels refuse
         query, key = query.to(value.dtype), key.to(value.dtype)
         dropout = attn.dropout if attn.training else 0.0

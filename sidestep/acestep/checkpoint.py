@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
 from sidestep.acestep.weights import CPU, Weights, fill, quiet_seconds
@@ -111,7 +112,11 @@ class Checkpoint:
     ) -> AceStepTransformer1DModel:
         """The frozen DiT. quantize: int8 or nf4 keeps the blocks' linear layers in so many bits, else `dtype`."""
         sizes = decoder_sizes(self.config)
-        return self._load(AceStepTransformer1DModel, "transformer", "decoder.", sizes, device, dtype, quantize=quantize)
+        decoder = self._load(
+            AceStepTransformer1DModel, "transformer", "decoder.", sizes, device, dtype, quantize=quantize
+        )
+        fuse_layers(decoder)
+        return decoder
 
     def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""

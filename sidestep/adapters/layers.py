@@ -64,6 +64,85 @@ def lora_config(settings: TrainConfig, targets: Targets) -> LoraConfig:
     )
 
 
+def prepare_lora(layer: nn.Module, settings: TrainConfig) -> None:  # noqa: ARG001 (the same pieces for every kind)
+    """Give a layer on a plain Linear the forward pass of `LowRankLinear`; those of a quantised base keep peft's."""
+    if type(layer) is lora.Linear:
+        layer.__class__ = LowRankLinear
+
+
+class LowRankLinear(lora.Linear):
+    """peft's LoRA on a Linear with the base's product in one autograd function, in the dtype of autocast."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x [..., in] -> [..., out]. What is not one plain LoRA in training or use is left to peft."""
+        base: Any = self.base_layer
+        is_plain = type(base) is nn.Linear and self.active_adapters == ["default"] and not (args or kwargs)
+        if not is_plain or self.disable_adapters or self.merged or self.lora_variant or self.lora_bias["default"]:
+            return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():  # which puts operations together by itself
+            return super().forward(x)
+        factors: Any = self.lora_A["default"], self.lora_B["default"]
+        a, b = factors[0].weight, factors[1].weight
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
+        if dtype != x.dtype and not torch.is_autocast_enabled(kind):
+            return super().forward(x)  # without autocast peft computes the change in the adapter's dtype
+        dropout: Any = self.lora_dropout["default"]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return _LowRank.apply(x.to(dtype), base.weight.to(dtype), bias, a, b, self.scaling["default"], p)
+
+
+class _LowRank(torch.autograd.Function):
+    """W·x + scale · B·A·x of a frozen W, with dropout p on the adapter's input.
+
+    Kept for the backward pass are the input, the small A·x and the mask of the dropout, not the input after it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+    ) -> Tensor:
+        flat = x.flatten(0, -2)
+        cast_a, cast_b = a.to(x.dtype), b.to(x.dtype)
+        kept, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
+        low = _scaled_product(kept, cast_a.T, scale)
+        out = F.linear(flat, weight, bias).addmm_(low, cast_b.T)
+        ctx.save_for_backward(flat, weight, cast_a, cast_b, low, mask)
+        ctx.scale, ctx.kept_scale, ctx.shape, ctx.dtypes = (
+            scale,
+            1 / (1 - p) if p < 1 else 0.0,
+            x.shape,
+            (a.dtype, b.dtype),
+        )
+        return out.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, low, mask = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        for_low = _scaled_product(gradient, b, ctx.scale)
+        for_x = for_a = for_b = None
+        if ctx.needs_input_grad[4]:
+            for_b = (gradient.T @ low).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[3]:
+            kept = flat if mask is None else torch.ops.aten.native_dropout_backward(flat, mask, ctx.kept_scale)
+            for_a = (for_low.T @ kept).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[0]:
+            for_x = gradient @ weight
+            if mask is None:
+                for_x.addmm_(for_low, a)
+            else:
+                for_x.add_(torch.ops.aten.native_dropout_backward(for_low @ a, mask, ctx.kept_scale))
+            for_x = for_x.view(ctx.shape)
+        return for_x, None, None, for_a, for_b, None, None
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale · left·right in one kernel."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
 @torch.no_grad()
 def prepare_dora(layer: nn.Module, settings: TrainConfig) -> None:  # noqa: ARG001 (the same pieces for every kind)
     """Take the magnitudes again in float32: peft takes them in the base's dtype; in bf16 the identity is 0.4 % off."""
@@ -283,7 +362,7 @@ class Rotation(OFTRotationModule):
 
 
 KINDS = {
-    "lora": AdapterKind(lora_config),
+    "lora": AdapterKind(lora_config, prepare_lora),
     "dora": AdapterKind(lora_config, prepare_dora),
     "lokr": AdapterKind(lokr_config, prepare_lokr, check_lokr),
     "loha": AdapterKind(loha_config, prepare_loha),

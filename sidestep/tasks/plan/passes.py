@@ -13,6 +13,7 @@ from transformers import Qwen3Config, Qwen3Model
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import accepted, encoder_sizes
 from sidestep.acestep.conditions import LYRIC_TOKENS, TEXT_TOKENS, encode_conditions, encode_text
+from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.vae import (
     DECODER_HALO_FRAMES,
     DECODER_TILE_FRAMES,
@@ -107,6 +108,7 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
     with torch.device("meta"):
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few))
         _freeze(decoder, dtype)
+        fuse_layers(decoder)
         model = attach(decoder, config).eval()
     use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":

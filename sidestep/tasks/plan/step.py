@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute
 from sidestep.acestep.checkpoint import accepted
+from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.quantize import quantized_bytes
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
@@ -314,6 +315,7 @@ def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[B
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, sizes))
         for parameter in decoder.parameters():
             parameter.data = parameter.data.to(dtype)
+        fuse_layers(decoder.requires_grad_(False))
         return attach(decoder, config).train()
 
 
