@@ -6,7 +6,7 @@ The host reads values from the device only when it logs, and at least every `SKI
 import math
 import time
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -62,7 +62,8 @@ class Metrics:
     lr: float = math.nan  # of the last optimizer step
     logged_at: float = field(default_factory=time.perf_counter)
     steps_since_log: int = 0
-    rare_seconds: Counter[str] = field(default_factory=Counter)  # spent on validations, saves and previews
+    # spent on validations, saves and previews
+    rare_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, loss: torch.Tensor, t: torch.Tensor, songs: tuple[str, ...]) -> None:
         """Keep the plain losses of a micro-step."""
@@ -197,7 +198,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     elif bool(torch.isfinite(norm)):  # the host has to look, once
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    [metrics.lr, *_] = run.scheduler.get_last_lr()
+    metrics.lr = float(run.scheduler.get_last_lr()[0])
     run.scheduler.step()
     if run.average is not None:
         run.average.step(run.parameters)
