@@ -882,7 +882,7 @@ class EstimateConfig(ModelConfig):
     swap_blocks: int = same_as(TrainConfig, "swap_blocks")
 
     def __post_init__(self) -> None:
-        if self.batches != "auto" and not (self.batches.isdigit() and int(self.batches) >= 4):
+        if self.batches != "auto" and not (self.batches.isdecimal() and int(self.batches) >= 4):
             raise UserError(
                 f"--batches {self.batches}: must be auto or a whole number of at least 4.",
                 "Leave it away: auto stops by itself.",
