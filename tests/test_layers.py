@@ -21,6 +21,8 @@ BESIDE = {
     ("tasks.demo", "*"): "the demo runs the other tasks",
     ("tasks.plan", "tasks.train"): "the memory of the real step is found by running the real step",
     ("tasks.estimate", "tasks.train"): "gradients are measured on the loss that training has",
+    ("tasks.score", "tasks.train"): "the loss is that of validation, on the songs of the run",
+    ("tasks.score", "tasks.sample"): "drift is measured at the points that a sample passes",
     ("tasks.train", "tasks.sample"): "previews are samples",
     ("tasks.preprocess", "tasks.build_dataset"): "a folder of songs is indexed as build-dataset would",
     ("tasks.audit", "pages"): "the page of an audit",

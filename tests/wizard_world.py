@@ -67,6 +67,7 @@ class World:
                 "init_from": self.adapter,
                 "base": CHECKPOINTS,
                 "run": self.run,
+                "run_folder": self.run,
                 "resume_from": self.run / "checkpoints" / "epoch_0010",
             }.get(name, self.root / "other")
         )

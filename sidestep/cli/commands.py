@@ -32,6 +32,7 @@ from sidestep.settings.config import (
     PreprocessConfig,
     PresetsConfig,
     SampleConfig,
+    ScoreConfig,
     TrainConfig,
     TrainLmConfig,
     check_streaming,
@@ -77,7 +78,9 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
 
 
 # Their code takes seconds to load, before the task can say a word.
-NEED_TORCH = (TrainConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ExportConfig, DemoConfig)
+NEED_TORCH = (
+    *(TrainConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ScoreConfig, ExportConfig, DemoConfig),
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

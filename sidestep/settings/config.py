@@ -992,6 +992,51 @@ class SampleConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """`score`: which checkpoint of a run, at which strength, and is it any good?"""
+
+    run_folder: Path = option(
+        MISSING,
+        "output folder of a run",
+        "run",
+        group="Judge",
+        label="Run to judge",
+        plain="the folder for the results of a training",
+        holds="run",
+        kept=True,
+    )
+    checkpoint_dir: Path | None = option(
+        None, "folder of the ACE-Step checkpoints; default: that of the run", group="Model", holds="checkpoints"
+    )
+    model_variant: str = option("", "variant or folder name; default: that of the run", group="Model")
+    dataset_dir: Path | None = option(
+        None,
+        "folder of preprocessed .pt tensors to judge by; default: that of the run",
+        group="Data",
+        holds="tensors",
+    )
+    device: str = same_as(ModelConfig, "device")
+    precision: str = same_as(ModelConfig, "precision")
+    attention: str = same_as(ModelConfig, "attention")
+    strength: tuple[float, ...] = option(
+        (1.0,),
+        "adapter strengths to judge, such as 0.5,0.75,1,1.25",
+        group="Judge",
+        minimum=-4,
+        maximum=4,
+        plain="how strongly the adapter acts; several are compared with each other, such as 0.5,0.75,1,1.25",
+    )
+    base_precision: str = same_as(TrainConfig, "base_precision")
+    swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+    keep: bool = option(
+        False,
+        "copy the recommended checkpoint to best/ of the run",
+        group="Judge",
+        plain="put the recommended checkpoint into best/, in place of what is there",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """`demo`: the whole pipeline on a tiny built-in model and built-in music."""
 
@@ -1216,6 +1261,11 @@ COMMANDS = {
         "cli.commands:plan",
     ),
     "sample": Command(SampleConfig, "make audio with the base model plus an adapter", "cli.commands:sample"),
+    "score": Command(
+        ScoreConfig,
+        "judge the checkpoints of a run: what each has learned, what it spoils, and which to take",
+        "tasks.score:score",
+    ),
     "export": Command(ExportConfig, "convert or merge an adapter for another program", "tasks.export:export"),
     "inspect": Command(
         InspectConfig,

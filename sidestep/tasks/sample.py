@@ -126,21 +126,25 @@ class Sampler:
         frames = max(self.frames(prompt), LEAST_FRAMES)
         return torch.randn(1, frames, self.silence.shape[-1], generator=torch.Generator().manual_seed(prompt.seed))
 
+    def velocity(self, x: Tensor, t: Tensor, conditions: Tensor) -> Tensor:
+        """Velocity [B, T, D] of text to music at x [B, T, D] and t [B] under conditions [B, L, C]."""
+        context = context_latents(tiled_silence(self.silence, x.shape[1]).to(x))
+        return self.decoder(
+            hidden_states=x,
+            timestep=t,
+            timestep_r=t,
+            encoder_hidden_states=conditions,
+            context_latents=context.expand(len(x), -1, -1),
+            return_dict=False,
+        )[0]
+
     @torch.no_grad()
     def latents(self, prompt: Prompt, states: Tensor) -> Tensor:
         """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random."""
         noise, conditions = (x.to(self.null_condition) for x in (self.noise(prompt), states))
-        context = context_latents(tiled_silence(self.silence, noise.shape[1]).to(noise))
 
         def velocity(x: Tensor, t: Tensor, conditions: Tensor = conditions) -> Tensor:
-            return self.decoder(
-                hidden_states=x,
-                timestep=t,
-                timestep_r=t,
-                encoder_hidden_states=conditions,
-                context_latents=context.expand(len(x), -1, -1),
-                return_dict=False,
-            )[0]
+            return self.velocity(x, t, conditions)
 
         scale = self.sampling.guidance
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity

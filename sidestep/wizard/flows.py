@@ -19,6 +19,7 @@ from sidestep.settings.config import (
     PlanConfig,
     PreprocessConfig,
     SampleConfig,
+    ScoreConfig,
     TrainConfig,
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
@@ -97,6 +98,14 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             basic=("checkpoint_dir", "model_variant", "timestep_mode", "adapter", "prompt"),
             shown=("lyrics", "duration", "strength"),
             then=("export", "sample"),
+        ),
+        Flow(
+            key="score",
+            title="Judge",
+            note="which checkpoint of a run to take",
+            config_class=ScoreConfig,
+            basic=("run_folder", "strength"),
+            then=("sample", "export"),
         ),
         Flow(
             key="export",
@@ -234,7 +243,7 @@ def left_by(config: Any) -> dict[str, Any]:
     }
     match config:
         case TrainConfig(output_dir=folder):
-            values |= {"output_dir": folder, "adapter": folder / "final"}
+            values |= {"output_dir": folder, "run_folder": folder, "adapter": folder / "final"}
         case PreprocessConfig(tensor_output=folder):
             values["dataset_dir"] = folder
         case BuildDatasetConfig(output=output, input=folder):

@@ -132,12 +132,14 @@ START = {
     "estimate": (COMMANDS["estimate"].config, {"checkpoint_dir": str(CHECKPOINTS)}),
     "sample": (COMMANDS["sample"].config, {"checkpoint_dir": str(CHECKPOINTS), "prompt": "warm piano"}),
     "export": (COMMANDS["export"].config, {"output": "x"}),
+    "score": (COMMANDS["score"].config, {}),
 }
 
 
 def paths(world) -> dict[str, str]:
     return {
-        name: world.path_for(name) for name in ("checkpoint_dir", "songs", "input", "dataset_dir", "adapter", "run")
+        name: world.path_for(name)
+        for name in ("checkpoint_dir", "songs", "input", "dataset_dir", "adapter", "run", "run_folder")
     }
 
 
