@@ -3,10 +3,16 @@
 The number is the loss on clips that no run has trained on, over the fixed grid of windows, timesteps and noise that
 `--val-split` uses. Run it with `nice -n 19 uv run python -m benchmarks.adaptation`: one CPU thread, a few minutes.
 It writes benchmarks/results/adaptation.{json,md}.
+
+`python -m benchmarks.adaptation prior` asks instead what `--prior-data` gains and costs, paired over five seeds: the
+held-out loss on electronic clips, and the loss on acoustic ones that neither was trained on nor was prior music.
+It writes benchmarks/results/prior.{json,md}.
 """
 
 import json
 import platform
+import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +23,7 @@ from safetensors.torch import save_file
 from benchmarks.small_model import CHANNELS, MU, SIGMA, WIDTH, WINDOW, Clip, conditions, music, train_base
 from sidestep.acestep.layout import original_key
 from sidestep.data.records import Record, save_record
-from sidestep.events import Event, Validated
+from sidestep.events import Event, Validated, null
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train import train
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
@@ -141,8 +147,118 @@ def table(results: dict) -> str:
     return "\n".join([*lines, "", note, "", "`nice -n 19 uv run python -m benchmarks.adaptation`", ""])
 
 
+SEEDS, PRIOR_BASE_STEPS, PRIOR_EPOCHS, PRIOR_WEIGHTS = range(5), 800, 3, (0.0, 0.3)
+
+
+def loss_on(checkpoints: Path, data: Path, output: Path, adapter: Path | None) -> float:
+    """The loss on every record of a folder over the fixed grid, with an adapter or without."""
+    config = TrainConfig(
+        checkpoint_dir=checkpoints,
+        model_variant="base",
+        dataset_dir=data,
+        output_dir=output,
+        device="cpu",
+        rank=16,
+        alpha=32.0,
+        batch_size=8,
+        init_from=adapter,
+    )
+    accelerator, precision = open_accelerator(config, null)
+    run = set_up(config, null, accelerator, precision)
+    run.tensorboard.close()
+    return grid_loss(run, run.songs)
+
+
+def prior_comparison(home: Path) -> dict:
+    """Of each weight of the prior, by seed: losses on held-out electronic and on other acoustic windows, and before."""
+    clips = music(speeds=(1.0, 0.9))
+    base = train_base(clips["acoustic"], PRIOR_BASE_STEPS, seed=0)
+    checkpoints = write_checkpoint(home / "checkpoints", base)
+    electronic = sorted({clip.name.split("@")[0] for clip in clips["electronic"]})
+    acoustic = sorted({clip.name.split("@")[0] for clip in clips["acoustic"]})
+    folders = {}
+    for name, kind, pieces in (
+        ("style", "electronic", electronic[::2]),
+        ("held out", "electronic", electronic[1::2]),
+        ("prior", "acoustic", acoustic[::2]),
+        ("other", "acoustic", acoustic[1::2]),
+    ):
+        some = [clip for clip in clips[kind] if clip.name.split("@")[0] in pieces]
+        folders[name] = write_records(home / name, some)
+    before = {name: loss_on(checkpoints, folders[name], home / "look", None) for name in ("held out", "other")}
+    found: dict[str, list[dict[str, float]]] = {}
+    for seed in SEEDS:
+        for weight in PRIOR_WEIGHTS:
+            output = home / f"run {weight:g} {seed}"
+            prior = {"prior_data": folders["prior"], "prior_weight": weight} if weight else {}
+            config = TrainConfig(
+                checkpoint_dir=checkpoints,
+                model_variant="base",
+                dataset_dir=folders["style"],
+                output_dir=output,
+                device="cpu",
+                rank=16,
+                alpha=32.0,
+                epochs=PRIOR_EPOCHS,
+                lr=LR,
+                batch_size=8,
+                gradient_accumulation=1,
+                save_every=PRIOR_EPOCHS,
+                gradient_checkpointing=False,
+                seed=seed,
+                **prior,
+            )
+            started = time.perf_counter()
+            train(config, null)
+            seconds = time.perf_counter() - started
+            losses = {name: loss_on(checkpoints, folders[name], home / "look", output / "final") for name in before}
+            found.setdefault(f"{weight:g}", []).append(losses | {"seconds": seconds})
+            print(seed, weight, losses, f"{seconds:.0f} s", flush=True)
+    return {"before": before, "runs": found, "machine": platform.machine(), "torch": torch.__version__}
+
+
+def prior_table(results: dict) -> str:
+    """The comparison as Markdown: means over the seeds, and the paired differences from no prior with their range."""
+
+    def change(runs: list[dict[str, float]], name: str) -> list[float]:
+        return [(run[name] / results["before"][name] - 1) * 100 for run in runs]
+
+    def shown(values: list[float]) -> str:
+        return f"{statistics.mean(values):+.2f} % ({min(values):+.2f} to {max(values):+.2f})"
+
+    plain = results["runs"]["0"]
+    titles = ["`--prior-weight`", "loss on held-out electronic", "loss on other acoustic"]
+    titles += ["electronic, against no prior", "acoustic, against no prior", "time"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for weight, runs in results["runs"].items():
+        cells = [shown(change(runs, name)) for name in ("held out", "other")]
+        for name in ("held out", "other"):
+            pairs = zip(change(runs, name), change(plain, name), strict=True)
+            cells.append("–" if runs is plain else shown([with_it - without for with_it, without in pairs]))
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        lines.append(f"| {'none' if runs is plain else weight} | {' | '.join(cells)} | {seconds:.0f} s |")
+    note = (
+        f"Change of the loss from the model without adapter; mean over {len(plain)} seeds, in brackets the lowest and "
+        f"the highest. Below zero is better. LoRA of rank 16, {PRIOR_EPOCHS} epochs; seeds are paired. "
+        f"{results['machine']}, one thread, beside other work."
+    )
+    return "\n".join([*lines, "", note, "", "`nice -n 19 uv run python -m benchmarks.adaptation prior`", ""])
+
+
+def write_prior() -> None:
+    """Run the comparison and write its results."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        results = prior_comparison(Path(temporary))
+    (RESULTS / "prior.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "prior.md").write_text(prior_table(results), encoding="utf-8")
+    print(prior_table(results))
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["prior"]:
+        write_prior()
+        return
     started = time.perf_counter()
     clips = music(speeds=(1.0, 0.9, 1.12))
     base = train_base(clips["acoustic"], BASE_STEPS, seed=0)

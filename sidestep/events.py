@@ -78,6 +78,7 @@ class StepDone(Event):
     steps_per_second: float
     eta_seconds: float
     memory_bytes: int | None = None
+    drift: float | None = None  # with --prior-data: distance from the model itself on other music
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,25 @@ class TrainConfig(ModelConfig):
         ),
     )
 
+    prior_data: Path | None = option(
+        None,
+        "folder of tensors of other music, on which the adapter is to leave the model as it is",
+        group="Data",
+        label="Folder of tensors of other music",
+        plain="other music, prepared like your songs, on which the adapter learns to change nothing; empty: none",
+        holds="tensors",
+        advanced=True,
+    )
+    prior_weight: float = option(
+        0.2,
+        "share of --prior-data in each optimizer step and its loss",
+        group="Data",
+        minimum=0.01,
+        maximum=0.9,
+        plain="how much of each step goes to the other music: 0.2 is a fifth; more keeps more and learns less",
+        advanced=True,
+    )
+
     adapter_type: str = option(
         "lora",
         "kind of adapter",
@@ -1197,6 +1216,8 @@ class PlanConfig:
     condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1, maximum=100_000)
     json: bool = option(False, "print one JSON object and nothing else", group="Plan")
 
+    prior_data: Path | None = same_as(TrainConfig, "prior_data", group="Plan")
+    prior_weight: float = same_as(TrainConfig, "prior_weight", group="Plan")
     precision: str = same_as(ModelConfig, "precision")
     attention: str = same_as(ModelConfig, "attention")
     chunk_duration: float = same_as(TrainConfig, "chunk_duration")

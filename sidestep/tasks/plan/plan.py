@@ -31,6 +31,7 @@ from sidestep.settings.config import EstimateConfig, PlanConfig, SampleConfig, T
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
+from sidestep.tasks.train.prior import extra_time
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
 from sidestep.words import did_you_mean, gib
 
@@ -103,6 +104,7 @@ class Planner:
             swap_blocks=0,
             optimizer_type="adamw",
             ema_decay=0.0,
+            prior_data=None,
             gradient_accumulation=min(config.gradient_accumulation, 2),
             base_precision="auto" if config.base_precision == "auto" else "int8",
         )
@@ -220,7 +222,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
     seconds, tokens = config.song_seconds, config.condition_tokens
     if config.dataset_dir:
-        frames, tokens = longest(config.dataset_dir)
+        frames, tokens = longest(config.dataset_dir, config.prior_data)
         seconds = frames / FRAMES_PER_SECOND
         if not frames:
             raise UserError(
@@ -275,6 +277,8 @@ def tables(result: Plan) -> Iterator[Table]:
         ("preprocessing, pass 1 and 2", f"{amount(result.first_pass)} and {amount(result.second_pass)}"),
         (f"a preview of {asked.config.preview_duration:g} s while training", amount(result.preview)),
     ]
+    if asked.config.prior_data:
+        rows.append(("time for --prior-data", f"{extra_time(asked.config):.0%} more in each optimizer step"))
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
     saved = tuple((" ".join(o.flags), amount(o.needed), amount(asked.needed - o.needed)) for o in result.options)
     yield Table(title="What each setting would save", columns=("setting", "needed then", "saved"), rows=saved)
@@ -334,7 +338,7 @@ def check_memory(config: TrainConfig, report: Report) -> TrainConfig:
 def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig:
     """`check_memory` for a GPU whose memory is known."""
     as_needed, config = config.recompute_as_needed, replace(config, recompute_as_needed=False)
-    frames, tokens = longest(config.dataset_dir)
+    frames, tokens = longest(config.dataset_dir, config.prior_data)
     if not frames:
         return config
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
@@ -417,7 +421,12 @@ def fsdp_shards() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
 
 
-def longest(folder: Path) -> tuple[int, int]:
-    """(latent frames of the longest song, condition tokens of the wordiest) in a `--dataset-dir`; zeros without any."""
-    infos, _ = index_records(folder)  # training reports those that are broken
-    return max((i.frames for i in infos.values()), default=0), max((i.tokens for i in infos.values()), default=0)
+def longest(*folders: Path | None) -> tuple[int, int]:
+    """(latent frames of the longest song, condition tokens of the wordiest) in folders of tensors; zeros without any.
+
+    Of `--prior-data` too: its step is one more pass without gradient before one like that of the songs, so that the
+    longest of both decides.
+    """
+    # training reports those that are broken
+    infos = [info for folder in folders if folder for info in index_records(folder)[0].values()]
+    return max((i.frames for i in infos), default=0), max((i.tokens for i in infos), default=0)

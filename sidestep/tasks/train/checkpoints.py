@@ -47,7 +47,16 @@ FIXED_ON_RESUME = (
 )
 # What says where things are, or had its effect at the start.
 NOT_COMPARED = (
-    *("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "resume_from", "run_name", "device"),
+    *(
+        "checkpoint_dir",
+        "model_variant",
+        "dataset_dir",
+        "prior_data",
+        "output_dir",
+        "resume_from",
+        "run_name",
+        "device",
+    ),
     *("attention", "compile", "ignore_rank_map", "init", "init_from", "gradient_accumulation"),
 )
 

@@ -26,11 +26,13 @@ from sidestep.stopping import StopRequest
 from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
 from sidestep.tasks.train.guards import VISITS_ABOVE, require_gradients
+from sidestep.tasks.train.objective import Objective
 from sidestep.tasks.train.previews import make_previews
 from sidestep.tasks.train.processes import unshard
 from sidestep.tasks.train.report import add_timesteps, write_report
 from sidestep.tasks.train.run import Point, Position, Run
 
+PRIOR = "--prior-data"  # stands for the song of a sample of other music
 SKIPS_THAT_STOP = 10  # so many optimizer steps in a row without a finite gradient end a run
 
 
@@ -56,6 +58,7 @@ class Metrics:
     steps: list[tuple[int, torch.Tensor, list]] = field(default_factory=list)
 
     read_losses: list[float] = field(default_factory=list)  # of this process's samples
+    read_drifts: list[float] = field(default_factory=list)  # the same on other music, against the model itself
     unwatched: list[tuple[int, str, float, float]] = field(default_factory=list)  # step, song, loss, t since the epoch
     grad_norm: float = math.nan
     skipped_in_a_row: int = 0
@@ -165,21 +168,37 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     """One optimizer step: this process's micro-batches, then clip and update unless the gradient is not finite.
 
     Losses are divided by the samples of the whole step, so short steps and uneven batches weigh every sample the same.
+    Other music, if there is any, comes last and has its share of the loss.
     """
-    accelerator, processes = run.accelerator, run.processes.count
-    own = plan.micro_batches[run.processes.index :: processes]
-    rounds = -(-len(plan.micro_batches) // processes)
-    run.step_task = LongTask(run.report, STEP_TASK, rounds * (run.layer_calls or 1) + 1)  # the update is one part
-    for number in range(rounds):
-        # a process without work still takes part in the reduction
-        micro_batch = own[number] if number < len(own) else plan.micro_batches[0]
-        share = processes / plan.samples if number < len(own) else 0.0
-        batch = run.objective.collate(run.songs, micro_batch)
-        with accelerator.no_sync(run.wrapped) if number < rounds - 1 else nullcontext():
-            weighted, loss, t = run.objective(run.wrapped, batch, run.position.step, plan.samples)
-            accelerator.backward(weighted.sum() * share)
-        if share:
-            metrics.add(loss, t, batch.songs)
+    accelerator, processes, step = run.accelerator, run.processes.count, run.position.step
+    others = run.prior.micro_batches(step, plan.samples) if run.prior else ()
+    # One kind after the other: sharded, all processes must ask the model equally often, and other music asks twice.
+    # A process without work still takes part in the reduction.
+    work = []
+    for micro_batches, is_other in ((plan.micro_batches, False), (others, True)):
+        own = micro_batches[run.processes.index :: processes]
+        rounds = range(-(-len(micro_batches) // processes))
+        work += [(own[i] if i < len(own) else micro_batches[0], is_other, i < len(own)) for i in rounds]
+    # parts of the step: calls of layers, or micro-batches; the update is one, and other music is predicted once more
+    again = len(run.model.get_base_model().layers) if run.layer_calls and others else 0
+    parts = sum((run.layer_calls or 1) + again * is_other for _, is_other, _ in work)
+    run.step_task = LongTask(run.report, STEP_TASK, parts + 1)
+    for number, (micro_batch, is_other, is_own) in enumerate(work, start=1):
+        songs = run.prior.songs if run.prior and is_other else run.songs
+        batch = run.objective.collate(songs, micro_batch)
+        with accelerator.no_sync(run.wrapped) if number < len(work) else nullcontext():
+            if run.prior and is_other:
+                assert isinstance(run.objective, Objective)
+                share = run.prior.weight * processes / len(others)
+                weighted, loss, t = run.objective.preservation(
+                    run.wrapped, batch, step, len(others), run.model.disable_adapter
+                )
+            else:
+                share = (1 - run.prior.weight if run.prior else 1) * processes / plan.samples
+                weighted, loss, t = run.objective(run.wrapped, batch, step, plan.samples)
+            accelerator.backward(weighted.sum() * (share if is_own else 0.0))
+        if is_own:
+            metrics.add(loss, t, (PRIOR,) * len(loss) if is_other else batch.songs)
         if not run.layer_calls:
             run.step_task()
     run.step_task = None
@@ -230,7 +249,10 @@ def read_metrics(run: Run, metrics: Metrics) -> None:
     """
     for reading in metrics.read():
         finite = [sample for sample in reading.samples if math.isfinite(sample[1])]
+        metrics.read_drifts += [loss for song, loss, _ in finite if song == PRIOR]
         for song, loss, t in finite:
+            if song == PRIOR:
+                continue
             run.history.add_sample(loss, t)
             metrics.read_losses.append(loss)
             metrics.unwatched.append((reading.step, song, loss, t))
@@ -259,7 +281,10 @@ def read_metrics(run: Run, metrics: Metrics) -> None:
 
 def log(run: Run, metrics: Metrics) -> None:
     """Report the mean loss of all processes since the last log line, and how fast it goes."""
-    total, count = run.processes.sum([sum(metrics.read_losses), float(len(metrics.read_losses))])
+    drifts = metrics.read_drifts
+    total, count, drift, drift_count = run.processes.sum(
+        [sum(metrics.read_losses), float(len(metrics.read_losses)), sum(drifts), float(len(drifts))]
+    )
     now, step = time.perf_counter(), run.position.step
     rate = metrics.steps_since_log / (now - metrics.logged_at)
     point = Point(
@@ -269,6 +294,7 @@ def log(run: Run, metrics: Metrics) -> None:
         lr=float(metrics.lr),
         grad_norm=metrics.grad_norm,
         memory_bytes=peak_memory_bytes(run.device),
+        drift=drift / drift_count if drift_count else None,
     )
     run.history.points.append(point)
     run.report(
@@ -281,6 +307,9 @@ def log(run: Run, metrics: Metrics) -> None:
     )
     for name, value in (("loss/train", point.loss), ("lr", point.lr), ("grad_norm", point.grad_norm)):
         run.tensorboard.add_scalar(name, value, step)
+    if point.drift is not None:
+        run.tensorboard.add_scalar("loss/prior", point.drift, step)
+    metrics.read_drifts = []
     metrics.read_losses, metrics.steps_since_log, metrics.logged_at = [], 0, now
 
 

@@ -1,7 +1,7 @@
 """What a micro-step computes: the loss of a batch, with the noise, timesteps and dropped conditions of its step."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -137,22 +137,25 @@ class Objective:
         batch, noise = collate(songs, cells).to(self.device), grid_noise(songs, cells).to(self.device)
         return self.loss(model, batch, noise, timesteps.to(self.device))
 
-    def timesteps(self, step: int, samples: int) -> torch.Tensor:
-        """All timesteps of an optimizer step, fp32 [samples] on the CPU, spread evenly over the law."""
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "timesteps", step))
+    def timesteps(self, step: int, samples: int, stream: str = "") -> torch.Tensor:
+        """All timesteps of an optimizer step, fp32 [samples] on the CPU, spread evenly over the law.
+
+        stream: of random numbers; empty for the songs that are learnt, "prior " for the other music.
+        """
+        generator = torch.Generator().manual_seed(seed_for(self.seed, f"{stream}timesteps", step))
         return self.law.draw(stratified(samples, generator)).float()
 
-    def noise(self, step: int, batch: Batch) -> torch.Tensor:
+    def noise(self, step: int, batch: Batch, stream: str = "") -> torch.Tensor:
         """Noise [B, T, D], drawn on the device sample by sample."""
         draws = []
         for slot in batch.slots:
-            self._generator.manual_seed(seed_for(self.seed, "noise", step, slot))
+            self._generator.manual_seed(seed_for(self.seed, f"{stream}noise", step, slot))
             draws.append(torch.randn(batch.latents.shape[1:], generator=self._generator, device=self.silence.device))
         return torch.stack(draws)
 
-    def dropped(self, step: int, slots: tuple[int, ...]) -> torch.Tensor | None:
+    def dropped(self, step: int, slots: tuple[int, ...], stream: str = "") -> torch.Tensor | None:
         """Which samples lose their condition, bool [B] on the CPU; None when none does."""
-        drops = [uniform(self.seed, "cfg", step, slot) < self.law.cfg_ratio for slot in slots]
+        drops = [uniform(self.seed, f"{stream}cfg", step, slot) < self.law.cfg_ratio for slot in slots]
         return torch.tensor(drops) if any(drops) else None
 
     def drops_all(self, step: int, samples: int) -> bool:
@@ -163,17 +166,40 @@ class Objective:
         dropped = self.dropped(step, tuple(range(samples)))
         return dropped is not None and bool(dropped.all())
 
+    def draws(
+        self, batch: Batch, step: int, samples: int, stream: str = ""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(t [B], noise [B, T, D], which samples lose their condition) on the device; seeds the adapter's dropout."""
+        torch.manual_seed(seed_for(self.seed, f"{stream}dropout", step, batch.slots[0]))
+        device = self.silence.device
+        t = to_device(self.timesteps(step, samples, stream)[list(batch.slots)], device)
+        dropped = self.dropped(step, batch.slots, stream)
+        return t, self.noise(step, batch, stream), None if dropped is None else to_device(dropped, device)
+
     def __call__(
         self, model: torch.nn.Module, batch: Batch, step: int, samples: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(weighted loss [B], plain loss [B], t [B]) of a batch, one part of an optimizer step of `samples`."""
-        torch.manual_seed(seed_for(self.seed, "dropout", step, batch.slots[0]))
-        device = self.silence.device
-        t = to_device(self.timesteps(step, samples)[list(batch.slots)], device)
-        dropped = self.dropped(step, batch.slots)
-        if dropped is not None:
-            dropped = to_device(dropped, device)
-        loss = self.loss(model, batch, self.noise(step, batch), t, dropped)
+        t, noise, dropped = self.draws(batch, step, samples)
+        loss = self.loss(model, batch, noise, t, dropped)
+        return loss * self.weight(t), loss.detach(), t
+
+    def preservation(
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        step: int,
+        samples: int,
+        without_adapter: Callable[[], AbstractContextManager[Any]],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same for other music: how far the velocity is from that of the model inside `without_adapter()`."""
+        t, noise, dropped = self.draws(batch, step, samples, "prior ")
+        velocity, t_ = self.velocity(model, batch, dropped), t[:, None, None]
+        noisy = (1 - t_) * batch.latents + t_ * noise
+        with torch.no_grad(), without_adapter():
+            target = velocity(noisy, t).float()
+        with self._activations():
+            loss = (velocity(noisy, t).float() - target).square().mean((1, 2))
         return loss * self.weight(t), loss.detach(), t
 
     def loss(
@@ -185,6 +211,13 @@ class Objective:
         dropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Plain per-sample loss [B] for given noise [B, T, D] and timesteps [B]."""
+        with self._activations():
+            return flow_matching_loss(self.velocity(model, batch, dropped), batch.latents, noise, t)
+
+    def velocity(
+        self, model: torch.nn.Module, batch: Batch, dropped: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The model's velocity under a batch's conditions: (x_t [B, T, D], t [B]) → [B, T, D]."""
         frames = batch.latents.shape[1]
         source = tiled_silence(self.silence, frames).expand_as(batch.latents) if batch.source is None else batch.source
         context = context_latents(source.to(self.null_condition.dtype))
@@ -203,8 +236,7 @@ class Objective:
                 return_dict=False,
             )[0]
 
-        with self._activations():
-            return flow_matching_loss(velocity, batch.latents, noise, t)
+        return velocity
 
 
 def grid(songs: Sequence[Song], batch_size: int, hints: bool) -> list[MicroBatch]:

@@ -63,6 +63,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
             {"samples": count, "loss": number_or_none(loss / count) if count else None}
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
         ],
+        "drift": next((p.drift for p in reversed(history.points) if p.drift is not None), None),
         "named": history.watch.named,
         "ranks": ranks_of(run.model),
         "previews": previews_in(config.output_dir),
@@ -182,6 +183,8 @@ def page(values: Mapping[str, Any]) -> str:
     if points:
         first_rate = f"{points[0][2]:.2g} at first" if len(points) > 1 else ""
         figures.append(("Learning rate", f"{points[-1][2]:.2g}", first_rate))
+    if values["drift"] is not None:
+        figures.append(("Drift on other music", f"{values['drift']:.2g}", "distance from the model without adapter"))
     figures.append(("Peak memory", gib(memory) or "not counted", values["device"]))
     ranks = values["ranks"]
     cells = {name: {"name": name, "label": r, "share": (r / max(ranks.values())) ** 0.5} for name, r in ranks.items()}

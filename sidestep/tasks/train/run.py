@@ -23,6 +23,7 @@ from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.train.guards import SongWatch
 from sidestep.tasks.train.objective import TrainingLaw
+from sidestep.tasks.train.prior import Prior
 from sidestep.tasks.train.processes import Processes
 
 TIMESTEP_BINS = 10
@@ -48,6 +49,7 @@ class Point:
     lr: float
     grad_norm: float
     memory_bytes: int | None = None
+    drift: float | None = None  # on other music: mean squared distance from the model's own velocity
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ class Run:
     average: EMAModel | None = None
     position: Position = Position()
     history: History = field(default_factory=History)
+    prior: Prior | None = None
     learns: bool = False  # every tensor of the adapter was seen to get a gradient
 
     @property

@@ -43,6 +43,7 @@ from sidestep.tasks.train.language import NEXT_TOKEN, AnswerObjective, is_langua
 from sidestep.tasks.train.loop import run_loop
 from sidestep.tasks.train.objective import ConditionMask, Objective, training_law
 from sidestep.tasks.train.previews import make_previews, previews_for
+from sidestep.tasks.train.prior import FLAG, load_prior
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import NAME, add_ranks, write_report
 from sidestep.tasks.train.run import BackgroundWriter, Run, TensorBoard, plan_of
@@ -173,7 +174,10 @@ def set_up(
     require_hints(songs, config)
     if language:
         songs = language.usable(songs, config, report)
+    prior = None if language else load_prior(config, checkpoint, songs, device, precision, processes, report)
     prints = fingerprints(songs, config)
+    if prior:
+        prints |= {f"{FLAG} {name}": parts for name, parts in fingerprints(prior.songs, config).items()}
     if saved:
         require_same_data(saved, prints, config)
         require_same_steps(saved, config.gradient_accumulation * processes.count)
@@ -226,7 +230,8 @@ def set_up(
     scheduler = make_scheduler(config, optimizer, total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(model, optimizer, device_placement=[not config.swap_blocks, True])
 
-    longest = max(song.windows.frames if song.windows else song.frames for song in every)
+    heard = [*every, *(prior.songs if prior else [])]
+    longest = max(song.windows.frames if song.windows else song.frames for song in heard)
     if language:
         objective: Objective | AnswerObjective = AnswerObjective(config, language, device)
     else:
@@ -259,6 +264,7 @@ def set_up(
         tensorboard=TensorBoard(tensorboard, report),
         writer=BackgroundWriter(report),
         previews=previews,
+        prior=prior,
     )
     if config.ema_decay:
         run.average = EMAModel(run.parameters, decay=config.ema_decay, foreach=True)

@@ -49,9 +49,10 @@ TOLD = ("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature
 MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
 
 
-def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> list[Song]:
+def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report, flag: str = "--dataset-dir") -> list[Song]:
     """Every usable record of `--dataset-dir` in the order of their names; tensors are read when a batch wants them.
 
+    flag: the one that named the folder which the config has there.
     A broken one is reported and left out. Raises UserError when they were made for another model or there are none,
     JobError when none can be used.
     """
@@ -59,7 +60,7 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
     preprocess = ("preprocess", "--audio-dir", "SONGS", "--tensor-output", str(folder))
     again = f"Preprocess first: {side_step(*preprocess, '--checkpoint-dir', str(config.checkpoint_dir))}"
     if not folder.is_dir():
-        raise UserError(f"--dataset-dir {folder}: no such folder.", again)
+        raise UserError(f"{flag} {folder}: no such folder.", again)
     infos, broken = index_records(folder, report)
     for name, error in broken.items():
         report(FileFailed(path=name, reason=error.problem, stage="load"))
@@ -68,14 +69,14 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report) -> l
             tensors = Path(f"{folder}-tensors")
             make = ("preprocess", "--audio-dir", folder, "--tensor-output", tensors)
             raise UserError(
-                f"--dataset-dir {folder}: these are songs, not the tensors that preprocessing makes of them.",
+                f"{flag} {folder}: these are songs, not the tensors that preprocessing makes of them.",
                 f"Preprocess them: {side_step(*make, '--checkpoint-dir', config.checkpoint_dir)}\n"
-                f"then train with {paste(('--dataset-dir', str(tensors)))}",
+                f"then train with {paste((flag, str(tensors)))}",
             )
-        raise UserError(f"--dataset-dir {folder}: no preprocessed .pt tensors in it.", again)
+        raise UserError(f"{flag} {folder}: no preprocessed .pt tensors in it.", again)
     if not infos:
-        raise JobError(f"--dataset-dir {folder}: none of its {len(broken)} tensor files can be used.", again)
-    require_same_model(infos, config, checkpoint, report)
+        raise JobError(f"{flag} {folder}: none of its {len(broken)} tensor files can be used.", again)
+    require_same_model(infos, config, checkpoint, report, flag)
     read = reader(psutil.virtual_memory().available // MEMORY_SHARE)
     songs = [
         Song(
@@ -119,7 +120,7 @@ def reader(budget_bytes: int) -> Callable[[Path, RecordInfo], Record]:
 
 
 def require_same_model(
-    infos: dict[str, RecordInfo], config: TrainConfig, checkpoint: Checkpoint, report: Report
+    infos: dict[str, RecordInfo], config: TrainConfig, checkpoint: Checkpoint, report: Report, flag: str
 ) -> None:
     """Raises UserError unless the records' tensors are those that this model's own encoders would make."""
     width = checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"]
@@ -132,7 +133,7 @@ def require_same_model(
     for name, info in infos.items():
         if (info.channels, info.width) != (channels, width):
             raise UserError(
-                f"--dataset-dir {config.dataset_dir}: {name} was made for another model ({info.channels} latent "
+                f"{flag} {config.dataset_dir}: {name} was made for another model ({info.channels} latent "
                 f"channels, conditions {info.width} wide; {model} has {channels} and {width}).",
                 fix,
             )
@@ -147,16 +148,14 @@ def require_same_model(
         if foreign:
             others = ", ".join({str(infos[name].metadata.get("checkpoint", "another model")): 0 for name in foreign})
             raise UserError(
-                f"--dataset-dir {config.dataset_dir}: {len(foreign)} of {len(infos)} songs, such as {foreign[0]}, "
+                f"{flag} {config.dataset_dir}: {len(foreign)} of {len(infos)} songs, such as {foreign[0]}, "
                 f"were preprocessed with {others}, whose {title} differs from that of {model}.",
                 fix,
             )
         if len(set(made_by.values())) > 1:
             first, *rest = made_by
             other = next(name for name in rest if made_by[name] != made_by[first])
-            raise UserError(
-                f"--dataset-dir {config.dataset_dir}: {first} and {other} were made with different {title}s.", fix
-            )
+            raise UserError(f"{flag} {config.dataset_dir}: {first} and {other} were made with different {title}s.", fix)
     if unknown := sum("condition_encoder" not in info.made_by for info in infos.values()):
         message = f"{unknown} records do not say which model they were preprocessed with; they are taken as made for"
         report(Notice(message=f"{message} {model}."))

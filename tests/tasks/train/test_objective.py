@@ -46,8 +46,8 @@ def loss_of_case(run: Run, expected: dict[str, torch.Tensor], case: int) -> tupl
     """(weighted loss [1], plain loss [1]) of a case's micro-step in epoch 0, at the golden noise and timestep."""
     (micro_batch,) = [m for step in run.plan(0) for m in step.micro_batches if m.items[0].song == case]
     batch = collate(run.songs, micro_batch)
-    run.objective.noise = lambda step, batch: expected[f"{case}.noise"]
-    run.objective.timesteps = lambda step, samples: expected[f"{case}.t"].expand(samples)
+    run.objective.noise = lambda step, batch, stream: expected[f"{case}.noise"]
+    run.objective.timesteps = lambda step, samples, stream: expected[f"{case}.t"].expand(samples)
     weighted, plain, t = run.objective(run.wrapped, batch, step=0, samples=2)
     assert torch.equal(t, expected[f"{case}.t"])
     return weighted.detach(), plain

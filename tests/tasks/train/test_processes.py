@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidestep.data.records import save_record
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
-from tests.training_world import adapter, run, settings, write_data
+from tests.training_world import adapter, record, run, settings, write_data
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -101,6 +102,20 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
     assert losses == pytest.approx(expected, abs=1e-4)
     assert second == ""  # only the first process speaks, and only it writes
     assert len(list((tmp_path / "two" / "runs").rglob("events.out*"))) == 1
+
+
+@pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
+def test_two_processes_hear_the_other_music_that_one_would(data, tmp_path, environment):
+    for i, frames in enumerate((30, 44, 70)):
+        save_record(tmp_path / "other" / f"other {i}.pt", record(100 + i, frames))
+    changes = {"chunk_duration": 1.0, "lr": 1e-3, "prior_data": str(tmp_path / "other"), "prior_weight": 0.4}
+    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **changes), environment is FSDP)
+    one = {**changes, "prior_data": tmp_path / "other"}
+    log = run(settings(data, tmp_path / "one", gradient_accumulation=2, **one))
+    assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
+    state, _ = read_checkpoint(complete_checkpoints(tmp_path / "two")[-1])
+    drifts = [event.drift for event in log.events if type(event).__name__ == "StepDone"]
+    assert [point["drift"] for point in state["history"]["points"]] == pytest.approx(drifts, rel=1e-3, abs=1e-9)
 
 
 def test_a_run_of_two_sharded_processes_goes_on_in_one(data, tmp_path):

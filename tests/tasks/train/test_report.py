@@ -59,6 +59,7 @@ def values(**changes) -> dict:
         "total_epochs": 4,
         "timesteps": "discrete, 8 steps, shift 3",
         "named": ["odd.pt"],
+        "drift": 0.0012,
         "law": "config.json says is_turbo=true",
         "cfg_dropout": 0.15,
         "best": {"loss": 0.61, "epoch": 3, "by": "validation loss"},
