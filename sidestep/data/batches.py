@@ -5,9 +5,10 @@ and several processes take their shares of one plan.
 """
 
 import hashlib
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class Windows:
 
     The window from `starts[i]` has the conditions `conditions[which[i]]` [L, C]: their prompt states its length, and
     where lyrics have time marks they are those of the window.
+
+    shares: how often each wording of the prompt is drawn, adding up to 1; `conditions` has those of the first wording,
+    then as many of the second, and so on. The first is what validation hears.
     """
 
     frames: int
@@ -31,6 +35,11 @@ class Windows:
     which: tuple[int, ...]
     conditions: tuple[torch.Tensor, ...]
     hints_conditions: tuple[torch.Tensor, ...] = ()
+    shares: tuple[float, ...] = (1.0,)
+
+    def wording(self, u: float) -> int:
+        """The wording that a uniform number in [0, 1) draws."""
+        return min(bisect_right(list(accumulate(self.shares)), u), len(self.shares) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +141,9 @@ def item_of(song: Song, index: int, visit: int, seed: int) -> Item:
     if windows is None:
         return Item(index, 0, song.frames)
     i = nearest(windows.starts, window_start(song.frames, windows.frames, seed, song.name, visit))
-    return Item(index, windows.starts[i], windows.frames, windows.which[i])
+    wording = windows.wording(uniform(seed, "wording", song.name, visit))
+    text = wording * (len(windows.conditions) // len(windows.shares)) + windows.which[i]
+    return Item(index, windows.starts[i], windows.frames, text)
 
 
 def nearest(starts: Sequence[int], wanted: int) -> int:

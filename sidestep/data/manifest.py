@@ -15,6 +15,8 @@
   so, or, where that is null, for `genre_ratio` percent of the songs, chosen by a hash of their id and so the same in
   every run; whichever is empty gives way to the other. Then the tag: the song's own, else the data set's, before, after
   or instead of it.
+- `captions` are further captions of a song, a list of texts; training draws one of all for each visit. They get the
+  tag too.
 - `estimated` lists the fields of a song that a program guessed: --analyze, or who stands under its name in `origins`.
 - `origins` says where values come from that nobody has written: a caption made of a file's name or of genre and title,
   what a language model or a server has heard.
@@ -92,6 +94,7 @@ class Sample:
     labeled: bool = False
     prompt_override: str | None = None
     repeat: int = 1
+    captions: tuple[str, ...] = ()  # further ones, which training draws from beside the caption
     estimated: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict)  # by field, of values that nobody has written
     extra: Mapping[str, Any] = field(default_factory=dict)  # keys of other programs
@@ -126,10 +129,14 @@ def prompt_caption(sample: Sample, metadata: Metadata) -> str:
         sample.prompt_override is None and percentile < metadata.genre_ratio
     )
     text = (sample.genre or sample.caption) if by_genre else (sample.caption or sample.genre)
-    tag = sample.custom_tag or metadata.custom_tag
+    return with_tag(text, sample.custom_tag or metadata.custom_tag, metadata.tag_position)
+
+
+def with_tag(text: str, tag: str, position: str) -> str:
+    """A caption with the trigger word before, after or instead of it; whichever is empty gives way to the other."""
     if not tag or not text:
         return tag or text
-    return {"prepend": f"{tag}, {text}", "append": f"{text}, {tag}", "replace": tag}[metadata.tag_position]
+    return {"prepend": f"{tag}, {text}", "append": f"{text}, {tag}", "replace": tag}[position]
 
 
 def prompt_lyrics(sample: Sample) -> str:
@@ -290,7 +297,11 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     # A field's own name comes before others for it; of two such ("prompt", "description") the second is kept as it is.
     chosen = fields_of((key, value) for key, value in data.items() if key in FIELDS or field_named(key) not in data)
     extra = {key: value for key, value in data.items() if (key, value) not in chosen.values()}
-    known: dict[str, Any] = {}
+    captions = extra.pop("captions", None) or []
+    if not isinstance(captions, list) or not all(isinstance(text, str) and _is_text(text) for text in captions):
+        mistakes.append(f"{where}.captions: a list of texts is needed")
+        captions = []
+    known: dict[str, Any] = {"captions": tuple(text.strip() for text in captions if text.strip())}
     for name, (key, value) in chosen.items():
         try:
             parsed = parse_field(name, value)
@@ -311,6 +322,10 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
         extra=extra,
         **known,
     )
+
+
+def _is_text(value: str) -> bool:
+    return value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
 
 
 def _text(value: Any, where: str, mistakes: list[str], is_path: bool = False) -> str:
@@ -410,6 +425,7 @@ def _merge_one(before: Sample, fresh: Sample, built: Mapping[str, str], tag: str
     origins = {name: origin for name, origin in fresh.origins.items() if name not in edited}
     origins |= {name: before.origins[name] for name in estimated if name in before.origins}
     extra = {**fresh.extra, **before.extra}
+    values["captions"] = fresh.captions or before.captions
     merged = replace(fresh, id=before.id, estimated=tuple(estimated), origins=origins, extra=extra, **values)
     return merged, edited
 
@@ -450,7 +466,7 @@ def _packed(built: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 def _as_json(sample: Sample, folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": sample.id, **vars(sample), "audio_path": relative_path(sample.audio_path, folder)}
     entry["duration"] = int(sample.duration) if sample.duration >= 1 else round(sample.duration, 3)
-    for name in ("estimated", "origins"):
+    for name in ("captions", "estimated", "origins"):
         if not entry[name]:
             del entry[name]
     del entry["extra"]

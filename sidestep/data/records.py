@@ -30,7 +30,7 @@ UNREADABLE = (  # all that torch's reader was seen to raise on damaged bytes
     *(ImportError, NameError, EOFError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
 INDEX = ".records.json"
-INDEX_SCHEMA = "1"
+INDEX_SCHEMA = "2"
 LARGEST_BYTES = 4 * 1024**3  # of a record: an hour of music with hints takes 50 MB
 TEXT_LIMIT = 100_000  # characters
 REPEAT_LIMIT = 10_000
@@ -38,7 +38,7 @@ BPM_LIMIT = 1000
 NUMBER_LIMIT = 10**9
 KEPT = (  # of the metadata, in the index
     *("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental"),
-    *("custom_tag", "repeat", "checkpoint", "checkpoint_identity"),
+    *("captions", "genre", "tag_position", "duration", "custom_tag", "repeat", "checkpoint", "checkpoint_identity"),
 )
 _OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what files of torch before 1.6 begin with
 _QUICKLY_SEARCHED = 16_384  # bytes of text: a second
@@ -203,6 +203,8 @@ def _inspect(path: Path) -> RecordInfo:
                 "Delete the file and preprocess this song again, with --precision fp32.",
             )
     said = {name: record.metadata[name] for name in KEPT if name in record.metadata}
+    if isinstance(captions := said.pop("captions", None), list) and captions:  # one text, as all else in the index
+        said["captions"] = json.dumps([text for text in captions if isinstance(text, str)])
     metadata = {name: value for name, value in said.items() if isinstance(value, str | int | float | None)}
     for name, value in metadata.items():
         if isinstance(value, str) and name != "repeat":

@@ -7,6 +7,7 @@ Sources of a song `song.ext`, the best first; they are merged field by field, th
 3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1) and `song.caption`;
    `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner), `.lrc`
    and the subtitles `.srt` and `.vtt`   the lyrics
+   `song.caption.2.txt`, `.3.` and so on, or `captions`, a list in the .json: further captions
 4. rows of `*.csv`, `*.tsv` and `*.jsonl`, 5. tags inside the audio file (see `tags`), 6. its name.
 
 `song.txt` speaks for every song of that stem in its folder (song.wav and song.mp3), `song.wav.txt` for song.wav alone.
@@ -56,6 +57,7 @@ from sidestep.data.text import read_text
 from sidestep.words import count
 
 MAX_BYTES = 1 << 20
+MOST_CAPTIONS = 20  # of a song
 MAX_LIST_BYTES = 32 * MAX_BYTES
 
 _FIELD_LINE = re.compile(r"^\s*([^\W\d][\w \t-]{0,30}?)\s*[:：](?!//)\s*(.*)$")
@@ -208,6 +210,9 @@ def parse_json(text: str, source: str = "json") -> Known:
         known.problems.append("holds no JSON object of fields")
     elif not isinstance(data.get("samples"), list):  # that would be a dataset.json beside a song called dataset
         known.add_all(data.items())
+        captions = data.get("captions")
+        if isinstance(captions, list) and (texts := tuple(t for t in captions if isinstance(t, str) and t.strip())):
+            known.values["captions"] = texts
     return known
 
 
@@ -257,6 +262,17 @@ class Sidecars:
                     known.problems[:0] = [problem] if problem else []
                     found.append(known)
                     self._read_files.add(path)
+        for base in bases:
+            further = Known(f"{base}.caption.N.txt")
+            for number in range(2, MOST_CAPTIONS + 1):
+                if path := self._files[song.parent].get(f"{base}.caption.{number}.txt"):
+                    text, problem = read_text(path, MAX_BYTES)
+                    further.add("caption", text)
+                    further.problems += [f"{path.name} {problem}"] if problem else []
+                    if caption := further.values.pop("caption", ""):
+                        further.values["captions"] = (*further.values.get("captions", ()), caption)
+                    self._read_files.add(path)
+            found += [further] if further.values or further.problems else []
         return found
 
     def unread(self) -> list[Path]:

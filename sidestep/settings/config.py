@@ -211,6 +211,33 @@ class TrainConfig(ModelConfig):
         ),
     )
 
+    caption_dropout: float = option(
+        0.0,
+        "share of visits whose caption is the trigger word alone (nothing where there is none)",
+        group="Data",
+        minimum=0,
+        maximum=1,
+        plain="how often a song is described by your trigger word alone; 0.1 ties the style to that word",
+        advanced=True,
+    )
+    tag_dropout: float = option(
+        0.0,
+        "share of visits whose caption is without the trigger word",
+        group="Data",
+        minimum=0,
+        maximum=1,
+        plain="how often the trigger word is left out, so that the style also comes without it",
+        advanced=True,
+    )
+    metadata_dropout: float = option(
+        0.0,
+        "share of visits in which one of tempo, time signature and key is N/A",
+        group="Data",
+        minimum=0,
+        maximum=1,
+        plain="how often one of tempo, time signature and key is not told, so that the style does not hang on them",
+        advanced=True,
+    )
     prior_data: Path | None = option(
         None,
         "folder of tensors of other music, on which the adapter is to leave the model as it is",

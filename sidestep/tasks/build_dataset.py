@@ -257,6 +257,7 @@ def _describe(
         filename=song.path.name,
         caption=caption,
         genre=genre,
+        captions=values.get("captions", ()),
         lyrics=lyrics if has_words else INSTRUMENTAL if instrumental else "",
         bpm=values.get("bpm"),
         keyscale=values.get("keyscale", ""),

@@ -141,5 +141,5 @@ def test_a_model_for_stems_gets_captions_in_its_own_form_everywhere(named, tmp_p
     assert "# Caption\nGlobal: \nLocal: song 0\nMask Control: false\n\n" in texts[1]
     made = load_record(stems / "a.wav.pt")
     described = song("a", made.target_latents, made.encoder_hidden_states, metadata=made.metadata)
-    window = plan_windows(described, 5, 25.0, 5, is_stems=True).texts[0]
+    window = plan_windows(described, 5, 25.0, 5, settings(Path(), Path()), is_stems=True).texts[0]
     assert "Local: song 0\nMask Control: false" in window.prompt

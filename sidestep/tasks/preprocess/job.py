@@ -264,7 +264,9 @@ class Job:
         if record and in_record:
             reasons = differences(stored.get("text"), text_part)
             if not reasons:
-                changed = [name for name, value in song.described().items() if record.get(name) != value]
+                changed = [
+                    name for name, value in song.described().items() if (record.get(name) or None) != (value or None)
+                ]
                 names = tuple(name.replace("_", " ") for name in changed)
                 return Inspection(Stage.METADATA if changed else Stage.NOTHING, seconds, names)
         states = self.work.metadata(song.key, TEXT) or {}

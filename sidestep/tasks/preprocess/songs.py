@@ -81,6 +81,7 @@ class Song:
             "custom_tag": s.custom_tag or self.dataset.custom_tag,
             "tag_position": self.dataset.tag_position,
             "repeat": s.repeat,
+            "captions": list(s.captions),
         }
 
 

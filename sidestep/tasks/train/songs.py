@@ -8,10 +8,11 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -31,6 +32,7 @@ from sidestep.acestep.vae import frames_per_second
 from sidestep.audio.io import find_audio
 from sidestep.data.batches import Song, Windows
 from sidestep.data.lyrics import has_time_marks, lyrics_between, without_time_marks
+from sidestep.data.manifest import with_tag
 from sidestep.data.records import Record, RecordError, RecordInfo, index_records, load_record, record_stat
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Notice, Progress, Report
@@ -45,7 +47,17 @@ SCHEMA = 1  # raise it when what was encoded before must be made anew
 STARTS_PER_WINDOW = 4  # of songs with time marks: windows begin at quarters of a window, which keeps the texts few
 SAME_LENGTH = 0.9  # whole songs share a batch when the shortest has this share of the longest's frames
 MEMORY_SHARE = 2  # records stay in memory up to one part in so many of what is free
-TOLD = ("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental")
+TOLD = (
+    "caption",
+    "prompt_caption",
+    "lyrics",
+    "bpm",
+    "keyscale",
+    "timesignature",
+    "language",
+    "is_instrumental",
+)
+METADATA_LINES = ("bpm", "timesignature", "keyscale")
 MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
 
 
@@ -167,8 +179,10 @@ def fingerprints(songs: list[Song], config: TrainConfig) -> dict[str, dict[str, 
     found = {}
     for song in songs:
         found[song.name] = {**song.digests, "repeats": str(song.repeat)}
-        if has_windows:  # their prompts are made of this
-            told = [song.metadata.get(name) for name in TOLD]
+        if has_windows or (
+            is_told(song) and len(wordings(song.metadata, config)) > 1
+        ):  # their prompts are made of this
+            told = [song.metadata.get(name) for name in (*TOLD, *({"captions"} & song.metadata.keys()))]
             found[song.name]["caption, lyrics or metadata"] = digest_of(json.dumps(told))
     return found
 
@@ -237,11 +251,16 @@ def with_windows(
     lengths = {song.name: chunk for song in (*songs, *held_out) if chunk and song.frames > chunk}
     if config.batch_size > 1:
         lengths |= shared_lengths([song for song in songs if song.name not in lengths and is_told(song)])
+    for song in (*songs, *held_out):
+        if song.name not in lengths and is_told(song) and len(wordings(song.metadata, config)) > 1:
+            lengths[song.name] = song.frames  # heard whole, and told in several ways
     plans, nameless = {}, set()
     for song in (*songs, *held_out):
         if song.name in lengths:
             try:
-                plans[song.name] = plan_windows(song, lengths[song.name], rate, pool, checkpoint.variant.is_stems)
+                plans[song.name] = plan_windows(
+                    song, lengths[song.name], rate, pool, config, checkpoint.variant.is_stems
+                )
             except KeyError as error:
                 reason = f"its record does not say its {error.args[0]}, which the prompt of a window needs"
                 report(FileFailed(path=song.name, reason=reason, stage="windows"))
@@ -297,7 +316,7 @@ def shared_lengths(songs: list[Song]) -> dict[str, int]:
 class WindowPlan:
     """Windows of `frames` before their texts are encoded: number `i` begins at `starts[i]` and has `texts[which[i]]`.
 
-    hints: as `texts`, under the instruction of the hints regime.
+    hints: as `texts`, under the instruction of the hints regime. shares: of the prompt's wordings, see `Windows`.
     """
 
     song: Song
@@ -306,6 +325,7 @@ class WindowPlan:
     which: tuple[int, ...]
     texts: tuple[Text, ...]
     hints: tuple[Text, ...]
+    shares: tuple[float, ...] = (1.0,)
 
     @property
     def by_key(self) -> dict[str, Text]:
@@ -318,15 +338,52 @@ def key_of(text: Text) -> str:
     return digest_of(f"{text.prompt}\0{text.lyrics}")
 
 
-def plan_windows(song: Song, frames: int, rate: float, pool: int, is_stems: bool = False) -> WindowPlan:
+@dataclass(frozen=True)
+class Wording:
+    """One way in which a song may be described. share: how often it is drawn. untold: the metadata line that is N/A."""
+
+    caption: str
+    share: float
+    untold: str = ""
+
+
+def wordings(metadata: Mapping[str, Any], config: TrainConfig) -> tuple[Wording, ...]:
+    """All ways in which a song may be described under the settings, with shares that add up to 1; its own comes first.
+
+    The captions share evenly what is not the tag alone. Raises KeyError naming what the record does not say.
+    """
+    caption = str(metadata["prompt_caption"] if "prompt_caption" in metadata else metadata["caption"])
+    tag, position = str(metadata.get("custom_tag") or ""), str(metadata.get("tag_position") or "prepend")
+    texts = [str(metadata.get(name) or "") for name in ("caption", "genre")]
+    first = next((text for text in texts if text and with_tag(text, tag, position) == caption), caption)
+    plain = [first, *json.loads(str(metadata.get("captions") or "[]"))]
+    tagged = [caption, *(with_tag(text, tag, position) for text in plain[1:])]
+    told: dict[str, float] = {}
+    for whole, bare in zip(tagged, plain, strict=True):
+        each = (1 - config.caption_dropout) / len(plain)
+        for text, share in ((whole, each * (1 - config.tag_dropout)), (bare, each * config.tag_dropout)):
+            told[text] = told.get(text, 0.0) + share
+    told[tag] = told.get(tag, 0.0) + config.caption_dropout
+    lines = [name for name in METADATA_LINES if metadata.get(name)]
+    dropped = config.metadata_dropout if lines else 0.0
+    every = [Wording(text, share * (1 - dropped)) for text, share in told.items()]
+    every += [Wording(text, share * dropped / len(lines), name) for text, share in told.items() for name in lines]
+    return (every[0], *(wording for wording in every[1:] if wording.share))
+
+
+def plan_windows(
+    song: Song, frames: int, rate: float, pool: int, config: TrainConfig, is_stems: bool = False
+) -> WindowPlan:
     """Where the windows of a song may begin and what each is told. frames: of a window; rate: frames per second.
 
-    Windows begin on multiples of `pool` frames, where the codes of the hints begin too. Raises KeyError naming what the
-    record does not say.
+    Windows begin on multiples of `pool` frames, where the codes of the hints begin too. A song heard whole is one
+    window. Raises KeyError naming what the record does not say.
     """
     metadata, seconds = song.metadata, frames / rate
+    if frames == song.frames:
+        seconds = float(metadata.get("duration") or seconds)
     lyrics = "" if metadata.get("is_instrumental") else str(metadata["lyrics"])
-    timed = has_time_marks(lyrics)
+    timed = has_time_marks(lyrics) and frames < song.frames
     step = max(frames // STARTS_PER_WINDOW // pool, 1) * pool if timed else pool
     last = (song.frames - frames) // pool * pool
     starts = (*range(0, last, step), last)
@@ -336,21 +393,25 @@ def plan_windows(song: Song, frames: int, rate: float, pool: int, is_stems: bool
         sung = [without_time_marks(lyrics)] * len(starts)
     different = list(dict.fromkeys(sung))
     which = tuple(different.index(words) for words in sung)
-    caption = str(metadata["prompt_caption"] if "prompt_caption" in metadata else metadata["caption"])
-    caption = stems_caption(caption) if is_stems else caption
+    ways = wordings(metadata, config)
 
     def texts(instruction: str) -> tuple[Text, ...]:
-        prompt = text_prompt(
-            caption,
-            bpm=metadata.get("bpm"),
-            timesignature=str(metadata.get("timesignature") or ""),
-            keyscale=str(metadata.get("keyscale") or ""),
-            duration=seconds,
-            instruction=instruction,
-        )
-        return tuple(Text(prompt, lyric_prompt(words, str(metadata.get("language") or ""))) for words in different)
+        prompts = [
+            text_prompt(
+                stems_caption(way.caption) if is_stems else way.caption,
+                bpm=None if way.untold == "bpm" else metadata.get("bpm"),
+                timesignature="" if way.untold == "timesignature" else str(metadata.get("timesignature") or ""),
+                keyscale="" if way.untold == "keyscale" else str(metadata.get("keyscale") or ""),
+                duration=seconds,
+                instruction=instruction,
+            )
+            for way in ways
+        ]
+        language = str(metadata.get("language") or "")
+        return tuple(Text(prompt, lyric_prompt(words, language)) for prompt in prompts for words in different)
 
-    return WindowPlan(song, frames, starts, which, texts(TEXT2MUSIC), texts(COVER) if song.has_hints else ())
+    hints = texts(COVER) if song.has_hints else ()
+    return WindowPlan(song, frames, starts, which, texts(TEXT2MUSIC), hints, tuple(way.share for way in ways))
 
 
 class ConditionCache:
@@ -393,7 +454,7 @@ class ConditionCache:
         found = self.get(plan)
         assert found is not None
         texts, hints = (tuple(found[key_of(text)] for text in kind) for kind in (plan.texts, plan.hints))
-        return replace(plan.song, windows=Windows(plan.frames, plan.starts, plan.which, texts, hints))
+        return replace(plan.song, windows=Windows(plan.frames, plan.starts, plan.which, texts, hints, plan.shares))
 
     def _path(self, plan: WindowPlan) -> Path:
         return self.folder / str(plan.frames) / plan.song.name

@@ -171,6 +171,6 @@ def test_windows_below_a_second_are_refused(data):
 def test_long_songs_with_time_marks_have_few_texts():
     lyrics = "\n".join(f"[{s // 60:02d}:{s % 60:02d}.00] line {s}" for s in range(0, 240, 3))
     long = song("long", torch.zeros(6000, 8), torch.zeros(3, 32), metadata={"caption": "x", "lyrics": lyrics})
-    plan = plan_windows(long, 750, 25.0, 5)
+    plan = plan_windows(long, 750, 25.0, 5, settings(Path(), Path()))
     assert len(plan.texts) <= 30
     assert plan.starts[-1] == 5250

@@ -1,0 +1,188 @@
+"""Several captions for a song, and what may be left out of its prompt: exact shares, the right conditions, resume."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.conditions import Text, encode_texts, lyric_prompt, text_prompt
+from sidestep.data.batches import collate, item_of
+from sidestep.data.records import load_record, save_record
+from sidestep.errors import UserError
+from sidestep.events import Notice
+from sidestep.settings.config import BuildDatasetConfig
+from sidestep.tasks.build_dataset import build_dataset
+from sidestep.tasks.preprocess import preprocess
+from sidestep.tasks.train.setup import open_accelerator, set_up
+from sidestep.tasks.train.songs import wordings
+from tests.preprocessing import edit_library, job, make_library, tone
+from tests.training_world import CHECKPOINTS, Log, adapter, differing, prepared, record, run, settings
+
+SAID = {
+    "caption": "one",
+    "prompt_caption": "sks, one",
+    "custom_tag": "sks",
+    "captions": '["two", "three"]',
+    "bpm": 100,
+    "keyscale": "A minor",
+    "timesignature": "",
+}
+
+
+def shares(metadata, **changes) -> dict[tuple[str, str], float]:
+    ways = wordings(metadata, settings(Path(), Path(), **changes))
+    assert sum(way.share for way in ways) == pytest.approx(1)
+    return {(way.caption, way.untold): pytest.approx(way.share) for way in ways}
+
+
+@pytest.mark.parametrize(
+    ("said", "changes", "expected"),
+    [
+        ({"captions": ""}, {}, {("sks, one", ""): 1.0}),
+        ({}, {}, {("sks, one", ""): 1 / 3, ("sks, two", ""): 1 / 3, ("sks, three", ""): 1 / 3}),
+        ({"captions": ""}, {"caption_dropout": 0.1}, {("sks, one", ""): 0.9, ("sks", ""): 0.1}),
+        ({"captions": ""}, {"tag_dropout": 0.3}, {("sks, one", ""): 0.7, ("one", ""): 0.3}),
+        (
+            {"captions": "", "tag_position": "replace", "prompt_caption": "sks"},
+            {"tag_dropout": 0.0},
+            {("sks", ""): 1.0},
+        ),
+        (
+            {"captions": ""},
+            {"metadata_dropout": 0.4},
+            {("sks, one", ""): 0.6, ("sks, one", "bpm"): 0.2, ("sks, one", "keyscale"): 0.2},
+        ),
+        ({"captions": "", "bpm": None, "keyscale": ""}, {"metadata_dropout": 0.4}, {("sks, one", ""): 1.0}),
+        (
+            {"captions": "", "genre": "techno", "prompt_caption": "sks, techno"},
+            {"tag_dropout": 0.5},
+            {("sks, techno", ""): 0.5, ("techno", ""): 0.5},
+        ),
+        (
+            {"captions": "", "custom_tag": "", "prompt_caption": "one"},
+            {"caption_dropout": 0.2},
+            {("one", ""): 0.8, ("", ""): 0.2},
+        ),
+        ({"captions": ""}, {"caption_dropout": 1.0}, {("sks, one", ""): 0.0, ("sks", ""): 1.0}),
+    ],
+)
+def test_each_setting_gives_its_wordings_their_shares(said, changes, expected):
+    assert shares(SAID | said, **changes) == expected
+
+
+def test_all_settings_together_multiply():
+    found = shares(SAID, caption_dropout=0.1, tag_dropout=0.2, metadata_dropout=0.3)
+    assert found["sks, two", ""] == 0.9 / 3 * 0.8 * 0.7
+    assert found["three", "bpm"] == 0.9 / 3 * 0.2 * 0.15
+    assert found["sks", "keyscale"] == 0.1 * 0.15
+    assert len(found) == 7 * 3
+
+
+def told(**metadata):
+    return record(1, 40, captions=["two", "three"], prompt_caption="sks, song 1", custom_tag="sks", **metadata)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    save_record(folder / "varied.pt", told())
+    save_record(folder / "plain.pt", record(2, 40))
+    return folder
+
+
+DROPOUTS = {"caption_dropout": 0.1, "tag_dropout": 0.2, "metadata_dropout": 0.3}
+
+
+def test_twenty_thousand_visits_are_drawn_in_exactly_those_shares_and_follow_from_the_seed(data, tmp_path):
+    [plain, varied] = prepared(settings(data, tmp_path, **DROPOUTS)).songs
+    assert varied.name == "varied.pt"
+    drawn = [item_of(varied, 1, visit, 42).text for visit in range(20_000)]
+    counts = Counter(drawn)
+    for text, share in enumerate(varied.windows.shares):
+        deviation = (20_000 * share * (1 - share)) ** 0.5
+        assert abs(counts[text] - 20_000 * share) < 4 * deviation
+    assert drawn[:50] == [item_of(varied, 1, visit, 42).text for visit in range(50)]
+    assert drawn[:50] != [item_of(varied, 1, visit, 43).text for visit in range(50)]
+    assert plain.windows is not None  # its tempo, key and time signature may be left out
+
+
+def test_without_settings_a_song_with_one_caption_has_the_conditions_of_its_record(data, tmp_path):
+    run = prepared(settings(data, tmp_path))
+    assert run.songs[0].windows is None
+    assert run.songs[1].windows.shares == pytest.approx((1 / 3,) * 3)
+
+
+def test_a_wording_is_encoded_as_inference_would_and_kept_once(data, tmp_path):
+    run = prepared(settings(data, tmp_path, metadata_dropout=0.5))
+    varied = run.songs[1]
+    ways = wordings(varied.metadata, run.config)
+    for number, caption, untold in ((1, "sks, two", ""), (3, "sks, song 1", "bpm")):
+        assert (ways[number].caption, ways[number].untold) == (caption, untold)
+        bpm = None if untold == "bpm" else 100
+        prompt = text_prompt(caption, bpm=bpm, timesignature="4", keyscale="A minor", duration=40 / 25)
+        text = Text(prompt, lyric_prompt("[Instrumental]", "en"))
+        [expected] = encode_texts(open_checkpoint(CHECKPOINTS, "turbo"), [text], torch.device("cpu"), torch.float32)
+        torch.testing.assert_close(varied.windows.conditions[number], expected.states[0])
+    log = Log()
+    accelerator, precision = open_accelerator(run.config, log)
+    set_up(run.config, log, accelerator, precision)
+    assert not any("Encoding" in event.message for event in log.of(Notice))
+
+
+def test_a_batch_has_the_conditions_of_the_wording_that_was_drawn(data, tmp_path):
+    run = prepared(settings(data, tmp_path, **DROPOUTS))
+    seen = set()
+    for epoch in range(12):
+        for step in run.plan(epoch):
+            for micro_batch in step.micro_batches:
+                batch = collate(run.songs, micro_batch)
+                [item] = micro_batch.items
+                assert torch.equal(batch.conditions[0], run.songs[item.song].windows.conditions[item.text])
+                seen.add((item.song, item.text))
+    assert len(seen) > 8
+
+
+def test_a_run_of_many_wordings_goes_on_bit_for_bit(data, tmp_path):
+    changes = {**DROPOUTS, "gradient_accumulation": 1, "chunk_duration": 1.0, "scheduler_type": "constant"}
+    run(settings(data, tmp_path / "whole", **changes))
+    run(settings(data, tmp_path / "cut", max_steps=3, **changes))
+    run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes))
+    assert list(differing(adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "cut" / "final"))) == []
+
+
+def test_captions_come_from_dataset_json_through_preprocessing(tmp_path):
+    library, out = make_library(tmp_path / "songs", ["a.wav"]), tmp_path / "out"
+    preprocess(job(library, out), lambda _event: None)
+    before = load_record(out / "a.wav.pt")
+    edit_library(library, 0, captions=["another", " a third "])
+    preprocess(job(library, out), lambda _event: None)
+    after = load_record(out / "a.wav.pt")
+    assert after.metadata["captions"] == ["another", "a third"]
+    assert torch.equal(after.encoder_hidden_states, before.encoder_hidden_states)
+    [song] = prepared(settings(out, tmp_path / "run")).songs
+    assert len(song.windows.shares) == 3
+    edit_library(library, 0, captions="no list")
+    with pytest.raises(UserError, match=r"samples\[0\].captions: a list of texts is needed"):
+        preprocess(job(library, out), lambda _event: None)
+
+
+def test_captions_come_from_numbered_files_and_lists_beside_the_songs(tmp_path):
+    for name in ("a.wav", "b.wav", "c.wav"):
+        soundfile.write(tmp_path / name, tone(0.2), 48000)
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "a.caption.2.txt").write_text("second\n", encoding="utf-8")
+    (tmp_path / "a.caption.3.txt").write_text("third", encoding="utf-8")
+    (tmp_path / "b.json").write_text('{"caption": "b", "captions": ["other", "", "words"]}', encoding="utf-8")
+    told = Log()
+    config = BuildDatasetConfig(input=tmp_path)
+    for _ in range(2):  # built again, nothing is lost
+        found = {s.filename: (s.caption, s.captions) for s in build_dataset(config, told).dataset.samples}
+        assert found["a.wav"] == ("first", ("second", "third"))
+        assert found["b.wav"] == ("b", ("other", "words"))
+        assert found["c.wav"][1] == ()
+    assert not any("caption.2" in event.message for event in told.of(Notice))  # read, so not named as unread
+    edit_library(tmp_path, 2, captions=["by hand"])
+    assert build_dataset(config, told).dataset.samples[2].captions == ("by hand",)
