@@ -47,12 +47,13 @@ def _call_some(some: set[nn.Module], call: Callable[..., Tensor], layer: nn.Modu
 def offload_activations(device: torch.device) -> AbstractContextManager:
     """While entered, what the backward pass needs of computed activations waits on the CPU. Inputs and weights stay.
 
+    Of what a function keeps of its own making only masks of dropout are large: they are told by their kind.
     Copies to pinned memory run on the device's own queue, so nothing waits for them on the host.
     """
     pin = device.type == "cuda"
 
     def to_cpu(tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
-        if tensor.is_leaf:
+        if tensor.is_leaf and tensor.dtype != torch.bool:
             return tensor
         # strides too: attention kernels rely on them
         kept = torch.empty_like(tensor, device="cpu", pin_memory=pin, requires_grad=False)

@@ -108,19 +108,14 @@ class _LowRank(torch.autograd.Function):
         kept, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
         low = _scaled_product(kept, cast_a.T, scale)
         out = F.linear(flat, weight, bias).addmm_(low, cast_b.T)
-        ctx.save_for_backward(flat, weight, cast_a, cast_b, low, mask)
-        ctx.scale, ctx.kept_scale, ctx.shape, ctx.dtypes = (
-            scale,
-            1 / (1 - p) if p < 1 else 0.0,
-            x.shape,
-            (a.dtype, b.dtype),
-        )
+        ctx.save_for_backward(x, weight, cast_a, cast_b, low, mask)  # x as it came: it may wait on the CPU
+        ctx.scale, ctx.kept_scale, ctx.dtypes = scale, 1 / (1 - p) if p < 1 else 0.0, (a.dtype, b.dtype)
         return out.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, low, mask = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
+        x, weight, a, b, low, mask = ctx.saved_tensors
+        flat, gradient = x.flatten(0, -2), gradients[0].flatten(0, -2)
         for_low = _scaled_product(gradient, b, ctx.scale)
         for_x = for_a = for_b = None
         if ctx.needs_input_grad[4]:
@@ -134,7 +129,7 @@ class _LowRank(torch.autograd.Function):
                 for_x.addmm_(for_low, a)
             else:
                 for_x.add_(torch.ops.aten.native_dropout_backward(for_low @ a, mask, ctx.kept_scale))
-            for_x = for_x.view(ctx.shape)
+            for_x = for_x.view(x.shape)
         return for_x, None, None, for_a, for_b, None, None
 
 

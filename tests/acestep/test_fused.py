@@ -270,3 +270,21 @@ def test_the_decoder_of_a_checkpoint_is_fused(checkpoints):
     assert {type(m) for m in decoder.modules() if isinstance(m, RMSNorm)} == {FusedNorm}
     attached = attach(decoder, config())
     assert {type(m) for m in attached.modules() if isinstance(m, lora.Linear)} == {LowRankLinear}
+
+
+def test_what_a_lora_keeps_can_wait_on_the_cpu():
+    """Offloading leaves alone what no operation has made; a view made inside a function would look like that."""
+    trained = model(dropout=0.5).train()
+    [layer] = [m for n, m in trained.named_modules() if n.endswith("layers.0.self_attn.to_q")]
+    assert isinstance(layer, LowRankLinear)
+    left = []
+
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_leaf and tensor.dtype != torch.bool and not isinstance(tensor, nn.Parameter):
+            left.append(tensor)
+        return tensor
+
+    x = torch.randn(1, 500, 32, requires_grad=True) * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(to_cpu, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert 0 < sum(tensor.nbytes for tensor in left) < x.nbytes / 4  # the small A·x alone

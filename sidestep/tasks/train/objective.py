@@ -182,7 +182,14 @@ class Objective:
         """(weighted loss [B], plain loss [B], t [B]) of a batch, one part of an optimizer step of `samples`."""
         t, noise, dropped = self.draws(batch, step, samples)
         loss = self.loss(model, batch, noise, t, dropped)
-        return loss * self.weight(t), loss.detach(), t
+        return self.weighted(loss, t), loss.detach(), t
+
+    def weighted(self, loss: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The losses [B] as they count. One that is no number spoils its step, whatever the model's gradient of it is.
+
+        A norm of values beyond the range has the gradient zero, in which nobody would see what happened.
+        """
+        return loss * torch.where(torch.isfinite(loss.detach()), self.weight(t), torch.nan)
 
     def preservation(
         self,
@@ -200,7 +207,7 @@ class Objective:
             target = velocity(noisy, t).float()
         with self._activations():
             loss = (velocity(noisy, t).float() - target).square().mean((1, 2))
-        return loss * self.weight(t), loss.detach(), t
+        return self.weighted(loss, t), loss.detach(), t
 
     def loss(
         self,
