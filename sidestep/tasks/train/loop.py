@@ -180,7 +180,8 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
         rounds = range(-(-len(micro_batches) // processes))
         work += [(own[i] if i < len(own) else micro_batches[0], is_other, i < len(own)) for i in rounds]
     # parts of the step: calls of layers, or micro-batches; the update is one, and other music is predicted once more
-    again = len(run.model.get_base_model().layers) if run.layer_calls and others else 0
+    decoder: Any = run.model.get_base_model()
+    again = len(decoder.layers) if run.layer_calls and others else 0
     parts = sum((run.layer_calls or 1) + again * is_other for _, is_other, _ in work)
     run.step_task = LongTask(run.report, STEP_TASK, parts + 1)
     for number, (micro_batch, is_other, is_own) in enumerate(work, start=1):
