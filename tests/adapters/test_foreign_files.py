@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from lycoris import LycorisNetwork, create_lycoris
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidestep.adapters.adapter import Adapter, change_of
 from sidestep.adapters.attach import adapter_of
-from sidestep.adapters.names import adaptable_names, in_model_order
+from sidestep.adapters.names import adaptable_names, in_model_order, to_original
 from sidestep.adapters.programs import applied_by_each
 from sidestep.adapters.read import find_adapter, read_adapter
 from sidestep.adapters.write import save_final, save_folder
@@ -306,3 +307,23 @@ def test_a_file_that_changes_only_what_adapters_cannot_sit_on_is_refused(tmp_pat
     save_file({"diffusion_model.decoder.proj_in.1.diff": torch.ones(8, 8)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="no adapter tensors"):
         read_adapter(tmp_path / "x.safetensors")
+
+
+def test_a_rank_stabilised_lora_of_peft_has_alpha_over_the_root_of_its_rank(tmp_path):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["to_q", "to_v"],
+        rank_pattern={"layers.1.self_attn.to_q": 9},
+        init_lora_weights=False,
+    )
+    model = get_peft_model(turbo(), config)
+    expected = dict(base())
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            rank = 9 if name == "layers.1.self_attn.to_q" else 4
+            change = module.lora_B["default"].weight @ module.lora_A["default"].weight
+            expected[to_original(name)] = base()[to_original(name)] + 6 / rank**0.5 * change.detach()
+    model.save_pretrained(tmp_path)
+    close(own_weights(tmp_path), expected)
