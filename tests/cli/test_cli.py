@@ -321,9 +321,9 @@ NUMBERS = [
 def test_every_number_flag_refuses_the_absurd_by_its_name_and_starts_nothing(task, command, o, capsys):
     config_class = COMMANDS[command].config
     task(raising(AssertionError("started")), config_class)
-    needed = [x for x in options_of(config_class).values() if x.required and x.flag.startswith("-")]
-    argv = [command, *(word for x in needed for word in (x.flag, "x"))]
-    argv += ["--audio-dir", "x"] * (command == "preprocess") + ["x"] * (command in ("export", "clean"))
+    needed = [x for x in options_of(config_class).values() if x.required]
+    argv = [command, *(word for x in needed for word in ((x.flag, "x") if x.flag.startswith("-") else ("x",)))]
+    argv += ["--audio-dir", "x"] * (command == "preprocess")
     for value in ("nan", "inf", "-inf", "1e23", "-1e23", "9" * 30, "9" * 5000):
         assert main([*argv, f"{o.flag}={value}"]) == 2
         assert capsys.readouterr().err.startswith(f"error: {o.flag} ")
