@@ -7,7 +7,7 @@ Sources of a song `song.ext`, the best first; they are merged field by field, th
 3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1) and `song.caption`;
    `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner), `.lrc`
    and the subtitles `.srt` and `.vtt`   the lyrics
-   `song.caption.2.txt`, `.3.` and so on, or `captions`, a list in the .json: further captions
+   `song.caption.2.txt`, `.3.` and on without a gap, or `captions`, a list in the .json: further captions
 4. rows of `*.csv`, `*.tsv` and `*.jsonl`, 5. tags inside the audio file (see `tags`), 6. its name.
 
 `song.txt` speaks for every song of that stem in its folder (song.wav and song.mp3), `song.wav.txt` for song.wav alone.
@@ -263,15 +263,16 @@ class Sidecars:
                     found.append(known)
                     self._read_files.add(path)
         for base in bases:
+            names = (f"{base}.caption.{number}.txt" for number in range(2, MOST_CAPTIONS + 1))
+            paths = [*itertools.takewhile(bool, (self._files[song.parent].get(name) for name in names))]
             further = Known(f"{base}.caption.N.txt")
-            for number in range(2, MOST_CAPTIONS + 1):
-                if path := self._files[song.parent].get(f"{base}.caption.{number}.txt"):
-                    text, problem = read_text(path, MAX_BYTES)
-                    further.add("caption", text)
-                    further.problems += [f"{path.name} {problem}"] if problem else []
-                    if caption := further.values.pop("caption", ""):
-                        further.values["captions"] = (*further.values.get("captions", ()), caption)
-                    self._read_files.add(path)
+            for path in filter(None, paths):
+                text, problem = read_text(path, MAX_BYTES)
+                further.add("caption", text)
+                further.problems += [f"{path.name} {problem}"] if problem else []
+                if caption := further.values.pop("caption", ""):
+                    further.values["captions"] = (*further.values.get("captions", ()), caption)
+                self._read_files.add(path)
             found += [further] if further.values or further.problems else []
         return found
 
