@@ -31,11 +31,11 @@ tokens. `tests/tasks/plan/test_plan.py` holds them and compares the planner with
 
 | model | songs of | base | peak |
 |---|---|---|---|
-| 2B | 240 s | bf16 | 4.3 GiB |
-| 2B | 60 s windows | bf16 | 3.6 GiB |
+| 2B | 240 s | bf16 | 4.0 GiB |
+| 2B | 60 s windows | bf16 | 3.5 GiB |
 | 2B | 60 s windows | int8 | 2.2 GiB |
-| XL | 60 s windows | bf16 | 8.9 GiB |
-| XL | 60 s windows | int8 | 5.2 GiB |
+| XL | 60 s windows | bf16 | 8.8 GiB |
+| XL | 60 s windows | int8 | 5.1 GiB |
 | XL | 60 s windows | nf4 | 3.3 GiB |
 
 ## What fits on which card
