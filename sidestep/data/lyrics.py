@@ -35,6 +35,20 @@ def time_mark(seconds: float) -> str:
     return f"[{minutes:02}:{hundredths / 100:05.2f}]"
 
 
+def lrc_of(sung: list[tuple[str, int]]) -> str:
+    """LRC of (words, milliseconds), which may be lines, or words and syllables with line breaks among them."""
+    lines: list[str] = []
+    by_words = any("\n" in words for words, _ in sung)
+    before = ""
+    for words, milliseconds in sung:
+        if lines and by_words and not words.startswith("\n") and not before.endswith("\n"):
+            lines[-1] += words.rstrip("\n")
+        else:
+            lines.append(time_mark(milliseconds / 1000) + words.lstrip().rstrip("\n"))
+        before = words
+    return "\n".join(lines)
+
+
 def cleaned(text: str) -> str:
     """Lyrics in their one form: without trailing spaces and the blank lines around them, timed only as LRC is.
 

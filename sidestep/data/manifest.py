@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, fields_of, parse_field
-from sidestep.data.text import read_text
+from sidestep.data.text import is_text, read_text
 from sidestep.errors import UserError
 from sidestep.events import Progress, Report, null
 from sidestep.files import write_text
@@ -298,7 +298,7 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
     chosen = fields_of((key, value) for key, value in data.items() if key in FIELDS or field_named(key) not in data)
     extra = {key: value for key, value in data.items() if (key, value) not in chosen.values()}
     captions = extra.pop("captions", None) or []
-    if not isinstance(captions, list) or not all(isinstance(text, str) and _is_text(text) for text in captions):
+    if not isinstance(captions, list) or not all(isinstance(text, str) and is_text(text) for text in captions):
         mistakes.append(f"{where}.captions: a list of texts is needed")
         captions = []
     known: dict[str, Any] = {"captions": tuple(text.strip() for text in captions if text.strip())}
@@ -322,10 +322,6 @@ def _read_sample(data: Any, where: str, folder: Path, mistakes: list[str]) -> Sa
         extra=extra,
         **known,
     )
-
-
-def _is_text(value: str) -> bool:
-    return value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
 
 
 def _text(value: Any, where: str, mistakes: list[str], is_path: bool = False) -> str:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sidestep.data.text import is_text
 from sidestep.errors import JobError
 from sidestep.events import Progress, Report, null
 from sidestep.files import replacing, write_text
@@ -208,9 +209,8 @@ def _inspect(path: Path) -> RecordInfo:
     metadata = {name: value for name, value in said.items() if isinstance(value, str | int | float | None)}
     for name, value in metadata.items():
         if isinstance(value, str) and name != "repeat":
-            is_text = value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
             problem = f"no text of at most {TEXT_LIMIT} characters"
-            good = is_text and len(value) <= TEXT_LIMIT
+            good = is_text(value) and len(value) <= TEXT_LIMIT
         else:
             low, high = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT)}.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
             problem = f"no number from {low} to {high}"

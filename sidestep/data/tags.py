@@ -12,7 +12,7 @@ import mutagen
 from mutagen.id3 import _frames
 
 from sidestep.data.fields import language_code
-from sidestep.data.lyrics import time_mark
+from sidestep.data.lyrics import lrc_of
 from sidestep.data.sidecars import MAX_BYTES, Known
 
 MAX_TAG_BYTES = 64 * MAX_BYTES  # of a file, pictures included
@@ -109,7 +109,7 @@ def read_tags(path: Path, language: str = "") -> Tags:
             if name.startswith("uslt"):
                 sung.append((language_code(value.lang), [value.text]))
             elif name.startswith("sylt") and value.format == 2:  # its times are in milliseconds
-                sung.insert(0, (language_code(value.lang), [_timed(value.text)]))
+                sung.insert(0, (language_code(value.lang), [lrc_of(value.text)]))
             elif any(name == known.casefold() for names in _KEYS.values() for known in names):
                 values = getattr(value, "genres", None) or getattr(value, "text", value)  # mutagen names ID3's numbers
                 written.setdefault(name, []).extend(
@@ -147,17 +147,3 @@ def read_tags(path: Path, language: str = "") -> Tags:
         elif not (name == "keyscale" and value == "o"):  # ID3's word for no key
             tags.add(name, value)
     return tags
-
-
-def _timed(sung: list[tuple[str, int]]) -> str:
-    """LRC of (words, milliseconds), which may be lines, or words and syllables with line breaks among them."""
-    lines: list[str] = []
-    by_words = any("\n" in words for words, _ in sung)
-    before = ""
-    for words, milliseconds in sung:
-        if lines and by_words and not words.startswith("\n") and not before.endswith("\n"):
-            lines[-1] += words.rstrip("\n")
-        else:
-            lines.append(time_mark(milliseconds / 1000) + words.lstrip().rstrip("\n"))
-        before = words
-    return "\n".join(lines)

@@ -58,6 +58,11 @@ _JUDGED_BYTES = 1 << 16  # what is looked at to tell an encoding: of a list of m
 UNREADABLE = "is in no encoding that can be told and was not read; save it as UTF-8"
 
 
+def is_text(value: str) -> bool:
+    """Whether a string holds no half of a surrogate pair, which no file can keep as UTF-8."""
+    return value.encode("utf-8", "ignore") == value.encode("utf-8", "surrogatepass")
+
+
 def read_text(path: Path, limit: int) -> tuple[str, str | None]:
     """(text, problem) of a file, as `decode_text` gives it.
 
