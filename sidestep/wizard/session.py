@@ -159,7 +159,8 @@ class Wizard:
         self._print("Welcome to Side-Step. Two questions first; Enter takes what is suggested.")
         found = likely_checkpoint_dirs(self.outside.here)
         if not found:
-            self._print("No ACE-Step 1.5 checkpoints were found nearby. The demo needs none; this downloads them:")
+            self._print("No ACE-Step 1.5 checkpoints were found nearby; the demo needs none.")
+            self._print("This downloads them:")
             self._print(f"  {DOWNLOAD}")
         checkpoints = from_option(
             replace(options_of(ModelConfig)["checkpoint_dir"], optional=True),
