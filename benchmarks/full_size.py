@@ -200,8 +200,8 @@ class Watched:
     silent: list[tuple[float, str]]
 
 
-def watch(words: list[str]) -> Watched:
-    """Run a process to its end and look at it ten times a second."""
+def watch(words: list[str], folder: Path = ROOT) -> Watched:
+    """Run a process to its end and look at it ten times a second. folder: what its lines are kept without."""
     started = last = time.perf_counter()
     process = psutil.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment()
@@ -226,7 +226,7 @@ def watch(words: list[str]) -> Watched:
         if now - last > SILENT_SECONDS:
             silent.append((round(now - last, 1), line))
         print(f"    {now - started:7.1f} {text.rstrip()[:150]}", flush=True)
-        last, line = now, text.strip()[:60]
+        last, line = now, text.strip().replace(str(folder), "FOLDER")[:60]
         if line.startswith("step ") and not step_peak:
             step_peak = peak
     status = process.wait()
@@ -255,7 +255,7 @@ def main() -> None:
         if not name.startswith(tuple(options.only)):
             continue
         print(f"== {name}", flush=True)
-        seen = watch(command(("--plain", *words_of(options.folder, options.size, name, line))))
+        seen = watch(command(("--plain", *words_of(options.folder, options.size, name, line))), options.folder)
         row: dict[str, Any] = {"phase": name, "status": seen.status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
         if planned := planned_bytes(options.folder, options.size, name):
