@@ -169,6 +169,17 @@ def _system_error(error: BaseException | None) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
+def files_below(folder: Path, hidden: bool = True) -> Iterator[Path]:
+    """Every file and link below a folder; without `hidden`, not those whose name or folder starts with a dot.
+
+    A folder that another process removes meanwhile is passed over, and so is one that may not be read.
+    """
+    for root, folders, names in os.walk(folder):
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in names if hidden or not name.startswith("."))
+
+
 def expand(path: str | Path) -> Path:
     """A path with the home folder in place of `~`; as it is where nobody has one."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path's own raises there)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sidestep.data.text import is_text
 from sidestep.errors import JobError
 from sidestep.events import Progress, Report, null
-from sidestep.files import replacing, write_text
+from sidestep.files import files_below, replacing, write_text
 
 SCHEMA = 1  # raise it when records of before must be made anew
 TENSORS = ("target_latents", "encoder_hidden_states", "audio_codes", "cover_hints", "hints_encoder_hidden_states")
@@ -138,11 +138,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def find_records(folder: Path) -> list[Path]:
     """Every training record below a folder, sorted by its path; hidden files and folders are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*.pt")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    return sorted(path for path in files_below(folder, hidden=False) if path.suffix == ".pt" and path.is_file())
 
 
 def index_records(folder: Path, report: Report = null) -> tuple[dict[str, RecordInfo], dict[str, RecordError]]:

@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from sidestep import variants
 from sidestep.errors import UserError
-from sidestep.files import expand
+from sidestep.files import expand, files_below
 from sidestep.settings.option import Choice
 from sidestep.words import count
 
@@ -103,7 +103,7 @@ def likely_checkpoint_dirs(start: Path) -> list[Path]:
 
 def count_tensors(folder: Path) -> int:
     """How many `.pt` records a folder and its subfolders hold."""
-    return sum(1 for path in folder.rglob("*.pt") if not path.name.startswith(".")) if folder.is_dir() else 0
+    return sum(path.suffix == ".pt" for path in files_below(folder, hidden=False))
 
 
 def find_runs(folder: Path) -> Iterator[FoundRun]:

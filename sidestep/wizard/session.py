@@ -7,6 +7,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
+from sidestep.files import files_below
 from sidestep.settings import last_used
 from sidestep.settings.config import BuildDatasetConfig, ModelConfig, SampleConfig, TrainConfig, command_of
 from sidestep.settings.option import Choice, options_of
@@ -216,7 +217,7 @@ def next_step(used: Mapping[str, Any]) -> str:
         return Path(used.get(name) or "nothing was used")
 
     run = read_run(last("adapter").parent)
-    has_tensors = next(last("dataset_dir").rglob("*.pt"), None) is not None
+    has_tensors = any(path.suffix == ".pt" for path in files_below(last("dataset_dir"), hidden=False))
     if (
         run
         and run.finished

@@ -20,7 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sidestep.errors import UserError
-from sidestep.files import TEMPORARY, host_id
+from sidestep.files import TEMPORARY, files_below, host_id
 
 REMOVED = (errno.ENOENT, errno.ESTALE)  # another process, at its end, took the folder or the file away
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -107,7 +107,7 @@ def remove_temporary_files(root: Path) -> int:
     removed = 0
     with tempfile.TemporaryFile(dir=root) as probe:
         now = os.fstat(probe.fileno()).st_mtime
-    for path in root.rglob(".tmp-*"):
+    for path in files_below(root):
         found = TEMPORARY.match(path.name)
         if not found:
             continue

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from sidestep.data.records import find_records
 from sidestep.errors import UserError
 from sidestep.files import host_id, replacing, write_text
+from sidestep.settings.path_checks import count_tensors
 from sidestep.tasks.preprocess.locks import SongLocks, remove_temporary_files
 
 
@@ -238,3 +240,23 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path):
         raise ValueError("stop")
     assert path.read_text(encoding="utf-8") == "ü\n"
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("reader", [find_records, remove_temporary_files, count_tensors])
+def test_a_folder_that_another_process_removes_meanwhile_ends_no_reader(tmp_path: Path, monkeypatch, reader):
+    for name in ("a/b/1.pt", "c/2.pt", "3.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    scan, gone = os.scandir, tmp_path / "a/b"
+
+    def scandir(path):
+        if Path(path) == gone and gone.exists():
+            (gone / "1.pt").unlink()
+            gone.rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = reader(tmp_path)
+    assert not gone.exists()
+    if reader is find_records:
+        assert found == [tmp_path / "3.pt", tmp_path / "c/2.pt"]
