@@ -7,12 +7,14 @@ as long as size and times of the record stay. So a record is read whole once, an
 import hashlib
 import io
 import json
+import os
 import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -164,7 +166,7 @@ def index_records(folder: Path, report: Report = null) -> tuple[dict[str, Record
         if done % 500 == 0:
             report(Progress(task="Reading records", done=done, total=len(paths), current=name))
     if found != kept:
-        body = json.dumps({name: asdict(info) for name, info in found.items()})
+        body = json.dumps({name: vars(info) for name, info in found.items()})
         with suppress(OSError):  # a folder that takes no files costs the next start some time, and nothing else
             write_text(folder / INDEX, f"{_seal(body)}\n{body}\n")
     return found, broken
@@ -284,8 +286,14 @@ def _verify(file: BinaryIO, whole: bool) -> bool:
                 raise ValueError("its first bytes are damaged")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("it is compressed, which no program's records are")
-            if whole and (damaged := archive.testzip()):
-                raise ValueError(f"{damaged} is damaged: its checksum is wrong")
+            for entry in entries if whole else ():  # as `testzip` does, at a tenth of its time for small entries
+                file.seek(entry.header_offset)
+                signature, name_bytes, extra_bytes = struct.unpack("<4s22x2H", file.read(30))
+                name = file.read(name_bytes).decode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
+                file.seek(extra_bytes, os.SEEK_CUR)
+                as_listed = signature == b"PK\3\4" and name == entry.orig_filename
+                if not as_listed or zlib.crc32(file.read(entry.file_size)) != entry.CRC:
+                    raise ValueError(f"{entry.filename} is damaged: its checksum is wrong")
             contents = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
             pickles = [content for content in contents if len(content) > _QUICKLY_SEARCHED]
     for content in pickles:

@@ -236,6 +236,19 @@ def test_a_flipped_bit_in_a_tensor_is_refused(tmp_path):
     load_record(path)
 
 
+@pytest.mark.parametrize("where", [0, 30])  # the signature and the name of an entry's own header
+def test_an_entry_that_is_not_the_one_listed_is_refused(tmp_path: Path, where: int):
+    path = tmp_path / "song.pt"
+    save_record(path, record())
+    with zipfile.ZipFile(path) as archive:
+        start = archive.infolist()[3].header_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[start + where] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(RecordError, match="damaged"):
+        load_record(path)
+
+
 def test_an_index_is_read_instead_of_records_until_one_changes(tmp_path: Path, monkeypatch):
     hints = {"cover_hints": torch.ones(5, 8), "hints_encoder_hidden_states": torch.ones(9, 32)}
     for name in ("a.pt", "deep/b.pt"):
