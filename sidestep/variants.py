@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
+DIT_PREFIX = "acestep-v15-"  # of the folders of DiTs
 OFFICIAL_FOLDERS = {
     "turbo": "acestep-v15-turbo",
     "base": "acestep-v15-base",

@@ -5,7 +5,7 @@ embeddings) and silence in the place of a reference's timbre go through the cond
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -183,15 +183,16 @@ class Prompt:
     @property
     def text(self) -> Text:
         """What the model is told of it."""
+        return self.text_for(is_stems=False)
+
+    def text_for(self, is_stems: bool, instruction: str = TEXT2MUSIC) -> Text:
+        """The same for a model whose captions may have the form for stems. instruction: COVER where hints are there."""
         prompt = text_prompt(
-            self.caption,
+            stems_caption(self.caption) if is_stems else self.caption,
             bpm=self.bpm,
             timesignature=self.timesignature,
             keyscale=self.keyscale,
             duration=self.duration,
+            instruction=instruction,
         )
         return Text(prompt, lyric_prompt(self.lyrics, self.language))
-
-    def text_for(self, is_stems: bool) -> Text:
-        """The same for a model whose captions may have the form for stems."""
-        return replace(self, caption=stems_caption(self.caption)).text if is_stems else self.text

@@ -241,16 +241,17 @@ def settings_of(adapter: Adapter, spelled: Callable[[str], str]) -> tuple[TrainC
     return replace(config, adapter_type=kind, rank=rank), Targets(names, rank, rank, pattern, {**pattern})
 
 
-def load_adapter(decoder: nn.Module, adapter: Adapter) -> PeftModel:
+def load_adapter(decoder: nn.Module, adapter: Adapter, flag: str = "--model-variant") -> PeftModel:
     """The decoder with an adapter from a file, in the trainer's own layers: strength 1 is the trained model.
 
-    The decoder is changed in place. Raises UserError for an adapter of a model of another size.
+    The decoder is changed in place. Raises UserError for an adapter of a model of another size. flag: the one that
+    chooses the model.
     """
     unmatched = sorted(set(adapter.modules) - set(adaptable_names(decoder)))
     if unmatched:
         raise UserError(
             f"The adapter changes {len(unmatched)} modules that this model does not have, such as {unmatched[0]}.",
-            "It was trained on another model: choose that one with --model-variant.",
+            f"It was trained on another model: choose that one with {flag}.",
         )
     model = _with_layers(decoder, *settings_of(adapter, partial(spelled, decoder)))
     state = {}
@@ -261,7 +262,7 @@ def load_adapter(decoder: nn.Module, adapter: Adapter) -> PeftModel:
             raise UserError(
                 f"The adapter does not fit this model: {name} needs a {factor} of shape {list(own.shape)}, "
                 f"the file has {'nothing' if found is None else list(found.shape)}.",
-                "It was trained on a model of another size: choose that one with --model-variant.",
+                f"It was trained on a model of another size: choose that one with {flag}.",
             )
         state[key] = found.float()
     load_adapter_state(model, state)

@@ -132,7 +132,8 @@ def save_language_adapter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, {"format": "pt", "base_model": card.base_model, "steps": str(card.steps)})
+        note = json.dumps({"base_model": card.base_model, "steps": card.steps}, sort_keys=True)
+        save_file(tensors, temporary, {"format": "pt", HEADER: note})
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -997,7 +997,12 @@ class SampleConfig(ModelConfig):
     keyscale: str = option("", 'key, such as "A minor"', group="Sample")
     timesignature: str = option("", "2, 3, 4 or 6", group="Sample")
     duration: float = option(
-        30.0, "seconds of audio", group="Sample", minimum=1, maximum=600, plain="how many seconds of music"
+        30.0,
+        "seconds of audio; 0 with --think: as long as the composer plans it",
+        group="Sample",
+        minimum=0,
+        maximum=600,
+        plain="how many seconds of music",
     )
     strength: tuple[float, ...] = option(
         (0.0, 1.0),
@@ -1035,7 +1040,71 @@ class SampleConfig(ModelConfig):
         group="Sample",
         help="sample as turbo (discrete) or as base and sft (logit-normal); auto asks the checkpoint",
     )
-    seed: int = option(42, "seed of the noise", group="Sample", minimum=0, maximum=LARGEST_SEED)
+    seed: int = option(
+        42, "seed of the noise, and of what the composer writes", group="Sample", minimum=0, maximum=LARGEST_SEED
+    )
+    think: bool = option(
+        False,
+        "the language model first writes tempo, key and a sketch of the song, which the DiT follows, as in the app",
+        group="Thinking",
+        label="Let the composer think first?",
+        plain="let the language model compose first, as the app does with thinking on",
+    )
+    lm: str = option(
+        "auto",
+        "language model: 0.6B, 1.7B, 4B, a folder's name or path; auto takes the adapter's own, else 1.7B",
+        group="Thinking",
+        advanced=True,
+        when=("think", True),
+    )
+    lm_adapter: Path | None = option(
+        None,
+        "adapter of train-lm for the language model",
+        group="Thinking",
+        plain="the composer's adapter: the final/ or best/ folder of a run of train-lm",
+        holds="adapter",
+        when=("think", True),
+    )
+    lm_strength: float = option(
+        1.0, "strength of --lm-adapter", group="Thinking", minimum=-4, maximum=4, advanced=True, when=("think", True)
+    )
+    rewrite_caption: bool = option(
+        False,
+        "the language model writes the caption anew, and the DiT gets that one",
+        group="Thinking",
+        plain="let the language model say your description in its own words",
+        when=("think", True),
+    )
+    lm_temperature: float = option(
+        0.85,
+        "how freely the language model draws; 0 takes the likeliest",
+        group="Thinking",
+        minimum=0,
+        maximum=5,
+        advanced=True,
+        when=("think", True),
+    )
+    lm_top_p: float = option(
+        0.9,
+        "the language model draws from the likeliest tokens that make up this share",
+        group="Thinking",
+        above=0,
+        maximum=1,
+        advanced=True,
+        when=("think", True),
+    )
+    lm_guidance: float = option(
+        2.0,
+        "how strictly the language model's sketch follows the caption; 1 is none",
+        group="Thinking",
+        minimum=1,
+        maximum=20,
+        advanced=True,
+        when=("think", True),
+    )
+    lm_negative: str = option(
+        "", "what the sketch should not be like", group="Thinking", advanced=True, when=("think", True)
+    )
     output: Path = option(Path("samples"), "folder for the audio", group="Sample")
     base_precision: str = same_as(TrainConfig, "base_precision", group="Sample")
     swap_blocks: int = same_as(TrainConfig, "swap_blocks", group="Sample")
@@ -1365,6 +1434,7 @@ def memory_levers(config: Any) -> list[str]:
         "batch_size": ("1 (with more --gradient-accumulation)", batch > 1),
         "offload_encoder": (True, not getattr(config, "offload_encoder", True)),
         "optimizer_type": ("adamw8bit", getattr(config, "optimizer_type", "") in ("adamw", "prodigy")),
+        "lm": ("0.6B", getattr(config, "think", True) and getattr(config, "lm", "") != "0.6B"),
         "base_precision": ("int8", not fixed_base),
         "offload_activations": (True, not getattr(config, "offload_activations", True)),
         "swap_blocks": ("16", not fixed_base),

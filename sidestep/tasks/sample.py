@@ -17,8 +17,18 @@ from sidestep import __version__
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import Conditions, Prompt, context_latents, encode_texts, tiled_silence
+from sidestep.acestep.conditions import (
+    COVER,
+    TEXT2MUSIC,
+    Conditions,
+    Prompt,
+    context_latents,
+    encode_texts,
+    tiled_silence,
+)
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.acestep.lm.decoding import Sampling as TokenSampling
+from sidestep.acestep.lm.model import PREFIX as LM_PREFIX
 from sidestep.acestep.vae import decode, frames_per_second
 from sidestep.acestep.weights import CPU
 from sidestep.adapters.attach import adapter_scale, load_adapter
@@ -35,6 +45,7 @@ from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
 from sidestep.flow_matching.timesteps import TURBO_STEPS
 from sidestep.settings.config import SampleConfig, check_streaming
 from sidestep.settings.option import options_of
+from sidestep.tasks.think import Thinking, think
 from sidestep.variants import TURBO_SHIFT, Variant
 from sidestep.words import count
 
@@ -126,9 +137,16 @@ class Sampler:
         frames = max(self.frames(prompt), LEAST_FRAMES)
         return torch.randn(1, frames, self.silence.shape[-1], generator=torch.Generator().manual_seed(prompt.seed))
 
-    def velocity(self, x: Tensor, t: Tensor, conditions: Tensor) -> Tensor:
-        """Velocity [B, T, D] of text to music at x [B, T, D] and t [B] under conditions [B, L, C]."""
-        context = context_latents(tiled_silence(self.silence, x.shape[1]).to(x))
+    def velocity(self, x: Tensor, t: Tensor, conditions: Tensor, hints: Tensor | None = None) -> Tensor:
+        """Velocity [B, T, D] of text to music at x [B, T, D] and t [B] under conditions [B, L, C].
+
+        hints: [1, Th, D] of a composed song; behind them there is silence, and without them nothing else.
+        """
+        source = tiled_silence(self.silence, x.shape[1]).to(x)
+        if hints is not None:
+            heard = hints[:, : x.shape[1]].to(x)
+            source = torch.cat([heard, source[:, heard.shape[1] :]], dim=1)
+        context = context_latents(source)
         return self.decoder(
             hidden_states=x,
             timestep=t,
@@ -139,12 +157,15 @@ class Sampler:
         )[0]
 
     @torch.no_grad()
-    def latents(self, prompt: Prompt, states: Tensor) -> Tensor:
-        """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random."""
+    def latents(self, prompt: Prompt, states: Tensor, hints: Tensor | None = None) -> Tensor:
+        """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random.
+
+        hints: see `velocity`.
+        """
         noise, conditions = (x.to(self.null_condition) for x in (self.noise(prompt), states))
 
         def velocity(x: Tensor, t: Tensor, conditions: Tensor = conditions) -> Tensor:
-            return self.velocity(x, t, conditions)
+            return self.velocity(x, t, conditions, hints)
 
         scale = self.sampling.guidance
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
@@ -194,12 +215,16 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     Raises UserError and JobError.
     """
     prompt = prompt_of(_typed_prompt(config), "")
+    check_thinking(config)
     strengths = _strengths(config)
     check_streaming(config)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))
+    if adapter and str(adapter.metadata.get("base_model", "")).startswith(LM_PREFIX):
+        problem = f"--adapter {config.adapter}: is an adapter of the language model {adapter.metadata['base_model']}."
+        raise UserError(problem, f"Hear it with: --think --lm-adapter {config.adapter}")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
     report(Decision(what="device", value=str(device.value), reason=device.reason))
@@ -219,8 +244,21 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
                 level="warning",
             )
         )
+    hints, composed, instruction = None, {}, TEXT2MUSIC
+    if config.think:
+        [thought] = think(
+            checkpoint,
+            [prompt],
+            thinking_of(config),
+            device.value,
+            precision.value,
+            report,
+            chooses_length=not config.duration,
+        )
+        prompt, hints, composed, instruction = thought.prompt, thought.hints, {"composed": thought.told}, COVER
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
-    [conditions] = encode_texts(checkpoint, [prompt.text_for(variant.is_stems)], device.value, precision.value)
+    text = prompt.text_for(variant.is_stems, instruction)
+    [conditions] = encode_texts(checkpoint, [text], device.value, precision.value)
     tell_lost_tokens(prompt, conditions, report)
     quantised = "" if config.base_precision == "auto" else config.base_precision
     decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device.value, precision.value, quantised)
@@ -236,7 +274,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     files = []
     for number, strength in enumerate(strengths):
         with adapter_scale(model, strength) if model else nullcontext():
-            latents = sampler.latents(prompt, conditions.states)
+            latents = sampler.latents(prompt, conditions.states, hints)
         path = config.output / f"{stem}-strength{strength:g}.flac"
         metadata = {
             "strength": strength,
@@ -244,6 +282,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             "checkpoint": checkpoint.folder.name,
             "precision": precision_name(precision.value),
             "device": device.value.type,
+            **composed,
         }
         write_take(path, sampler, sampler.audio(latents, prompt), prompt, metadata)
         report(Saved(what="sample", path=str(path)))
@@ -347,11 +386,40 @@ def slug(text: str, limit: int = 40) -> str:
     return words.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore").strip("-_") or "music"
 
 
+def check_thinking(config: SampleConfig) -> None:
+    """Raises UserError for settings of thinking without it."""
+    if config.think:
+        return
+    if not config.duration:
+        raise UserError("--duration 0: only a composer can choose the length.", "Add --think, or say the seconds.")
+    if config.lm_adapter:
+        raise UserError("--lm-adapter: nothing is composed without thinking.", "Add --think.")
+
+
+def thinking_of(config: SampleConfig) -> Thinking:
+    """How the composer works under these settings."""
+    drawing = TokenSampling(
+        temperature=config.lm_temperature,
+        top_p=config.lm_top_p,
+        guidance=config.lm_guidance,
+        negative=config.lm_negative,
+    )
+    return Thinking(
+        lm=config.lm,
+        adapter=config.lm_adapter,
+        strength=config.lm_strength,
+        rewrites=config.rewrite_caption,
+        base_precision=config.base_precision,
+        sampling=drawing,
+    )
+
+
 def _typed_prompt(config: SampleConfig) -> dict[str, Any]:
     values = {
         name: getattr(config, name)
         for name in ("prompt", "language", "bpm", "keyscale", "timesignature", "duration", "seed")
     }
+    values["duration"] = config.duration or None  # 0: the composer's
     if config.lyrics_file is None:
         return values | {"lyrics": typed_lyrics(config.lyrics)}
     if config.lyrics != options_of(SampleConfig)["lyrics"].default:

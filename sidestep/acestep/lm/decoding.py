@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -214,6 +215,18 @@ def only(scores: Tensor, allowed: list[int] | Tensor) -> Tensor:
     return kept
 
 
+class Told(StoppingCriteria):
+    """Tells of each token, and never stops."""
+
+    def __init__(self, tell: Callable[[], object]):
+        self._tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_more: Any) -> Any:  # noqa: ARG002  as generate calls it
+        """[B] of False."""
+        self._tell()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.inference_mode()
 def write(
     lm: LanguageModel,
@@ -222,9 +235,9 @@ def write(
     limit: int,
     sampling: Sampling,
     guidance: Guidance | None = None,
-    stopping: StoppingCriteriaList | None = None,
+    tell: Callable[[], object] | None = None,
 ) -> list[int]:
-    """What the model writes after a prompt: at most `limit` token ids, the end of the turn the last."""
+    """What the model writes after a prompt: at most `limit` token ids, the end of the turn the last. tell: of each."""
     chain: list[Any] = [*((guidance,) if guidance else ()), *((grammar,) if grammar else ())]
     if sampling.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -251,7 +264,7 @@ def write(
             attention_mask=torch.ones_like(ids),
             generation_config=config,
             logits_processor=LogitsProcessorList(chain),
-            stopping_criteria=stopping,
+            stopping_criteria=StoppingCriteriaList([Told(tell)] if tell else []),
         )
     return out[0, len(prompt) :].tolist()
 
@@ -272,16 +285,22 @@ def write_plan(
 
 
 def write_codes(
-    lm: LanguageModel, caption: str, lyrics: str, plan: str, seconds: float, sampling: Sampling
+    lm: LanguageModel,
+    caption: str,
+    lyrics: str,
+    plan: str,
+    seconds: float,
+    sampling: Sampling,
+    tell: Callable[[int], Callable[[], object]] | None = None,
 ) -> list[int]:
-    """int(5 · seconds) codes of a planned song. plan: of `plan_text`."""
+    """int(5 · seconds) codes of a planned song. plan: of `plan_text`. tell: of their number, and then of each."""
     prompt = lm.tokens.ids(codes_prompt(caption, lyrics, plan))
     count = int(CODES_PER_SECOND * seconds)
     grammar = CodesGrammar(lm.tokens, len(prompt), count)
     guidance = None
     if sampling.guidance != 1:
         guidance = Guidance(lm.model, lm.tokens.ids(negative_prompt(sampling.negative)), sampling.guidance)
-    ids = write(lm, prompt, grammar, count + 1, sampling, guidance)
+    ids = write(lm, prompt, grammar, count + 1, sampling, guidance, tell(count + 1) if tell else None)
     code_of = {id_: code for code, id_ in enumerate(lm.tokens.code_ids.tolist())}
     return [code_of[id_] for id_ in ids if id_ in code_of]
 
@@ -319,10 +338,14 @@ def compose(
     sampling: Sampling,
     given: Mapping[str, Any] | None = None,
     seconds: float | None = None,
+    names: Iterable[str] = FIELDS,
+    longest_seconds: int = LONGEST_SECONDS,
+    tell: Callable[[int], Callable[[], object]] | None = None,
 ) -> Composition:
     """Plan, then codes, as the app's thinking mode. given: what the user has said of the song; seconds likewise.
 
-    Where the user gives tempo, key, meter and duration there is no planning, as in the app.
+    Where the user gives tempo, key, meter and duration there is no planning, as in the app. names, longest_seconds: of
+    the plan; tell: see `write_codes`.
     """
     user = {name: value for name, value in (given or {}).items() if value not in (None, "")}
     if seconds is not None:
@@ -330,9 +353,9 @@ def compose(
     if all(name in user for name in ("bpm", "keyscale", "timesignature", "duration")):
         metadata = {name: user[name] for name in ("bpm", "duration", "keyscale", "timesignature")}
     else:
-        raw = write_plan(lm, caption, lyrics, sampling, user)
+        raw = write_plan(lm, caption, lyrics, sampling, user, names, longest_seconds)
         metadata = unquoted(parse_answer(raw, lm.tokens.codebook).metadata)
     plan = plan_text(metadata)
     length = seconds if seconds is not None else float(metadata["duration"])
-    codes = write_codes(lm, caption, lyrics, plan, length, sampling)
+    codes = write_codes(lm, caption, lyrics, plan, length, sampling, tell)
     return Composition(metadata, plan, length, tuple(codes))

@@ -60,6 +60,17 @@ def training_bytes(sizes: dict[str, Any], config: TrainLmConfig, tokens: int, by
     return with_overhead(round(weights + adapter * 4 * states + max(activations, logits) + layers * tokens * width))
 
 
+def writing_bytes(sizes: dict[str, Any], base_precision: str, tokens: int, bytes_per_value: int, sides: int = 1) -> int:
+    """Bytes while the model writes up to so many tokens: its weights, the cache, the logits in fp32.
+
+    sides: 2 under guidance, which keeps a cache of its own.
+    """
+    cache = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"] * bytes_per_value
+    logits = 4 * sizes["vocab_size"] * 4  # of both sides, masked and drawn from
+    layer = tokens * (ACTIVATIONS_PER_LAYER * sizes["hidden_size"] + 4 * sizes["intermediate_size"]) * bytes_per_value
+    return weights_bytes(sizes, bytes_per_value, base_precision) + sides * tokens * cache + logits + layer
+
+
 def check_language_memory(config: TrainLmConfig, report: Report) -> None:
     """Say what training takes on this GPU. Raises JobError where it cannot fit, unless that was asked for."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)

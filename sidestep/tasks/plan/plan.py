@@ -23,14 +23,18 @@ from sidestep.acestep.device import (
     gpu_memory,
     with_overhead,
 )
+from sidestep.acestep.layout import read_config
+from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model
 from sidestep.adapters.attach import check_sizes
 from sidestep.data.records import index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.config import EstimateConfig, PlanConfig, SampleConfig, TrainConfig, memory_levers
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
+from sidestep.tasks.plan.language import PLAIN_TOKENS, writing_bytes
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
+from sidestep.tasks.think import LONGEST_SECONDS
 from sidestep.tasks.train.prior import extra_time
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
 from sidestep.words import did_you_mean, gib
@@ -389,18 +393,27 @@ def check_estimate(config: EstimateConfig, training: TrainConfig, report: Report
 
 
 def check_sample(config: SampleConfig, report: Report) -> None:
-    """Raises UserError when `sample` cannot fit; of the adapter, which is small beside the model, it knows nothing."""
+    """Raises UserError when `sample` cannot fit; of the adapters, which are small beside the models, it knows nothing.
+
+    With `--think` the language model is gone before the DiT comes: the larger of the two decides.
+    """
     device = choose_device(config.device).value
     if (gpu := gpu_memory(device)) is None:
         return
     shared = ("checkpoint_dir", "model_variant", "attention", "base_precision", "swap_blocks", "offload_encoder")
     values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=config.duration, **values)
-    sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
+    seconds = config.duration or LONGEST_SECONDS
+    making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=seconds, **values)
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     dtype = choose_precision(config.precision, device).value
-    planner = Planner(sizes, dtype, config.duration, TEXT_TOKENS + SUNG_TOKENS)
+    planner = Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS)
     beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
-    require_room(planner.peak(making).weights + beside, gpu, config, report)
+    needed = planner.peak(making).weights + beside
+    if config.think:
+        lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
+        tokens, sides = PLAIN_TOKENS + round(CODES_PER_SECOND * seconds), 1 + (config.lm_guidance != 1)
+        needed = max(needed, writing_bytes(lm, config.base_precision, tokens, dtype.itemsize, sides))
+    require_room(needed, gpu, config, report)
 
 
 def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | SampleConfig, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,16 @@ def test_a_merged_folder_loads_in_transformers_and_says_the_same(tmp_path, lm_ho
         torch.testing.assert_close(whole(ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert whole.config.vocab_size == 1059
     assert main([*command, "--output", str(tmp_path / "waltz")]) != ExitStatus.OK  # it is there already
+
+
+def test_an_adapter_is_merged_into_the_size_that_it_was_trained_on(tmp_path, lm_home):
+    home = tmp_path / "home"
+    shutil.copytree(lm_home, home)
+    shutil.copytree(home / "acestep-5Hz-lm-0.6B", home / "acestep-5Hz-lm-1.7B")
+    run(settings(write_songs(tmp_path / "data", 1), tmp_path / "run", home, lm="0.6B", epochs=1))
+    command = ["export", str(tmp_path / "run" / "final"), "--format", "merged-lm", "--base", str(home)]
+    assert main([*command, "--model-variant", VARIANT, "--output", str(tmp_path / "mine")]) == ExitStatus.OK
+    assert (tmp_path / "acestep-5Hz-lm-0.6B-mine").is_dir()
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, lm_home, monkeypatch):
