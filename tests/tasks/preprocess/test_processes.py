@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sidestep.acestep.vae import encode_mean
@@ -23,6 +24,7 @@ from sidestep.events import null
 from sidestep.files import host_id
 from sidestep.tasks.preprocess import first_pass as latents
 from sidestep.tasks.preprocess import preprocess
+from sidestep.tasks.preprocess.locks import remove_temporary_files
 from tests.preprocessing import contents, job, make_library
 
 SONGS = [*(f"{i}.wav" for i in range(8)), *(f"deep/{i}.wav" for i in range(4))]
@@ -214,6 +216,35 @@ def test_two_containers_make_the_same_set_and_no_song_twice(library: Path, refer
     assert Counter(name for _, name, _ in lines(log, "encoded")) == Counter(SONGS)
     assert [pid for pid, *_ in lines(log, "started")] == [1, 1]
     assert sum(done for _, done, _, _ in lines(log, "summary")) == len(SONGS)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from sidestep.files import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_container_writes_is_not_taken_for_that_of_a_dead_process_here(tmp_path: Path, monkeypatch):
+    if not shutil.which("unshare") or subprocess.run([*CONTAINER, "true"], check=False).returncode:
+        pytest.skip("no namespaces here")
+    command = [*CONTAINER, sys.executable, "-c", WRITE, str(tmp_path / "song.pt")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as container:
+        assert container.stdout is not None
+        name = container.stdout.readline().strip()
+
+        def no_process(pid: int):  # as most numbers of a container's processes are here
+            raise psutil.NoSuchProcess(pid)
+
+        monkeypatch.setattr(psutil, "Process", no_process)
+        assert remove_temporary_files(tmp_path) == 0
+        assert (tmp_path / name).read_text(encoding="utf-8") == "half"
+        container.communicate("")
+    assert [path.name for path in tmp_path.iterdir()] == ["song.pt"]
 
 
 def test_two_machines_with_clocks_three_hours_apart_make_the_same_set_and_no_song_twice(
