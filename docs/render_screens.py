@@ -13,6 +13,7 @@ from pathlib import Path
 from string import hexdigits
 
 import numpy as np
+import pyte
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.style import Style
@@ -32,23 +33,26 @@ COLOURS = {"default": None, "brown": "yellow"}  # pyte's names where Rich's diff
 
 def draw(session: Session, name: str, title: str, last: int = 40) -> None:
     """Write the last lines of a session as `screens/NAME.svg`."""
-    rows = [*session.screen.history.top, *(session.screen.buffer[y] for y in range(session.screen.lines))]
-    lines = [_line(row) for row in rows]
+    OUT.mkdir(exist_ok=True)
+    (OUT / f"{name}.svg").write_text(picture(session.screen, title, last), encoding="utf-8", newline="\n")
+
+
+def picture(screen: pyte.HistoryScreen, title: str, last: int | None = None) -> str:
+    """The last lines of an emulator's screen as SVG, those scrolled away included; without `last` what is in sight."""
+    shown = [screen.buffer[y] for y in range(screen.lines)]
+    lines = [_line(row, screen.columns) for row in ([*screen.history.top, *shown] if last else shown)]
     while lines and not lines[-1].plain.strip():
         lines.pop()
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
-    for line in lines[-last:]:
+    console = Console(record=True, width=screen.columns, file=io.StringIO(), force_terminal=True)
+    for line in lines[-(last or 0) :]:
         console.print(line, no_wrap=True, crop=True)
-    OUT.mkdir(exist_ok=True)
-    (OUT / f"{name}.svg").write_text(
-        console.export_svg(title=title, code_format=FORMAT), encoding="utf-8", newline="\n"
-    )
+    return console.export_svg(title=title, code_format=FORMAT)
 
 
-def _line(row: dict) -> Text:
+def _line(row: dict, columns: int) -> Text:
     """A row of the emulator's screen, neighbours of one style as one piece."""
     text = Text()
-    for style, cells in groupby((row[x] for x in range(COLUMNS)), key=lambda char: (char.fg, char.bold, char.reverse)):
+    for style, cells in groupby((row[x] for x in range(columns)), key=lambda char: (char.fg, char.bold, char.reverse)):
         text.append("".join(char.data for char in cells), _style(*style))
     text.rstrip()
     return text

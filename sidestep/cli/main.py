@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from sidestep.cli.commands import NEED_TORCH, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
-from sidestep.events import Decision, Event, EventLog, Notice, Report, Table, null, tee, visible_event
+from sidestep.events import Decision, Event, EventLog, Finished, Notice, Report, Table, null, tee, visible_event
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig, command_line
@@ -136,8 +137,11 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     return worst
 
 
-def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> ExitStatus:
-    """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder."""
+def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = (), in_wizard: bool = False) -> ExitStatus:
+    """Run the task of one config; its events are shown, and kept in `events.jsonl` of its output folder.
+
+    in_wizard: what to do next is asked there, so the commands for it are not shown.
+    """
     one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
         return run(config, null, terminal)
@@ -145,7 +149,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
         folder = output_folder(config)
         if isinstance(config, TrainConfig):
             stack.enter_context(one_writer(config.output_dir))
-        report = stack.enter_context(showing(terminal))
+        report = stack.enter_context(showing(terminal, in_wizard))
         if "torch" not in sys.modules and type(config) in NEED_TORCH:
             report(Notice(message="Loading PyTorch."))  # not in the log, which would be made by it
         if folder is not None:
@@ -158,7 +162,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = ()) -> 
 
 
 @contextmanager
-def showing(terminal: Terminal) -> Iterator[Report]:
+def showing(terminal: Terminal, in_wizard: bool = False) -> Iterator[Report]:
     """The terminal's view of events. It may go away: a closed pipe or a lost terminal ends the showing, not the job."""
     view = terminal.view()
     show: Report | None = view.__enter__()
@@ -167,7 +171,7 @@ def showing(terminal: Terminal) -> Iterator[Report]:
         nonlocal show
         if show is not None:
             try:
-                show(event)
+                show(replace(event, next_commands=()) if in_wizard and isinstance(event, Finished) else event)
             except OSError:
                 show = None
                 silence_stdout()
@@ -211,7 +215,8 @@ def run_wizard(terminal: Terminal) -> ExitStatus:
     ask, show = asking(terminal)
     wizard = Wizard(ask, show, outside(terminal))
     while (chosen := wizard.next()) is not None:
-        status = guarded(terminal, partial(output_folder, chosen.config), partial(run_config, chosen.config, terminal))
+        job = partial(run_config, chosen.config, terminal, in_wizard=True)
+        status = guarded(terminal, partial(output_folder, chosen.config), job)
         some_failed = status == ExitStatus.SOME_FAILED
         wizard.finished(chosen, status == ExitStatus.OK or some_failed, status == ExitStatus.INTERRUPTED, some_failed)
     terminal.print("Goodbye.")

@@ -98,6 +98,7 @@ class PreprocessConfig(ModelConfig):
         None,
         "dataset.json that lists the songs and what is known of them",
         group="Preprocessing",
+        label="List of songs",
         plain="the list that List songs made of your songs",
         holds="dataset.json",
         kept=True,

@@ -5,6 +5,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from typing import TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -161,7 +162,13 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
         case Saved(what=what, path=path):
             return Text.assemble((f"saved {what}: ", "green"), path)
         case Table(title=title, columns=columns, rows=rows):
-            table = RichTable(show_header=any(columns), header_style="bold", safe_box=not unicode)
+            table = RichTable(
+                box=SIMPLE_HEAD,
+                show_header=any(columns),
+                show_edge=False,
+                header_style="bold",
+                safe_box=not unicode,
+            )
             for column in columns or ("",) * max((len(row) for row in rows), default=0):
                 table.add_column(Text(column), overflow="fold")
             for row in rows:

@@ -74,7 +74,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
         Flow(
             key="estimate",
             title="Measure ranks",
-            note="if you like: which parts of the model your music needs",
+            note="optional: which parts of the model your music needs",
             config_class=EstimateConfig,
             basic=("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "preset"),
             then=("train",),
@@ -88,7 +88,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
                 *("checkpoint_dir", "model_variant", "timestep_mode", "dataset_dir", "output_dir"),
                 *("preset", "adapter_type", "rank", "epochs"),
             ),
-            then=("sample", "export"),
+            then=("sample", "score", "export"),
         ),
         Flow(
             key="sample",
@@ -104,7 +104,8 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             title="Judge",
             note="which checkpoint of a run to take",
             config_class=ScoreConfig,
-            basic=("run_folder", "strength"),
+            basic=("run_folder",),
+            shown=("strength",),
             then=("sample", "export"),
         ),
         Flow(
@@ -122,7 +123,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             basic=("run", "resume_from", "epochs"),
             covered=("checkpoint_dir", "dataset_dir", "output_dir"),
             holds={"output_dir": ""},
-            then=("sample", "export"),
+            then=("sample", "score", "export"),
         ),
         Flow(
             key="plan",
@@ -360,5 +361,5 @@ def _own_question(name: str, context: Context) -> Question:
     names = [choice.value for choice in offered]
     tested = used.get("preset") == "quick_test"  # who saw that all works does not want a test again
     first = next(n for n in ("recommended" if tested else str(used.get("preset")), "recommended", "") if n in names)
-    help = "a preset fills in the settings; the review shows them all and lets you change each"
+    help = "a preset fills in the settings; the review lets you change each"
     return replace(choose(name, "Preset", offered, default=first, section="Preset"), help=help)

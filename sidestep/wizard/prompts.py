@@ -30,6 +30,7 @@ from sidestep.words import visible
 
 SEARCH_FROM = 20  # with as many choices, typing searches instead of digits choosing and `b` going back
 SEARCHED = ("setting",)  # questions whose choices are searched, however few there are
+MORE_KEY = "  (?: more)"
 MORE = object()  # a reply that asks for more on the question
 NUMBERED = 9  # choices that a digit takes
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
@@ -62,7 +63,11 @@ class QuestionaryAsk:
             if heading or step:
                 console.print(Text.assemble((heading, "cyan"), (step, "dim")))
         if prompt.help:
-            console.print(Text(visible(prompt.help) + ("  (?: more)" if prompt.more else ""), style="dim"))
+            lines = textwrap.wrap(visible(prompt.help), self.terminal.width - 1, break_on_hyphens=False)
+            more = MORE_KEY if prompt.more else ""
+            fits = len(lines[-1]) + len(more) < self.terminal.width
+            text = "\n".join(lines) + more if fits else "\n".join([*lines, more.strip()])
+            console.print(Text(text, style="dim"))
         if prompt.error:
             console.print(Text(f"Not taken: {visible(prompt.error)}", style="yellow"))
         typed = "" if prompt.default in ("", None) else as_typed(prompt.default)
@@ -173,7 +178,7 @@ class Readable(Validator):
 
 
 def keys_of(prompt: Prompt) -> KeyBindings:
-    """The keys that go back, and an Enter for paths."""
+    """The keys that go back, and an Enter for paths and for lists."""
     bindings = KeyBindings()
 
     def back(event: KeyPressEvent) -> None:
@@ -199,11 +204,15 @@ def keys_of(prompt: Prompt) -> KeyBindings:
             buffer.insert_text(os.sep)
         buffer.start_completion()
 
-    def take(number: int, event: KeyPressEvent) -> None:
-        """The line of this number, as if Enter had been pressed on it."""
+    def take(event: KeyPressEvent, number: int | None = None) -> None:
+        """The line that is pointed at, or that of a number. The answer is its title alone: the note has been read."""
         lines = next(w.content for w in event.app.layout.find_all_windows() if isinstance(w.content, InquirerControl))
-        lines.pointed_at, lines.is_answered = number, True
-        event.app.exit(result=lines.get_pointed_at().value)
+        if number is not None:
+            lines.pointed_at = number
+        line, lines.is_answered = lines.get_pointed_at(), True
+        lines.search_filter, lines.pointed_at = None, lines.choices.index(line)
+        line.title = next(choice.title for choice in prompt.choices if choice.value == line.value)
+        event.app.exit(result=line.value)
 
     def more(event: KeyPressEvent) -> None:
         """A question mark asks for more, but where a text has been begun, of which it is a part."""
@@ -220,9 +229,10 @@ def keys_of(prompt: Prompt) -> KeyBindings:
     if prompt.kind == "path":
         bindings.add(Keys.ControlM, eager=True)(accept)
         bindings.add(os.sep, eager=True)(separate)
-    if prompt.kind == "choice" and not is_searched(prompt):
-        for number in range(min(NUMBERED, len(prompt.choices))):
-            bindings.add(str(number + 1), eager=True)(partial(take, number))
+    if prompt.kind == "choice":
+        bindings.add(Keys.ControlM, eager=True)(take)
+        for number in range(0 if is_searched(prompt) else min(NUMBERED, len(prompt.choices))):
+            bindings.add(str(number + 1), eager=True)(partial(take, number=number))
     if prompt.kind in ("yes-no", "several") or (prompt.kind == "choice" and not is_searched(prompt)):
         bindings.add("b", eager=True)(back)
     return bindings

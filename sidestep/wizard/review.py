@@ -67,6 +67,7 @@ def review(
                 {*answers, *LEFT_TO_PRESET, *flow.shown},
                 every,
             )
+            show(Notice(message=""))
             show(table)
             rest = 0 if every else len(options_of(flow.config_class)) - len(table.rows)
             for line in knowledge.quick(config):

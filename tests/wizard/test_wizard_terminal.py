@@ -6,13 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
-import wave
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.pseudo_terminal import ROOT, Session
+from tests.wizard.walk import a_users_folder, walk_to_a_judged_adapter
 
 SCREENS = Path(__file__).parents[1] / "screens"
 pytestmark = pytest.mark.slow
@@ -21,17 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def folder(tmp_path, checkpoints) -> Path:
     """A user's folder: checkpoints, two short songs, nobody welcomed yet."""
-    shutil.copytree(checkpoints, tmp_path / "checkpoints")
-    (tmp_path / "songs").mkdir()
-    noise = np.random.default_rng(0)
-    for name in ("one", "two"):
-        with wave.open(str(tmp_path / "songs" / f"{name}.wav"), "wb") as file:
-            file.setnchannels(2)
-            file.setsampwidth(2)
-            file.setframerate(48000)
-            file.writeframes((noise.normal(0, 3000, 2 * 48000 * 2)).astype("<i2").tobytes())
-        (tmp_path / "songs" / f"{name}.txt").write_text(f"caption: {name}\nbpm: 120\n", encoding="utf-8")
-    return tmp_path
+    return a_users_folder(tmp_path, checkpoints)
 
 
 @pytest.fixture
@@ -216,37 +205,18 @@ def test_from_the_menu_to_a_trained_demo_adapter_by_keys_alone(known):
     assert list((known / "side-step-demo").rglob("final/adapter_model.safetensors"))
 
 
-def test_a_new_user_reaches_a_trained_adapter_with_twelve_answers(folder):
-    """From a folder of songs and the checkpoints: first run, preprocess, train, with the fewest keys."""
-    answers = 0
-    with Session(folder) as session:
-
-        def answer(question: str, *typed: str, seconds: float = 60) -> None:
-            nonlocal answers
-            session.asks(question, seconds)
-            session.keys(*typed, "enter")
-            answers += 1
-
-        answer("Where are the ACE-Step checkpoints?")  # found near by: Enter
-        answer("Try the demo first?")
-        answer("What would you like to do?", seconds=90)
-        answer("Folder of songs", "songs")
-        answer("Trigger word")
-        answer("What now?")
-        answer("What next?")
-        answer("What now?")
-        answer("What next?", seconds=600)
-        session.asks("Preset")
-        session.choose("quick_test")
-        answers += 1
-        answer("Kind of adapter")
-        answer("What now?", seconds=90)
-        session.asks("What next?", seconds=900)
-        session.choose("Exit")
+def test_a_new_user_reaches_a_judged_adapter_and_leaves_with_fifteen_answers(folder):
+    with Session(folder, lines=24) as session:
+        answers = sum(1 for _ in walk_to_a_judged_adapter(session))
         assert session.end() == 0
-    assert answers <= 12
+        seen = "\n".join(session.lines())
+        assert "Recommended: " in seen
+        assert "Next:" not in seen  # the commands of what the wizard offers itself
+    assert answers <= 15
     assert (folder / "runs" / "songs" / "final" / "adapter_model.safetensors").is_file()
     assert "--max-steps 40" in (folder / "runs" / "songs" / "command.txt").read_text(encoding="utf-8")
+    verdict = json.loads((folder / "runs" / "songs" / "score" / "results.json").read_text(encoding="utf-8"))
+    assert verdict["recommended"]
 
 
 def test_without_a_terminal_the_help_is_printed_with_status_2(known):
