@@ -151,7 +151,7 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
     if config.audit:
         from sidestep.tasks.audit import audit
 
-        audit(summary.path, report, config.checkpoint_dir)
+        audit(summary.path, report, config.checkpoint_dir, summary.failed)
 
 
 def plan(config: PlanConfig, report: Report) -> dict[str, Any]:

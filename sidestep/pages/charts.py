@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 from sidestep.adapters.names import ORDER, parts, to_original
 
 Value = TypeVar("Value")
-WIDTH, HEIGHT = 460, 190  # of a bar chart, around the frame that these margins leave
-LEFT, RIGHT, TOP, BOTTOM = 38, 8, 10, 36
+WIDTH, HEIGHT = 460, 198  # of a bar chart, around the frame that these margins leave
+LEFT, RIGHT, TOP, BOTTOM = 38, 8, 10, 44
+LABEL = 14  # more room at the top, for the labels of limits
 WIDEST_BAR = 60
 
 
@@ -43,7 +44,8 @@ def _bar_chart(
     limits: Sequence[tuple[float, str]],
 ) -> dict[str, Any]:
     """ticks and limits: (place from 0 to 1 across the frame, label)."""
-    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    top = TOP + LABEL if limits else TOP
+    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - top - BOTTOM
     step = max(_round_step(max(counts) / 4), 1)
     most = math.ceil(max(counts) / step) * step
     each = wide / len(counts)
@@ -54,12 +56,12 @@ def _bar_chart(
         "unit": unit,
         "width": WIDTH,
         "height": HEIGHT,
-        "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": TOP + high},
-        "levels": [(TOP + high * (1 - level / most), level) for level in range(0, int(most) + 1, int(step))],
+        "frame": {"left": LEFT, "right": WIDTH - RIGHT, "top": top, "bottom": top + high},
+        "levels": [(top + high * (1 - level / most), level) for level in range(0, int(most) + 1, int(step))],
         "bars": [
             {
                 "x": LEFT + (i + 0.5) * each - thick / 2,
-                "y": TOP + high * (1 - count / most),
+                "y": top + high * (1 - count / most),
                 "width": thick,
                 "height": high * count / most,
                 "text": f"{name}: {count}",
@@ -107,8 +109,8 @@ def spectra(curves: Mapping[str, tuple[str, Sequence[float], Sequence[float]]]) 
     values = [value for _, measured, _ in curves.values() for value in measured if value > 0]
     if not values:
         return None
-    width, height, left, right, bottom = 640, 280, 50, 80, 30
-    high = math.log10(max(values))
+    width, height, left, right, bottom = 640, 290, 56, 140, 34
+    high = math.ceil(math.log10(max(values)))
     low = high - 6
     longest = max(len(measured) for _, measured, _ in curves.values())
 
@@ -125,7 +127,7 @@ def spectra(curves: Mapping[str, tuple[str, Sequence[float], Sequence[float]]]) 
         "height": height,
         "frame": {"left": left, "right": width - right, "bottom": height - bottom},
         "longest": longest,
-        "levels": [(14 + i * (height - 40) / 3, f"1e{high - 2 * i:.0f}") for i in range(4)],
+        "levels": [(14 + i * (height - 10 - bottom) / 3, f"1e{high - 2 * i}") for i in range(4)],
         "curves": [
             {
                 "module": module,
@@ -133,7 +135,7 @@ def spectra(curves: Mapping[str, tuple[str, Sequence[float], Sequence[float]]]) 
                 "hue": round(360 * i / len(curves)),
                 "measured": points(measured),
                 "confirmed": points(confirmed),
-                "y": 20 + 15 * i,
+                "y": 22 + 23 * i,
             }
             for i, (column, (module, measured, confirmed)) in enumerate(curves.items())
         ],
@@ -142,7 +144,7 @@ def spectra(curves: Mapping[str, tuple[str, Sequence[float], Sequence[float]]]) 
 
 def budget_curve(curve: Sequence[tuple[int, float]], spent: int) -> dict[str, Any]:
     """Share of the energy that a budget captures, and the point of what was spent. curve: (parameters, share)."""
-    width, height, left, right, bottom = 640, 220, 50, 20, 30
+    width, height, left, right, bottom = 640, 220, 74, 20, 34
     most = max([parameters for parameters, _ in curve] + [spent, 1])
 
     def at(parameters: int, share: float) -> tuple[float, float]:

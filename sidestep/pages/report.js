@@ -224,6 +224,8 @@ function draw() {
   }
 }
 
+// A short run has few points: as much smoothing as a long one bears would draw its curve far behind the loss.
+if (element("smooth")) element("smooth").value = Math.max(0, Math.min(0.8, 1 - 20 / values.points.length));
 draw();
 let lastWidth = window.innerWidth;
 window.addEventListener("resize", () => {

@@ -218,8 +218,8 @@ class Finding:
     notes: dict[str, str]
 
 
-def find(songs: Sequence[Song]) -> list[Finding]:
-    """All findings that there are, the gravest first."""
+def find(songs: Sequence[Song], left_out: Sequence[Song] = ()) -> list[Finding]:
+    """All findings that there are, the gravest first. left_out: files that are no songs, since they cannot be read."""
     heard = [(s, s.measured) for s in songs if s.measured]
     by_sound: dict[str, list[Song]] = defaultdict(list)
     for song, measured in heard:
@@ -227,7 +227,9 @@ def find(songs: Sequence[Song]) -> list[Finding]:
     copies = [(song, f"like {group[0].name}") for group in by_sound.values() for song in group[1:]]
     guessed = "about " if any(s.tokens_guessed for s in songs) else ""
     found = [
-        _finding("cannot be read", "left out of training", ((s, s.reason) for s in songs if not s.measured)),
+        _finding(
+            "cannot be read", "left out of training", ((s, s.reason) for s in (*songs, *left_out) if not s.measured)
+        ),
         _finding(
             "break off",
             "the file is damaged; what is left is used",
@@ -334,7 +336,10 @@ def _recodings(heard: Sequence[tuple[Song, Measurement]]) -> list[tuple[Song, st
 
 
 def page(dataset: Dataset, songs: Sequence[Song], findings: Sequence[Finding], folder: Path) -> str:
-    """The page as HTML: findings, charts and a player for each song, whose file it finds from `folder`, where it is."""
+    """The page as HTML: findings, charts and a player for each song, whose file it finds from `folder`, where it is.
+
+    Files of findings that are none of the songs stand there by their names alone.
+    """
     numbers = {song.name: i for i, song in enumerate(songs)}
     flags: dict[str, list[str]] = defaultdict(list)
     for finding in findings:
@@ -359,7 +364,7 @@ def page(dataset: Dataset, songs: Sequence[Song], findings: Sequence[Finding], f
                 "what": f.what,
                 "why": f.why,
                 "count": count(len(f.songs), "song"),
-                "songs": [{"name": name, "number": numbers[name], "note": f.notes[name]} for name in f.songs],
+                "songs": [{"name": name, "number": numbers.get(name), "note": f.notes[name]} for name in f.songs],
             }
             for f in findings
         ],
@@ -386,9 +391,10 @@ def _plots(songs: Sequence[Song]) -> list[dict[str, Any]]:
     loudness = [m.loudness_lufs for m in heard if m.loudness_lufs is not None]
     tempos = [float(s.sample.bpm) for s in songs if s.sample.bpm]
     lyrics = [float(s.lyric_tokens) for s in songs if s.sample.lyrics not in ("", INSTRUMENTAL)]
-    limit = [(LONGEST_SECONDS / 60, "the model's limit")]
+    unit = 60 if any(m.seconds >= 120 for m in heard) else 1
+    limit = [(LONGEST_SECONDS / unit, "the model's limit")]
     plots: list[Any] = [
-        heard and histogram([m.seconds / 60 for m in heard], "minutes", "Length", limit),
+        heard and histogram([m.seconds / unit for m in heard], "minutes" if unit == 60 else "seconds", "Length", limit),
         heard and bars({f"{rate / 1000:g}": rates[rate] for rate in sorted(rates)}, "kHz", "Sample rate"),
         heard and bars(dict(formats.most_common(10)), "files", "Format"),
         keys and bars(dict(keys.most_common(14)), "m: minor", "Key"),
@@ -446,13 +452,19 @@ class Audit:
     findings: tuple[Finding, ...]
 
 
-def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Audit:
+def audit(
+    path: Path,
+    report: Report,
+    checkpoint_dir: Path | None = None,
+    unreadable: Sequence[tuple[Path, str]] = (),
+) -> Audit:
     """Listen to every song of the dataset.json at `path`; report a table and write `dataset-audit.html` beside it.
 
-    With `checkpoint_dir` tokens are counted, without it guessed. Raises UserError for a wrong path, JobError when the
-    page cannot be written.
+    With `checkpoint_dir` tokens are counted, without it guessed. `unreadable`: (file, reason) of each file that is no
+    song of the data set since it cannot be read; it is among the findings. Raises UserError for a wrong path, JobError
+    when the page cannot be written.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
+    given, path = path, Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
     dataset = read(path, report)
     tokens_in = token_counter(checkpoint_dir)
     songs = []
@@ -472,11 +484,15 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
         name = relative_path(sample.audio_path, path.parent)
         tokens = tokens_in(text), tokens_in(lyrics)
         songs.append(Song(sample, name, measured, reason, *tokens, tokens_guessed=checkpoint_dir is None))
-    findings = find(songs)
+    left_out = [
+        Song(Sample(audio_path=file, id=""), relative_path(file.absolute(), path.parent), None, reason)
+        for file, reason in unreadable
+    ]
+    findings = find(songs, left_out)
     rows = []
     for f in findings:
         example = f"{f.songs[0]} ({f.notes[f.songs[0]]})" if f.notes[f.songs[0]] else f.songs[0]
-        rows.append((f.what, f"{len(f.songs)} of {len(songs)}", example))
+        rows.append((f.what, f"{len(f.songs)} of {len(songs) + len(left_out)}", example))
     rows = rows or [("nothing amiss", f"{len(songs)} of {len(songs)}", "")]
     report(Table(title="Audit", columns=("found", "songs", "such as"), rows=tuple(rows)))
     target = path.with_name(f"{path.stem}-audit.html")
@@ -486,7 +502,7 @@ def audit(path: Path, report: Report, checkpoint_dir: Path | None = None) -> Aud
         raise JobError(
             f"{target} cannot be written: {error.strerror or error}.", "Make room or rights there, then run it again."
         ) from error
-    report(Saved(what="audit", path=str(target)))
+    report(Saved(what="audit", path=str(given.with_name(target.name))))
     return Audit(target, tuple(songs), tuple(findings))
 
 

@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -17,7 +18,7 @@ from sidestep.acestep.blocks import BlockSwap, recompute_layers
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import target_names
-from sidestep.adapters.rank_map import RankMap
+from sidestep.adapters.rank_map import Module, RankMap
 from sidestep.data.batches import fingerprint
 from sidestep.errors import UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
@@ -43,6 +44,7 @@ TURBO_WARNING = (
     "instead of learning the music, and ranks measured on it are less certain than on base or sft. A map holds only "
     "for the variant it was measured on."
 )
+MOST_OF_IT = 0.95  # of a module's energy, when the page counts its directions
 SHADES = " ░▒▓█"  # of the map in the terminal
 
 
@@ -293,6 +295,46 @@ def heat_map(result: RankMap) -> Table:
     return Table(title="Rank of each projection, by layer", columns=("layer", *columns), rows=body)
 
 
+def loud_with_small_rank(result: RankMap) -> dict[str, str | int] | None:
+    """Two modules of which the stronger has the smaller rank, since fewer directions hold MOST_OF_IT of its energy.
+
+    The stronger is of the strongest quarter, the other of the strongest half; of such pairs the one whose ranks differ
+    most. None: there is no such pair.
+    """
+
+    def directions(module: Module) -> int:
+        return 1 + int(np.searchsorted(np.cumsum(module.confirmed), MOST_OF_IT * sum(module.confirmed)))
+
+    found = {name: (m.score / m.cost, m.rank, directions(m)) for name, m in result.modules.items() if m.score > 0}
+    ordered = sorted(found, key=lambda name: found[name][0], reverse=True)
+    pairs = [
+        (loud, rich)
+        for loud in ordered[: len(ordered) // 4]
+        for rich in ordered[: len(ordered) // 2]
+        if found[loud][0] > found[rich][0] and 0 < found[loud][1] < found[rich][1] and found[loud][2] < found[rich][2]
+    ]
+    if not pairs:
+        return None
+    loud, rich = max(pairs, key=lambda pair: found[pair[1]][1] - found[pair[0]][1])
+    labels = {name: by_layer({name: name}) for name in (loud, rich)}
+    named = {name: f"{label[0]} of layer {rows[0][0]}" for name, (label, rows) in labels.items()}
+    return {
+        "loud": named[loud],
+        "rich": named[rich],
+        "times": f"{float(f'{found[loud][0] / found[rich][0]:.2g}'):,g}",
+        "loud_rank": found[loud][1],
+        "rich_rank": found[rich][1],
+        "loud_needs": found[loud][2],
+        "rich_needs": found[rich][2],
+        "share": f"{100 * MOST_OF_IT:g}",
+    }
+
+
+def _percent(value: float) -> str:
+    """Of the scores, which go over many powers of ten."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value >= 0.01 else "<0.01"
+
+
 def page(result: RankMap) -> str:
     """estimate.html: the map as a page without scripts."""
     modules = result.modules
@@ -313,24 +355,23 @@ def page(result: RankMap) -> str:
     return render(
         "rank_map.html.j2",
         summary=result.summary(),
-        properties=[
-            ("model", result.model["variant"]),
-            ("songs", result.data["songs"]),
-            ("batches", result.batches),
-            ("focus", result.settings["focus"]),
-            ("budget", f"{result.spent:,} of {result.budget:,} parameters"),
+        figures=[
+            ("Songs", result.data["songs"], f"on {result.model['variant']}"),
+            ("Modules", len(result.rank_pattern), f"{len(result.excluded)} left out"),
+            ("Parameters", f"{result.spent:,}", f"of {result.budget:,} that were allowed"),
             (
-                "agreement of two halves",
-                f"{result.agreement:.3f}, {'converged' if result.converged else 'not converged'}",
+                "Agreement",
+                f"{result.agreement:.3f}",
+                f"of two halves of the songs: {'converged' if result.converged else 'not converged'}",
             ),
-            ("left out", len(result.excluded)),
-            ("seed", result.settings["seed"]),
+            ("Batches", result.batches, f"focus {result.settings['focus']}, seed {result.settings['seed']}"),
         ],
+        example=loud_with_small_rank(result),
         columns=columns,
         ranks=ranks,
         scores=by_layer(
             {
-                name: {"name": name, "label": f"{100 * score / best:.3g}", "share": shades[name]}
+                name: {"name": name, "label": _percent(100 * score / best), "share": shades[name]}
                 for name, score in scores.items()
             }
         )[1],

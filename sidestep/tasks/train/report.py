@@ -68,6 +68,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "ranks": ranks_of(run.model),
         "previews": previews_in(config.output_dir),
         "settings": settings_of(config),
+        "defaults": settings_of(config, changed=False),
         "command": command_line(config),
     }
 
@@ -147,17 +148,18 @@ def previews_in(run_folder: Path) -> list[dict[str, Any]]:
     return list(prompts.values())
 
 
-def settings_of(config: TrainConfig) -> list[dict[str, str]]:
-    """The settings that are not at their default: flag, value, default and what it means."""
-    options = options_of(type(config))
+def settings_of(config: TrainConfig, changed: bool = True) -> list[dict[str, str]]:
+    """The settings that are not at their default, or those that are: flag, value, default and what it means."""
+    different = changed_from_defaults(config)
     return [
         {
-            "flag": options[name].flag,
-            "value": as_text(value),
-            "default": "" if options[name].required else as_text(options[name].default),
-            "help": options[name].help,
+            "flag": o.flag,
+            "value": as_text(getattr(config, name)),
+            "default": "" if o.required else as_text(o.default),
+            "help": o.help,
         }
-        for name, value in changed_from_defaults(config).items()
+        for name, o in options_of(type(config)).items()
+        if (name in different) is changed
     ]
 
 

@@ -3,15 +3,12 @@
 import contextlib
 import json
 import math
-import queue
+import re
 import shutil
-import subprocess
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -22,11 +19,15 @@ from sidestep.audio.io import write_flac
 from sidestep.events import Event, Notice, Saved
 from sidestep.files import portable
 from sidestep.pages.charts import by_layer
+from sidestep.settings.config import TrainConfig
+from sidestep.settings.option import options_of
 from sidestep.tasks.train import loop, train
 from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, ranks_of, write_report
 from sidestep.tasks.train.run import Evaluation, Point
+from sidestep.terminal.terminal import as_lines
 from tests.adapters.test_adapters import config as adapter_settings
 from tests.adapters.test_adapters import turbo
+from tests.browser import in_browser, needs_chromium
 from tests.tasks.train.test_previews import config, tensors
 from tests.training_world import prepared
 
@@ -70,6 +71,7 @@ def values(**changes) -> dict:
         "ranks": {"layers.0.self_attn.q_proj": 8, "layers.0.mlp.up_proj": 64, "layers.1.self_attn.q_proj": 32},
         "previews": [],
         "settings": [{"flag": "--rank", "value": "32", "default": "64", "help": "LoRA rank"}],
+        "defaults": [{"flag": "--lr", "value": "0.0001", "default": "0.0001", "help": "learning rate"}],
         "command": "uv run train.py fixed --rank 32",
     }
     return known | changes
@@ -134,6 +136,36 @@ def test_a_run_leaves_a_page_with_its_curves_previews_settings_and_command(run):
     players = [url for url in outline(text).loads if url.endswith(".flac")]
     assert len(players) == 4
     assert all((folder / url).is_file() for url in players)
+
+
+def test_the_page_says_the_losses_that_the_terminal_says(run):
+    folder, events = run
+    text = (folder / "report.html").read_text("utf-8")
+    shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    lines = [line for event in events for line in as_lines(event)]
+    said = [re.search(r"mean loss ([\d.]+)", line) for line in lines if "done: mean loss" in line]
+    measured = [re.search(r"loss ([\d.]+)", line) for line in lines if line.startswith("validation at step")]
+    best = [re.search(r"loss ([\d.]+)", line) for line in lines if line.startswith("best/ is now")]
+    assert shown["Loss of the last epoch"] == said[-1][1]
+    assert shown["Validation"] == measured[-1][1]
+    assert shown["Best"] == best[-1][1]
+    [(loss, rate)] = [
+        re.search(r"step 2/2.* loss ([\d.]+), lr (\S+),", line).groups() for line in lines if "step 2/2" in line
+    ]
+    drawn = json.loads(text.split('id="values">')[1].split("</script>")[0])["points"][-1]
+    assert f"{drawn[1]:.4f}" == loss
+    assert f"{drawn[2]:.1e}" == rate
+
+
+def test_the_page_has_every_setting_that_the_run_had_with_its_value(run):
+    folder, _ = run
+    text = (folder / "report.html").read_text("utf-8")
+    named = re.findall(r'<th scope="row"><code>(.*?)</code>', text)
+    assert sorted(named) == sorted(o.flag for o in options_of(TrainConfig).values())
+    assert re.search(r"<code>--val-split</code>.*?<td>0.5</td>", text)
+    defaults = text.split("at their defaults</summary>")[1]
+    assert re.search(r"<code>--weight-decay</code><small>[^<]*</small></th><td>0.01</td>", defaults)
+    assert "<code>--val-split" not in defaults
 
 
 def test_the_page_is_there_after_the_first_epoch_and_says_that_the_run_goes_on(tensors, tmp_path, monkeypatch):
@@ -279,73 +311,9 @@ def test_previews_are_found_with_urls_that_hold_for_any_name(tmp_path):
 
 # ---- in a real browser ----
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")]
-
-# Goes before the page's own script and keeps what goes wrong; what a test asks comes after it and is sent to the test.
-WATCH = """<script>
-window.wrong = [];
-addEventListener('error', e => wrong.push(e.message ?? 'a file could not be loaded'));
-addEventListener('unhandledrejection', e => wrong.push(String(e.reason)));
-</script>"""
-ASK = """<script>
-const wait = ms => new Promise(done => setTimeout(done, ms));
-(async () => {
-  const found = {};
-  try { %s } catch (error) { wrong.push(String(error)); }
-  found.wrong = wrong; found.hacked = window.hacked ?? null;
-  fetch('http://127.0.0.1:%d/', {method: 'POST', mode: 'no-cors', body: JSON.stringify(found)});
-})();
-</script>"""
-FRAME = """<!doctype html><meta charset="utf-8"><body style="margin:0">
-<iframe src="asked.html" style="width:%dpx;height:2400px;border:0"></iframe>"""
-
-
-class Answers(BaseHTTPRequestHandler):
-    """Receives what a page found."""
-
-    def do_POST(self):
-        self.server.answers.put(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-def in_browser(folder: Path, text: str, question: str, width: int = 1000) -> dict:
-    """What `question` (JavaScript that fills `found`) sees of the page, opened from disk in a frame of that width."""
-    with HTTPServer(("127.0.0.1", 0), Answers) as server:
-        server.answers = queue.Queue()
-        Thread(target=server.serve_forever, daemon=True).start()
-        ask = ASK % (question, server.server_port)
-        (folder / "asked.html").write_text(
-            text.replace("<head>", "<head>" + WATCH, 1).replace("</body>", ask + "</body>", 1), "utf-8"
-        )
-        (folder / "frame.html").write_text(FRAME % width, "utf-8")
-        words = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--autoplay-policy=no-user-gesture-required",
-            "--remote-debugging-port=0",
-        ]
-        words += [f"--user-data-dir={folder / 'profile'}", "--window-size=1100,1000", (folder / "frame.html").as_uri()]
-        chromium = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            found = json.loads(server.answers.get(timeout=120))
-        finally:
-            chromium.terminate()
-            chromium.wait(30)
-            server.shutdown()
-    assert found.pop("wrong") == []
-    assert found.pop("hacked") is None
-    return found
-
 
 class TestInABrowser:
-    pytestmark = browser
+    pytestmark = needs_chromium
 
     def test_every_chart_is_drawn_and_answers_to_its_controls(self, tmp_path):
         question = """
