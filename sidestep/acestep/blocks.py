@@ -191,6 +191,34 @@ def compile_layers(
     return Choice("on", "asked for: the first steps compile, one code for all lengths")
 
 
+@contextmanager
+def set_aside(model: nn.Module) -> Generator[None]:
+    """While entered, a model's frozen tensors are on the CPU; afterwards where they were, bit for bit.
+
+    What is trained stays, and so does what the optimizer knows of it. Quantised layers keep their packed weights once
+    as a parameter and once in a state of their own, which share their memory before and after.
+    """
+    states = [getattr(getattr(module, "state", None), "__dict__", {}) for module in model.modules()]
+    beside = [vars(parameter) for parameter in model.parameters() if vars(parameter)]
+    found = [*model.parameters(), *model.buffers()]
+    found += [value for values in (*states, *beside) for value in values.values() if isinstance(value, Tensor)]
+    away = {id(t): t for t in found if t.device.type != "cpu" and not t.requires_grad}.values()
+    was_at = [(t, t.device, (t.data_ptr(), t.shape, t.stride(), t.dtype)) for t in away]
+    copies: dict[tuple, Tensor] = {}
+    for tensor, _, place in was_at:
+        if place not in copies:
+            copies[place] = tensor.data.to("cpu")
+        tensor.data = copies[place]
+    copies.clear()
+    try:
+        yield
+    finally:
+        for tensor, device, place in was_at:
+            if place not in copies:
+                copies[place] = tensor.data.to(device)
+            tensor.data = copies[place]
+
+
 class OffloadedModule:
     """A model that is needed now and then.
 

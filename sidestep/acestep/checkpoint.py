@@ -118,6 +118,13 @@ class Checkpoint:
         fuse_layers(decoder)
         return decoder
 
+    def linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the weight of each linear layer in the DiT's blocks, by diffusers' name; nothing is loaded."""
+        prefix = "decoder." if self.layout.kind == "original" else ""
+        shapes = self._open("transformer").shapes
+        named = {diffusers_key(k.removeprefix(prefix)): tuple(s) for k, s in shapes.items() if k.startswith(prefix)}
+        return {name: shape for name, shape in named.items() if name.startswith("layers.") and len(shape) == 2}
+
     def load_null_condition(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
         """`null_condition_emb` [1, 1, D]: what stands for a dropped condition."""
         weights = self._open("condition_encoder")

@@ -1,5 +1,6 @@
 """Which device and dtype a run uses, each with the reason that is shown to the user, and how much memory there is."""
 
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,13 @@ def is_ampere(device: torch.device) -> bool:
 def precision_name(dtype: torch.dtype) -> str:
     """bf16, fp16 or fp32, as `--precision` calls it."""
     return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back the memory of models that nothing refers to any more, some of them only in circles."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

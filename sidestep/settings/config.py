@@ -642,6 +642,17 @@ class TrainConfig(ModelConfig):
     )
     preview_duration: float = option(30.0, "seconds of each preview", group="Previews", minimum=1, maximum=600)
     preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0, maximum=LARGEST_SEED)
+    preview_variant: tuple[str, ...] = option(
+        (),
+        "models that play the previews, such as turbo, or base turbo for both; default: the one that is trained",
+        group="Previews",
+        label="Models that play the previews",
+        plain="hear the adapter on another model, such as turbo; several are heard one after the other",
+        more=(
+            "Adapters trained on base are mostly played on turbo, where they sound different. The other model must "
+            "be of the same size. It comes into memory when the trained one has left, so each preview takes longer."
+        ),
+    )
 
     save_every: int = option(
         10,
@@ -742,6 +753,7 @@ class TrainLmConfig(TrainConfig):
     preview_prompts: Path | None = fixed(None)
     preview_duration: float = fixed(30.0)
     preview_seed: int = fixed(42)
+    preview_variant: tuple[str, ...] = fixed(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1107,6 +1119,17 @@ class SampleConfig(ModelConfig):
         "", "what the sketch should not be like", group="Thinking", advanced=True, when=("think", True)
     )
     output: Path = option(Path("samples"), "folder for the audio", group="Sample")
+    preview_variant: tuple[str, ...] = same_as(
+        TrainConfig,
+        "preview_variant",
+        group="Sample",
+        help="models that play it, such as base turbo, one after the other; default: --model-variant",
+        label="Models that play it",
+        more=(
+            "Adapters trained on base are mostly played on turbo, where they sound different. Each model is played "
+            "with its own usual steps and guidance, unless you say otherwise."
+        ),
+    )
     base_precision: str = same_as(TrainConfig, "base_precision", group="Sample")
     swap_blocks: int = same_as(TrainConfig, "swap_blocks", group="Sample")
     offload_encoder: bool = same_as(TrainConfig, "offload_encoder", group="Sample", plain="")
@@ -1322,6 +1345,7 @@ class PlanConfig:
     prior_weight: float = same_as(TrainConfig, "prior_weight", group="Plan")
     precision: str = same_as(ModelConfig, "precision")
     attention: str = same_as(ModelConfig, "attention")
+    preview_variant: tuple[str, ...] = same_as(TrainConfig, "preview_variant", group="Plan")
     chunk_duration: float = same_as(TrainConfig, "chunk_duration")
     adapter_type: str = same_as(TrainConfig, "adapter_type")
     rank: int = same_as(TrainConfig, "rank")

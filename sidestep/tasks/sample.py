@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from sidestep import __version__
@@ -26,11 +27,12 @@ from sidestep.acestep.conditions import (
     encode_texts,
     tiled_silence,
 )
-from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.acestep.device import choose_device, choose_precision, precision_name, release_memory
 from sidestep.acestep.lm.decoding import Sampling as TokenSampling
 from sidestep.acestep.lm.model import PREFIX as LM_PREFIX
 from sidestep.acestep.vae import decode, frames_per_second
 from sidestep.acestep.weights import CPU
+from sidestep.adapters.adapter import Adapter
 from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import write_flac
@@ -39,12 +41,13 @@ from sidestep.data.sidecars import MAX_BYTES
 from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
-from sidestep.files import write_text
+from sidestep.files import portable, write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
 from sidestep.flow_matching.timesteps import TURBO_STEPS
-from sidestep.settings.config import SampleConfig, check_streaming
+from sidestep.settings.config import SampleConfig, TrainConfig, check_streaming
 from sidestep.settings.option import options_of
+from sidestep.settings.path_checks import short_name
 from sidestep.tasks.think import Thinking, think
 from sidestep.variants import TURBO_SHIFT, Variant
 from sidestep.words import count
@@ -210,7 +213,7 @@ def open_sampler(
 
 
 def sample(config: SampleConfig, report: Report) -> list[Path]:
-    """The audio files, one for each strength, each with a .json of its prompt and settings beside it.
+    """The audio files, one for each model and strength, each with a .json of its prompt and settings beside it.
 
     Raises UserError and JobError.
     """
@@ -218,18 +221,86 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     check_thinking(config)
     strengths = _strengths(config)
     check_streaming(config)
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
+    players = players_of(config.checkpoint_dir, config.preview_variant or (config.model_variant,), report)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))
     if adapter and str(adapter.metadata.get("base_model", "")).startswith(LM_PREFIX):
         problem = f"--adapter {config.adapter}: is an adapter of the language model {adapter.metadata['base_model']}."
         raise UserError(problem, f"Hear it with: --think --lm-adapter {config.adapter}")
+    for other in players[1:] if adapter else ():
+        require_same_modules(players[0], other)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
     report(Decision(what="device", value=str(device.value), reason=device.reason))
     report(Decision(what="precision", value=precision_name(precision.value), reason=precision.reason))
-    variant = checkpoint.variant.under(config.timestep_mode)
+    names = (f"{slug(prompt.caption)}-seed{prompt.seed}{again}" for again in ("", *(f"-{n}" for n in range(2, 10_000))))
+    # where the models that play are named, the files are named by them too
+    models = [f"-{portable(short_name(player.folder.name))}" if config.preview_variant else "" for player in players]
+    ends = [f"{m}-strength{s:g}{suffix}" for m in models for s in strengths for suffix in (".flac", ".json")]
+    stem = next(name for name in names if not any((config.output / f"{name}{end}").exists() for end in ends))
+    files, seconds = [], 0.0
+    for player, model in zip(players, models, strict=True):
+        seconds, made = play(config, player, prompt, adapter, f"{stem}{model}", device.value, precision.value, report)
+        files += made
+        release_memory(device.value)  # before the next model comes
+    report(Finished(message=f"{count(len(files), 'audio file')} of {seconds:g} s in {config.output}"))
+    return files
+
+
+def players_of(checkpoint_dir: Path, names: Sequence[str], report: Report) -> list[Checkpoint]:
+    """The models of these names, each once. Raises UserError for one that is not there."""
+    found = [open_checkpoint(checkpoint_dir, name, report) for name in names]
+    return list({checkpoint.folder: checkpoint for checkpoint in found}.values())
+
+
+def require_same_modules(own: Checkpoint, other: Checkpoint) -> None:
+    """Raises UserError where another model has other modules than the one that an adapter is for."""
+    here, there = own.linear_shapes(), other.linear_shapes()
+    if here == there:
+        return
+    name = min(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    shapes = [" × ".join(map(str, shapes[name])) if name in shapes else "none" for shapes in (there, here)]
+    raise UserError(
+        f"--preview-variant {short_name(other.folder.name)}: an adapter for {own.folder.name} does not fit on it: "
+        f"{name.removesuffix('.weight')} is {shapes[0]} there, {shapes[1]} here.",
+        "Name a model of the same size: turbo, base and sft are of one, xl-turbo, xl-base and xl-sft of the other.",
+    )
+
+
+def load_model(
+    config: SampleConfig | TrainConfig,
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+) -> tuple[nn.Module, PeftModel | None]:
+    """(the decoder under the memory settings, the adapter on it). Raises UserError where the two do not fit."""
+    quantised = "" if config.base_precision == "auto" else config.base_precision
+    decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device, dtype, quantised)
+    attention = use_attention(decoder, config.attention, device, dtype)
+    report(Decision(what="attention", value=attention.value, reason=attention.reason))
+    model = load_adapter(decoder, adapter) if adapter else None
+    if config.swap_blocks:
+        BlockSwap(decoder, config.swap_blocks, device)
+    return decoder, model
+
+
+def play(
+    config: SampleConfig,
+    checkpoint: Checkpoint,
+    prompt: Prompt,
+    adapter: Adapter | None,
+    stem: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+) -> tuple[float, list[Path]]:
+    """(seconds, audio files) of one model, one for each strength. stem: what their names begin with."""
+    strengths = _strengths(config)
+    mode = config.timestep_mode
+    variant = checkpoint.variant.settled(mode) if config.preview_variant else checkpoint.variant.under(mode)
     sampling = sampling_for(variant, config.steps, config.guidance, config.shift)
     report(Decision(what="sampling", value=described(sampling), reason=sampling_reason(variant, config)))
     if variant.doubt:
@@ -246,31 +317,14 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
         )
     hints, composed, instruction = None, {}, TEXT2MUSIC
     if config.think:
-        [thought] = think(
-            checkpoint,
-            [prompt],
-            thinking_of(config),
-            device.value,
-            precision.value,
-            report,
-            chooses_length=not config.duration,
-        )
+        how = thinking_of(config)
+        [thought] = think(checkpoint, [prompt], how, device, dtype, report, chooses_length=not config.duration)
         prompt, hints, composed, instruction = thought.prompt, thought.hints, {"composed": thought.told}, COVER
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
-    text = prompt.text_for(variant.is_stems, instruction)
-    [conditions] = encode_texts(checkpoint, [text], device.value, precision.value)
+    [conditions] = encode_texts(checkpoint, [prompt.text_for(variant.is_stems, instruction)], device, dtype)
     tell_lost_tokens(prompt, conditions, report)
-    quantised = "" if config.base_precision == "auto" else config.base_precision
-    decoder = checkpoint.load_decoder(CPU if config.swap_blocks else device.value, precision.value, quantised)
-    attention = use_attention(decoder, config.attention, device.value, precision.value)
-    report(Decision(what="attention", value=attention.value, reason=attention.reason))
-    model = load_adapter(decoder, adapter) if adapter else None
-    if config.swap_blocks:
-        BlockSwap(decoder, config.swap_blocks, device.value)
-    sampler = open_sampler(checkpoint, decoder, device.value, precision.value, sampling, config.offload_encoder)
-    names = (f"{slug(prompt.caption)}-seed{prompt.seed}{again}" for again in ("", *(f"-{n}" for n in range(2, 10_000))))
-    ends = [f"-strength{strength:g}{suffix}" for strength in strengths for suffix in (".flac", ".json")]
-    stem = next(name for name in names if not any((config.output / f"{name}{end}").exists() for end in ends))
+    decoder, model = load_model(config, checkpoint, adapter, device, dtype, report)
+    sampler = open_sampler(checkpoint, decoder, device, dtype, sampling, config.offload_encoder)
     files = []
     for number, strength in enumerate(strengths):
         with adapter_scale(model, strength) if model else nullcontext():
@@ -280,16 +334,15 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
             "strength": strength,
             "adapter": str(config.adapter) if config.adapter else None,
             "checkpoint": checkpoint.folder.name,
-            "precision": precision_name(precision.value),
-            "device": device.value.type,
+            "precision": precision_name(dtype),
+            "device": device.type,
             **composed,
         }
         write_take(path, sampler, sampler.audio(latents, prompt), prompt, metadata)
         report(Saved(what="sample", path=str(path)))
         report(Progress(task="Sampling", done=number + 1, total=len(strengths), current=f"strength {strength:g}"))
         files.append(path)
-    report(Finished(message=f"{count(len(files), 'audio file')} of {prompt.duration:g} s in {config.output}"))
-    return files
+    return prompt.duration, files
 
 
 def write_take(path: Path, sampler: Sampler, audio: np.ndarray, prompt: Prompt, metadata: Mapping[str, Any]) -> None:

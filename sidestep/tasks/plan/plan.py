@@ -5,7 +5,7 @@ Before a run `check_memory` asks the same: it refuses a run that cannot fit, and
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,21 @@ class Plan:
 class Planner:
     """Peaks of one model's step under different settings, each computed once. seconds: of the songs trained on.
 
-    shards: GPUs that share all weights under FSDP, each of which is planned for.
+    shards: GPUs that share all weights under FSDP, each of which is planned for. players: sizes of the models that play
+    previews, and whether each is another than the trained one; empty where only that one does.
     """
 
-    def __init__(self, sizes: dict, dtype: torch.dtype, seconds: float, tokens: int, shards: int = 1):
+    def __init__(
+        self,
+        sizes: dict,
+        dtype: torch.dtype,
+        seconds: float,
+        tokens: int,
+        shards: int = 1,
+        players: Sequence[tuple[dict, bool]] = (),
+    ):
         self.sizes, self.dtype, self.seconds, self.tokens, self.shards = sizes, dtype, seconds, tokens, shards
+        self.players = players or ((sizes, False),)
         self.layers = int(sizes["num_hidden_layers"])
         self._known: dict[TrainConfig, StepModel] = {}
 
@@ -123,9 +133,17 @@ class Planner:
         return replace(whole, **parts, average=whole.average // self.shards, activations=whole.activations + gathered)
 
     def preview(self, config: TrainConfig) -> int:
-        """Bytes on the device while a preview is made in a run, context and slack included."""
-        beside = preview_peak(self.sizes, config, self.dtype, FRAMES_PER_SECOND, self.tokens)
-        return with_overhead(self.peak(config).between_steps + beside)
+        """Bytes on the device while a preview is made in a run, context and slack included.
+
+        Another model has weights of the same size, which come when those of the trained one have left; beside the
+        trained adapter it has a copy of it.
+        """
+        peak = self.peak(config)
+        beside = (
+            preview_peak(sizes, config, self.dtype, FRAMES_PER_SECOND, self.tokens) + is_other * peak.adapter
+            for sizes, is_other in self.players
+        )
+        return with_overhead(peak.between_steps + max(beside))
 
     def candidate(self, asked: TrainConfig, config: TrainConfig | None = None) -> Candidate:
         """Settings, by default those asked about, as a candidate for them."""
@@ -208,17 +226,7 @@ class Planner:
 def plan(config: PlanConfig, report: Report) -> Plan:
     """Plan a run for a model that may not even be on this disk. Raises UserError for a model of unknown sizes."""
     gc.freeze()  # a tenth of the time would go to searching the imported modules for garbage
-    official = official_config(config.model_variant)
-    if config.checkpoint_dir:
-        sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
-    elif official:
-        sizes = official
-    else:
-        raise UserError(
-            f"--model-variant {config.model_variant}: its sizes are not known without its files.",
-            did_you_mean(config.model_variant, OFFICIAL_FOLDERS)
-            or f"Add --checkpoint-dir, or use one of {', '.join(OFFICIAL_FOLDERS)}.",
-        )
+    sizes = sizes_of(config.checkpoint_dir, config.model_variant, "--model-variant")
     shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(TrainConfig)}
     folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
     asked = resolve(TrainConfig, shared, folders)
@@ -233,7 +241,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
                 f"--dataset-dir {config.dataset_dir}: there are no tensors to plan for.",
                 "Preprocess songs first, or say --song-seconds instead.",
             )
-    planner = Planner(decoder_sizes(sizes), dtype, seconds, tokens)
+    planner = Planner(decoder_sizes(sizes), dtype, seconds, tokens, players=players_of(config, sizes))
     asked_for = GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else None
     gpu = asked_for or gpu_memory(choose_device().value)
     best = planner.mildest(asked, gpu.usable) if gpu else None
@@ -252,6 +260,37 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         for table in tables(result):
             report(table)
     return result
+
+
+def sizes_of(checkpoint_dir: Path | None, name: str, flag: str) -> dict:
+    """The config of a model, of an official one also without its files. Raises UserError for any other."""
+    if checkpoint_dir:
+        return open_checkpoint(checkpoint_dir, name).config
+    if official := official_config(name):
+        return official
+    raise UserError(
+        f"{flag} {name}: its sizes are not known without its files.",
+        did_you_mean(name, OFFICIAL_FOLDERS) or f"Add --checkpoint-dir, or use one of {', '.join(OFFICIAL_FOLDERS)}.",
+    )
+
+
+def players_of(config: PlanConfig | TrainConfig, own: dict) -> list[tuple[dict, bool]]:
+    """(sizes, whether it is another than the trained one) of each model that plays previews. own: the trained one's.
+
+    Raises UserError for a model of unknown sizes, or of others than the trained one has.
+    """
+    players = []
+    for name in config.preview_variant:
+        sizes = sizes_of(config.checkpoint_dir, name, "--preview-variant")
+        for field in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+            if sizes[field] != own[field]:
+                raise UserError(
+                    f"--preview-variant {name}: its {field} is {sizes[field]}, that of {config.model_variant} "
+                    f"{own[field]}: the adapter does not fit on it.",
+                    "Name a model of the same size.",
+                )
+        players.append((decoder_sizes(sizes), name != config.model_variant))
+    return players
 
 
 def tables(result: Plan) -> Iterator[Table]:
@@ -345,9 +384,12 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
     frames, tokens = longest(config.dataset_dir, config.prior_data)
     if not frames:
         return config
-    sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
-    dtype = choose_precision(config.precision, choose_device(config.device).value).value
-    planner = Planner(sizes, dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards())
+    sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
+    dtype, players = (
+        choose_precision(config.precision, choose_device(config.device).value).value,
+        players_of(config, sizes),
+    )
+    planner = Planner(decoder_sizes(sizes), dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards(), players)
     if as_needed:
         config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
@@ -404,16 +446,17 @@ def check_sample(config: SampleConfig, report: Report) -> None:
     values: dict[str, Any] = {name: getattr(config, name) for name in shared}
     seconds = config.duration or LONGEST_SECONDS
     making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=seconds, **values)
-    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
-    dtype = choose_precision(config.precision, device).value
-    planner = Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS)
-    beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
-    needed = planner.peak(making).weights + beside
-    if config.think:
-        lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
-        tokens, sides = PLAIN_TOKENS + round(CODES_PER_SECOND * seconds), 1 + (config.lm_guidance != 1)
-        needed = max(needed, writing_bytes(lm, config.base_precision, tokens, dtype.itemsize, sides))
-    require_room(needed, gpu, config, report)
+    dtype, needed = choose_precision(config.precision, device).value, []
+    for name in config.preview_variant or (config.model_variant,):  # one after the other
+        checkpoint = open_checkpoint(config.checkpoint_dir, name)
+        planner = Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS)
+        beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
+        needed.append(planner.peak(making).weights + beside)
+        if config.think:
+            lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
+            lm_tokens, sides = PLAIN_TOKENS + round(CODES_PER_SECOND * seconds), 1 + (config.lm_guidance != 1)
+            needed.append(writing_bytes(lm, config.base_precision, lm_tokens, dtype.itemsize, sides))
+    require_room(max(needed), gpu, config, report)
 
 
 def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | SampleConfig, report: Report) -> None:

@@ -2,40 +2,49 @@
 
 They take no part in the training: the same model is used in evaluation mode and put back, and no random number is drawn
 but from the prompts' own seeds. Conditions are made once, before the decoder is loaded; the VAE is all that stays.
+Another model can play them (`--preview-variant`): while it does, the trained one's weights wait on the CPU.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
+from sidestep.acestep.blocks import set_aside
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Prompt, encode_texts
-from sidestep.adapters.attach import adapter_scale
+from sidestep.acestep.device import release_memory
+from sidestep.adapters.attach import adapter_of, adapter_scale
 from sidestep.data.batches import Song
 from sidestep.data.lyrics import without_time_marks
 from sidestep.data.sidecars import MAX_BYTES
 from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
-from sidestep.events import Notice, Progress, Report, Saved
+from sidestep.events import Notice, Progress, Report, Saved, null
+from sidestep.files import portable
 from sidestep.settings.config import TrainConfig
+from sidestep.settings.path_checks import short_name
 from sidestep.tasks.sample import (
     Sampler,
     Sampling,
     described,
+    load_model,
     open_sampler,
+    players_of,
     prompt_of,
+    require_same_modules,
     sampling_for,
     slug,
     tell_lost_tokens,
     typed_lyrics,
     write_take,
 )
-from sidestep.tasks.train.run import Previews, Run
+from sidestep.tasks.train.run import Player, Previews, Run
 from sidestep.variants import Variant
 from sidestep.words import count
 
@@ -65,15 +74,26 @@ def previews_for(
     if not prompts:
         return None
     checkpoint.vae_config()  # a missing VAE is an error now, not after the first epochs
-    conditions = list(
-        encode_texts(checkpoint, [prompt.text_for(checkpoint.variant.is_stems) for prompt in prompts], device, dtype)
-    )
-    for prompt, states in zip(prompts, conditions, strict=True):
-        tell_lost_tokens(prompt, states, report)
+    players = []
+    for player in players_of(config.checkpoint_dir, config.preview_variant or (config.model_variant,), report):
+        is_own = player.folder == checkpoint.folder
+        if not is_own:
+            require_same_modules(checkpoint, player)
+        texts = [prompt.text_for(player.variant.is_stems) for prompt in prompts]
+        conditions = list(encode_texts(player, texts, device, dtype))
+        for prompt, states in zip(prompts, conditions, strict=True):
+            tell_lost_tokens(prompt, states, report)
+        # turbo's shift, as it was told to this run, is not another model's
+        sampling = preview_sampling(config, player.variant) if is_own else sampling_for(player.variant)
+        folder = "" if is_own else f"on-{portable(short_name(player.folder.name))}"
+        players.append(Player(checkpoint if is_own else player, conditions, sampling, folder))
     when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
-    how = described(preview_sampling(config, checkpoint.variant))
+    how = ", ".join(
+        f"{described(player.sampling)}{f' on {player.checkpoint.folder.name}' if player.folder else ''}"
+        for player in players
+    )
     report(Notice(message=f"Previews {when}: {count(len(prompts), 'prompt')}, {how}"))
-    return Previews(prompts, conditions, dtype)
+    return Previews(prompts, players, dtype)
 
 
 def preview_sampling(config: TrainConfig, variant: Variant) -> Sampling:
@@ -133,31 +153,40 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def make_previews(run: Run, previews: Previews) -> None:
     """Write `previews/base/` once and `previews/epoch_NNNN/` each time: a .flac for each prompt, its .json beside it.
 
-    Nothing is done for a step that has its previews. A failure (memory, disk) costs the previews, not the run.
+    The same below `previews/on-…/` for each other model that plays. Nothing is done for a step that has its previews.
+    A failure (memory, disk) costs the previews, not the run.
     """
     if previews.made_at == run.position.step:
         return
     is_sharded = run.accelerator.is_fsdp2
-    if run.is_main or is_sharded:  # sharded over processes, the model only works when all of them call it
+    for player in previews.players if run.is_main or is_sharded else ():
+        # sharded over processes, the model only works when all of them call it
         try:
-            _make(run, previews, is_sharded)
-        except (torch.OutOfMemoryError, OSError, JobError) as error:
+            if player.folder:
+                _hear_elsewhere(run, previews, player)
+            else:
+                # where the weights are sharded over processes, the wrapper gathers them
+                decoder = run.wrapped if is_sharded else run.model.get_base_model()
+                with undisturbed(run):
+                    _hear(run, previews, player, decoder, run.model)
+        except (torch.OutOfMemoryError, OSError, JobError, UserError) as error:
             run.report(Notice(message=f"No previews this time: {str(error).splitlines()[0]}", level="warning"))
     previews.made_at = run.position.step
     run.processes.wait()
 
 
-def _make(run: Run, previews: Previews, is_sharded: bool) -> None:
-    position, folder = run.position, run.config.output_dir / FOLDER
+def _hear(run: Run, previews: Previews, player: Player, decoder: torch.nn.Module, model: PeftModel) -> None:
+    """Write the takes of one player that are missing, and those of the adapter on `model` as it is now."""
+    position, folder, is_sharded = (
+        run.position,
+        run.config.output_dir / FOLDER / player.folder,
+        run.accelerator.is_fsdp2,
+    )
     now = f"step_{position.step:06}" if position.step_in_epoch else f"epoch_{position.epoch:04}"
-    if previews.sampler is None:
-        # where the weights are sharded over processes, the wrapper gathers them
-        decoder = run.wrapped if is_sharded else run.model.get_base_model()
-        sampling = preview_sampling(run.config, run.checkpoint.variant)
-        previews.sampler = open_sampler(
-            run.checkpoint, decoder, run.device, previews.dtype, sampling, run.config.offload_encoder
-        )
-    sampler = previews.sampler
+    offload = run.config.offload_encoder
+    sampler = open_sampler(player.checkpoint, decoder, run.device, previews.dtype, player.sampling, offload)
+    sampler = replace(sampler, vae=previews.vae or sampler.vae)
+    previews.vae = sampler.vae
     names = [f"{number:02}-{slug(prompt.caption, 30)}" for number, prompt in enumerate(previews.prompts, 1)]
     missing = [
         number
@@ -168,26 +197,49 @@ def _make(run: Run, previews: Previews, is_sharded: bool) -> None:
         missing = run.processes.gather(missing)[0]  # all must call the model equally often
     takes = [(BASE, 0.0, number) for number in missing]
     takes += [(now, 1.0, number) for number in range(len(previews.prompts))]
-    with undisturbed(run):
-        for done, (subfolder, strength, number) in enumerate(takes):
-            name, prompt = names[number], previews.prompts[number]
-            run.report(Progress(task="Previews", done=done, total=len(takes), current=name))
-            with adapter_scale(run.model, strength):
-                latents = sampler.latents(prompt, previews.conditions[number].states)
-            if run.is_main:
-                step, epoch = (position.step, position.epoch) if strength else (0, 0)
-                metadata = {
-                    "strength": strength,
-                    "step": step,
-                    "epoch": epoch,
-                    "checkpoint": run.checkpoint.folder.name,
-                }
-                audio = sampler.audio(latents, prompt)
-                write_take(folder / subfolder / f"{name}.flac", sampler, audio, prompt, metadata)
-                tag = f"previews/{name}/strength {strength:g}"
-                run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)
-    run.report(Progress(task="Previews", done=len(takes), total=len(takes)))
+    task = f"Previews {player.folder}".strip().replace("-", " ", 1)
+    for done, (subfolder, strength, number) in enumerate(takes):
+        name, prompt = names[number], previews.prompts[number]
+        run.report(Progress(task=task, done=done, total=len(takes), current=name))
+        with adapter_scale(model, strength):
+            latents = sampler.latents(prompt, player.conditions[number].states)
+        if run.is_main:
+            step, epoch = (position.step, position.epoch) if strength else (0, 0)
+            metadata = {
+                "strength": strength,
+                "step": step,
+                "epoch": epoch,
+                "checkpoint": player.checkpoint.folder.name,
+            }
+            audio = sampler.audio(latents, prompt)
+            write_take(folder / subfolder / f"{name}.flac", sampler, audio, prompt, metadata)
+            tag = f"previews/{f'{player.folder}/' if player.folder else ''}{name}/strength {strength:g}"
+            run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)
+    run.report(Progress(task=task, done=len(takes), total=len(takes)))
     run.report(Saved(what="previews", path=str(folder / now)))
+
+
+def _hear_elsewhere(run: Run, previews: Previews, player: Player) -> None:
+    """The takes of a model that is not trained: it comes onto the device when the trained one's weights have left.
+
+    The adapter is copied as it would be saved. No random number of the run is used. Raises JobError when the model or
+    the audio does not fit into memory or cannot be written.
+    """
+    adapter, problem = adapter_of(run.model), ""
+    devices = [run.device] if run.device.type == "cuda" else []
+    with set_aside(run.model), torch.random.fork_rng(devices):
+        release_memory(run.device)
+        try:
+            config, checkpoint, device = run.config, player.checkpoint, run.device
+            decoder, model = load_model(config, checkpoint, adapter, device, previews.dtype, null)
+            assert model is not None
+            _hear(run, previews, player, decoder, model)
+        except (torch.OutOfMemoryError, OSError, JobError, UserError) as error:
+            problem = str(error).splitlines()[0]  # the error itself holds on to the model through its traceback
+        decoder = model = None
+        release_memory(run.device)
+    if problem:
+        raise JobError(problem)
 
 
 def is_up_to_date(audio: Path, prompt: Prompt, sampler: Sampler) -> bool:

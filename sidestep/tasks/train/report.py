@@ -122,12 +122,13 @@ def ranks_of(model: PeftModel) -> dict[str, int]:
 
 
 def previews_in(run_folder: Path) -> list[dict[str, Any]]:
-    """Each prompt of a run's previews with the URLs of what can be heard of it.
+    """Each prompt of a run's previews, once for each model that plays, with the URLs of what can be heard of it.
 
-    One take is the base's, the others are the adapter's by optimizer step.
+    One take is the base's, the others are the adapter's by optimizer step. model: empty for the one that is trained.
     """
-    prompts: dict[str, dict[str, Any]] = {}
-    for path in sorted((run_folder / FOLDER).glob("*/*.json")):
+    prompts: dict[tuple[str, str], dict[str, Any]] = {}
+    folder = run_folder / FOLDER
+    for path in sorted((*folder.glob("*/*.json"), *folder.glob("on-*/*/*.json"))):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             prompt, step, epoch = dict(said["prompt"]), int(said["step"]), int(said["epoch"])
@@ -136,7 +137,9 @@ def previews_in(run_folder: Path) -> list[dict[str, Any]]:
         audio = path.with_suffix(".flac")
         if not audio.is_file():
             continue
-        entry = prompts.setdefault(path.stem, {"prompt": prompt, "base": None, "takes": []})
+        player = path.parent.parent.name if path.parent.parent != folder else ""
+        entry = {"prompt": prompt, "model": player.removeprefix("on-"), "base": None, "takes": []}
+        entry = prompts.setdefault((path.stem, player), entry)
         url = quote(audio.relative_to(run_folder).as_posix())
         if path.parent.name == BASE:
             entry["base"] = url
@@ -145,7 +148,7 @@ def previews_in(run_folder: Path) -> list[dict[str, Any]]:
             entry["takes"].append({"step": step, "label": label, "src": url})
     for entry in prompts.values():
         entry["takes"].sort(key=lambda take: take["step"])
-    return list(prompts.values())
+    return [prompts[key] for key in sorted(prompts)]
 
 
 def settings_of(config: TrainConfig, changed: bool = True) -> list[dict[str, str]]:

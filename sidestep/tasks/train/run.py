@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.tensorboard import SummaryWriter
 
+from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt
 from sidestep.acestep.vae import frames_per_second
@@ -20,7 +21,7 @@ from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
 from sidestep.events import Event, LongTask, Notice, Report
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.sample import Sampler
+from sidestep.tasks.sample import Sampling
 from sidestep.tasks.train.guards import SongWatch
 from sidestep.tasks.train.objective import TrainingLaw
 from sidestep.tasks.train.prior import Prior
@@ -134,13 +135,29 @@ class History:
 
 
 @dataclass
+class Player:
+    """A model that plays the previews, with the prompts' conditions as its own encoder makes them.
+
+    folder: below previews/, empty for the model that is trained.
+    """
+
+    checkpoint: Checkpoint
+    conditions: list[Conditions]
+    sampling: Sampling
+    folder: str = ""
+
+
+@dataclass
 class Previews:
-    """What is made audible while a run goes on. made_at: optimizer step of the last previews; dtype: of the VAE."""
+    """What is made audible while a run goes on. made_at: optimizer step of the last previews.
+
+    dtype: of the VAE and of another model that plays; vae: is kept from one preview to the next.
+    """
 
     prompts: list[Prompt]
-    conditions: list[Conditions]
+    players: list[Player]
     dtype: torch.dtype
-    sampler: Sampler | None = None
+    vae: OffloadedModule | None = None
     made_at: int = -1
 
 

@@ -140,6 +140,11 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
                 f"--optimizer-type {config.optimizer_type} does not work under FSDP.",
                 "Use --optimizer-type adamw, or DDP: torchrun train.py fixed …",
             )
+        if config.preview_variant:
+            raise UserError(
+                f"--preview-variant {' '.join(config.preview_variant)}: under FSDP only the trained model can play.",
+                "Leave it out and listen with sample --preview-variant, or use DDP: torchrun train.py fixed …",
+            )
         if not accelerator.is_fsdp2:
             raise UserError(
                 "FSDP 1 is not supported: it cannot shard a frozen base and an adapter together.",

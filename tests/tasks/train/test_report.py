@@ -84,6 +84,7 @@ def preview(caption: str = "a song", base: str | None = "previews/base/01.flac",
     return {
         "prompt": {"caption": caption, "lyrics": "la\nla", "bpm": 90, "duration": 1.0, "seed": 42},
         "base": base,
+        "model": "",
         "takes": urls,
     }
 
