@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from sidestep.errors import UserError
+from sidestep.imports import asked_for
 from sidestep.settings.config import TrainConfig
 
 SCHEDULER_NAMES = {"cosine_restarts": "cosine_with_restarts"}
@@ -47,8 +48,7 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
                 safeguard_warmup=True,
             )
 
-    import bitsandbytes  # seconds to import, and only this optimizer needs it
-
+    bitsandbytes = asked_for("bitsandbytes")
     make = bitsandbytes.optim.AdamW8bit
     probe = torch.nn.Parameter(torch.zeros(1, device=device))
     probe.grad = torch.zeros_like(probe)

@@ -1,16 +1,18 @@
 """The frozen base in 8 or 4 bits (bitsandbytes): its big linear layers keep quantised weights, the rest its precision.
 
 Layers are quantised one by one as their weights are read, so that a card never holds the whole model in bf16.
-bitsandbytes takes seconds to import and only quantised runs need it: functions import it.
+bitsandbytes takes a second to import and only quantised runs need it: functions ask for it.
 """
 
 from functools import cache
 from typing import Any
 
 import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
 
 from sidestep.errors import UserError
+from sidestep.imports import asked_for
 
 
 def quantized_layers(decoder: nn.Module) -> dict[str, nn.Linear]:
@@ -27,8 +29,9 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
 
     `quantize_weight` gives them theirs.
     """
-    import bitsandbytes
-
+    bitsandbytes: Any = asked_for("bitsandbytes")
+    for available in (is_bnb_available, is_bnb_4bit_available):
+        available.cache_clear()  # peft may have looked while it was absent
     for name, linear in quantized_layers(decoder).items():
         size = linear.in_features, linear.out_features, linear.bias is not None
         if precision == "int8":
@@ -49,7 +52,7 @@ def make_quantizable(decoder: nn.Module, precision: str, compute_dtype: torch.dt
 @cache
 def _int8_layer() -> Any:
     """bitsandbytes' 8-bit layer with another product."""
-    import bitsandbytes
+    bitsandbytes: Any = asked_for("bitsandbytes")
 
     class Int8Linear(bitsandbytes.nn.Linear8bitLt):
         """Keeps inputs as they are.
@@ -95,9 +98,8 @@ def quantize_weight(layer: nn.Module, weight: Tensor, device: torch.device) -> N
 
     Raises UserError where bitsandbytes cannot quantise on the device.
     """
-    import bitsandbytes
-
-    kinds: Any = bitsandbytes.nn  # whose annotations know neither all arguments nor `to(device)`
+    bitsandbytes: Any = asked_for("bitsandbytes")
+    kinds = bitsandbytes.nn  # whose annotations know neither all arguments nor `to(device)`
     try:
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             packed = kinds.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)

@@ -18,6 +18,7 @@ from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus, JobError
 from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
 from sidestep.files import expand
+from sidestep.imports import load_libraries
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
     COMMANDS,
@@ -57,6 +58,8 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         report(event)
 
     try:
+        if type(config) in NEED_TORCH:
+            load_libraries()
         result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -1,0 +1,135 @@
+"""The libraries are loaded without what nothing asked for, and what is asked for is there."""
+
+import gc
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidestep import imports
+from sidestep.cli import commands
+from sidestep.cli import main as cli_main
+from sidestep.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = """
+import gc, importlib.util
+seen = {"collecting": gc.isenabled(), "wanted": importlib.util.find_spec("wanted_by_us") is not None}
+try:
+    import never_wanted
+except ImportError:
+    seen["absent"] = True
+"""
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A library that looks for two packages, which are installed, in the place of the real ones."""
+    for name in ("wanted_by_us", "never_wanted"):
+        (tmp_path / f"{name}.py").write_text("there = True\n", encoding="utf-8")
+    (tmp_path / "a_library.py").write_text(LIBRARY, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "LIBRARIES", ("a_library",))
+    monkeypatch.setattr(imports, "ABSENT_WHILE_LOADING", ("wanted_by_us",))
+    monkeypatch.setattr(imports, "ABSENT", ("never_wanted",))
+    frozen = gc.get_freeze_count()
+    yield
+    if not frozen:
+        gc.unfreeze()
+    for name in ("a_library", "wanted_by_us", "never_wanted"):
+        sys.modules.pop(name, None)
+
+
+def without_torch(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+
+
+def test_libraries_load_uncollected_and_without_what_nothing_asked_for(packages, monkeypatch):
+    without_torch(monkeypatch)
+    imports.load_libraries()
+    assert sys.modules["a_library"].seen == {"collecting": False, "wanted": False, "absent": True}
+    assert gc.isenabled()
+    assert gc.get_freeze_count()
+    assert importlib.util.find_spec("wanted_by_us")  # ours again
+    assert importlib.util.find_spec("never_wanted") is None
+    assert imports.asked_for("never_wanted").there
+    assert imports.asked_for("wanted_by_us").there
+
+
+def test_a_library_that_fails_leaves_collection_on_and_packages_where_they_were(packages, monkeypatch):
+    without_torch(monkeypatch)
+    monkeypatch.setattr(imports, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        imports.load_libraries()
+    assert gc.isenabled()
+    assert importlib.util.find_spec("wanted_by_us")
+
+
+def test_nothing_is_hidden_that_is_loaded_already(packages, monkeypatch):
+    without_torch(monkeypatch)
+    import never_wanted
+
+    imports.load_libraries()
+    assert sys.modules["never_wanted"] is never_wanted
+
+
+def test_a_process_that_has_torch_is_left_alone(packages):
+    frozen = gc.get_freeze_count()
+    imports.load_libraries()
+    assert "a_library" not in sys.modules
+    assert gc.get_freeze_count() == frozen
+
+
+@pytest.mark.parametrize(
+    ("command", "loaded"),
+    [
+        (["plan", "--checkpoint-dir", "."], True),
+        (["sample", "--prompt", "x", "--checkpoint-dir", "."], True),
+        (["presets", "list"], False),
+    ],
+    ids=["plan", "sample", "presets"],
+)
+def test_commands_on_models_load_them_first(command, loaded, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
+    order = []
+    monkeypatch.setattr(commands, "load_libraries", lambda: order.append("libraries"))
+    for task in ("plan", "sample"):
+        monkeypatch.setattr(commands, task, lambda *_: order.append("task"))
+    main(command)
+    assert order == (["libraries", "task"] if loaded else [])
+
+
+def test_leaving_looks_for_no_garbage(monkeypatch):
+    monkeypatch.setattr(cli_main, "main", lambda: 3)
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    with pytest.raises(SystemExit) as left:
+        cli_main.entry()
+    assert (left.value.code, frozen) == (3, [True])
+
+
+@pytest.mark.slow
+def test_the_real_libraries_load_without_scipy_and_bitsandbytes_until_a_setting_needs_it():
+    code = """
+import sys
+from sidestep.cli.main import main
+main(["--version"])
+from sidestep.imports import load_libraries
+load_libraries()
+assert not [name for name in sys.modules if name.split(".")[0] in ("scipy", "kernels") and sys.modules[name]]
+import sidestep.tasks.train, sidestep.tasks.plan.plan
+assert "scipy" not in sys.modules
+from peft.import_utils import is_bnb_available
+assert not is_bnb_available() and sys.modules["bitsandbytes"] is None
+import torch
+from sidestep.acestep.quantize import is_quantized, make_quantizable
+decoder = torch.nn.Module()
+decoder.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64)])
+make_quantizable(decoder, "nf4", torch.float32)
+assert is_quantized(decoder.layers[0]) and is_bnb_available()
+import scipy.signal
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
