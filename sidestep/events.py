@@ -66,6 +66,16 @@ class FileFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingStarted(Event):
+    """All is loaded, and the first optimizer step begins. step: how many are done already, of a run that goes on."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    total_epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """An optimizer step that was logged. Times in seconds, memory in bytes (None where the device has no counter)."""
 

@@ -1,4 +1,7 @@
-"""Asking a running job to stop: what terminals, launchers and systems send, as one flag that the job looks at."""
+"""Asking a running job: to stop, as terminals, launchers and systems do, or for what a person wants between two steps.
+
+Both are flags that the job looks at in its own time.
+"""
 
 import math
 import signal
@@ -7,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from sidestep.errors import Interrupted
 
@@ -15,6 +18,8 @@ GRACE_SECONDS = 2.0  # launchers send a key's signal again; only a later Ctrl-C 
 ANSWER = (
     "Asked to stop: this step is finished, then the run is saved. Ctrl-C once more, in a moment, quits without saving."
 )
+PREVIEW, SAVE = "preview", "save"
+ANSWERS = {PREVIEW: "Previews: made after this step.", SAVE: "Saving after this step."}
 QUITTING = "Quitting without saving what was done since the last checkpoint."
 
 
@@ -26,6 +31,8 @@ class StopRequest:
     before the grace period is over; SIGTERM and SIGHUP never do, however often they come. A SIGHUP that was ignored
     from the start (nohup) stays ignored. Outside the main thread, where no signals arrive, the flag stays unset.
 
+    Keys arrive as signals do: whoever reads them asks `StopRequest.current`, from any thread.
+
     answer: is told, from the other thread, what happens next.
     """
 
@@ -33,6 +40,7 @@ class StopRequest:
         getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP") if hasattr(signal, name)
     )
 
+    current: "ClassVar[StopRequest | None]" = None  # the one that is open
     obeyed_at = -math.inf  # when a job of this process last ended because it was asked to
     raised_at = -math.inf  # when one was last asked that had no StopRequest open, by a KeyboardInterrupt
 
@@ -41,8 +49,28 @@ class StopRequest:
         self._answer = answer
         self._first = 0.0
         self._previous: dict[int, Any] = {}
+        self._wanted: set[str] = set()
+
+    def ask(self, what: str) -> None:
+        """Want a PREVIEW or a SAVE, as soon as the step under way has ended."""
+        if what not in self._wanted:
+            self._wanted.add(what)
+            self._answer(ANSWERS[what])
+
+    def take(self, what: str) -> bool:
+        """Whether this is wanted; from now on it no longer is."""
+        is_wanted = what in self._wanted
+        self._wanted.discard(what)
+        return is_wanted
+
+    def stop(self) -> None:
+        """Stop after a save, as a first signal asks for."""
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
+            self._answer(ANSWER)
 
     def __enter__(self) -> "StopRequest":
+        self._outer, StopRequest.current = StopRequest.current, self
         if threading.current_thread() is threading.main_thread():
             self._receiver, self._sender = socket.socketpair()
             self._sender.setblocking(False)
@@ -57,6 +85,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        StopRequest.current = self._outer
         if kind is not None and issubclass(kind, Interrupted):
             StopRequest.obeyed_at = time.monotonic()
         if self._previous:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -27,13 +27,17 @@ from sidestep.events import (
     StepDone,
     StepSkipped,
     Table,
+    TrainingStarted,
     Validated,
     visible_event,
 )
-from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, done_of, is_tty, pace, rate
+from sidestep.stopping import PREVIEW, SAVE, StopRequest
+from sidestep.terminal.keys import reading_keys
+from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, done_of, is_tty, rate
 from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+KEYS = (("p", "preview now"), ("s", "save now"), ("q", "stop after saving"))
 STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 
 
@@ -53,11 +57,28 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BLOCKS[round((v - low) / (high - low) * 7)] if high > low else BLOCKS[3] for v in means)
 
 
-class LiveView:
-    """Shows events with Rich: messages as lines, tasks as bars, training as a panel with its loss curve."""
+def ask_job(letter: str) -> None:
+    """What a key asks of the training that runs; nothing where none does, or none takes keys."""
+    job = StopRequest.current
+    match letter.lower():
+        case "p" if job:
+            job.ask(PREVIEW)
+        case "s" if job:
+            job.ask(SAVE)
+        case "q" if job:
+            job.stop()
 
-    def __init__(self, console: Console):
-        self.console = console
+
+class LiveView:
+    """Shows events with Rich: messages as lines, tasks as bars, training as a panel with its loss curve.
+
+    keyboard: where a person can ask something of a training; None where nobody can.
+    """
+
+    def __init__(self, console: Console, keyboard: TextIO | None = None):
+        self.console, self.keyboard = console, keyboard
+        self.stack = ExitStack()
+        self.started: TrainingStarted | None = None
         self.unicode = shows_unicode(console)
         self.tasks: dict[str, Progress] = {}
         self.losses: deque[float] = deque(maxlen=20_000)
@@ -76,6 +97,8 @@ class LiveView:
         return self
 
     def __exit__(self, *_raised: object) -> None:
+        self.stack.close()
+        self.keyboard = None
         self.live.stop()
         if self.step is not None:
             self.console.print(self.board())  # the last state of a training stays on the screen
@@ -88,6 +111,12 @@ class LiveView:
                 if total and done >= total:
                     del self.tasks[task]
                     self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
+            case TrainingStarted():
+                self.started, self.step, self.began = event, None, time.monotonic()
+                self.losses.clear()
+                self.stack.close()
+                if self.keyboard:
+                    self.stack.enter_context(reading_keys(self.keyboard, ask_job))
             case StepDone(loss=loss):
                 self.step = event
                 self.tasks.pop(STEP_TASK, None)
@@ -115,38 +144,45 @@ class LiveView:
             parts.append(grid)
             if progress.current:
                 parts.append(Text("  " + progress.current, style="dim", no_wrap=True, overflow="ellipsis"))
-        return Group(*parts, *([self._training(self.step)] if self.step is not None else []))
+        return Group(*parts, *([self._training(self.started, self.step)] if self.started else []))
 
-    def _training(self, step: StepDone) -> RenderableType:
+    def _training(self, started: TrainingStarted, step: StepDone | None) -> RenderableType:
         inner = min(self.console.width, 100) - 4
+        done, total = (step.step if step else started.step), started.total_steps
         bar = RichTable.grid(padding=(0, 1))
-        count = f"{step.step}/{step.total_steps}"
-        epochs = f"epoch {step.epoch}" + (f" of {self.epoch.total_epochs}" if self.epoch else "")
+        count = f"{done}/{total}"
+        epochs = f"epoch {step.epoch if step else started.epoch} of {started.total_epochs}"
         bar.add_row(
-            ProgressBar(max(step.total_steps, 1), step.step, width=max(8, inner - len(count) - len(epochs) - 3)),
+            ProgressBar(max(total, 1), done, width=max(8, inner - len(count) - len(epochs) - 3)),
             Text(count, style="bold"),
             Text(epochs),
         )
-        figures = RichTable.grid(padding=(0, 2))
-        left = (
-            f"{clock(step.eta_seconds)} left"
-            if step.step < step.total_steps
-            else f"{clock(time.monotonic() - self.began)} in all"
-        )
-        figures.add_row(
-            Text.assemble("loss ", (f"{step.loss:.4f}", "bold")),
-            Text(f"lr {step.lr:.1e}"),
-            Text(f"grad {step.grad_norm:.3g}"),
-        )
-        figures.add_row(Text(pace(step.steps_per_second)), Text(left), Text(gib(step.memory_bytes)))
-        if self.validated is not None:
-            best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
-            figures.add_row(Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold")), Text(best), Text())
-        lines: list[RenderableType] = [bar, figures]
+        lines: list[RenderableType] = [bar]
+        if step is None:
+            lines.append(Text("the first step is under way", style="dim"))
+        else:
+            took = f"{clock(time.monotonic() - self.began)} in all"
+            left = f"{clock(step.eta_seconds)} left" if done < total else took
+            figures = RichTable.grid(padding=(0, 2))
+            figures.add_row(
+                Text.assemble("loss ", (f"{step.loss:.4f}", "bold")),
+                Text(f"lr {step.lr:.1e}"),
+                Text(f"grad {step.grad_norm:.3g}"),
+            )
+            pace = f"{1 / step.steps_per_second:.3g} s per step" if step.steps_per_second else ""
+            figures.add_row(Text(pace), Text(left), Text(gib(step.memory_bytes)))
+            if self.validated is not None:
+                best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
+                validation = Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold"))
+                figures.add_row(validation, Text(best), Text())
+            lines.append(figures)
         if self.preview:
             lines.append(Text.assemble("last preview ", (self.preview, "bold"), no_wrap=True, overflow="ellipsis"))
         if self.unicode and len(self.losses) > 1:
             lines.append(Text(sparkline(list(self.losses), inner), style="cyan", no_wrap=True))
+        if self.keyboard:
+            keys = [part for key, what in KEYS for part in ((key, "bold cyan"), (f" {what}   ", "dim"))]
+            lines.append(Text.assemble("keys  ", *keys, no_wrap=True, overflow="ellipsis"))
         return Panel(Group(*lines), title="Training", title_align="left", width=inner + 4, border_style="dim")
 
 
@@ -211,7 +247,7 @@ class RichTerminal(Terminal):
             console.print(visible(fix, lines=True), soft_wrap=True)
 
     def view(self) -> AbstractContextManager[Report]:
-        return LiveView(self.console)
+        return LiveView(self.console, self.source if self.interactive else None)
 
     def waiting(self, text: str) -> AbstractContextManager[None]:
         status = self.console.status(Text(visible(text)), spinner="dots" if self.unicode else "line")

@@ -26,10 +26,11 @@ from sidestep.events import (
     StepDone,
     StepSkipped,
     Table,
+    TrainingStarted,
     Validated,
     visible_event,
 )
-from sidestep.words import clock, gib, visible
+from sidestep.words import clock, count, gib, visible
 
 SECONDS_BETWEEN_LINES = 3.0
 MOMENT_SECONDS = 0.4
@@ -61,6 +62,9 @@ def as_lines(event: Event) -> list[str]:
             return [
                 f"warning: step {step} skipped ({in_a_row} in a row): {reason}; songs: {', '.join(songs) or 'unknown'}"
             ]
+        case TrainingStarted(step=step, total_steps=total, total_epochs=epochs):
+            since = f", from step {step}" if step else ""
+            return [f"training: {count(total, 'optimizer step')}, {count(epochs, 'epoch')}{since}"]
         case EpochDone(epoch=epoch, total_epochs=total, loss=loss, seconds=seconds):
             return [f"epoch {epoch}/{total} done: mean loss {loss:.4f}, {clock(seconds)}"]
         case Validated(step=step, loss=loss, best=best):

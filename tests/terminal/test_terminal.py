@@ -20,6 +20,7 @@ from sidestep.events import (
     StepDone,
     StepSkipped,
     Table,
+    TrainingStarted,
     Validated,
 )
 from sidestep.terminal.rich_terminal import LiveView, RichTerminal, shown, sparkline
@@ -36,7 +37,10 @@ STEP = StepDone(
     eta_seconds=235,
     memory_bytes=3 * 2**30,
 )
+STARTED = TrainingStarted(step=0, total_steps=500, epoch=1, total_epochs=9)
 EXAMPLES = {
+    "training: 500 optimizer steps, 9 epochs": STARTED,
+    "training: 1 optimizer step, 1 epoch, from step 7": TrainingStarted(step=7, total_steps=1, epoch=1, total_epochs=1),
     "hello": Notice(message="hello"),
     "warning: mind": Notice(message="mind", level="warning"),
     "device: cpu (no GPU found)": Decision(what="device", value="cpu", reason="no GPU found"),
@@ -133,9 +137,30 @@ def draw(events_shown, width=80, **console):
     with LiveView(
         Console(file=out, width=width, force_terminal=True, markup=False, highlight=False, **console)
     ) as view:
-        for event in events_shown:
+        for event in (STARTED, *events_shown):
             view(event)
     return out.getvalue()
+
+
+def test_the_training_panel_is_there_before_the_first_step_and_its_total_never_changes():
+    view = LiveView(Console(file=io.StringIO(), width=80))
+
+    def seen() -> str:
+        view.console.file.truncate(0)
+        view.console.print(view.board())
+        return view.console.file.getvalue()
+
+    assert "Training" not in seen()
+    view(dataclasses.replace(STARTED, step=120, epoch=3))  # a run that goes on
+    first = seen()
+    assert "120/500" in first
+    assert "epoch 3 of 9" in first
+    assert "first step" in first
+    view(dataclasses.replace(STEP, step=130, epoch=3))
+    assert "130/500" in seen()
+    assert "epoch 3 of 9" in seen()
+    assert "0.476 s per step" in seen()
+    assert "3:55 left" in seen()
 
 
 def test_the_live_view_ends_with_the_state_of_the_training():

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.pseudo_terminal import ROOT, Session
+from tests.training_world import write_data
 from tests.wizard.walk import a_users_folder, walk_to_a_judged_adapter
 
 SCREENS = Path(__file__).parents[1] / "screens"
@@ -217,6 +219,36 @@ def test_a_new_user_reaches_a_judged_adapter_and_leaves_with_fifteen_answers(fol
     assert "--max-steps 40" in (folder / "runs" / "songs" / "command.txt").read_text(encoding="utf-8")
     verdict = json.loads((folder / "runs" / "songs" / "score" / "results.json").read_text(encoding="utf-8"))
     assert verdict["recommended"]
+
+
+def test_keys_preview_save_and_stop_a_training_and_the_terminal_is_as_before(known):
+    write_data(known / "tensors")
+    files = ("--checkpoint-dir", "checkpoints", "--dataset-dir", "tensors", "--output-dir", "runs/keys")
+    settings = (
+        "--rank",
+        "4",
+        "--epochs",
+        "2000",
+        "--save-every",
+        "2000",
+        "--preview-duration",
+        "1",
+        "--log-every",
+        "1",
+    )
+    with Session(known, "fixed", *files, *settings, lines=24) as session:
+        before = termios.tcgetattr(session.process.fileno())
+        session.until("Training", "q stop after saving", "s per step", seconds=90)
+        session.keys("s")
+        session.until("saved checkpoint: runs/keys/checkpoints/step_")
+        session.keys("p")
+        session.until("last preview")
+        assert all(len(line) <= 80 for line in session.lines())
+        session.keys("q")
+        assert session.end() == 130
+        assert "Stopped; saved. Go on with:" in "\n".join(session.lines())
+        assert termios.tcgetattr(session.process.fileno()) == before
+    assert len(list((known / "runs" / "keys" / "checkpoints").glob("step_*"))) == 2
 
 
 def test_without_a_terminal_the_help_is_printed_with_status_2(known):

@@ -432,10 +432,7 @@ def restore_state(run: Run, saved: SavedRun) -> None:
             shard_like(t.to(p.device), p) for t, p in zip(state["average"]["tensors"], run.parameters, strict=True)
         ]
     run.history = History.from_values(state["history"])
-    if not run.is_main:
-        empty = History()  # the first process holds those of all
-        run.history.loss_sum, run.history.samples = empty.loss_sum, empty.samples
-        run.history.bin_loss, run.history.bin_count = empty.bin_loss, empty.bin_count
+    run.history.keep_own(run.is_main)
     run.position = saved.position
 
     scheduler, step, lr_before = run.scheduler, run.position.step, optimizer.param_groups[0]["lr"]

@@ -19,15 +19,15 @@ from sidestep.acestep.device import peak_memory_bytes
 from sidestep.data.batches import StepPlan
 from sidestep.data.records import RecordError
 from sidestep.errors import Interrupted, JobError
-from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, StepSkipped
+from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, StepSkipped, TrainingStarted
 from sidestep.optim import can_skip_on_device
 from sidestep.settings.config import memory_levers
-from sidestep.stopping import StopRequest
+from sidestep.stopping import PREVIEW, SAVE, StopRequest
 from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
 from sidestep.tasks.train.guards import VISITS_ABOVE, require_gradients
 from sidestep.tasks.train.objective import Objective
-from sidestep.tasks.train.previews import make_previews
+from sidestep.tasks.train.previews import make_previews, preview_now
 from sidestep.tasks.train.processes import unshard
 from sidestep.tasks.train.report import add_timesteps, write_report
 from sidestep.tasks.train.run import Point, Position, Run
@@ -108,15 +108,24 @@ def run_loop(run: Run) -> None:
     with StopRequest(lambda text: run.report(Notice(message=text))) as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step was skipped
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
+        done = run.position
+        run.report(
+            TrainingStarted(
+                step=done.step, total_steps=run.total_steps, epoch=done.epoch + 1, total_epochs=config.epochs
+            )
+        )
         while run.position.step < run.total_steps:
             epoch, started = run.position.epoch, time.perf_counter()
             plan = run.plan(epoch)
             for index in range(run.position.step_in_epoch, len(plan)):
                 if run.position.step == run.total_steps:  # --max-steps ends the run inside an epoch
                     break
-                stop.requested = run.processes.any(stop.requested)
+                wanted = [stop.take(what) for what in (SAVE, PREVIEW)] if run.position.step else [False, False]
+                stop.requested, *wanted = run.processes.any(stop.requested, *wanted)
                 if stop.requested:
                     save_and_exit(run, metrics)
+                if any(wanted):
+                    save_or_preview(run, metrics, *wanted)
                 try:
                     try_optimizer_step(run, plan[index], metrics)
                 except RuntimeError as error:  # a terminal's Ctrl-C ends the compiler of --compile, too
@@ -347,12 +356,28 @@ def add_up_processes(run: Run, metrics: Metrics) -> None:
     history.bin_loss, history.bin_count = shown[:bins], list(map(int, shown[bins:]))
 
 
-def save_and_exit(run: Run, metrics: Metrics) -> None:
-    """Save and stop. Raises Interrupted."""
+def save_or_preview(run: Run, metrics: Metrics, save: bool, preview: bool) -> None:
+    """What a person asked for between two steps. Training goes on as if nobody had."""
+    began = time.perf_counter()
+    if save:
+        save_step(run, metrics)
+        run.history.keep_own(run.is_main)
+    if preview:
+        preview_now(run)
+    metrics.logged_at += time.perf_counter() - began  # no part of a step's time
+
+
+def save_step(run: Run, metrics: Metrics) -> None:
+    """Save in the midst of an epoch, with what all processes know of it."""
     read_metrics(run, metrics)
     add_up_processes(run, metrics)
     run.report(Notice(message=f"Saving optimizer step {run.position.step}."))
     save_checkpoint(run, f"step_{run.position.step:06d}")
+
+
+def save_and_exit(run: Run, metrics: Metrics) -> None:
+    """Save and stop. Raises Interrupted."""
+    save_step(run, metrics)
     run.writer.finish()
     run.processes.wait()  # a launcher ends all processes when one of them leaves
     raise Interrupted(resume_command(run.config))

@@ -44,6 +44,7 @@ from sidestep.tasks.sample import (
     typed_lyrics,
     write_take,
 )
+from sidestep.tasks.train.language import is_language
 from sidestep.tasks.train.run import Player, Previews, Run
 from sidestep.variants import Variant
 from sidestep.words import count
@@ -73,6 +74,25 @@ def previews_for(
     prompts = prompts_for(config, songs)
     if not prompts:
         return None
+    players = players_for(config, checkpoint, prompts, device, dtype, report)
+    when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
+    how = ", ".join(
+        f"{described(player.sampling)}{f' on {player.checkpoint.folder.name}' if player.folder else ''}"
+        for player in players
+    )
+    report(Notice(message=f"Previews {when}: {count(len(prompts), 'prompt')}, {how}"))
+    return Previews(prompts, players, dtype)
+
+
+def players_for(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+    dtype: torch.dtype,
+    report: Report,
+) -> list[Player]:
+    """The models that play the prompts, with their conditions. Raises JobError or UserError where one cannot."""
     checkpoint.vae_config()  # a missing VAE is an error now, not after the first epochs
     players = []
     for player in players_of(config.checkpoint_dir, config.preview_variant or (config.model_variant,), report):
@@ -87,13 +107,29 @@ def previews_for(
         sampling = preview_sampling(config, player.variant) if is_own else sampling_for(player.variant)
         folder = "" if is_own else f"on-{portable(short_name(player.folder.name))}"
         players.append(Player(checkpoint if is_own else player, conditions, sampling, folder))
-    when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
-    how = ", ".join(
-        f"{described(player.sampling)}{f' on {player.checkpoint.folder.name}' if player.folder else ''}"
-        for player in players
-    )
-    report(Notice(message=f"Previews {when}: {count(len(prompts), 'prompt')}, {how}"))
-    return Previews(prompts, players, dtype)
+    return players
+
+
+def preview_now(run: Run) -> None:
+    """Previews because a person asked for them, also in a run that was set up without: of its first songs' captions.
+
+    The encoders then run on the CPU, since the device is full of training.
+    """
+    previews = run.previews or run.asked_previews
+    if previews is None and not is_language(run.config):
+        try:
+            prompts = prompts_for(replace(run.config, preview_every=1), run.songs)
+            players = players_for(run.config, run.checkpoint, prompts, torch.device("cpu"), torch.float32, run.report)
+        except (OSError, MemoryError, UserError, JobError) as error:
+            run.report(Notice(message=f"No previews: {str(error).splitlines()[0]}", level="warning"))
+            return
+        previews = run.asked_previews = Previews(prompts, players, run.objective.null_condition.dtype)
+    if previews is None:
+        run.report(
+            Notice(message="No previews: what the composer learns is not heard before it writes.", level="warning")
+        )
+        return
+    make_previews(run, previews)
 
 
 def preview_sampling(config: TrainConfig, variant: Variant) -> Sampling:

@@ -23,9 +23,9 @@ class Processes:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return self.sum([float(flag)])[0] > 0
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on any process."""
+        return [total > 0 for total in self.sum([float(flag) for flag in flags])]
 
     def sum(self, values: list[float]) -> list[float]:
         """The values, added up over the processes."""

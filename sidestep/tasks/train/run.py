@@ -110,6 +110,12 @@ class History:
         self.epoch_losses.append(self.epoch_loss())
         self.loss_sum, self.samples = 0.0, 0
 
+    def keep_own(self, is_main: bool) -> None:
+        """After the sums of all processes were put together: the first one holds them, the others begin anew."""
+        if not is_main:
+            self.loss_sum, self.samples = 0.0, 0
+            self.bin_loss, self.bin_count = [0.0] * TIMESTEP_BINS, [0] * TIMESTEP_BINS
+
     def smoothed_loss(self) -> float | None:
         """Mean of the last epochs' losses; None until there are enough finite ones."""
         last = self.epoch_losses[-SMOOTHED_EPOCHS:]
@@ -268,6 +274,7 @@ class Run:
     layer_calls: int = 0  # that a micro-step makes and tells of; 0 where layers are not watched
     step_task: LongTask | None = None  # while an optimizer step is under way
     previews: Previews | None = None
+    asked_previews: Previews | None = None  # the same where only a key asks for them
     average: EMAModel | None = None
     position: Position = Position()
     history: History = field(default_factory=History)
