@@ -44,21 +44,21 @@ def test_a_step_in_half_precision_is_rounded_once():
     assert torch.equal(ours, (noise.float() - 0.5 * change.float()).bfloat16())
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
-def test_guidance_equals_diffusers_own_over_several_steps(size):
-    conditions, null, momentum = normal(2, 3, 5), normal(1, 1, 5, seed=1), MomentumBuffer(-0.75)
+@pytest.mark.parametrize(("size", "batch"), [(0.1, 2), (1.0, 2), (30.0, 2), (1.0, 3)])
+def test_guidance_equals_diffusers_own_over_several_steps(size, batch):
+    conditions, null, momentum = normal(batch, 3, 5), normal(1, 1, 5, seed=1), MomentumBuffer(-0.75)
     outputs: list[torch.Tensor] = []
 
     def velocity(x, t, both):
-        assert (len(x), len(t)) == (4, 4)
-        assert torch.equal(both[:2], conditions)
-        assert torch.equal(both[2:], null.expand(2, 3, 5))
-        outputs.append(size * normal(4, 20, 8, seed=2 + len(outputs)))
+        assert (len(x), len(t)) == (2 * batch, 2 * batch)
+        assert torch.equal(both[:batch], conditions)
+        assert torch.equal(both[batch:], null.expand(batch, 3, 5))
+        outputs.append(size * normal(2 * batch, 20, 8, seed=2 + len(outputs)))
         return outputs[-1]
 
     guided_velocity = guided(velocity, conditions, null, 7.0)
     for _ in range(4):
-        ours = guided_velocity(torch.zeros(2, 20, 8), torch.ones(2))
+        ours = guided_velocity(torch.zeros(batch, 20, 8), torch.ones(batch))
         with_, without = outputs[-1].chunk(2)
         exact = normalized_guidance(
             with_, without, 6.0, momentum, eta=0.0, norm_threshold=2.5, use_original_formulation=True, norm_dim=(1,)

@@ -4,16 +4,18 @@ The oracle is the original code's loss on the golden cases; where there is none 
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.data.batches import Item, MicroBatch, collate
+from sidestep.data.batches import Item, MicroBatch, Song, Windows, collate
 from sidestep.data.records import Record, save_record
 from sidestep.flow_matching.timesteps import logit_normal, stratified, turbo_timesteps
 from sidestep.seeding import seed_for, uniform
+from sidestep.tasks.train import objective
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import Metrics, optimizer_step, run_loop
 from sidestep.tasks.train.objective import training_law
@@ -277,6 +279,48 @@ def test_draws_follow_from_seed_step_and_slot_alone(data, tmp_path):
 def test_an_optimizer_step_of_eight_samples_visits_each_of_turbos_timesteps_once(data, tmp_path):
     t = set_up_run(data, tmp_path).objective.timesteps(3, 8)
     torch.testing.assert_close(t.sort().values, turbo_timesteps().sort().values.float())
+
+
+@pytest.mark.parametrize("law", ["discrete", "logit-normal"])
+def test_the_grid_hears_the_middle_of_each_eighth_of_the_law_under_noise_of_name_window_and_timestep(
+    data, tmp_path, law
+):
+    run, model = set_up_run(data, tmp_path, timestep_mode=law, batch_size=3, hints_ratio=1.0), Recorder()
+    (song,) = run.songs[1:2]
+    cells = run.objective.grid([song])
+    assert [batch.slots for batch in cells] == [(0, 1, 2), (3, 4, 5), (6, 7)]
+    assert all(batch.items == (Item(0, 0, song.frames),) * len(batch.slots) and batch.hints for batch in cells)
+    losses = torch.cat([run.objective.grid_loss(model, [song], batch) for batch in cells])
+    t = torch.cat([given["timestep"] for given in model.calls])
+    eighths = torch.tensor([1, 3, 5, 7, 9, 11, 13, 15], dtype=torch.float64) / 16
+    torch.testing.assert_close(t, run.objective.law.draw(eighths).float(), rtol=0, atol=0)
+    assert law != "discrete" or sorted(t.tolist()) == sorted(turbo_timesteps().float().tolist())
+    latents, draws = song.read().target_latents, []
+    for slot in range(8):
+        generator = torch.Generator().manual_seed(seed_for("grid", song.name, 0, slot))
+        draws.append(torch.randn(latents.shape, generator=generator))
+    noise, t_ = torch.stack(draws), t[:, None, None]
+    torch.testing.assert_close(
+        torch.cat([given["hidden_states"] for given in model.calls]), (1 - t_) * latents + t_ * noise
+    )
+    torch.testing.assert_close(losses, (noise - latents).square().mean((1, 2)))
+
+
+@pytest.mark.parametrize(("asked", "has_hints"), [(True, True), (True, False), (False, True)])
+def test_a_song_in_windows_has_four_on_the_grid_evenly_spaced(asked, has_hints):
+    starts = tuple(range(0, 99, 7))
+    windows = Windows(20, starts, tuple(range(100, 100 + len(starts))), ())
+    whole = Song("whole", 30, read=lambda: None)  # type: ignore[return-value]
+    song = Song("cut", 120, read=lambda: None, has_hints=has_hints, windows=windows)  # type: ignore[return-value]
+    cells = objective.grid([whole, song], 8, hints=asked)
+    assert [batch.items[0] for batch in cells] == [
+        Item(0, 0, 30),
+        *(Item(1, start, 20, 100 + start // 7) for start in (0, 35, 63, 98)),
+    ]
+    assert [batch.hints for batch in cells] == [False, *[asked and has_hints] * 4]
+    assert {batch.slots for batch in cells} == {tuple(range(8))}
+    few = objective.grid([replace(song, windows=Windows(20, (0, 90), (0, 1), ()))], 8, hints=False)
+    assert [batch.items[0].start for batch in few] == [0, 90]
 
 
 def untie(run: Run) -> None:
