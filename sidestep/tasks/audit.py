@@ -464,7 +464,7 @@ def audit(
     song of the data set since it cannot be read; it is among the findings. Raises UserError for a wrong path, JobError
     when the page cannot be written.
     """
-    given, path = path, Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (links stay as they are)
     dataset = read(path, report)
     tokens_in = token_counter(checkpoint_dir)
     songs = []
@@ -502,7 +502,8 @@ def audit(
         raise JobError(
             f"{target} cannot be written: {error.strerror or error}.", "Make room or rights there, then run it again."
         ) from error
-    report(Saved(what="audit", path=str(given.with_name(target.name))))
+    shown = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
+    report(Saved(what="audit", path=str(shown)))
     return Audit(target, tuple(songs), tuple(findings))
 
 
