@@ -40,9 +40,9 @@ tokens. `tests/tasks/plan/test_plan.py` holds them and compares the planner with
 
 ## What fits on which card
 
-The settings that the planner adds to the defaults (LoRA of rank 64 on attention, batch 1, AdamW, all layers recomputed)
-so that a step fits, for songs of so many seconds with 512 condition tokens. `plan`, the check before a run and
-`--vram-profile` rest on the same figures. Of every card 0.8 GiB or 8 % stays free, whichever is more; a context
+The settings that the planner adds so that a step fits, for songs of so many seconds with 512 condition tokens. The
+defaults are a LoRA of rank 64 on attention, batch 1, AdamW and all layers recomputed. `plan`, the check before a run
+and `--vram-profile` rest on the same figures. Of every card 0.8 GiB or 8 % stays free, whichever is more; a context
 (0.5 GiB) and the allocator's slack (6 %) are added to the tensors. Both were assumed: no GPU was at hand yet.
 
 Settings come in the order of their cost: first what changes next to nothing (8-bit AdamW, int8 base), then what costs

@@ -182,6 +182,24 @@ def test_every_term_for_musicians_is_in_the_glossary(name):
     assert {term for term in terms_of(DOCS[name]) if term not in known and term.removesuffix("s") not in known} == set()
 
 
+def test_the_architecture_names_what_is_there_and_is_short():
+    text = DOCS["architecture.md"]
+    assert len(text.splitlines()) <= 120
+    places = [
+        ROOT,
+        ROOT / "sidestep",
+        ROOT / "sidestep" / "tasks" / "train",
+        ROOT / "sidestep" / "tasks" / "preprocess",
+    ]
+    named = {name for name in re.findall(r"`([\w./]+)`", text) if name.endswith((".py", ".md", ".j2", "/"))}
+    assert len(named) > 50
+    assert {
+        name for name in named if not any((place / name).exists() for place in (*places, places[1] / "pages"))
+    } == set()
+    ground = {path.name for path in (ROOT / "sidestep").glob("*.py")} - {"__init__.py"}
+    assert ground - named == set()
+
+
 def test_every_page_is_in_the_navigation():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert {name for name in DOCS if name != "README.md" and name not in re.findall(r"[\w-]+\.md", site)} == set()
