@@ -13,7 +13,7 @@ import pytest
 from sidestep import files
 from sidestep.cli.main import main
 from sidestep.errors import ExitStatus, UserError
-from sidestep.files import one_writer, write_text
+from sidestep.files import one_writer, portable, write_text
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train.checkpoints import positions
 from tests.training_world import settings, write_data
@@ -202,3 +202,11 @@ def test_text_is_utf_8_with_unix_line_ends_on_every_system(tmp_path, monkeypatch
     write_text(tmp_path / "a", "é\n")
     assert said == {"encoding": "utf-8", "newline": "\n"}
     assert (tmp_path / "a").read_bytes() == b"\xc3\xa9\n"
+
+
+def test_names_that_come_out_alike_are_kept_apart_by_what_they_were():
+    names = [portable(name) for name in ("what?", "what*", "what:", "what_")]
+    assert len(set(names)) == 4
+    assert names[3] == "what_"
+    assert {name.split("~")[0] for name in names} == {"what_"}
+    assert portable("what?") == names[0]

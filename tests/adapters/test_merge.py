@@ -238,5 +238,24 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(adapt
 )
 def test_a_weight_that_cannot_take_a_change_is_refused(weight, message, tmp_path):
     save_file({f"{Q}.weight": weight}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         BaseWeights([tmp_path / "x.safetensors"]).check(lora())
+    if "stored in" in message:
+        assert refused.value.fix == "Use a base in bfloat16, float16 or float32."
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "decoder.proj_in.1.weight",  # the original's
+        "proj_in.1.weight",
+        "proj_in_conv.weight",  # diffusers'
+        "model.diffusion_model.decoder.proj_in.1.weight",  # ComfyUI's checkpoints
+        "diffusion_model.proj_in.1.weight",
+    ],
+)
+def test_a_weight_outside_attention_has_one_name_in_all_programs_files(key, tmp_path):
+    save_file({key: torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    assert list(BaseWeights([tmp_path / "x.safetensors"]).others) == ["proj_in_1"]
+    assert merge.flat_name("time_embed.proj_in_convention.weight") == "time_embed_proj_in_convention"
+    assert merge.flat_name("model.proj_out_conv") == "proj_out_1"

@@ -135,6 +135,16 @@ def test_condition_dropout_takes_its_share_of_the_samples_whose_condition_become
     assert len(pairs) == 4  # each sample by itself, not the batch as a whole
 
 
+def test_a_step_whose_conditions_all_drop_is_known_beforehand(data, tmp_path):
+    objective = set_up_run(data, tmp_path, cfg_ratio=0.5).objective
+    told = [objective.drops_all(step, 2) for step in range(40)]
+    assert told == [
+        dropped is not None and bool(dropped.all()) for dropped in (objective.dropped(s, (0, 1)) for s in range(40))
+    ]
+    assert set(told) == {True, False}
+    assert not set_up_run(data, tmp_path, cfg_ratio=0.0).objective.drops_all(0, 2)
+
+
 def test_dropout_of_conditions_is_that_of_the_model_unless_it_is_typed(data, tmp_path):
     config = settings(data, tmp_path)
     base = Variant("base", is_turbo=False, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)

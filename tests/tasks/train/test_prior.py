@@ -71,6 +71,19 @@ def test_the_target_is_the_velocity_of_the_model_without_its_adapter(data, other
     assert all(p.requires_grad for p in run.parameters)
 
 
+def test_conditions_of_other_music_drop_as_often_as_those_of_the_songs(data, other, tmp_path):
+    run = prepared(settings(data, tmp_path, prior_data=other, cfg_ratio=1.0))
+    batch = collate(run.prior.songs, MicroBatch((item_of(run.prior.songs[1], 1, 0, 42),), (0,)))
+    given = []
+    hook = run.wrapped.register_forward_pre_hook(
+        lambda _module, _arguments, named: given.append(named["encoder_hidden_states"]), with_kwargs=True
+    )
+    run.objective.preservation(run.wrapped, batch, 3, 1, run.model.disable_adapter)
+    hook.remove()
+    assert len(given) == 2
+    assert all(torch.equal(c, run.objective.null_condition.expand_as(c)) for c in given)
+
+
 @pytest.mark.parametrize("weight", [0.2, 0.5])
 def test_a_steps_gradient_is_the_weighted_mean_of_both(data, other, tmp_path, weight):
     run = prepared(settings(data, tmp_path, prior_data=other, prior_weight=weight, dropout=0.0, max_grad_norm=0.0))
