@@ -678,6 +678,20 @@ class TrainConfig(ModelConfig):
         plain="also keep the adapter of the moment that was best, in best/",
     )
     save_best_after: int = option(0, "look for the best only after N epochs", group="Saving", minimum=0)
+    mark_drop: float = option(
+        0.0,
+        "also keep the adapter, with a preview, whenever the smoothed training loss has dropped by another such share "
+        "of its first value; 0.05 is usual, 0 keeps none",
+        group="Saving",
+        minimum=0,
+        maximum=0.5,
+        label="Marks on the way",
+        plain="also keep the adapter each time it has become clearly better by so much; 0.05 is usual, 0 keeps none",
+        more=(
+            "You hear where it begins to sound right, and where it goes too far. The first mark comes after six "
+            "rounds at the earliest; where chance alone moves the loss more, the steps are wider."
+        ),
+    )
     validate_every: int = option(1, "epochs between validations", group="Saving", minimum=1, advanced=True)
     keep_checkpoints: int = option(
         10, "newest checkpoints to keep; 0 keeps all", group="Saving", minimum=0, advanced=True
@@ -1172,6 +1186,17 @@ class ScoreConfig:
     )
     base_precision: str = same_as(TrainConfig, "base_precision")
     swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+    average_from: int | None = option(
+        None,
+        "make one adapter of the checkpoints from this epoch on, into average/ of the run, and judge it with them",
+        group="Judge",
+        minimum=0,
+        plain="also try the average of the saved states from this round on; empty: none",
+        more=(
+            "The last states of a training wobble around a good place; their average is often nearer to it than each "
+            "of them. It takes at least two saved states."
+        ),
+    )
     keep: bool = option(
         False,
         "copy the recommended checkpoint to best/ of the run",

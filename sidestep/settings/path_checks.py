@@ -52,12 +52,13 @@ class FoundModel:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run's output folder. `checkpoints`: names of those that are complete, the oldest first."""
+    """A run's output folder. `checkpoints`: names of those that are complete, the oldest first; `marks`: on the way."""
 
     folder: Path
     settings: dict[str, Any]
     checkpoints: tuple[str, ...]
     finished: bool
+    marks: tuple[str, ...] = ()
 
 
 def find_models(checkpoint_dir: Path) -> list[FoundModel]:
@@ -145,6 +146,7 @@ def read_run(folder: Path) -> FoundRun | None:
         settings,
         tuple(name for _, name in sorted(steps)),
         (folder / "final" / "adapter_config.json").is_file(),
+        tuple(mark.name for mark in _folders(folder / "marks")),
     )
 
 

@@ -43,6 +43,7 @@ class PastRun:
     best_by: str
     last_loss: float | None
     finished: bool
+    marks: int
 
 
 def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
@@ -73,7 +74,7 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
             hours(run.seconds),
             "-" if run.best_loss is None else f"{run.best_loss:.4f} (epoch {run.best_epoch})",
             run.best_by or "-",
-            ended if run.finished else stopped,
+            (ended if run.finished else stopped) + (f", {count(run.marks, 'mark')}" if run.marks else ""),
         )
         rows.append(row)
     report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=tuple(rows)))
@@ -132,6 +133,7 @@ def past_run(run: FoundRun) -> PastRun:
         best_by=by if judged else "",
         last_loss=last_loss if math.isfinite(last_loss) else None,
         finished=run.finished,
+        marks=len(run.marks),
     )
 
 

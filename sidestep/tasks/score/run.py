@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import encode_texts
 from sidestep.adapters.adapter import Adapter, with_strength
 from sidestep.adapters.attach import adapter_scale, load_adapter
+from sidestep.adapters.average import average
 from sidestep.adapters.read import digest_of, read_adapter
 from sidestep.adapters.write import Card, save_folder
 from sidestep.data.batches import Song, fingerprint
@@ -36,7 +38,14 @@ from sidestep.tasks.sample import Sampler, open_sampler, sampling_for
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.metrics import Figure, drift, gain, relative_change
 from sidestep.tasks.score.recommend import Row, Verdict, recommend
-from sidestep.tasks.train.checkpoints import COMPLETE_FILE, STATE_FILE, complete_checkpoints, write_folder
+from sidestep.tasks.train.checkpoints import (
+    COMPLETE_FILE,
+    MARKS,
+    STATE_FILE,
+    complete_checkpoints,
+    positions,
+    write_folder,
+)
 from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective, training_law
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import load_decoder, open_accelerator
@@ -44,6 +53,7 @@ from sidestep.tasks.train.songs import load_songs, split, with_windows
 from sidestep.words import count, side_step
 
 FOLDER = "score"
+AVERAGE = "average"
 VERSION = 1  # of what is measured: raised whenever it changes
 FEWEST_SONGS = 4  # with fewer, losses are drawn anew by windows and timesteps instead of by songs
 BASE = "base"
@@ -117,11 +127,12 @@ class Judge:
 def score(config: ScoreConfig, report: Report) -> Verdict:
     """Judge the checkpoints of a run and recommend one. Raises UserError and JobError."""
     training = training_of(config, config.run_folder)
+    averaged = write_average(config.run_folder, config.average_from, report) if config.average_from is not None else ()
     candidates = candidates_of(config.run_folder)
     report(Notice(message=f"{count(len(candidates), 'checkpoint')} of {config.run_folder}"))
     with one_writer(config.run_folder / FOLDER):
         judge = prepare(config, training, config.run_folder / FOLDER, report)
-        verdict = judge_all(judge, candidates)
+        verdict = judge_all(judge, candidates, averaged)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     path, strength = taken.path, verdict.row.strength
     if config.keep:
@@ -162,6 +173,44 @@ def keep(taken: Candidate, strength: float, best: Path, report: Report) -> None:
     report(Saved(what="best", path=str(best)))
 
 
+def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
+    """Write `average/`, one adapter of the checkpoints from an epoch on; the names of these.
+
+    Raises UserError where there are fewer than two, where they differ in kind or rank, and while the run is trained;
+    JobError when the disk refuses.
+    """
+    folders = [folder for folder, position in positions(run).items() if position.epoch >= epoch]
+    if len(folders) < 2:
+        there = ", ".join(folder.name for folder in complete_checkpoints(run)) or "none"
+        raise UserError(
+            f"--average-from {epoch}: an average takes two checkpoints, and {run} has {len(folders)} from there on.",
+            f"There are: {there}. Name an earlier epoch, or train with a smaller --save-every.",
+        )
+    names = tuple(folder.name for folder in folders)
+    report(Notice(message=f"Averaging {names[0]} to {names[-1]}: {count(len(names), 'checkpoint')}"))
+    made = average([read_adapter(folder) for folder in folders], names)
+    how = {"lora": "the products B·A", "lokr": "the Kronecker products"}.get(made.adapter.kind, "the factors")
+    rest = f"{made.distance:.2g} of their mean change is lost"
+    if made.adapter.kind in ("lora", "lokr"):
+        rest += f" to the rank ({made.by_factors:.2g}, had the factors been averaged)"
+    report(Notice(message=f"average/ is the mean of {how}; {rest}"))
+    name, base_model, tag = (str(made.adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
+    card = Card(name=name, base_model=base_model, tag=tag)
+
+    def fill(new: Path) -> None:
+        save_folder(made.adapter, new, card)
+
+    with one_writer(run):
+        try:
+            write_folder(run / AVERAGE, fill)
+        except OSError as error:
+            raise JobError(
+                f"{run / AVERAGE}: cannot be written ({error.strerror or error}).", "Free some space on that disk."
+            ) from None
+    report(Saved(what="average", path=str(run / AVERAGE)))
+    return names
+
+
 def sample_command(judge: Judge, adapter: Path, strength: float) -> str:
     """The command that makes music with an adapter."""
     base = ("--checkpoint-dir", str(judge.training.checkpoint_dir), "--model-variant", judge.training.model_variant)
@@ -171,14 +220,16 @@ def sample_command(judge: Judge, adapter: Path, strength: float) -> str:
 
 def candidates_of(run: Path) -> list[Candidate]:
     """The adapters in a run's folder, each once, in the order of their steps. Raises UserError where there is none."""
-    folders = [*complete_checkpoints(run), *(run / name for name in ("best", "final", "ema"))]
+    known = read_run(run)
+    marks = [run / MARKS / name for name in (known.marks if known else ())]
+    folders = [*complete_checkpoints(run), *marks, *(run / name for name in ("best", "final", "ema", AVERAGE))]
     found: dict[str, Candidate] = {}
     for folder in folders:
         if folder.is_dir():
-            candidate = candidate_of(folder.name, folder)
+            candidate = candidate_of(f"mark {folder.name}" if folder in marks else folder.name, folder)
             first = found.setdefault(candidate.digest, candidate)
             if first is not candidate:
-                found[candidate.digest] = replace(first, also=(*first.also, folder.name))
+                found[candidate.digest] = replace(first, also=(*first.also, candidate.name))
     if not found:
         raise UserError(
             f"{run}: no checkpoint to judge in it.",
@@ -241,9 +292,22 @@ def prepare(config: ScoreConfig, training: TrainConfig, folder: Path, report: Re
     )
 
 
-def judge_all(judge: Judge, candidates: Sequence[Candidate]) -> Verdict:
-    """Measure what is not measured yet, the cheap figures first, and report tables and verdict."""
+def judge_all(judge: Judge, candidates: Sequence[Candidate], averaged: Sequence[str] = ()) -> Verdict:
+    """Measure what is not measured yet, the cheap figures first, and report tables and verdict.
+
+    averaged: names of the checkpoints that `average/` was made of, which is compared with them.
+    """
     base, measured = measure_all(judge, candidates)
+    if averaged:
+        own = {name: c.name for c in candidates for name in (c.name, *c.also)}
+        at = judge.config.strength[0]
+        loss = {name: fmean(measured[own[name], at].losses) for name in (AVERAGE, *averaged)}
+        last, best = averaged[-1], min(averaged, key=lambda name: loss[name])
+        message = f"Loss on {judge.what}: average {loss[AVERAGE]:.4f}, {loss[AVERAGE] / loss[last] - 1:+.2%} against "
+        message += f"{last} ({loss[last]:.4f})" + (
+            f"; the lowest of them is {best} ({loss[best]:.4f})" * (best != last)
+        )
+        judge.report(Notice(message=message))
     figures = figures_of(base, measured)
     rows = [Row(name, strength, *figures[name, strength]) for name, strength in measured]
     judge.report(table(rows, judge.what))

@@ -28,6 +28,7 @@ from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words
 from sidestep.settings.option import as_json_values, options_of
 from sidestep.tasks.train.evaluation import averaged
+from sidestep.tasks.train.marks import Mark
 from sidestep.tasks.train.processes import shard_like, unshard
 from sidestep.tasks.train.report import as_text
 from sidestep.tasks.train.run import History, Position, Run
@@ -35,6 +36,7 @@ from sidestep.words import PROGRAM, count, paste, size
 
 STATE_FILE = "training_state.pt"
 STATE_SCHEMA = 2  # raise it when a run can no longer go on from states of before
+MARKS = "marks"  # folder of the adapters that were marked on the way
 COMPLETE_FILE = "complete.json"  # written last: names every file and its size
 NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
@@ -230,7 +232,7 @@ def require_writable(folder: Path) -> None:
     """Make the output folder and try it. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder, folder / "checkpoints"):
+        for parent in (folder, folder / "checkpoints", folder / MARKS):
             restore(parent)
         with replacing(folder / "command.txt.try") as temporary:
             temporary.touch()
@@ -348,7 +350,10 @@ def check_room(run: Run) -> None:
     new = max(1, kept - (there if config.keep_checkpoints else 0))
     free = shutil.disk_usage(folder).free
     what = count(new, "new checkpoint") if there else count(new, "checkpoint")
-    needed = f"{what} of {size(each)}, the best and the last adapter: {size(new * each + results)}"
+    marks = min(round(1 / config.mark_drop), epochs) if config.mark_drop else 0  # at most
+    along = marks * files
+    also = f", at most {count(marks, 'mark')}" if marks else ""
+    needed = f"{what} of {size(each)}, the best and the last adapter{also}: {size(new * each + results + along)}"
     run.report(Decision(what="disk", value=needed, reason=f"{size(free)} are free in {folder}"))
     if free < 2 * each + results:  # one is written while another is there
         raise UserError(
@@ -356,8 +361,8 @@ def check_room(run: Run) -> None:
             "Free some space, choose an --output-dir on another disk, or a smaller adapter "
             f"(--rank {max(1, config.rank // 2)}).",
         )
-    if free < (new + 1) * each + results:
-        fits = there + int((free - results) // each) - 1
+    if free < (new + 1) * each + results + along:
+        fits = max(1, there + (free - results - along) // each - 1)
         message = f"{needed} will not fit into {size(free)}. --keep-checkpoints {fits} keeps as many as fit."
         run.report(Notice(message=message, level="warning"))
 
@@ -479,6 +484,13 @@ def save_best(run: Run) -> None:
         which = "averaged adapter" if best.is_average else "adapter"
         with averaged(run) if best.is_average else nullcontext():
             save_adapter(run, "best", f"best/ is now the {which} of epoch {best.epoch}, {best.by} {best.loss:.4f}")
+
+
+def save_mark(run: Run, mark: Mark) -> None:
+    """Write `marks/epoch_NNNN/` beside the training that goes on: the adapter alone."""
+    below = f"{mark.below:.1%} below the first one" if mark.below > 0 else "not below the first one"
+    note = f"Mark: after epoch {mark.epoch} the smoothed training loss is {mark.loss:.4f}, {below}"
+    save_adapter(run, f"{MARKS}/epoch_{mark.epoch:04d}", note)
 
 
 def save_results(run: Run) -> Path:

@@ -23,7 +23,7 @@ from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, St
 from sidestep.optim import can_skip_on_device
 from sidestep.settings.config import memory_levers
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
-from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint
+from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint, save_mark
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
 from sidestep.tasks.train.guards import VISITS_ABOVE, require_gradients
 from sidestep.tasks.train.objective import Objective
@@ -155,14 +155,18 @@ def run_loop(run: Run) -> None:
                 save_checkpoint(run, f"step_{run.position.step:06d}")
             with metrics.timed("validations"):
                 is_best = update_best(run, done)
+            mark = history.add_mark(config.mark_drop, run.position.step, done) if is_whole else None
             stops_early = has_waited_enough(run)
             run.tensorboard.flush()
             with metrics.timed("saves"):
                 if is_best and config.save_best:
                     save_best(run)
+                if mark:
+                    save_mark(run, mark)
                 if is_whole and (done % config.save_every == 0 or run.position.step == run.total_steps or stops_early):
                     save_checkpoint(run, f"epoch_{done:04d}")
-            if run.previews and config.preview_every and is_whole and done % config.preview_every == 0:
+            is_heard = config.preview_every and is_whole and done % config.preview_every == 0
+            if run.previews and (is_heard or mark):
                 with metrics.timed("previews"):
                     make_previews(run, run.previews)
             metrics.logged_at, metrics.steps_since_log = time.perf_counter(), 0
@@ -329,7 +333,7 @@ def rare_seconds_left(run: Run, metrics: Metrics) -> float:
     intervals = {"validations": config.validate_every, "saves": config.save_every, "previews": config.preview_every}
     for kind, seconds in metrics.rare_seconds.items():
         # at the end of the run there is one of each
-        due = [e for e in range(1, run.last_epoch + 1) if e == run.last_epoch or not e % intervals[kind]]
+        due = [e for e in range(1, run.last_epoch + 1) if e == run.last_epoch or e % (intervals[kind] or e + 1) == 0]
         done = sum(run.first_epoch < epoch <= ended for epoch in due)
         total += seconds / max(done, 1) * sum(epoch > ended for epoch in due)
     return total

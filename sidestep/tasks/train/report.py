@@ -64,6 +64,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
         ],
         "drift": next((p.drift for p in reversed(history.points) if p.drift is not None), None),
+        "marks": [{"epoch": m.epoch, "loss": _loss(m.loss), "below": f"{m.below:.1%}"} for m in history.marks],
         "named": history.watch.named,
         "ranks": ranks_of(run.model),
         "previews": previews_in(config.output_dir),

@@ -23,12 +23,12 @@ from sidestep.events import Event, LongTask, Notice, Report
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampling
 from sidestep.tasks.train.guards import SongWatch
+from sidestep.tasks.train.marks import Mark, passed, smoothed
 from sidestep.tasks.train.objective import TrainingLaw
 from sidestep.tasks.train.prior import Prior
 from sidestep.tasks.train.processes import Processes
 
 TIMESTEP_BINS = 10
-SMOOTHED_EPOCHS = 5  # without validation, the best is decided by the mean loss of so many epochs
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class History:
     loss_sum: float = 0.0
     samples: int = 0
     watch: SongWatch = field(default_factory=SongWatch)
+    marks: list[Mark] = field(default_factory=list)
 
     def add_sample(self, loss: float, t: float) -> None:
         """Count a finite loss into its epoch and its timestep."""
@@ -118,8 +119,21 @@ class History:
 
     def smoothed_loss(self) -> float | None:
         """Mean of the last epochs' losses; None until there are enough finite ones."""
-        last = self.epoch_losses[-SMOOTHED_EPOCHS:]
-        return sum(last) / len(last) if len(last) == SMOOTHED_EPOCHS and all(map(math.isfinite, last)) else None
+        return smoothed(self.epoch_losses)
+
+    def add_mark(self, drop: float, step: int, epoch: int) -> Mark | None:
+        """The mark of the epoch that was closed last, which is remembered; None where it passed no step (`passed`).
+
+        drop: 0 makes none.
+        """
+        if not drop:
+            return None
+        before, (steps, below) = passed(self.epoch_losses[:-1], drop)[0], passed(self.epoch_losses, drop)
+        loss = self.smoothed_loss()
+        if loss is None or steps <= before:
+            return None
+        self.marks.append(Mark(step, epoch, loss, below))
+        return self.marks[-1]
 
     def update_best(self, loss: float, step: int, epoch: int, by: str, is_average: bool = False) -> bool:
         """Whether this loss is the lowest so far; remembers it if so, and counts if not."""
@@ -137,6 +151,7 @@ class History:
         kept["evaluations"] = [Evaluation(**evaluation) for evaluation in kept["evaluations"]]
         kept["best"] = Best(**kept["best"]) if kept["best"] else None
         kept["watch"] = SongWatch(**kept.get("watch", {}))  # states of before have none
+        kept["marks"] = [Mark(**mark) for mark in kept.get("marks", [])]
         return cls(**kept)
 
 

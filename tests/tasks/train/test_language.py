@@ -252,6 +252,7 @@ def test_the_command_has_no_setting_that_the_language_model_would_not_obey():
         "lm",
         "log_every",
         "lr",
+        "mark_drop",
         "max_grad_norm",
         "max_steps",
         "model_variant",

@@ -59,6 +59,7 @@ def values(**changes) -> dict:
         "epoch": 4,
         "total_epochs": 4,
         "timesteps": "discrete, 8 steps, shift 3",
+        "marks": [{"epoch": 7, "loss": "0.4321", "below": "5.1%"}],
         "named": ["odd.pt"],
         "drift": 0.0012,
         "law": "config.json says is_turbo=true",
