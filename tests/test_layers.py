@@ -26,6 +26,7 @@ BESIDE = {
     ("tasks.train", "tasks.sample"): "previews are samples",
     ("tasks.sample", "tasks.think"): "a song may be composed before it is made",
     ("tasks.train", "tasks.think"): "so may that of a preview",
+    ("tasks.plan", "tasks.describe"): "memory is planned for what is heard at once",
     ("tasks.plan", "tasks.think"): "memory is planned for the longest song that is composed unasked",
     ("tasks.preprocess", "tasks.build_dataset"): "a folder of songs is indexed as build-dataset would",
     ("tasks.audit", "pages"): "the page of an audit",

@@ -144,6 +144,10 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
     """`build-dataset`, and what it was asked to find out about the songs."""
     from sidestep.tasks.build_dataset import analyze, build_dataset
 
+    if config.caption == "lm":
+        from sidestep.tasks.plan.language import check_description
+
+        check_description(config, report)
     summary = build_dataset(config, report)
     if config.analyze:
         analyze(summary.path, report)
@@ -159,7 +163,11 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
 
 def plan(config: PlanConfig, report: Report) -> dict[str, Any]:
     """`plan`. An answer is a success, also when it is that the run does not fit."""
+    from sidestep.tasks.plan.language import plan_language
     from sidestep.tasks.plan.plan import as_json, plan
+
+    if config.lm:
+        return plan_language(config, report)
 
     return as_json(plan(config, report))
 

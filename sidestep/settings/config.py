@@ -1354,6 +1354,12 @@ class PlanConfig:
         holds="checkpoints",
         kept=True,
     )
+    lm: str = option(
+        "",
+        "plan for the language model instead: 0.6B, 1.7B or 4B, known without files, or one below --checkpoint-dir",
+        group="Plan",
+        advanced=True,
+    )
     vram: float | None = option(
         None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0
     )

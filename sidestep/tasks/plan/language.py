@@ -3,22 +3,57 @@
 Arithmetic, not measured on a GPU.
 """
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.acestep.device import choose_device, choose_precision, gpu_memory, with_overhead
+from sidestep.acestep.device import (
+    GIB,
+    PRECISIONS,
+    GpuMemory,
+    choose_device,
+    choose_precision,
+    gpu_memory,
+    with_overhead,
+)
 from sidestep.acestep.layout import read_config
+from sidestep.acestep.lm.decoding import ANSWER_TOKENS
 from sidestep.acestep.lm.loss import PIECE
-from sidestep.acestep.lm.model import choose_language_model
+from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model, find_language_models
 from sidestep.acestep.quantize import quantized_bytes
 from sidestep.data.records import index_records
-from sidestep.errors import JobError
-from sidestep.events import Decision, Notice, Report
-from sidestep.settings.config import TrainLmConfig
+from sidestep.errors import UserError
+from sidestep.events import Decision, Notice, Report, Table
+from sidestep.settings.config import BuildDatasetConfig, PlanConfig, TrainLmConfig, memory_levers
+from sidestep.settings.option import changed_from_defaults, options_of, resolve
+from sidestep.tasks.describe.listener import PART_SECONDS
+from sidestep.tasks.plan.passes import codes_bytes, encoding_peak, vae_bytes
+from sidestep.variants import official_config
 from sidestep.words import gib
 
+BY_ARITHMETIC = "by arithmetic, not measured"
 PLAIN_TOKENS = 1024  # of a song beside its codes: prompt, caption twice, lyrics
 ACTIVATIONS_PER_LAYER = 18  # widths of hidden states and four of the MLP that one layer's backward pass holds
+
+# Source: lm-facts, section 1.
+_SHARED = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 217_204}
+OFFICIAL_LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    size: {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **_SHARED,
+    }
+    for size, width, inner, layers, heads in (
+        ("0.6B", 1024, 3072, 28, 16),
+        ("1.7B", 2048, 6144, 28, 16),
+        ("4B", 2560, 9728, 36, 32),
+    )
+}
 
 
 def weights_bytes(sizes: dict[str, Any], bytes_per_value: int, base_precision: str) -> int:
@@ -71,22 +106,115 @@ def writing_bytes(sizes: dict[str, Any], base_precision: str, tokens: int, bytes
     return weights_bytes(sizes, bytes_per_value, base_precision) + sides * tokens * cache + logits + layer
 
 
+def describing_bytes(
+    lm: dict[str, Any], dit: dict[str, Any], base_precision: str, dtype: torch.dtype, with_lyrics: bool = False
+) -> int:
+    """Peak bytes of `build-dataset --caption lm`: VAE, codes and language model stay; they work in turns.
+
+    lm, dit: config.json of each.
+    """
+    tokens = round(CODES_PER_SECOND * PART_SECONDS) + PLAIN_TOKENS + (ANSWER_TOKENS if with_lyrics else 0)
+    writing = writing_bytes(lm, base_precision, tokens, dtype.itemsize)
+    encoding = encoding_peak(dtype, PART_SECONDS, whole=True)
+    between = codes_bytes(dit, dtype)
+    lm_alone = weights_bytes(lm, dtype.itemsize, base_precision)
+    return between + max(lm_alone + encoding, writing + vae_bytes(dtype))
+
+
+def check_description(config: BuildDatasetConfig, report: Report) -> None:
+    """Say what listening takes on this GPU. Raises UserError where it cannot fit."""
+    assert config.checkpoint_dir is not None
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    sizes = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
+    device = choose_device(config.device).value
+    if (gpu := gpu_memory(device)) is None:
+        return
+    dtype = choose_precision(config.precision, device).value
+    needed = describing_bytes(sizes, checkpoint.config, config.base_precision, dtype, config.lyrics != "none")
+    require_language_room(with_overhead(needed), gpu, config, report)
+
+
 def check_language_memory(config: TrainLmConfig, report: Report) -> None:
-    """Say what training takes on this GPU. Raises JobError where it cannot fit, unless that was asked for."""
+    """Say what training takes on this GPU. Raises UserError where it cannot fit, unless that was asked for."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     folder = choose_language_model(checkpoint.layout, config.lm)
     device = choose_device(config.device).value
-    memory = gpu_memory(device)
     infos, _ = index_records(config.dataset_dir, report) if config.dataset_dir.is_dir() else ({}, {})
     tokens = PLAIN_TOKENS + max((info.frames // 5 for info in infos.values()), default=1200)
     bytes_per_value = choose_precision(config.precision, device).value.itemsize
     needed = training_bytes(read_config(folder / "config.json"), config, tokens, bytes_per_value)
-    reason = f"{folder.name}, songs of up to {tokens} tokens; by arithmetic, not measured"
-    report(Decision(what="memory", value=gib(needed), reason=reason))
-    if memory is None or needed <= memory.free:
-        return
-    problem = f"{memory.source} has {gib(memory.free)} free, and this run takes {gib(needed)}."
-    if config.even_if_it_does_not_fit:
-        report(Notice(message=problem, level="warning"))
-        return
-    raise JobError(problem, "What helps: --base-precision nf4, a smaller --lm, or --even-if-it-does-not-fit to try.")
+    if (gpu := gpu_memory(device)) is not None:
+        require_language_room(needed, gpu, config, report)
+    else:
+        reason = f"{folder.name}, songs of up to {tokens} tokens; {BY_ARITHMETIC}"
+        report(Decision(what="memory", value=gib(needed), reason=reason))
+
+
+def require_language_room(
+    needed: int, gpu: GpuMemory, config: TrainLmConfig | BuildDatasetConfig, report: Report
+) -> None:
+    """Say what a job takes, context and slack included. Raises UserError where it is more than the GPU has."""
+    what = f"This takes {gib(needed)}, and {gpu.source} has {gib(gpu.bytes)}"
+    helps = f"What helps: {', '.join(memory_levers(config)) or 'a larger card, or --device cpu'}."
+    if needed > gpu.bytes and not getattr(config, "even_if_it_does_not_fit", False):
+        override = "" if isinstance(config, BuildDatasetConfig) else "\nTo try all the same: --even-if-it-does-not-fit"
+        raise UserError(f"{what}: it would run out of memory.", helps + override)
+    report(Decision(what="memory", value=f"{gib(needed)} of {gib(gpu.bytes)}", reason=BY_ARITHMETIC))
+    if needed > gpu.free:
+        message = f"{what}, of which {gib(gpu.free)} are free: it may run out of memory. {helps}"
+        report(Notice(message=message, level="warning"))
+
+
+def plan_language(config: PlanConfig, report: Report) -> dict[str, Any]:
+    """`plan --lm`: what training, listening and composing take, for each way of storing the model, as plain values.
+
+    Raises UserError for a language model of unknown sizes.
+    """
+    sizes, dit = sizes_for(config)
+    shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(TrainLmConfig)}
+    shared = {name: value for name, value in shared.items() if name not in ("lm", "base_precision")}
+    folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
+    asked = resolve(TrainLmConfig, shared, folders)
+    dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
+    tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * config.song_seconds)
+    gpu = (
+        GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}")
+        if config.vram
+        else gpu_memory(choose_device().value)
+    )
+    rows: list[tuple[str, ...]] = []
+    found: dict[str, Any] = {"lm": config.lm, "device_bytes": gpu.bytes if gpu else None, "needed_bytes": {}}
+    for precision in options_of(TrainLmConfig)["base_precision"].choices:
+        needed = {
+            "train-lm": training_bytes(sizes, replace(asked, base_precision=precision), tokens, dtype.itemsize),
+            "build-dataset --caption lm": with_overhead(describing_bytes(sizes, dit, precision, dtype)),
+            "sample --think": with_overhead(writing_bytes(sizes, precision, tokens, dtype.itemsize, sides=2)),
+        }
+        for job, nbytes in needed.items():
+            fits = "" if gpu is None else "fits" if nbytes <= gpu.usable else "hardly" if nbytes <= gpu.bytes else "no"
+            rows.append((job, "as it is" if precision == "auto" else precision, gib(nbytes, digits=2), fits))
+        found["needed_bytes"][precision] = needed
+    if not config.json:
+        card = f"on {gib(gpu.bytes)}" if gpu else "no GPU found here; --vram plans for one"
+        title = f"Memory of the language model, songs of {config.song_seconds:g} s, by arithmetic ({card})"
+        report(Table(title=title, columns=("job", "--base-precision", "needed", "fits"), rows=tuple(rows)))
+    return found
+
+
+def sizes_for(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config.json of the language model, of the DiT); those of the official ones are known without files."""
+    official, dit = OFFICIAL_LANGUAGE_MODELS.get(config.lm), official_config(config.model_variant)
+    if config.checkpoint_dir:
+        checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+        if official is None or find_language_models(checkpoint.layout):
+            return read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json"), checkpoint.config
+        return official, checkpoint.config
+    if official is None:
+        raise UserError(
+            f"--lm {config.lm}: its sizes are not known without its files.",
+            f"Add --checkpoint-dir, or use one of {', '.join(OFFICIAL_LANGUAGE_MODELS)}.",
+        )
+    if dit is None:
+        fix = "Add --checkpoint-dir, or leave --model-variant away."
+        raise UserError(f"--model-variant {config.model_variant}: its sizes are not known without its files.", fix)
+    return official, dit

@@ -3,10 +3,16 @@
 Without gradients a layer leaves nothing behind: few layers show the peak of many, the weights of the others are added.
 """
 
+import functools
+
 import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
-from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+from diffusers.pipelines.ace_step.modeling_ace_step import (
+    AceStepAudioTokenDetokenizer,
+    AceStepAudioTokenizer,
+    AceStepConditionEncoder,
+)
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
@@ -54,21 +60,44 @@ def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_
     First the VAE's encoder (fp32) on one tile of a song of so many seconds, then the text encoder (`dtype`); never
     both.
     """
-    vae = _vae(torch.float32)
-    del vae.decoder
+    encoding = encoding_peak(torch.float32, seconds, tile_frames)
     with torch.device("meta"):
         text_encoder = Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS}))
     _freeze(text_encoder, dtype)
     others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
+    with fake_mode():
+        reading = _loaded(text_encoder)
+        with reading:
+            encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
+    return max(encoding, reading.peak + others)
+
+
+@functools.cache
+def encoding_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_FRAMES, whole: bool = False) -> int:
+    """Peak bytes of the VAE that encodes a song of so many seconds, tile by tile. whole: its decoder is there, too."""
+    vae = _vae(dtype)
+    if not whole:
+        del vae.decoder
     samples = round(seconds * VAE["sampling_rate"])
     tile_samples = samples_per_frame(VAE) * (tile_frames + 2 * ENCODER_HALO_FRAMES)
     with fake_mode():
-        encoding, reading = _loaded(vae), _loaded(text_encoder)
+        encoding = _loaded(vae)
         with encoding:
-            encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples)), 0)
-        with reading:
-            encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
-    return max(encoding.peak, reading.peak + others)
+            encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples), dtype=dtype), 0)
+    return encoding.peak
+
+
+def vae_bytes(dtype: torch.dtype) -> int:
+    """Bytes of the whole VAE's weights."""
+    return sum(parameter.numel() for parameter in _vae(dtype).parameters()) * dtype.itemsize
+
+
+def codes_bytes(sizes: dict, dtype: torch.dtype) -> int:
+    """Bytes of the weights between latents and codes, there and back. sizes: the DiT's config."""
+    whole = encoder_sizes(sizes)
+    with torch.device("meta"):
+        parts = [kind(**accepted(kind, whole)) for kind in (AceStepAudioTokenizer, AceStepAudioTokenDetokenizer)]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters()) * dtype.itemsize
 
 
 def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:

@@ -13,17 +13,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from sidestep.acestep.device import GIB, GpuMemory
+from sidestep.acestep.device import GpuMemory
 from sidestep.acestep.lm.loss import answer_loss
 from sidestep.acestep.lm.prompts import codes_prompt, plan_text
 from sidestep.cli.main import main
 from sidestep.data.records import save_record
-from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
+from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import EpochDone, Finished, StepDone, Validated
 from sidestep.settings.config import HistoryConfig, TrainLmConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
-from sidestep.tasks.plan.language import check_language_memory, training_bytes, weights_bytes
+from sidestep.tasks.plan.language import check_language_memory
 from sidestep.tasks.train import train
 from tests.training_world import Log, adapter, differing, prepared, record
 
@@ -198,29 +198,6 @@ def test_the_command_trains_and_is_kept_as_it_was_typed(tmp_path, lm_home):
     assert "timestep_mode" not in kept
 
 
-SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "4B": (2560, 9728, 36, 32)}
-PARAMETERS = {"0.6B": 662_884_352, "1.7B": 1_854_243_840, "4B": 4_189_554_176}
-
-
-def sizes_of(name: str) -> dict:
-    width, inner, layers, heads = SIZES[name]
-    return {
-        **{"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers},
-        **{"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 217_204},
-    }
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_the_weights_are_counted_as_they_are_but_for_the_norms(name):
-    assert weights_bytes(sizes_of(name), 2, "auto") == pytest.approx(2 * PARAMETERS[name], rel=1e-3)
-
-
-@pytest.mark.parametrize(("name", "precision", "gib"), [("0.6B", "auto", 8), ("1.7B", "auto", 8), ("4B", "nf4", 12)])
-def test_each_size_trains_on_the_card_that_it_is_said_to(tmp_path, name, precision, gib):
-    config = settings(tmp_path, tmp_path, tmp_path, rank=16, base_precision=precision)
-    assert training_bytes(sizes_of(name), config, 2500, 2) < gib * GIB
-
-
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path, lm_home, monkeypatch, forced):
     card = GpuMemory(2**28, "a small card")
@@ -229,7 +206,7 @@ def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path,
     if forced:
         check_language_memory(config, lambda _: None)
     else:
-        with pytest.raises(JobError, match="a small card has .* this run takes"):
+        with pytest.raises(UserError, match="a small card has .*it would run out of memory"):
             check_language_memory(config, lambda _: None)
 
 
