@@ -9,13 +9,12 @@ import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
-from diffusers.models.transformers.ace_step_transformer import AceStepMLP, AceStepTransformer1DModel
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepAudioTokenDetokenizer,
     AceStepAudioTokenizer,
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
+from sidestep.acestep.fp16 import wide
 from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
@@ -141,15 +141,15 @@ class Checkpoint:
         extra: dict[str, Callable[[], Tensor]] = {"silence_latent": self.silence_latent}  # of any length
         if self.layout.kind == "original":
             extra["null_condition_emb"] = self.load_null_condition
-        encoder = self._load(AceStepConditionEncoder, "condition_encoder", "encoder.", sizes, device, dtype, extra)
+        encoder = self._load(
+            AceStepConditionEncoder, "condition_encoder", "encoder.", sizes, device, wide(dtype), extra
+        )
         layer_types = sizes.get("layer_types")
         if layer_types:
             timbre = encoder.timbre_encoder
             timbre._layer_types = list(layer_types[: len(timbre.layers)])
         if self.variant.is_xl:
             prepend_timbre_token(encoder)
-        if dtype == torch.float16:
-            widen_range(encoder)
         return encoder
 
     def load_audio_tokenizer(
@@ -157,14 +157,14 @@ class Checkpoint:
     ) -> AceStepAudioTokenizer:
         """25 Hz latents to 5 Hz codes."""
         sizes = encoder_sizes(self.config)
-        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", sizes, device, dtype)
+        return self._load(AceStepAudioTokenizer, "audio_tokenizer", "tokenizer.", sizes, device, wide(dtype))
 
     def load_audio_detokenizer(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> AceStepAudioTokenDetokenizer:
         """5 Hz codes to 25 Hz hints."""
         sizes, part = encoder_sizes(self.config), "audio_token_detokenizer"
-        return self._load(AceStepAudioTokenDetokenizer, part, "detokenizer.", sizes, device, dtype)
+        return self._load(AceStepAudioTokenDetokenizer, part, "detokenizer.", sizes, device, wide(dtype))
 
     def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo."""
@@ -181,7 +181,8 @@ class Checkpoint:
         read = read_config(self.layout.part("text_encoder") / "config.json")
         config = Qwen3Config(**{name: value for name, value in read.items() if name in QWEN3_FIELDS})
         config._attn_implementation = "sdpa"
-        return self._load(Qwen3Model, "text_encoder", "", {"config": config}, device, dtype), self.load_tokenizer()
+        encoder = self._load(Qwen3Model, "text_encoder", "", {"config": config}, device, wide(dtype))
+        return encoder, self.load_tokenizer()
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The text tokenizer alone; a few MB. Of its files only tokenizer.json is read, which holds all of it."""
@@ -281,26 +282,6 @@ def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:
         return torch.cat([timbre.special_token.expand(frames.shape[0], -1, -1).to(frames.dtype), frames], dim=1)
 
     timbre.embed_tokens.register_forward_hook(with_token)
-
-
-def widen_range(encoder: AceStepConditionEncoder) -> None:
-    """Let the last product of every MLP be computed and added in fp32.
-
-    On trained weights it reaches about 505,000 in the lyric encoder, where fp16 ends at 65,504: every song with lyrics
-    would be NaN.
-    """
-    layers: Any = (*encoder.lyric_encoder.layers, *encoder.timbre_encoder.layers)
-    for layer in layers:
-        layer.mlp.__class__ = WideMlp
-
-
-class WideMlp(AceStepMLP):
-    """diffusers' MLP, computed in fp32 after its first two products."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] to fp32 [..., C]."""
-        inner = F.silu(self.gate_proj(x).float()) * self.up_proj(x).float()
-        return F.linear(inner, self.down_proj.weight.float())
 
 
 def accepted(model_class: type[nn.Module], config: dict) -> dict:

@@ -28,6 +28,7 @@ from sidestep.acestep.conditions import (
     tiled_silence,
 )
 from sidestep.acestep.device import choose_device, choose_precision, precision_name, release_memory
+from sidestep.acestep.fp16 import name_what_overflows
 from sidestep.acestep.lm.decoding import Sampling as TokenSampling
 from sidestep.acestep.lm.model import PREFIX as LM_PREFIX
 from sidestep.acestep.vae import decode, frames_per_second
@@ -172,7 +173,12 @@ class Sampler:
 
         scale = self.sampling.guidance
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
-        return sample_euler(field, noise, sampling_timesteps(self.sampling.steps, self.sampling.shift))
+        timesteps = sampling_timesteps(self.sampling.steps, self.sampling.shift)
+        latents = sample_euler(field, noise, timesteps)
+        if noise.dtype == torch.float16 and not bool(torch.isfinite(latents).all()):
+            with name_what_overflows(self.decoder):
+                sample_euler(field, noise, timesteps)
+        return latents
 
     def audio(self, latents: Tensor, prompt: Prompt | None = None) -> np.ndarray:
         """float32 [2, S] with its peak at -1 dBFS, as long as the prompt asks for, or else all of the latents.

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.conditions import Prompt, cover_hints, embed_lyrics
+from sidestep.acestep.fp16 import wide
 from sidestep.acestep.quantize import _Int8Product
 from sidestep.acestep.vae import decode, encode_mean
 from sidestep.acestep.weights import Weights
@@ -110,10 +111,10 @@ def test_lyrics_and_hints_are_encoded(fake_cuda, checkpoint, dtype):
     silence = checkpoint.silence_latent()
     text_encoder, _ = checkpoint.load_text_encoder(CUDA, dtype)  # transformers' own; it computes on constants
     lyrics = embed_lyrics(text_encoder, torch.ones(1, 12, dtype=torch.long))
-    assert (lyrics.device, lyrics.dtype) == (CUDA, dtype)
+    assert (lyrics.device, lyrics.dtype) == (CUDA, wide(dtype))
     encoder = checkpoint.load_condition_encoder(CUDA, dtype).lyric_encoder  # the others look at numbers on the way
     states = encoder(lyrics, torch.ones(1, 12, dtype=torch.bool, device=CUDA))
-    assert (states.device, states.dtype) == (CUDA, dtype)
+    assert (states.device, states.dtype) == (CUDA, wide(dtype))
     tokenizer, detokenizer = (
         load(CUDA, dtype) for load in (checkpoint.load_audio_tokenizer, checkpoint.load_audio_detokenizer)
     )

@@ -19,6 +19,7 @@ from transformers import Qwen3Config, Qwen3Model
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import accepted, encoder_sizes
 from sidestep.acestep.conditions import LYRIC_TOKENS, TEXT_TOKENS, encode_conditions, encode_text
+from sidestep.acestep.fp16 import wide
 from sidestep.acestep.fused import fuse_layers
 from sidestep.acestep.vae import (
     DECODER_HALO_FRAMES,
@@ -63,7 +64,7 @@ def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_
     encoding = encoding_peak(torch.float32, seconds, tile_frames)
     with torch.device("meta"):
         text_encoder = Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS}))
-    _freeze(text_encoder, dtype)
+    _freeze(text_encoder, wide(dtype))
     others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
     with fake_mode():
         reading = _loaded(text_encoder)
@@ -110,6 +111,7 @@ def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
     }
     with torch.device("meta"):
         encoder = AceStepConditionEncoder(**accepted(AceStepConditionEncoder, whole | few))
+    dtype = wide(dtype)
     _freeze(encoder, dtype)
     others = _other_layers(encoder.lyric_encoder.layers, whole["num_lyric_encoder_hidden_layers"])
     others += _other_layers(encoder.timbre_encoder.layers, whole["num_timbre_encoder_hidden_layers"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sidestep.acestep.device import peak_memory_bytes
+from sidestep.acestep.fp16 import name_what_overflows
 from sidestep.data.batches import StepPlan
 from sidestep.data.records import RecordError
 from sidestep.errors import Interrupted, JobError
@@ -181,7 +182,8 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     """One optimizer step: this process's micro-batches, then clip and update unless the gradient is not finite.
 
     Losses are divided by the samples of the whole step, so short steps and uneven batches weigh every sample the same.
-    Other music, if there is any, comes last and has its share of the loss.
+    Other music, if there is any, comes last and has its share of the loss. In fp16 the first step, and the next one
+    after a step that was left out, raise JobError for a module that leaves its range.
     """
     accelerator, processes, step = run.accelerator, run.processes.count, run.position.step
     others = run.prior.micro_batches(step, plan.samples) if run.prior else ()
@@ -197,6 +199,8 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     again = len(decoder.layers) if run.layer_calls and others else 0
     parts = sum((run.layer_calls or 1) + again * is_other for _, is_other, _ in work)
     run.step_task = LongTask(run.report, STEP_TASK, parts + 1)
+    looks = run.looks_at_range and accelerator.mixed_precision == "fp16" and not run.config.compile
+    run.looks_at_range = False
     for number, (micro_batch, is_other, is_own) in enumerate(work, start=1):
         songs = run.prior.songs if run.prior and is_other else run.songs
         batch = run.objective.collate(songs, micro_batch)
@@ -209,7 +213,8 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
                 )
             else:
                 share = (1 - run.prior.weight if run.prior else 1) * processes / plan.samples
-                weighted, loss, t = run.objective(run.wrapped, batch, step, plan.samples)
+                with name_what_overflows(decoder) if looks else nullcontext():
+                    weighted, loss, t = run.objective(run.wrapped, batch, step, plan.samples)
             accelerator.backward(weighted.sum() * (share if is_own else 0.0))
         if is_own:
             metrics.add(loss, t, (PRIOR,) * len(loss) if is_other else batch.songs)
@@ -281,6 +286,7 @@ def read_metrics(run: Run, metrics: Metrics) -> None:
         suspects = [songs for songs, sure in everyone if sure] or [songs for songs, _ in everyone]
         songs = tuple(dict.fromkeys(name for names in suspects for name in names))
         metrics.skipped_in_a_row += 1
+        run.looks_at_range = True
         reason, in_a_row = "loss or gradient is not finite", metrics.skipped_in_a_row
         run.report(StepSkipped(step=reading.step, songs=songs, reason=reason, in_a_row=in_a_row))
         if in_a_row >= SKIPS_THAT_STOP:

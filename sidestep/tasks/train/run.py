@@ -295,6 +295,7 @@ class Run:
     history: History = field(default_factory=History)
     prior: Prior | None = None
     learns: bool = False  # every tensor of the adapter was seen to get a gradient
+    looks_at_range: bool = True  # whether in fp16 the next step names what leaves its range
 
     @property
     def device(self) -> torch.device:
