@@ -82,6 +82,10 @@ def test_conditions_of_other_music_drop_as_often_as_those_of_the_songs(data, oth
     hook.remove()
     assert len(given) == 2
     assert all(torch.equal(c, run.objective.null_condition.expand_as(c)) for c in given)
+    objective = prepared(settings(data, tmp_path, prior_data=other, cfg_ratio=0.5)).objective
+    drops = [objective.draws(batch, step, 1, "prior ")[2] is not None for step in range(40)]
+    assert drops == [objective.dropped(step, (0,), "prior ") is not None for step in range(40)]
+    assert drops != [objective.dropped(step, (0,)) is not None for step in range(40)]
 
 
 @pytest.mark.parametrize("weight", [0.2, 0.5])
