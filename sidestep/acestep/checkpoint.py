@@ -6,7 +6,7 @@ No Python that a checkpoint brings along is run. Key map and XL timbre token: sp
 import inspect
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -166,13 +166,26 @@ class Checkpoint:
         sizes, part = encoder_sizes(self.config), "audio_token_detokenizer"
         return self._load(AceStepAudioTokenDetokenizer, part, "detokenizer.", sizes, device, wide(dtype))
 
-    def load_vae(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> AutoencoderOobleck:
-        """The audio codec, 48 kHz stereo."""
-        return self._load(AutoencoderOobleck, "vae", "", self.vae_config(), device, dtype)
+    def load_vae(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, to_encode: bool = False
+    ) -> AutoencoderOobleck:
+        """The audio codec, 48 kHz stereo. to_encode: without its decoder, which is half of it and is not read then."""
+        without = ("decoder",) if to_encode else ()
+        return self._load(AutoencoderOobleck, "vae", "", self.vae_config(), device, dtype, without=without)
 
     def vae_config(self) -> dict:
-        """config.json of the VAE: sampling rate, down-sampling ratios."""
-        return read_config(self.layout.part("vae") / "config.json")
+        """config.json of the VAE: sampling rate, down-sampling ratios. Raises UserError where it is another model's."""
+        file = self.layout.part("vae") / "config.json"
+        config = {"encoder_hidden_size": 128, "decoder_input_channels": 64} | read_config(file)
+        made = config["encoder_hidden_size"], config["decoder_input_channels"]
+        channels = self.latent_channels
+        if made != (2 * channels, channels):  # the encoder gives a mean and a deviation of each
+            raise UserError(
+                f"{file}: encoder_hidden_size {made[0]} and decoder_input_channels {made[1]}; "
+                f"{self.folder.name} works on {channels} channels, which needs {2 * channels} and {channels}.",
+                "Put the VAE of the model's own release into that folder.",
+            )
+        return config
 
     def load_text_encoder(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
@@ -226,11 +239,12 @@ class Checkpoint:
         dtype: torch.dtype,
         extra: Mapping[str, Callable[[], Tensor]] = MappingProxyType({}),
         quantize: str = "",
+        without: Sequence[str] = (),
     ) -> M:
         """A part in evaluation mode.
 
         prefix: of its keys in the one file that the model's parts share in the original layout; empty for the parts
-        that are beside it. sizes: what its class takes, unless its own config.json says.
+        that are beside it. sizes: what its class takes, unless its own config.json says. without: children left out.
         """
         weights = self._open(part)
         if prefix and self.layout.kind == "original":
@@ -239,6 +253,7 @@ class Checkpoint:
             sizes = read_config(weights.path / "config.json") if prefix else sizes
             # a text encoder may come from a whole language model
             keys = {k.removeprefix("model."): k for k in weights.shapes if k not in extra and k != "lm_head.weight"}
+        keys = {name: key for name, key in keys.items() if name.partition(".")[0] not in without}
         what = part.replace("_", " ")
         nbytes = sum(math.prod(weights.shapes[key]) for key in keys.values()) * dtype.itemsize
         task = f"Loading the {what}" + (f" and packing it in {quantize}" if quantize else "")
@@ -247,6 +262,8 @@ class Checkpoint:
             model = model_class(**accepted(model_class, sizes))
             if quantize:
                 make_quantizable(model, quantize, dtype)
+        for child in without:
+            setattr(model, child, nn.Identity())
         fill(model, weights, keys, dtype, device, what, extra, done)
         self.loaded_keys.update(keys.values() if prefix else ())
         return model.to(device).eval().requires_grad_(False)  # buffers outside the checkpoint move here

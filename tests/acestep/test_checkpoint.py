@@ -423,3 +423,21 @@ def test_reading_and_packing_a_large_part_is_told_from_its_first_byte_to_its_las
     monkeypatch.setattr(weights, "UNKEPT_BYTES", 1 << 30)
     checkpoint.load_decoder()
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("encoder_hidden_size", 128), ("decoder_input_channels", 64), ("encoder_hidden_size", "16")]
+)
+def test_a_vae_of_another_models_channels_is_refused(broken, field, value):
+    file = broken / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8")
+    checkpoint = open_checkpoint(broken, "turbo")
+    with pytest.raises(UserError, match=f"{field} {value}.*{TURBO} works on 8 channels"):
+        checkpoint.load_vae()
+
+
+def test_a_vae_that_only_encodes_has_the_same_encoder_and_no_decoder(checkpoints):
+    whole, half = (open_checkpoint(checkpoints, "turbo").load_vae(to_encode=choice) for choice in (False, True))
+    encoder = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("encoder.")}
+    assert half.state_dict().keys() == encoder.keys()
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in half.state_dict().items())

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sidestep.acestep.conditions import COVER, LYRIC_TOKENS, TEXT_TOKENS, embed_lyrics, encode_text, token_ids
+from sidestep.acestep.device import give_back_memory
 from sidestep.acestep.vae import ENCODER_HALO_FRAMES, TILE_FRAMES, encode_mean, samples_per_frame
 from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, is_cut_short, probe, stream
 from sidestep.audio.signals import LevelMeter
@@ -115,6 +116,7 @@ def encode_songs(job: Job, songs: Sequence[tuple[Song, Inspection]], results: Re
                 "seconds": decoded.seconds,
             }
             del decoded  # or its samples would stay while the next song is waited for
+            give_back_memory()
             audio_pass.write(song, partial(job.work.save, song.key, LATENTS, {"latents": latents}, metadata))
 
 
@@ -239,9 +241,7 @@ class _AudioEncoder:
         """The same of one segment, audio [2, S]."""
         device = self.job.device
         if self.vae is None:
-            self.vae = self.job.checkpoint.load_vae(device, self.job.vae_dtype)
-            # Half of the weights, which encoding never uses. In diffusers' types the VAE may be one that is not there.
-            self.vae.decoder = torch.nn.Identity()  # pyrefly: ignore[bad-assignment, missing-attribute]
+            self.vae = self.job.checkpoint.load_vae(device, self.job.vae_dtype, True)
         while True:
             try:
                 return encode_mean(self.vae, torch.from_numpy(audio)[None], self.tile_frames, on_tile)[0].float().cpu()

@@ -147,7 +147,7 @@ class Vae(torch.nn.Conv1d):
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: self(audio)))
 
 torch.set_num_threads(1)
-Checkpoint.load_vae = lambda self, device, dtype: Vae(self.vae_config()).to(device, dtype)
+Checkpoint.load_vae = lambda self, device, dtype, to_encode: Vae(self.vae_config()).to(device, dtype)
 command, songs, output, checkpoints = sys.argv[1], *map(Path, sys.argv[2:])
 if command == "audit":
     audit(build_dataset(BuildDatasetConfig(input=songs), print).path, print)

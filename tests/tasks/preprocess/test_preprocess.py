@@ -13,6 +13,7 @@ import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.vae import encode_mean
+from sidestep.acestep.weights import Weights
 from sidestep.data.records import find_records, load_record
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import Decision, FileFailed, Finished, Notice, Progress, null
@@ -619,3 +620,35 @@ def test_the_config_can_be_made_without_an_audio_folder(library: Path, tmp_path:
     config = job(library, tmp_path / "out", audio_dir=None, dataset_json=library / "dataset.json")
     assert isinstance(config, PreprocessConfig)
     assert preprocess(config, null).done == 3
+
+
+def test_a_vae_of_another_model_is_refused_before_a_song_is_heard(library, checkpoints, tmp_path, loaded, monkeypatch):
+    folder = Path(shutil.copytree(checkpoints, tmp_path / "checkpoints"))
+    file = folder / "vae" / "config.json"
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | {"encoder_hidden_size": 128}), encoding="utf-8")
+    monkeypatch.setattr(latents, "decode_song", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="encoder_hidden_size 128"):
+        preprocess(job(library, tmp_path / "out", checkpoint_dir=folder), Events())
+    assert loaded == []
+
+
+def test_encoding_reads_nothing_of_the_vaes_decoder(library, tmp_path, monkeypatch):
+    parts: set[str] = set()
+    original = Weights.read
+
+    def read(self, keys, *place):
+        keys = list(keys)
+        parts.update(key.partition(".")[0] for key in keys if self.path.name == "vae")
+        return original(self, keys, *place)
+
+    monkeypatch.setattr(Weights, "read", read)
+    preprocess(job(library, tmp_path / "out"), Events())
+    assert parts == {"encoder"}
+
+
+def test_memory_is_given_back_after_each_song(library, tmp_path, monkeypatch):
+    given: list[int] = []
+    monkeypatch.setattr(latents, "give_back_memory", lambda: given.append(1))
+    preprocess(job(library, tmp_path / "out"), Events())
+    assert len(given) == 3
