@@ -1,12 +1,14 @@
 """Devices that are not at hand: which one is asked, its memory, in which dtype and order things go there."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.acestep.attention import takes_grouped_heads
 from sidestep.acestep.device import CONTEXT_BYTES, GIB, choose_device, choose_precision, gpu_memory, to_device
-from sidestep.acestep.streams import PinnedMemory, aligned
+from sidestep.acestep.streams import CopyStream, PinnedMemory, aligned
 from sidestep.data.batches import Batch
 
 CARDS = {0: (6 * GIB, 8 * GIB, (7, 5)), 1: (10 * GIB, 24 * GIB, (8, 9))}
@@ -84,6 +86,42 @@ def test_only_cuda_reads_memory_of_the_host_in_its_own_time(kind, waits, monkeyp
 def test_fewer_key_heads_are_left_to_the_flash_kernel_alone(monkeypatch, kind, dtype, index, takes):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CARDS[device.index][2])
     assert takes_grouped_heads(torch.device(kind, index) if index is not None else torch.device(kind), dtype) is takes
+
+
+class Queue:
+    """A stand-in for a queue of CUDA's, which writes down what is asked of it."""
+
+    def __init__(self, name: str, calls: list[str]):
+        self.name, self.calls = name, calls
+
+    def wait_stream(self, other: "Queue") -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.calls.append(f"{self.name} waits for {event}")
+
+    def record_event(self) -> str:
+        return f"the event of {self.name}"
+
+
+def test_copies_begin_after_what_is_computed_and_are_waited_for(monkeypatch):
+    calls: list[str] = []
+    main, copies = Queue("main", calls), Queue("copies", calls)
+
+    @contextmanager
+    def entered(queue):
+        calls.append(f"in {queue.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: calls.append(f"copy {non_blocking}") or x)
+    stream = CopyStream(torch.device("cuda", 0))
+    _, done = stream.copy([torch.zeros(1), torch.zeros(1)])
+    stream.wait_for(done)
+    copied = ["copies waits for main", "in copies", "copy True", "copy True"]
+    assert calls == [*copied, "main waits for the event of copies"]
 
 
 def test_tensors_are_packed_into_chunks_of_pinned_memory():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
@@ -394,6 +395,7 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
         config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
         report(Decision(what="recomputation", value=f"{layers} layers", reason="as few as fit"))
+    require_ram(planner, config)
     asked = planner.candidate(config)
     needed = f"{asked.needed / GIB:.1f} of {gib(gpu.bytes)}"
     if asked.needed > gpu.bytes and not config.even_if_it_does_not_fit:
@@ -431,7 +433,9 @@ def check_estimate(config: EstimateConfig, training: TrainConfig, report: Report
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
     planner = Planner(sizes, choose_precision(config.precision, device).value, frames / FRAMES_PER_SECOND, tokens)
     # there is no adapter; one of rank 1 leaves next to nothing of one
-    require_room(planner.peak(replace(training, rank=1, batch_size=config.batch_size)).total, gpu, config, report)
+    measuring = replace(training, rank=1, batch_size=config.batch_size)
+    require_ram(planner, measuring)
+    require_room(planner.peak(measuring).total, gpu, config, report)
 
 
 def check_sample(config: SampleConfig, report: Report) -> None:
@@ -450,6 +454,7 @@ def check_sample(config: SampleConfig, report: Report) -> None:
     for name in config.preview_variant or (config.model_variant,):  # one after the other
         checkpoint = open_checkpoint(config.checkpoint_dir, name)
         planner = Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS)
+        require_ram(planner, making)
         beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
         needed.append(planner.peak(making).weights + beside)
         if config.think:
@@ -470,6 +475,29 @@ def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | Sam
     if needed > gpu.free:
         message = f"{what}, of which {gib(gpu.free)} are free: it may run out of memory. {helps}"
         report(Notice(message=message, level="warning"))
+
+
+def require_ram(planner: Planner, config: TrainConfig) -> None:
+    """Raises UserError where what waits on the CPU for the GPU is more than the RAM that is available.
+
+    Streamed blocks come from a model that is read into RAM whole; its blocks move into pinned memory one by one.
+    """
+    waiting = {
+        f"--swap-blocks {config.swap_blocks}": planner.peak(replace(config, swap_blocks=0)).weights
+        if config.swap_blocks
+        else 0,
+        "--offload-activations": planner.peak(replace(config, offload_activations=False)).activations
+        - planner.peak(config).activations
+        if config.offload_activations
+        else 0,
+    }
+    needed, available = sum(waiting.values()), psutil.virtual_memory().available
+    if needed > available and not config.even_if_it_does_not_fit:
+        flags = " and ".join(flag for flag, nbytes in waiting.items() if nbytes)
+        raise UserError(
+            f"{flags}: {needed / GIB:.1f} GiB would wait in RAM, of which {gib(available)} are available.",
+            "Close other programs, or take --base-precision int8 or nf4, which needs no RAM, in its place.",
+        )
 
 
 def fsdp_shards() -> int:

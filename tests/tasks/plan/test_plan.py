@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -541,6 +542,44 @@ def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, ca
     card(8 * GIB, taken=8 * GIB - 1)
     getattr(commands, run)(config, events.append)
     assert "may run out of memory" in events[-1].message
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "flags"),
+    [
+        ("train", {"swap_blocks": 2}, "--swap-blocks 2"),
+        ("train", {"offload_activations": True}, "--offload-activations"),
+        ("train", {"swap_blocks": 2, "offload_activations": True}, "--swap-blocks 2 and --offload-activations"),
+        ("estimate", {"swap_blocks": 2}, "--swap-blocks 2"),
+        ("sample", {"swap_blocks": 2}, "--swap-blocks 2"),
+    ],
+)
+def test_what_would_wait_in_ram_is_compared_with_what_is_there(small_run, card, monkeypatch, command, changes, flags):
+    began = []
+    monkeypatch.setattr(f"sidestep.tasks.{command}.{command}", lambda config, report: began.append(config))
+    monkeypatch.setattr(plans, "preview_peak", lambda *_: 0)
+    card(8 * GIB)
+    shared = {"checkpoint_dir": small_run.checkpoint_dir, "device": "cuda", **changes}
+    if command == "train":
+        config = dataclasses.replace(small_run, **changes)
+    elif command == "estimate":
+        config = EstimateConfig(dataset_dir=small_run.dataset_dir, **shared)
+    else:
+        config = SampleConfig(prompt="x", **shared)
+
+    def start(available: int) -> None:
+        monkeypatch.setattr(plans.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        getattr(commands, command)(config, null)
+
+    with pytest.raises(UserError, match=f"{flags}: .* would wait in RAM") as caught:
+        start(1000)
+    assert "--base-precision int8" in caught.value.fix
+    assert began == []
+    start(GIB)
+    assert began == [config]
+    config = dataclasses.replace(config, **{name: type(value)(0) for name, value in changes.items()})
+    start(1000)
+    assert began[1:] == [config], "nothing waits in RAM without them"
 
 
 def test_each_gpu_of_fsdp_is_planned_with_its_share_of_the_weights(small_run, monkeypatch):
