@@ -301,6 +301,7 @@ def tables(result: Plan) -> Iterator[Table]:
         return gib(number, digits=2)
 
     asked, gpu = result.asked, result.gpu
+    played = f" on {' and '.join(asked.config.preview_variant)}" if asked.config.preview_variant else ""
     rows = [
         *((name, amount(getattr(asked.peak, name))) for name in PARTS),
         ("tensors at the peak", amount(asked.peak.total)),
@@ -319,7 +320,7 @@ def tables(result: Plan) -> Iterator[Table]:
         rows += [("there", "no GPU found here; add --vram GIB to plan for one")]
     rows += [
         ("preprocessing, pass 1 and 2", f"{amount(result.first_pass)} and {amount(result.second_pass)}"),
-        (f"a preview of {asked.config.preview_duration:g} s while training", amount(result.preview)),
+        (f"a preview of {asked.config.preview_duration:g} s{played} while training", amount(result.preview)),
     ]
     if asked.config.prior_data:
         rows.append(("time for --prior-data", f"{extra_time(asked.config):.0%} more in each optimizer step"))

@@ -190,9 +190,9 @@ def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
     report(Notice(message=f"Averaging {names[0]} to {names[-1]}: {count(len(names), 'checkpoint')}"))
     made = average([read_adapter(folder) for folder in folders], names)
     how = {"lora": "the products B·A", "lokr": "the Kronecker products"}.get(made.adapter.kind, "the factors")
-    rest = f"{made.distance:.2g} of their mean change is lost"
+    rest = f"{made.distance:.2%} of their mean change is lost"
     if made.adapter.kind in ("lora", "lokr"):
-        rest += f" to the rank ({made.by_factors:.2g}, had the factors been averaged)"
+        rest += f" to the rank ({made.by_factors:.2%}, had the factors been averaged)"
     report(Notice(message=f"average/ is the mean of {how}; {rest}"))
     name, base_model, tag = (str(made.adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
     card = Card(name=name, base_model=base_model, tag=tag)

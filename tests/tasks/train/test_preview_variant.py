@@ -19,7 +19,7 @@ from sidestep.acestep.device import GIB, GpuMemory, with_overhead
 from sidestep.cli.main import main
 from sidestep.data.records import Record, save_record
 from sidestep.errors import ExitStatus, UserError
-from sidestep.events import Notice, null
+from sidestep.events import Notice, Table, null
 from sidestep.settings.config import PlanConfig, SampleConfig, TrainConfig
 from sidestep.tasks.plan.plan import check_sample, fit_into, plan
 from sidestep.tasks.sample import Sampling
@@ -241,7 +241,9 @@ def test_the_planner_counts_the_model_that_plays(home, monkeypatch, names, most,
     """Here guidance, with which base denoises two at once, makes a difference of 2 GiB."""
     monkeypatch.setattr("sidestep.tasks.plan.plan.preview_peak", lambda sizes, *_: (5 - 2 * sizes["is_turbo"]) * GIB)
     config = PlanConfig(checkpoint_dir=home, model_variant="base", vram=24.0, rank=8, song_seconds=4.0)
-    found = plan(replace(config, preview_variant=names), null)
+    log = Log()
+    found = plan(replace(config, preview_variant=names), log)
+    assert f"a preview of 30 s on {' and '.join(names)} while training" in dict(log.of(Table)[0].rows)
     peak = found.asked.peak
     beside = most * GIB + (peak.adapter if copied else 0)
     assert found.preview == with_overhead(peak.between_steps + beside)
