@@ -6,6 +6,7 @@ so that help and the wizard start without torch.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, is_dataclass, replace
 from importlib import import_module
@@ -25,6 +26,7 @@ from sidestep.settings.config import (
     SPELLINGS,
     BuildDatasetConfig,
     CleanConfig,
+    CompareConfig,
     CompletionConfig,
     DemoConfig,
     EstimateConfig,
@@ -42,6 +44,7 @@ from sidestep.settings.config import (
 )
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
+from sidestep.words import side_step
 
 
 def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
@@ -82,7 +85,17 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
 
 # Their code takes seconds to load, before the task can say a word.
 NEED_TORCH = (
-    *(TrainConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ScoreConfig, ExportConfig, DemoConfig),
+    *(
+        TrainConfig,
+        PreprocessConfig,
+        EstimateConfig,
+        PlanConfig,
+        SampleConfig,
+        ScoreConfig,
+        CompareConfig,
+        ExportConfig,
+        DemoConfig,
+    ),
 )
 
 
@@ -104,11 +117,21 @@ def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
 
 
 def train(config: TrainConfig, report: Report) -> None:
-    """`fixed`: train, if it fits into memory."""
+    """`fixed`: train, if it fits into memory, and judge what was trained if asked to."""
     from sidestep.tasks.plan.plan import check_memory
     from sidestep.tasks.train import train
 
     train(check_memory(config, report), report)
+    if config.score and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        command = side_step("score", config.output_dir)
+        report(
+            Notice(message=f"--score: several processes trained, and one alone can judge: {command}", level="warning")
+        )
+    elif config.score:
+        from sidestep.tasks.score import score
+
+        shared = ("device", "precision", "attention", "base_precision", "swap_blocks")
+        score(ScoreConfig(run_folder=config.output_dir, **{name: getattr(config, name) for name in shared}), report)
 
 
 def estimate(config: EstimateConfig, report: Report) -> Any:

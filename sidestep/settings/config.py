@@ -616,6 +616,12 @@ class TrainConfig(ModelConfig):
         plain="less memory on the card; previews and preparing take longer",
     )
 
+    score: bool = option(
+        False,
+        "judge all checkpoints at the end, as the command `score` does",
+        group="Previews",
+        plain="say at the end which checkpoint to take, and why: takes some minutes",
+    )
     preview_every: int = option(
         0,
         "epochs between previews, audio with and without the adapter; "
@@ -761,6 +767,7 @@ class TrainLmConfig(TrainConfig):
     offload_activations: bool = fixed(False)
     offload_encoder: bool = fixed(False)
     swap_blocks: int = fixed(0)
+    score: bool = fixed(False)
     preview_every: int = fixed(0)
     preview_prompt: str = fixed("")
     preview_lyrics: str = fixed("")
@@ -1150,19 +1157,9 @@ class SampleConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """`score`: which checkpoint of a run, at which strength, and is it any good?"""
+class JudgeConfig:
+    """What `score` and `compare` share: by what adapters are judged, and on what."""
 
-    run_folder: Path = option(
-        MISSING,
-        "output folder of a run",
-        "run",
-        group="Judge",
-        label="Run to judge",
-        plain="the folder for the results of a training",
-        holds="run",
-        kept=True,
-    )
     checkpoint_dir: Path | None = option(
         None, "folder of the ACE-Step checkpoints; default: that of the run", group="Model", holds="checkpoints"
     )
@@ -1184,8 +1181,43 @@ class ScoreConfig:
         maximum=4,
         plain="how strongly the adapter acts; several are compared with each other, such as 0.5,0.75,1,1.25",
     )
+    clips: int = option(
+        8,
+        "clips of music to make with each checkpoint and strength, for style and copying; 0 makes none",
+        group="Judge",
+        minimum=0,
+        maximum=100,
+        plain="how many pieces of music are made with each checkpoint, to listen to and to judge; 0 makes none",
+        more="Making music takes most of the time. With 8 the intervals are wide, with 30 they are narrow.",
+    )
+    clip_seconds: float = option(
+        15.0,
+        "seconds of each clip",
+        group="Judge",
+        minimum=2,
+        maximum=240,
+        plain="how many seconds each of these pieces lasts",
+    )
+    steps: int | None = same_as(SampleConfig, "steps", group="Judge")
+    guidance: float | None = same_as(SampleConfig, "guidance", group="Judge")
     base_precision: str = same_as(TrainConfig, "base_precision")
     swap_blocks: int = same_as(TrainConfig, "swap_blocks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(JudgeConfig):
+    """`score`: which checkpoint of a run, at which strength, and is it any good?"""
+
+    run_folder: Path = option(
+        MISSING,
+        "output folder of a run",
+        "run",
+        group="Judge",
+        label="Run to judge",
+        plain="the folder for the results of a training",
+        holds="run",
+        kept=True,
+    )
     average_from: int | None = option(
         None,
         "make one adapter of the checkpoints from this epoch on, into average/ of the run, and judge it with them",
@@ -1202,6 +1234,23 @@ class ScoreConfig:
         "copy the recommended checkpoint to best/ of the run",
         group="Judge",
         plain="put the recommended checkpoint into best/, in place of what is there",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(JudgeConfig):
+    """`compare`: which of several adapters, of different runs or other programs?"""
+
+    adapters: tuple[Path, ...] = option(
+        (),
+        "adapters: folders of runs' checkpoints, or files of any program",
+        "adapter",
+        group="Judge",
+        label="Adapters to compare",
+        plain="two or more adapters: the final/ folders of runs, or files of any program",
+    )
+    output: Path = option(
+        Path("comparison"), "folder for figures, music and page", "--output", "-o", group="Judge", kept=True
     )
 
 
@@ -1443,6 +1492,11 @@ COMMANDS = {
         ScoreConfig,
         "judge the checkpoints of a run: what each has learned, what it spoils, and which to take",
         "tasks.score:score",
+    ),
+    "compare": Command(
+        CompareConfig,
+        "judge adapters of different runs or programs by the same figures, and listen to them side by side",
+        "tasks.score:compare",
     ),
     "export": Command(ExportConfig, "convert or merge an adapter for another program", "tasks.export:export"),
     "inspect": Command(

@@ -1,5 +1,5 @@
-"""`score`: which checkpoint of a run, at which strength, and is it any good?"""
+"""`score` and `compare`: which adapter, at which strength, and is it any good?"""
 
-from sidestep.tasks.score.run import score
+from sidestep.tasks.score.run import compare, score
 
-__all__ = ["score"]
+__all__ = ["compare", "score"]

@@ -1,13 +1,13 @@
 """Judging from beginning to end: what is measured of which adapter, kept on the disk, and put together.
 
-Everything measured is kept below `measured/`, under a digest of all that it depends on: the adapter's tensors, its
-strength, the base, the songs. So a second call measures nothing, and one that was stopped goes on.
+Everything measured is kept below `measured/`, and music below `clips/`, under a digest of all that it depends on: the
+adapter's tensors, its strength, the base, the songs. So a second call measures nothing, and one that was stopped goes
+on.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,59 +15,48 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
-from sidestep.acestep.blocks import BlockSwap
-from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
-from sidestep.acestep.conditions import encode_texts
-from sidestep.adapters.adapter import Adapter, with_strength
-from sidestep.adapters.attach import adapter_scale, load_adapter
+from sidestep.acestep.conditions import Prompt, encode_texts
+from sidestep.adapters.adapter import with_strength
+from sidestep.adapters.attach import adapter_scale
 from sidestep.adapters.average import average
-from sidestep.adapters.read import digest_of, read_adapter
+from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import Card, save_folder
 from sidestep.data.batches import Song, fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import one_writer, write_text
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
-from sidestep.settings.config import ScoreConfig, TrainConfig, check_streaming
-from sidestep.settings.option import options_of, resolve
-from sidestep.settings.path_checks import read_run
-from sidestep.tasks.sample import Sampler, open_sampler, sampling_for
+from sidestep.settings.config import CompareConfig, ScoreConfig
+from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score.captions import CAPTIONS
+from sidestep.tasks.score.clips import BASE, Place, listen, make_all, requests_of, songs_of
+from sidestep.tasks.score.judge import (
+    AVERAGE,
+    Candidate,
+    Judge,
+    adapters_of,
+    candidates_of,
+    prepare,
+    training_of,
+    training_of_comparison,
+)
 from sidestep.tasks.score.metrics import Figure, drift, gain, relative_change
 from sidestep.tasks.score.recommend import Row, Verdict, recommend
 from sidestep.tasks.train.checkpoints import (
     COMPLETE_FILE,
-    MARKS,
     STATE_FILE,
     complete_checkpoints,
     positions,
     write_folder,
 )
-from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective, training_law
-from sidestep.tasks.train.processes import Processes
-from sidestep.tasks.train.setup import load_decoder, open_accelerator
-from sidestep.tasks.train.songs import load_songs, split, with_windows
+from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective
 from sidestep.words import count, side_step
 
 FOLDER = "score"
-AVERAGE = "average"
-VERSION = 1  # of what is measured: raised whenever it changes
 FEWEST_SONGS = 4  # with fewer, losses are drawn anew by windows and timesteps instead of by songs
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An adapter that is judged. also: other names of the same tensors. digest: of its tensors."""
-
-    name: str
-    path: Path
-    adapter: Adapter
-    digest: str
-    also: tuple[str, ...] = ()
+OtherMusic = Callable[[Judge], list[tuple[Prompt, Tensor]]]  # prompts and their conditions [1, L, C]
 
 
 @dataclass(frozen=True)
@@ -89,41 +78,6 @@ class Measured:
     changes: list[float]
 
 
-@dataclass
-class Judge:
-    """What all adapters of a comparison are judged on. judged: the songs whose loss is measured; what: their name."""
-
-    config: ScoreConfig
-    training: TrainConfig
-    report: Report
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    trained: list[Song]
-    judged: list[Song]
-    what: str
-    folder: Path
-
-    def key(self, *parts: Any) -> str:
-        """The name under which something is kept that depends on these parts and on the base."""
-        base = (VERSION, self.checkpoint.identity(), str(self.dtype), self.config.base_precision)
-        return hashlib.blake2b(json.dumps([*base, *parts], sort_keys=True).encode(), digest_size=12).hexdigest()
-
-    def open(self, adapter: Adapter | None) -> tuple[Sampler, Objective, PeftModel | None]:
-        """The model, with an adapter or without, as what has velocities and as what the loss is measured with.
-
-        Loaded anew for each adapter: the weights are in the system's cache, and no layer of another one stays.
-        """
-        decoder, mask = load_decoder(self.training, self.checkpoint, self.device, self.dtype, lambda _event: None)
-        model = load_adapter(decoder, adapter) if adapter else None
-        if self.training.swap_blocks:
-            BlockSwap(decoder, self.training.swap_blocks, self.device)
-        sampling = sampling_for(self.checkpoint.variant)
-        sampler = open_sampler(self.checkpoint, decoder, self.device, self.dtype, sampling, offload=True)
-        law = training_law(self.training, self.checkpoint.variant)
-        return sampler, Objective(self.training, law, sampler.silence, sampler.null_condition, mask), model
-
-
 def score(config: ScoreConfig, report: Report) -> Verdict:
     """Judge the checkpoints of a run and recommend one. Raises UserError and JobError."""
     training = training_of(config, config.run_folder)
@@ -132,7 +86,7 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
     report(Notice(message=f"{count(len(candidates), 'checkpoint')} of {config.run_folder}"))
     with one_writer(config.run_folder / FOLDER):
         judge = prepare(config, training, config.run_folder / FOLDER, report)
-        verdict = judge_all(judge, candidates, averaged)
+        verdict = judge_all(judge, candidates, averaged=averaged)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     path, strength = taken.path, verdict.row.strength
     if config.keep:
@@ -218,86 +172,37 @@ def sample_command(judge: Judge, adapter: Path, strength: float) -> str:
     return side_step("sample", *base, "--adapter", str(adapter), *at, "--prompt", "…")
 
 
-def candidates_of(run: Path) -> list[Candidate]:
-    """The adapters in a run's folder, each once, in the order of their steps. Raises UserError where there is none."""
-    known = read_run(run)
-    marks = [run / MARKS / name for name in (known.marks if known else ())]
-    folders = [*complete_checkpoints(run), *marks, *(run / name for name in ("best", "final", "ema", AVERAGE))]
-    found: dict[str, Candidate] = {}
-    for folder in folders:
-        if folder.is_dir():
-            candidate = candidate_of(f"mark {folder.name}" if folder in marks else folder.name, folder)
-            first = found.setdefault(candidate.digest, candidate)
-            if first is not candidate:
-                found[candidate.digest] = replace(first, also=(*first.also, candidate.name))
-    if not found:
-        raise UserError(
-            f"{run}: no checkpoint to judge in it.",
-            "Name the --output-dir of a run that has saved something: " + side_step("history", str(run)),
-        )
-    return list(found.values())
+def compare(config: CompareConfig, report: Report) -> Verdict:
+    """Judge adapters of different runs or programs and recommend one. Raises UserError and JobError."""
+    candidates = adapters_of(config)
+    training = training_of_comparison(config)
+    for candidate in candidates:
+        for note in candidate.adapter.notes:
+            report(Notice(message=note, level="warning"))
+    with one_writer(config.output):
+        judge = prepare(config, training, config.output, report)
+        verdict = judge_all(judge, candidates)
+    taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
+    line = f"Recommended: {verdict.row.title}. {verdict.reason.capitalize()}."
+    report(Finished(message=line, next_commands=(sample_command(judge, taken.path, verdict.row.strength),)))
+    return verdict
 
 
-def candidate_of(name: str, path: Path) -> Candidate:
-    """An adapter with the digest of its tensors. Raises UserError for what is no adapter."""
-    adapter = read_adapter(path)
-    tensors = {f"{module}.{name}": t for module, factors in adapter.modules.items() for name, t in factors.items()}
-    return Candidate(name, path, adapter, digest_of(dict(sorted(tensors.items())), {}))
+def other_music(judge: Judge) -> list[tuple[Prompt, Tensor]]:
+    """The built-in captions with their conditions."""
+    texts = [prompt.text for prompt in CAPTIONS]
+    conditions = encode_texts(judge.checkpoint, texts, judge.device, judge.dtype)
+    return [(prompt, c.states) for prompt, c in zip(CAPTIONS, conditions, strict=True)]
 
 
-def training_of(config: ScoreConfig, run: Path) -> TrainConfig:
-    """The settings of a run's training, but for what is typed, and without what only the backward pass needs.
-
-    Raises UserError where there is no run.
-    """
-    known = read_run(run)
-    if known is None:
-        raise UserError(f"{run}: no run there (no config.json of one).", "Name the --output-dir of a training.")
-    settings = {name: value for name, value in known.settings.items() if name in options_of(TrainConfig)}
-    names = ("checkpoint_dir", "model_variant", "dataset_dir")
-    typed = {name: getattr(config, name) for name in names if getattr(config, name)}
-    shared = ("device", "precision", "attention", "base_precision", "swap_blocks")
-    typed |= {name: getattr(config, name) for name in shared}
-    lean = {"gradient_checkpointing": False, "offload_activations": False, "compile": False}
-    return resolve(TrainConfig, settings, typed | lean)
-
-
-def prepare(config: ScoreConfig, training: TrainConfig, folder: Path, report: Report) -> Judge:
-    """Songs, device and base of a comparison. Raises UserError and JobError."""
-    check_streaming(config)
-    accelerator, dtype = open_accelerator(training, report)
-    checkpoint = open_checkpoint(training.checkpoint_dir, training.model_variant)
-    songs = load_songs(training, checkpoint, report)
-    trained, held_out = split(songs, training)
-    processes = Processes(accelerator)
-    trained, held_out = with_windows(
-        trained, held_out, training, checkpoint, accelerator.device, dtype, processes, report
-    )
-    what = f"{count(len(held_out), 'validation song')}"
-    if not held_out:
-        what = f"the {count(len(trained), 'trained song')}"
-        message = "No song was held out (--val-split), so gain is measured on trained songs: copying looks like gain."
-        report(Notice(message=message, level="warning"))
-    return Judge(
-        config=config,
-        training=training,
-        report=report,
-        checkpoint=checkpoint,
-        device=accelerator.device,
-        dtype=dtype,
-        trained=trained,
-        judged=held_out or trained,
-        what=what,
-        folder=folder,
-    )
-
-
-def judge_all(judge: Judge, candidates: Sequence[Candidate], averaged: Sequence[str] = ()) -> Verdict:
+def judge_all(
+    judge: Judge, candidates: Sequence[Candidate], others: OtherMusic = other_music, averaged: Sequence[str] = ()
+) -> Verdict:
     """Measure what is not measured yet, the cheap figures first, and report tables and verdict.
 
     averaged: names of the checkpoints that `average/` was made of, which is compared with them.
     """
-    base, measured = measure_all(judge, candidates)
+    base, measured = measure_all(judge, candidates, others)
     if averaged:
         own = {name: c.name for c in candidates for name in (c.name, *c.also)}
         at = judge.config.strength[0]
@@ -308,13 +213,24 @@ def judge_all(judge: Judge, candidates: Sequence[Candidate], averaged: Sequence[
             f"; the lowest of them is {best} ({loss[best]:.4f})" * (best != last)
         )
         judge.report(Notice(message=message))
-    figures = figures_of(base, measured)
-    rows = [Row(name, strength, *figures[name, strength]) for name, strength in measured]
-    judge.report(table(rows, judge.what))
-    verdict = recommend(rows)
+    figures = figures_of(base, {(BASE, 0.0): base, **measured})
+    base_row, *rows = (Row(name, strength, *figures[name, strength]) for name, strength in figures)
+    if judge.config.clips:
+        judge.report(table([base_row, *rows], judge.what))
+        songs = songs_of(judge)
+        requests = requests_of(judge, songs.clip_frames)
+        heard, _ = listen(songs, make_all(judge, candidates, tuple(dict.fromkeys(judge.config.strength)), requests))
+
+        def with_music(row: Row) -> Row:
+            found = heard[row.name, row.strength]
+            return replace(row, style=found.style, copying=found.copying)
+
+        base_row, rows = with_music(base_row), [with_music(row) for row in rows]
+    judge.report(table([base_row, *rows], judge.what))
+    verdict = recommend(rows, base_row.copying)
     for doubt in verdict.doubts:
         judge.report(Notice(message=f"{verdict.row.title}: {doubt}.", level="warning"))
-    write_text(judge.folder / "results.json", json.dumps(results(rows, verdict, judge.what), indent=1) + "\n")
+    write_text(judge.folder / "results.json", json.dumps(results(base_row, rows, verdict, judge.what), indent=1) + "\n")
     judge.report(Saved(what="figures", path=str(judge.folder / "results.json")))
     return verdict
 
@@ -322,7 +238,9 @@ def judge_all(judge: Judge, candidates: Sequence[Candidate], averaged: Sequence[
 # What is measured without making music
 
 
-def measure_all(judge: Judge, candidates: Sequence[Candidate]) -> tuple[Measured, dict[tuple[str, float], Measured]]:
+def measure_all(
+    judge: Judge, candidates: Sequence[Candidate], others: OtherMusic = other_music
+) -> tuple[Measured, dict[Place, Measured]]:
     """(the base, each candidate at each strength), from the disk where it was measured before."""
     strengths = tuple(dict.fromkeys(judge.config.strength))
     songs, training = fingerprint(judge.judged), judge.training
@@ -341,12 +259,9 @@ def measure_all(judge: Judge, candidates: Sequence[Candidate]) -> tuple[Measured
         if done:
             judge.report(Notice(message=f"{done} of {len(paths)} were measured before"))
         judge.report(Progress(task="Judging", done=done, total=len(paths), current="captions"))
-        texts = [prompt.text for prompt in CAPTIONS]
-        conditions = [c.states for c in encode_texts(judge.checkpoint, texts, judge.device, judge.dtype)]
+        music = others(judge)
         sampler, objective, _ = judge.open(None)
-        probes = [
-            probe(sampler, sampler.noise(prompt), states) for prompt, states in zip(CAPTIONS, conditions, strict=True)
-        ]
+        probes = [probe(sampler, sampler.noise(prompt), states) for prompt, states in music]
         by_name = {candidate.name: candidate for candidate in candidates}
         for name in dict.fromkeys(name for name, _ in sorted(missing, key=lambda place: place[0] != BASE)):
             model = None
@@ -427,9 +342,7 @@ def by_unit(measured: Measured) -> list[float]:
     return [sum(losses) / len(losses) for losses in own]
 
 
-def figures_of(
-    base: Measured, measured: dict[tuple[str, float], Measured]
-) -> dict[tuple[str, float], tuple[Figure, Figure]]:
+def figures_of(base: Measured, measured: dict[Place, Measured]) -> dict[Place, tuple[Figure, Figure]]:
     """(gain, drift) of each candidate at each strength."""
     reference = by_unit(base)
     return {place: (gain(by_unit(m), reference), drift(m.changes)) for place, m in measured.items()}
@@ -441,20 +354,35 @@ def as_percent(figure: Figure) -> str:
     return f"{100 * figure.value:.1f} % ({low:.1f} to {high:.1f})"
 
 
+def as_distance(figure: Figure | None) -> str:
+    """`0.21 (0.08 to 0.34)`."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(figure.value, *figure.interval) if figure else "–"
+
+
 def table(rows: Sequence[Row], what: str) -> Table:
-    """The figures as they are shown in the terminal."""
+    """The figures as they are shown in the terminal; those of music where it was made."""
+    has_music = any(row.copying for row in rows)
     return Table(
         title=f"Gain on {what}; drift on {len(CAPTIONS)} captions of other music; 95 % intervals",
-        columns=("checkpoint", "strength", "gain", "drift"),
-        rows=tuple((row.name, f"{row.strength:g}", as_percent(row.gain), as_percent(row.drift)) for row in rows),
+        columns=("checkpoint", "strength", "gain", "drift", *(("style", "copying") if has_music else ())),
+        rows=tuple(
+            (
+                *(row.name, f"{row.strength:g}", as_percent(row.gain), as_percent(row.drift)),
+                *((as_distance(row.style), as_percent(row.copying)) if row.copying else ()),
+            )
+            for row in rows
+        ),
     )
 
 
-def results(rows: Sequence[Row], verdict: Verdict, what: str) -> dict[str, Any]:
+def results(base: Row, rows: Sequence[Row], verdict: Verdict, what: str) -> dict[str, Any]:
     """Everything that was found, as results.json has it."""
 
-    def plain(figure: Figure) -> dict[str, Any]:
-        return {"value": figure.value, "interval": figure.interval}
+    def plain(row: Row) -> dict[str, Any]:
+        figures = {name: getattr(row, name) for name in ("gain", "drift", "style", "copying")}
+        return {"name": row.name, "strength": row.strength} | {
+            name: {"value": figure.value, "interval": figure.interval} for name, figure in figures.items() if figure
+        }
 
     return {
         "gain_on": what,
@@ -464,8 +392,6 @@ def results(rows: Sequence[Row], verdict: Verdict, what: str) -> dict[str, Any]:
             "reason": verdict.reason,
             "doubts": verdict.doubts,
         },
-        "rows": [
-            {"name": row.name, "strength": row.strength, "gain": plain(row.gain), "drift": plain(row.drift)}
-            for row in rows
-        ],
+        "base": plain(base),
+        "rows": [plain(row) for row in rows],
     }

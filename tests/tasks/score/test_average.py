@@ -37,7 +37,7 @@ def run(trained, tmp_path, monkeypatch) -> Path:
 
 
 def score(run: Path, *flags: str) -> int:
-    return main(["--plain", "score", str(run), "--device", "cpu", *flags])
+    return main(["--plain", "score", str(run), "--device", "cpu", "--clips", "0", *flags])
 
 
 def losses(run: Path) -> dict[str, float]:
@@ -73,7 +73,7 @@ def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run,
 
 def test_the_average_stays_among_what_is_judged_and_can_be_kept(run, capsys, monkeypatch):
     assert score(run, "--average-from", "2") == ExitStatus.OK
-    monkeypatch.setattr(module, "recommend", lambda rows: module.Verdict(rows[-1], "it is asked for"))
+    monkeypatch.setattr(module, "recommend", lambda rows, _base: module.Verdict(rows[-1], "it is asked for"))
     assert score(run, "--keep") == ExitStatus.OK
     assert "Recommended: average" in capsys.readouterr().out
     kept, made = (read_adapter(run / name) for name in ("best", "average"))

@@ -2,20 +2,28 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
+from safetensors.torch import load_file
 
 from sidestep.adapters.adapter import with_strength
 from sidestep.adapters.read import read_adapter
+from sidestep.adapters.write import save_diffusers
+from sidestep.cli import commands
 from sidestep.cli.main import main
+from sidestep.settings.config import ScoreConfig
+from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score import run as module
 from sidestep.tasks.score.captions import CAPTIONS
+from sidestep.tasks.score.clips import BASE, Clip, Songs, listen
 from sidestep.tasks.score.run import candidates_of
 from tests.dying import Dies
+from tests.training_world import CHECKPOINTS, Log, settings, write_data
 from tests.training_world import run as train
-from tests.training_world import settings, write_data
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +41,9 @@ def run(trained, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def score(run: Path, *flags: str) -> int:
-    return main(["--plain", "score", str(run), "--device", "cpu", *flags])
+def score(run: Path, *flags: str, clips: int = 0) -> int:
+    music = ("--clips", str(clips), "--clip-seconds", "2", "--steps", "2")
+    return main(["--plain", "score", str(run), "--device", "cpu", *music, *flags])
 
 
 def results(run: Path) -> dict:
@@ -79,6 +88,118 @@ def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypat
     assert score(run) == 0
     assert results(run) == first
     assert "measured before" in capsys.readouterr().out
+
+
+def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
+    assert score(run, "--strength", "0,1", clips=2) == 0
+    out = capsys.readouterr().out
+    assert out.index("drift on 3") < out.index("10 clips of ")  # what needs no music comes first
+    assert "The other 9 take about" in out
+    found = results(run)
+    base, *rows = found["base"], *found["rows"]
+    for row in rows:
+        assert (row["style"] == base["style"]) == (row["strength"] == 0)
+        assert row["copying"]["value"] <= 1
+    sounds = sorted((run / "score" / "clips").glob("*.flac"))
+    assert len(sounds) == 10
+    info = soundfile.info(sounds[0])
+    frames = len(load_file(sounds[0].with_suffix(".safetensors"))["latents"])
+    assert 40 < frames <= 50  # two seconds, or as long as the longest song
+    assert (info.samplerate, info.channels, info.frames) == (48_000, 2, frames * 1920)
+    monkeypatch.setattr(module.Judge, "open", lambda *_: pytest.fail("the model is loaded"))
+    assert score(run, "--strength", "0,1", clips=2) == 0
+    assert results(run) == found
+
+
+def test_music_that_was_stopped_goes_on_with_the_next_clip_and_damaged_ones_are_made_again(run, monkeypatch):
+    latents, made = Sampler.latents, []
+
+    def counted(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise Dies
+        return latents(*args)
+
+    monkeypatch.setattr(Sampler, "latents", counted)
+    with pytest.raises(Dies):
+        score(run, clips=2)
+    assert score(run, clips=2) == 0
+    assert len(made) == 3 + 4  # six clips, of which two were made before
+    first, second = sorted((run / "score" / "clips").glob("*.safetensors"))[:2]
+    first.write_bytes(b"no tensors")
+    second.with_suffix(".flac").unlink()
+    assert score(run, clips=2) == 0
+    assert len(made) == 3 + 4 + 2
+
+
+def test_a_song_that_is_played_back_is_a_copy_and_noise_is_none(trained):
+    song = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+    other = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
+    songs = Songs([song, other], ["a", "b"], ["a", "b"], trained=1, clip_frames=100, piece_frames=50)
+
+    def clips(*latents: torch.Tensor) -> list[Clip]:
+        return [Clip(x, Path(), None) for x in latents]
+
+    noise = [torch.randn(100, 8, generator=torch.Generator().manual_seed(n)) for n in (5, 6)]
+    places = {(BASE, 0.0): clips(*noise), ("late", 1.0): clips(song[37:137] + 0.1 * noise[0], song[11:111])}
+    heard, limit = listen(songs, places)
+    assert heard[BASE, 0.0].copying.value == 0
+    assert heard["late", 1.0].copying.value == 1
+    assert [match.start % 50 for match in heard["late", 1.0].matches] == [37, 11]
+    assert 1 < limit < 1.42
+    alone = Songs([song], ["a"], ["a"], trained=1, clip_frames=100, piece_frames=50)
+    heard, limit = listen(alone, places)  # no other song to compare with: the base's clips say what is usual
+    assert heard["late", 1.0].copying.value == 1
+    assert heard[BASE, 0.0].copying.value <= 0.5
+
+
+def compare(output: Path, *words: object) -> int:
+    music = ("--clips", "2", "--clip-seconds", "2", "--steps", "2")
+    return main(["--plain", "compare", *map(str, words), "--device", "cpu", "--output", str(output), *music])
+
+
+def test_adapters_of_a_run_and_of_another_program_are_compared(run, tmp_path, capsys):
+    first, second = (run / "checkpoints" / f"epoch_000{n}" for n in (1, 2))
+    foreign = tmp_path / "other.safetensors"
+    save_diffusers(with_strength(read_adapter(first), 0.5), foreign)
+    assert compare(tmp_path / "compared", second, foreign) == 0
+    assert "Recommended: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "compared" / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in found["rows"]] == ["epoch_0002", "other.safetensors"]
+    assert score(run) == 0
+    scored = {row["name"]: row for row in results(run)["rows"]}
+    assert found["rows"][0]["gain"] == scored["epoch_0002"]["gain"]  # the same songs, the same grid
+    assert 0 < found["rows"][1]["drift"]["value"] < scored["epoch_0001"]["drift"]["value"]  # at half of the strength
+
+
+def test_a_comparison_says_what_it_lacks(run, tmp_path, capsys):
+    first = run / "checkpoints" / "epoch_0001"
+    assert compare(tmp_path / "c", first) == 2
+    assert "two adapters are needed" in capsys.readouterr().err
+    shutil.copytree(first, tmp_path / "copied")
+    assert compare(tmp_path / "c", first, tmp_path / "copied") == 2
+    assert "has the same tensors as" in capsys.readouterr().err
+    shutil.copytree(run / "checkpoints" / "epoch_0002", tmp_path / "alone")
+    assert compare(tmp_path / "c", tmp_path / "copied", tmp_path / "alone") == 2
+    err = capsys.readouterr().err
+    assert "--checkpoint-dir and --dataset-dir" in err
+    assert "--dataset-dir TENSORS" in err
+
+
+def test_training_ends_with_its_judgement_where_that_is_asked_for(run, tmp_path, capsys, monkeypatch):
+    data = write_data(tmp_path / "data", frames=(50, 41, 64, 50))
+    monkeypatch.setattr(commands, "ScoreConfig", partial(ScoreConfig, clips=0))
+    words = ["--plain", "--yes", "fixed", "--checkpoint-dir", str(CHECKPOINTS), "--dataset-dir", str(data)]
+    words += ["--output-dir", str(tmp_path / "new"), "--device", "cpu", "--epochs", "1", "--val-split", "0.5"]
+    assert main([*words, "--score"]) == 0
+    assert "Recommended: " in capsys.readouterr().out
+    assert (tmp_path / "new" / "score" / "results.json").is_file()
+    assert main([*words[:-4], "--output-dir", str(tmp_path / "other"), "--epochs", "1"]) == 0
+    assert not (tmp_path / "other" / "score").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sidestep.tasks.train.train", lambda *_: None)
+    commands.train(settings(data, tmp_path / "many", score=True), (log := Log()))
+    assert "one alone can judge" in log.text
 
 
 def test_another_strength_is_measured_and_a_damaged_file_is_measured_again(run, monkeypatch):
