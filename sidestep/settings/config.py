@@ -1083,6 +1083,7 @@ class SampleConfig(ModelConfig):
         group="Thinking",
         label="Let the composer think first?",
         plain="let the language model compose first, as the app does with thinking on",
+        kept=True,
     )
     lm: str = option(
         "auto",
@@ -1098,6 +1099,7 @@ class SampleConfig(ModelConfig):
         plain="the composer's adapter: the final/ or best/ folder of a run of train-lm",
         holds="adapter",
         when=("think", True),
+        kept=True,
     )
     lm_strength: float = option(
         1.0, "strength of --lm-adapter", group="Thinking", minimum=-4, maximum=4, advanced=True, when=("think", True)

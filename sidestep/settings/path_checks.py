@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 from sidestep import variants
 from sidestep.errors import UserError
 from sidestep.files import expand, files_below
-from sidestep.settings.option import Choice
+from sidestep.settings.option import Answers, Choice
 from sidestep.words import count
 
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
@@ -148,6 +148,12 @@ def read_run(folder: Path) -> FoundRun | None:
         (folder / "final" / "adapter_config.json").is_file(),
         tuple(mark.name for mark in _folders(folder / "marks")),
     )
+
+
+def has_language_model(answers: Answers) -> bool:
+    """Whether a language model that composes lies beside the models."""
+    folder = answers.get("checkpoint_dir")
+    return bool(folder) and any(path.name.startswith("acestep-5Hz-lm-") for path in _folders(Path(folder)))
 
 
 def safetensors_parameters(path: Path) -> int:

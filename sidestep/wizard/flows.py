@@ -21,9 +21,18 @@ from sidestep.settings.config import (
     SampleConfig,
     ScoreConfig,
     TrainConfig,
+    TrainLmConfig,
 )
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
-from sidestep.settings.path_checks import Check, a_prompt_of, find_runs, is_in_doubt, likely_checkpoint_dirs, read_run
+from sidestep.settings.path_checks import (
+    Check,
+    a_prompt_of,
+    find_runs,
+    has_language_model,
+    is_in_doubt,
+    likely_checkpoint_dirs,
+    read_run,
+)
 from sidestep.wizard.questionnaire import Question, choose, from_option
 
 
@@ -91,11 +100,20 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             then=("sample", "score", "export"),
         ),
         Flow(
+            key="train-lm",
+            title="Train the composer",
+            note="an adapter for the language model: tempo, form, phrasing",
+            config_class=TrainLmConfig,
+            basic=("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "epochs"),
+            shown=("lm", "rank", "val_split"),
+            then=("sample",),
+        ),
+        Flow(
             key="sample",
             title="Listen",
             note="make music with and without an adapter",
             config_class=SampleConfig,
-            basic=("checkpoint_dir", "model_variant", "timestep_mode", "adapter", "prompt"),
+            basic=("checkpoint_dir", "model_variant", "timestep_mode", "adapter", "think", "lm_adapter", "prompt"),
             shown=("lyrics", "duration", "strength"),
             then=("export", "sample"),
         ),
@@ -190,6 +208,8 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
                 default=lambda _answers: "discrete",
             )
             if question.name == "timestep_mode"
+            else replace(question, when=has_language_model)
+            if question.name == "think"
             else question
             for question in questions
         ]
@@ -228,6 +248,14 @@ def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
     return resolve(flow.config_class, base, preset, answered)
 
 
+def fitted(flow: Flow, answers: Answers) -> Flow:
+    """The flow with the settings of the run that goes on, which may be one of the language model."""
+    run = read_run(answers["run"]) if "run" in answers else None
+    if run is None:
+        return flow
+    return replace(flow, config_class=TrainLmConfig if "lm" in run.settings else TrainConfig)
+
+
 def sections_of(config_class: type) -> dict[str, list[str]]:
     """The names of a config's settings by section."""
     sections: dict[str, list[str]] = {}
@@ -243,6 +271,8 @@ def left_by(config: Any) -> dict[str, Any]:
         name: getattr(config, name) for name, o in options.items() if o.kept and getattr(config, name) is not None
     }
     match config:
+        case TrainLmConfig(output_dir=folder):
+            values |= {"output_dir": folder, "lm_adapter": folder / "final", "think": True}
         case TrainConfig(output_dir=folder):
             values |= {"output_dir": folder, "run_folder": folder, "adapter": folder / "final"}
         case PreprocessConfig(tensor_output=folder):
@@ -274,11 +304,13 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
 
     near: list[Path] = []  # what to choose from besides typing: what lies near or was used last
     if o.holds == "adapter":
-        runs = itertools.islice(find_runs(context.here / "runs"), RUNS_READ)
+        found = itertools.islice(find_runs(context.here / "runs"), RUNS_READ)
+        runs = [run for run in found if ("lm" in run.settings) == (name == "lm_adapter")]
         near = [folder for run in runs for folder in (run.folder / "final", run.folder / "best") if folder.is_dir()]
     elif o.holds == "tensors":
         near = sorted(path for path in (context.here / "tensors").glob("*") if path.is_dir())
-    names = {"adapter": ("adapter",), "tensors": ("dataset_dir",), "songs": ("input", "audio_dir")}.get(o.holds, ())
+    own = "lm_adapter" if name == "lm_adapter" else "adapter"
+    names = {"adapter": (own,), "tensors": ("dataset_dir",), "songs": ("input", "audio_dir")}.get(o.holds, ())
     last = [Path(context.last_used[name]) for name in names if context.last_used.get(name)]
     known = {path.absolute(): path for path in (*near, *last)}
     recent = tuple(Choice(str(path), str(path)) for path in list(known.values())[:RUNS_OFFERED])
@@ -344,9 +376,7 @@ def _own_question(name: str, context: Context) -> Question:
         newest = (run for folder in folders for run in itertools.islice(find_runs(folder), RUNS_READ))
         choices = tuple(
             Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
-            for r in itertools.islice(
-                (run for run in newest if run.checkpoints and "lm" not in run.settings), RUNS_OFFERED
-            )
+            for r in itertools.islice((run for run in newest if run.checkpoints), RUNS_OFFERED)
         )
         first = choices[0].value if choices else last
         return from_option(RUN, lambda _answers: first, context.check, choices=lambda _answers: choices)

@@ -12,7 +12,7 @@ from sidestep.settings import last_used
 from sidestep.settings.config import BuildDatasetConfig, ModelConfig, SampleConfig, TrainConfig, command_of
 from sidestep.settings.option import Choice, options_of
 from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs, read_run
-from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, left_by, questions_of
+from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, fitted, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
 from sidestep.wizard.review import START, Knowledge, manage_presets, review
 from sidestep.words import side_step
@@ -142,6 +142,7 @@ class Wizard:
             answers = questionnaire.forward(self.ask)
             if answers is None:
                 return None
+            flow = fitted(flow, answers)
             if not flow.reviewed:
                 return Request(flow.key, command_of(flow.config_class), config_of(flow, answers, context))
             answers |= changes

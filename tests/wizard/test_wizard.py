@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
@@ -20,9 +21,10 @@ from sidestep.settings.config import (
     DemoConfig,
     PreprocessConfig,
     TrainConfig,
+    TrainLmConfig,
     command_words,
 )
-from sidestep.settings.option import Choice, options_of
+from sidestep.settings.option import Choice, as_json_values, options_of
 from sidestep.settings.path_checks import a_prompt_of
 from sidestep.settings.presets import PROFILES
 from sidestep.terminal.rich_terminal import RichTerminal
@@ -122,6 +124,7 @@ def test_what_is_known_is_not_asked():
 
 START = {
     "train": (TrainConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
+    "train-lm": (TrainLmConfig, {"checkpoint_dir": str(CHECKPOINTS)}),
     "plan": (COMMANDS["plan"].config, {}),
     "history": (COMMANDS["history"].config, {}),
     "doctor": (COMMANDS["doctor"].config, {}),
@@ -273,6 +276,40 @@ def test_a_training_is_started_with_the_settings_of_another(world):
     assert (config.rank, config.output_dir.name) == (8, "a")
     offered = next(prompt for prompt in script.asked if prompt.name == "preset").choices
     assert (str(world.run / "config.json"), "as old") in [(choice.value, choice.title) for choice in offered]
+
+
+def test_a_run_of_the_language_model_is_offered_and_goes_on_as_one(world):
+    composer = world.root / "runs" / "composer"
+    shutil.copytree(world.run, composer)
+    asked = TrainLmConfig(checkpoint_dir=CHECKPOINTS, dataset_dir=world.tensors, output_dir=composer, lm="0.6B")
+    (composer / "config.json").write_text(json.dumps(as_json_values(asked)), encoding="utf-8")
+    wizard, script, _ = session(world, menu="resume", run=[str(composer), str(world.run)], epochs="30")
+    request = wizard.next()
+    assert request.command == "train-lm"
+    assert request.config == replace(asked, epochs=30, resume_from=Path("latest"))
+    [offered] = [prompt.choices for prompt in script.asked if prompt.name == "run"]
+    assert {str(composer), str(world.run)} <= {choice.value for choice in offered}
+    request = wizard.next()
+    assert (request.command, type(request.config)) == ("fixed", TrainConfig)
+
+
+def test_the_composer_is_asked_for_where_there_is_one_and_its_adapter_is_at_hand(world, lm_home):
+    composer = world.root / "runs" / "composer"
+    shutil.copytree(world.run, composer)
+    asked = TrainLmConfig(checkpoint_dir=lm_home, dataset_dir=world.tensors, output_dir=composer)
+    (composer / "config.json").write_text(json.dumps(as_json_values(asked)), encoding="utf-8")
+    home = {"checkpoint_dir": str(lm_home), "model_variant": "acestep-v15-512-codes"}
+    replies = {"adapter": str(world.adapter), "prompt": "warm piano", **home}
+    wizard, script, _ = session(world, menu="sample", think=True, lm_adapter=str(composer / "final"), **replies)
+    config = wizard.next().config
+    assert (config.think, config.lm_adapter) == (True, composer / "final")
+    [offered] = [prompt.choices for prompt in script.asked if prompt.name == "lm_adapter"]
+    assert str(composer / "final") in {choice.value for choice in offered}
+    assert str(world.adapter) not in {choice.value for choice in offered}
+    elsewhere = {"checkpoint_dir": str(CHECKPOINTS), "adapter": str(world.adapter), "prompt": "warm piano"}
+    wizard, script, _ = session(world, menu="sample", **elsewhere)
+    wizard.next()
+    assert "think" not in script.names
 
 
 def test_resuming_takes_the_settings_of_the_run(world):
