@@ -102,7 +102,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
         Flow(
             key="train-lm",
             title="Train the composer",
-            note="an adapter for the language model: tempo, form, phrasing",
+            note="teach the language model tempo and form",
             config_class=TrainLmConfig,
             basic=("checkpoint_dir", "model_variant", "dataset_dir", "output_dir", "epochs"),
             shown=("lm", "rank", "val_split"),
