@@ -155,8 +155,10 @@ def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
     places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {size}", "run": run}
     places |= {"final": run / "final", "map": run / "map.json", "into": run / "merged"}
     words = tuple(str(places.get(word, word)) for word in line.split())
-    model = ("--checkpoint-dir", str(folder / "checkpoints"), "--model-variant", SIZES[size][0])
-    return (*words, *model, *(() if "export" in words else ("--device", "cpu", "--precision", "bf16")))
+    where, variant = str(folder / "checkpoints"), ("--model-variant", SIZES[size][0])
+    if "export" in words:
+        return (*words, "--base", where, *variant)
+    return (*words, "--checkpoint-dir", where, *variant, "--device", "cpu", "--precision", "bf16")
 
 
 def planned_bytes(folder: Path, size: str, name: str) -> int:

@@ -153,6 +153,8 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
         plugin = accelerator.state.fsdp_plugin
         assert plugin is not None
         plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [LAYER_CLASS]
+        if not is_language(config):
+            plugin.cpu_ram_efficient_loading = True  # the first process gives all others their shards
     return accelerator, precision.value
 
 
@@ -203,7 +205,9 @@ def set_up(
 
     set_seed(config.seed)
     decoder, mask = (
-        (language.trunk, ConditionMask()) if language else load_decoder(config, checkpoint, device, precision, report)
+        (language.trunk, ConditionMask())
+        if language
+        else load_decoder(config, checkpoint, device, precision, report, processes if accelerator.is_fsdp2 else None)
     )
     ranks = saved.state["ranks"] if saved else ranks_for(config, checkpoint, decoder, dataset, report)
     model = attach(decoder, config, ranks)
@@ -323,11 +327,24 @@ def check_memory_options(config: TrainConfig, processes: int) -> None:
 
 
 def load_decoder(
-    config: TrainConfig, checkpoint: Checkpoint, device: torch.device, precision: torch.dtype, report: Report
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: torch.dtype,
+    report: Report,
+    sharing: Processes | None = None,
 ) -> tuple[Any, ConditionMask]:
-    """(frozen decoder under the memory settings, but for swapped blocks; the mask that its cross attention reads)."""
+    """(frozen decoder under the memory settings, but for swapped blocks; the mask that its cross attention reads).
+
+    sharing: the processes that will shard it, of which the first alone has the weights, on the CPU: no GPU ever holds
+    all of them, and RAM holds them once.
+    """
     quantised = "" if config.base_precision == "auto" else config.base_precision
-    decoder: Any = checkpoint.load_decoder(CPU if config.swap_blocks else device, precision, quantised)
+    if sharing and sharing.index:
+        decoder: Any = checkpoint.load_decoder(torch.device("meta"), precision)
+        decoder = decoder.to_empty(device=CPU)  # memory that nobody writes to takes no room
+    else:
+        decoder = checkpoint.load_decoder(CPU if config.swap_blocks or sharing else device, precision, quantised)
     mask = ConditionMask()
     mask.install(decoder)
     attention = use_attention(decoder, config.attention, device, precision)

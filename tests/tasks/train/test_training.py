@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from sidestep.tasks.train import evaluation
 from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import Metrics, rare_seconds_left, run_loop
+from sidestep.tasks.train.processes import Processes
+from sidestep.tasks.train.setup import load_decoder
 from tests.training_world import CHECKPOINTS, adapter, differing, prepared, record, run, settings, write_data
 
 
@@ -334,3 +337,21 @@ def test_the_time_left_counts_validations_saves_and_previews():
     metrics.rare_seconds.update({"validations": 30.0, "saves": 7.0})  # of the epochs 3 to 6: two and one
     run = SimpleNamespace(config=every, position=done, first_epoch=2, last_epoch=11)
     assert rare_seconds_left(run, metrics) == pytest.approx(3 * 15.0 + 2 * 7.0)  # 8, 10 and 11; 10 and 11
+
+
+def test_of_processes_that_shard_a_model_the_first_alone_reads_it_and_on_the_cpu(data, tmp_path, monkeypatch):
+    config, read, places, parts = settings(data, tmp_path, attention="local"), weights.Weights.read, [], []
+
+    def noted(own, keys, dtype, device):
+        places.append(device.type)
+        return read(own, keys, dtype, device)
+
+    monkeypatch.setattr(weights.Weights, "read", noted)
+    for index in (0, 1):
+        checkpoint = open_checkpoint(config.checkpoint_dir, "turbo")
+        sharing = cast(Processes, SimpleNamespace(index=index))
+        decoder, _ = load_decoder(config, checkpoint, torch.device("cuda"), torch.float32, events.null, sharing)
+        parts.append({name: (tuple(p.shape), p.dtype, p.device.type) for name, p in decoder.named_parameters()})
+    assert places == ["cpu", "meta"]
+    assert parts[0] == parts[1]
+    assert {device for _, _, device in parts[0].values()} == {"cpu"}
