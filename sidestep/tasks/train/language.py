@@ -39,12 +39,17 @@ class LanguageCheckpoint(Checkpoint):
 
     def __init__(self, dit: Checkpoint, folder: Path):
         super().__init__(dit.layout, dit.report)
-        self._lm_folder = folder
+        self._lm_folder, self._dit = folder, dit
         self.config = read_config(folder / "config.json")
 
     @property
     def folder(self) -> Path:
         return self._lm_folder
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the DiT that it goes with: the VAE is that one's."""
+        return self._dit.latent_channels
 
     def identity(self, part: str = "transformer") -> str:
         """Fingerprint of the language model's weights, or of another part's."""
