@@ -71,7 +71,7 @@ def demo(config: DemoConfig, report: Report) -> None:
     report(
         Finished(
             message=f"The demo ran from {songs} songs to an adapter and a preview. Its weights are random, so it "
-            "sounds like noise; your songs and the real model go the same way:",
+            "sounds like noise; your songs and the real model go the same way.",
             next_commands=(
                 side_step(*listing),
                 *(side_step(*words, "--checkpoint-dir", "CHECKPOINTS") for words in others),
@@ -85,7 +85,7 @@ def run_pipeline(home: Path, report: Report) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a model computes faster alone than threads take to meet
     try:
-        report(Notice(message=f"1/5 A tiny ACE-Step model with random weights, and four short songs, in {home}"))
+        report(Notice(message=f"1/5 A tiny model with random weights and four short songs, in {home}"))
         checkpoints = write_tiny_checkpoint(home / "checkpoints")
         songs = write_music(home / "songs")
 
