@@ -182,6 +182,15 @@ def test_every_term_for_musicians_is_in_the_glossary(name):
     assert {term for term in terms_of(DOCS[name]) if term not in known and term.removesuffix("s") not in known} == set()
 
 
+def test_every_message_that_the_docs_explain_is_one_of_the_program():
+    table = DOCS["training.md"].split("| message | what it means |")[1].split("\n\n")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "sidestep").rglob("*.py"))
+    parts = {part.strip() for message in messages for part in re.split("…|cuda", message) if part.strip()}
+    assert len(parts) >= len(messages) > 5
+    assert {part for part in parts if part not in code} == set()
+
+
 def test_the_architecture_names_what_is_there_and_is_short():
     text = DOCS["architecture.md"]
     assert len(text.splitlines()) <= 120
