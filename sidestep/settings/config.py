@@ -1252,7 +1252,7 @@ class CompareConfig(JudgeConfig):
         plain="two or more adapters: the final/ folders of runs, or files of any program",
     )
     output: Path = option(
-        Path("comparison"), "folder for figures, music and page", "--output", "-o", group="Judge", kept=True
+        Path("comparison"), "folder for figures and music", "--output", "-o", group="Judge", kept=True
     )
 
 
