@@ -85,17 +85,8 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
 
 # Their code takes seconds to load, before the task can say a word.
 NEED_TORCH = (
-    *(
-        TrainConfig,
-        PreprocessConfig,
-        EstimateConfig,
-        PlanConfig,
-        SampleConfig,
-        ScoreConfig,
-        CompareConfig,
-        ExportConfig,
-        DemoConfig,
-    ),
+    *(TrainConfig, TrainLmConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ScoreConfig),
+    *(CompareConfig, ExportConfig, DemoConfig),
 )
 
 
