@@ -58,6 +58,7 @@ CONFIG_XL = CONFIG_2B | {
 }
 
 
+FRAMES_PER_SECOND = 25  # of latents, with the VAE of all variants
 TURBO_SHIFT = 3.0  # of turbo models that do not state another
 MODES = {True: "discrete", False: "logit-normal"}  # of timesteps, by whether a model is turbo
 MERGED = {"merge", "merged", "mix", "mixed", "blend", "soup", "ta"}  # what people call a sum of two models

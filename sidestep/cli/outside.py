@@ -12,6 +12,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Table
+from sidestep.settings.advice import advice_for
 from sidestep.settings.config import RANK_MAP, DoctorConfig, PlanConfig, TrainConfig, command_words
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.settings.path_checks import Check, verify
@@ -81,6 +82,8 @@ def data(check: Check, config: Any) -> list[str]:
         lines = [f"Data: {error.problem}"]
     if not config.ignore_rank_map and (config.dataset_dir / RANK_MAP).is_file():
         lines.append(f"Ranks: measured, from {config.dataset_dir / RANK_MAP}; they go before the rank above.")
+    if config.resume_from is None and (advice := advice_for(vars(config))):
+        lines.append(f"Suggested: {advice.value} ({advice.reason}): {advice.flags}")
     return lines
 
 

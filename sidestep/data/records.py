@@ -25,6 +25,7 @@ from sidestep.data.text import is_text
 from sidestep.errors import JobError
 from sidestep.events import Progress, Report, null
 from sidestep.files import files_below, replacing, write_text
+from sidestep.settings.path_checks import RECORDS_INDEX as INDEX
 
 SCHEMA = 1  # raise it when records of before must be made anew
 TENSORS = ("target_latents", "encoder_hidden_states", "audio_codes", "cover_hints", "hints_encoder_hidden_states")
@@ -32,7 +33,6 @@ UNREADABLE = (  # all that torch's reader was seen to raise on damaged bytes
     *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
     *(ImportError, NameError, EOFError, MemoryError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile),
 )
-INDEX = ".records.json"
 INDEX_SCHEMA = "2"
 LARGEST_BYTES = 4 * 1024**3  # of a record: an hour of music with hints takes 50 MB
 TEXT_LIMIT = 100_000  # characters

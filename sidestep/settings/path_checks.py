@@ -10,7 +10,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -21,6 +21,7 @@ from sidestep.files import expand, files_below
 from sidestep.settings.option import Answers, Choice
 from sidestep.words import count
 
+RECORDS_INDEX = ".records.json"  # what is known of the tensors in a folder, in it
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -397,16 +398,23 @@ def models_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:
     )
 
 
-def is_in_doubt(answers: Mapping[str, Any]) -> bool:
-    """Whether the chosen model has signs of both laws of timesteps, as merges have."""
+def variant_of(answers: Mapping[str, Any]) -> variants.Variant | None:
+    """What the chosen model's config and folder say of it, else its name; None where none is chosen."""
     if not {"checkpoint_dir", "model_variant"} <= answers.keys():
-        return False
+        return None
     home, name = Path(answers["checkpoint_dir"]), str(answers["model_variant"])
     official = variants.OFFICIAL_FOLDERS.get(name, name)
     folders = [folder for folder in (home / official, home / f"{official}-diffusers", home) if folder.is_dir()]
     found = ((folder, _read_json(folder / sub / "config.json")) for folder in folders for sub in ("", "transformer"))
     folder, config = next(((folder, config) for folder, config in found if config), (home, {}))
-    return bool(variants.detect(config, folder.name).doubt)
+    variant = variants.detect(config, folder.name)
+    return variant if config else replace(variant, is_turbo="turbo" in name)  # a single file says nothing
+
+
+def is_in_doubt(answers: Mapping[str, Any]) -> bool:
+    """Whether the chosen model has signs of both laws of timesteps, as merges have."""
+    variant = variant_of(answers)
+    return variant is not None and bool(variant.doubt)
 
 
 def states_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:

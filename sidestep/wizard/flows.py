@@ -9,6 +9,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.settings import presets
+from sidestep.settings.advice import SUGGESTED, Advice, advice_for
 from sidestep.settings.config import (
     BuildDatasetConfig,
     DemoConfig,
@@ -315,7 +316,13 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
     known = {path.absolute(): path for path in (*near, *last)}
     recent = tuple(Choice(str(path), str(path)) for path in list(known.values())[:RUNS_OFFERED])
     offered = {"choices": lambda _answers: recent} if recent and not o.offers else {}
-    question = from_option(o, default, context.check, when=when, **offered)
+
+    def why(answers: Answers) -> str:
+        advice = _advice(o, flow, answers)
+        value = advice.of(o.name) if advice else None
+        return "" if advice is None or value is None else f"Suggested: {value:g} ({advice.reason})."
+
+    question = from_option(o, default, context.check, when=when, why=why, **offered)
     voids = ("run",) if o.type is Path else ("run", "preset")
     return replace(question, depends_on=(*voids, *question.depends_on))
 
@@ -331,6 +338,8 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
             return preset[o.name]
     if o.name == "prompt" and context.last_used.get("dataset_json"):
         return a_prompt_of(Path(context.last_used["dataset_json"]))
+    if (advice := _advice(o, flow, answers)) and advice.of(o.name) is not None:
+        return advice.of(o.name)
     if o.suggest and (suggested := o.suggest(answers)) is not None:
         return suggested
     if o.name in context.last_used and (o.kept or o.name in FOR_ALL_RUNS):
@@ -341,6 +350,12 @@ def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> An
     if o.holds == "checkpoints" and (found := likely_checkpoint_dirs(context.here)):
         return found[0]
     return "" if o.required else o.default
+
+
+def _advice(o: Option, flow: Flow, answers: Answers) -> Advice | None:
+    """What is suggested for the music of a new run, where this setting is part of it."""
+    is_new = flow.config_class is TrainConfig and "run" not in answers
+    return advice_for(answers) if is_new and o.name in SUGGESTED else None
 
 
 SONGS = Option(

@@ -57,7 +57,7 @@ Ask = Callable[[Prompt], Any]  # the reply as typed or chosen, BACK or NEWS; Ctr
 class Question:
     """A question of a flow. The functions see the answers given before it.
 
-    `typed`: the kind of question where there is nothing to choose from.
+    `typed`: the kind of question where there is nothing to choose from. `why`: what to add to `help`.
     `verify`: the real check of a value, once it is entered: a line about it ("12 songs, 47:10"), or UserError.
     `depends_on`: answers that, when changed, make an earlier reply to this question void.
     `on_disk`: the answer is something found on disk, which one flow hands on to the next.
@@ -75,6 +75,7 @@ class Question:
     when: Callable[[Answers], bool] = lambda _answers: True
     depends_on: tuple[str, ...] = ()
     typed: str = "choice"
+    why: Callable[[Answers], str] = lambda _answers: ""
     on_disk: bool = False
     more: str = ""
 
@@ -91,8 +92,9 @@ class Question:
                 raise UserError(f"{' '.join(map(str, reply))}: not all of these are in the list.")
             return self.read(reply, answers)
 
+        help = " ".join(filter(None, (self.help, self.why(answers))))
         return Prompt(
-            self.name, self.text, self.help, kind, default, choices, read, section=self.section, more=self.more, **place
+            self.name, self.text, help, kind, default, choices, read, section=self.section, more=self.more, **place
         )
 
 

@@ -12,9 +12,11 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from sidestep.data.records import index_records, save_record
 from sidestep.errors import UserError
 from sidestep.events import Table
 from sidestep.settings import presets
+from sidestep.settings.advice import advise
 from sidestep.settings.config import (
     COMMANDS,
     BuildDatasetConfig,
@@ -35,6 +37,7 @@ from sidestep.wizard.prompts import QuestionaryAsk
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
 from sidestep.wizard.review import Knowledge, in_background
 from sidestep.wizard.session import Outside, Wizard
+from tests.training_world import record
 from tests.wizard_world import CHECKPOINTS, Screen, Script, World, welcomed
 
 
@@ -566,6 +569,25 @@ def test_what_was_used_is_the_suggestion_of_the_next_session(world):
         world.tensors.as_posix(),
         24,
     )
+
+
+def test_rank_and_epochs_are_suggested_for_the_music_with_the_reason_unless_a_preset_sets_them(world):
+    (world.tensors / "one.pt").unlink()
+    for number in range(3):
+        save_record(world.tensors / f"{number}.pt", record(number, 6000))
+    index_records(world.tensors)
+    advice = advise(3, 12.0, True)
+    wizard, script, _ = session(world, menu="train", preset="", **paths(world))
+    config = wizard.next().config
+    prompts = {prompt.name: prompt for prompt in script.asked}
+    assert (config.rank, config.epochs, config.alpha) == (advice.rank, advice.epochs, 2 * advice.rank)
+    assert prompts["epochs"].help.endswith(f"Suggested: {advice.epochs} ({advice.reason}).")
+    assert config.chunk_duration == 0  # was not asked
+    wizard, script, _ = session(world, menu="train", preset="", adapter_type="lokr", **paths(world))
+    assert wizard.next().config.rank == 64
+    assert not any("Suggested" in prompt.help for prompt in script.asked if prompt.name == "rank")
+    wizard, script, _ = session(world, menu="train", preset="recommended", **paths(world))
+    assert (wizard.next().config.epochs, "epochs" in script.names) == (100, False)
 
 
 def test_settings_apply_to_every_run(world):

@@ -6,7 +6,7 @@ Before a run `check_memory` asks the same: it refuses a run that cannot fit, and
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sidestep.adapters.attach import check_sizes
 from sidestep.data.records import index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
+from sidestep.settings.advice import Advice, advice_for
 from sidestep.settings.config import EstimateConfig, PlanConfig, SampleConfig, TrainConfig, memory_levers
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.plan.language import PLAIN_TOKENS, writing_bytes
@@ -37,10 +38,9 @@ from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pas
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
 from sidestep.tasks.think import LONGEST_SECONDS
 from sidestep.tasks.train.prior import extra_time
-from sidestep.variants import OFFICIAL_FOLDERS, official_config
+from sidestep.variants import FRAMES_PER_SECOND, OFFICIAL_FOLDERS, official_config
 from sidestep.words import did_you_mean, gib
 
-FRAMES_PER_SECOND = 25
 SUNG_TOKENS = 256  # that lyrics of some verses take
 SHORTEST_WINDOW_SECONDS = 15.0
 GATHERED_LAYERS = 2  # that FSDP holds whole at a time: the one that computes and the next
@@ -66,7 +66,7 @@ class Plan:
     """Answer of the planner. Bytes everywhere. seconds: length of the songs it is for.
 
     best: the mildest settings that leave the card its reserve, None when none do. faster: these with as little
-    recomputed as then fits, None where that is what they do.
+    recomputed as then fits, None where that is what they do. advice: on training on the songs of a folder.
     """
 
     seconds: float
@@ -78,6 +78,7 @@ class Plan:
     first_pass: int
     second_pass: int
     preview: int
+    advice: Advice | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -256,6 +257,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         first_pass=with_overhead(first_pass_peak(planner.dtype, planner.seconds)),
         second_pass=with_overhead(second_pass_peak(planner.sizes, planner.dtype)),
         preview=planner.preview(asked),
+        advice=advice_for(vars(asked) | {"dataset_dir": config.dataset_dir}),
     )
     if not config.json:
         for table in tables(result):
@@ -341,6 +343,13 @@ def tables(result: Plan) -> Iterator[Table]:
                 (f"faster, with what is spare: {' '.join(result.faster.flags)}", amount(result.faster.needed))
             )
         yield Table(title=f"What to do on {amount(gpu.bytes)}", columns=("advice", "needed then"), rows=tuple(advice))
+    if result.advice:
+        rows = [
+            ("suggested", result.advice.value),
+            ("because", result.advice.reason),
+            ("as flags", result.advice.flags),
+        ]
+        yield Table(title="How to train on these songs", columns=("", "advice"), rows=tuple(rows))
 
 
 def as_json(result: Plan) -> dict:
@@ -362,6 +371,7 @@ def as_json(result: Plan) -> dict:
         "first_pass_bytes": result.first_pass,
         "second_pass_bytes": result.second_pass,
         "preview_bytes": result.preview,
+        "advice": asdict(result.advice) if result.advice else None,
     }
 
 

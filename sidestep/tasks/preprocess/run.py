@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from sidestep.data.records import find_records
+from sidestep.data.records import find_records, index_records
 from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import Finished, Notice, Progress, Report
 from sidestep.files import write_text
@@ -172,6 +172,7 @@ def conclude(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, 
             f"None of {count(summary.failed, 'song')} could be preprocessed; {output / FAILURES_NAME} has the reasons.",
             "Put the files right and give the same command again.",
         )
+    index_records(output)  # so that nobody waits for it later, and the wizard knows how much music it is
     train = side_step(
         *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
         *("--dataset-dir", str(output), "--output-dir", "OUTPUT_FOLDER"),

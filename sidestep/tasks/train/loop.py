@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 
@@ -32,8 +33,10 @@ from sidestep.tasks.train.previews import make_previews, preview_now
 from sidestep.tasks.train.processes import unshard
 from sidestep.tasks.train.report import add_timesteps, write_report
 from sidestep.tasks.train.run import Point, Position, Run
+from sidestep.words import clock
 
 PRIOR = "--prior-data"  # stands for the song of a sample of other music
+SETTLED = 2  # the log line by which a run's speed has settled: in the first it warms up
 SKIPS_THAT_STOP = 10  # so many optimizer steps in a row without a finite gradient end a run
 
 
@@ -66,6 +69,7 @@ class Metrics:
     lr: float = math.nan  # of the last optimizer step
     logged_at: float = field(default_factory=time.perf_counter)
     steps_since_log: int = 0
+    logs: int = 0
     # spent on validations, saves and previews
     rare_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -307,6 +311,7 @@ def log(run: Run, metrics: Metrics) -> None:
     )
     now, step = time.perf_counter(), run.position.step
     rate = metrics.steps_since_log / (now - metrics.logged_at)
+    left = (run.total_steps - step) / rate + rare_seconds_left(run, metrics)
     point = Point(
         step,
         epoch=run.position.epoch + 1,
@@ -322,13 +327,19 @@ def log(run: Run, metrics: Metrics) -> None:
             **asdict(point),
             total_steps=run.total_steps,
             steps_per_second=rate,
-            eta_seconds=(run.total_steps - step) / rate + rare_seconds_left(run, metrics),
+            eta_seconds=left,
         )
     )
     for name, value in (("loss/train", point.loss), ("lr", point.lr), ("grad_norm", point.grad_norm)):
         run.tensorboard.add_scalar(name, value, step)
     if point.drift is not None:
         run.tensorboard.add_scalar("loss/prior", point.drift, step)
+    metrics.logs += 1
+    if metrics.logs == SETTLED and step < run.total_steps:
+        speed = f"{1 / rate:.2g} s an optimizer step" if rate < 1 else f"{rate:.2g} optimizer steps a second"
+        ends = (datetime.now().astimezone() + timedelta(seconds=left)).strftime("%A %H:%M")
+        message = f"At {speed} the {run.total_steps - step} that are left take about {clock(left)}, until {ends}."
+        run.report(Notice(message=message))
     metrics.read_drifts = []
     metrics.read_losses, metrics.steps_since_log, metrics.logged_at = [], 0, now
 

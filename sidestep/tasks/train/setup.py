@@ -19,13 +19,15 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.acestep.vae import frames_per_second
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import attach, check_sizes, load_adapter_state, start_along_gradient, start_from
-from sidestep.data.batches import StepPlan, fingerprint
+from sidestep.data.batches import Song, StepPlan, fingerprint
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, null
 from sidestep.files import portable
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
+from sidestep.settings.advice import advise
 from sidestep.settings.config import TrainConfig, check_streaming, command_line
 from sidestep.tasks.train.checkpoints import (
     SavedRun,
@@ -201,6 +203,8 @@ def set_up(
         dropout = f"{law.cfg_ratio:g}" if law.cfg_ratio else "off"
         report(Decision(what="timesteps", value=law.name, reason=law.reason + law.shift_reason))
         report(Decision(what="CFG dropout", value=dropout, reason=law.reason))
+        if not saved:
+            report(suggestion(config, checkpoint, every))
     previews = previews_for(config, checkpoint, every, device, precision, report)
 
     set_seed(config.seed)
@@ -296,6 +300,15 @@ def watch_layers(run: Run, decoder: Any) -> None:
         layer.register_forward_pre_hook(tell)
     recomputed = len(decoder.layers[: run.config.recompute_layers]) if run.config.gradient_checkpointing else 0
     run.layer_calls = len(decoder.layers) + recomputed
+
+
+def suggestion(config: TrainConfig, checkpoint: Checkpoint, songs: list[Song]) -> Decision:
+    """What suits the music of a run, beside which nothing is changed."""
+    minutes = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config()) / 60
+    is_turbo = checkpoint.variant.under(config.timestep_mode).is_turbo
+    samples = config.batch_size * config.gradient_accumulation
+    advice = advise(sum(song.repeat for song in songs), minutes, is_turbo, samples, config.adapter_type)
+    return Decision(what="suggested", value=f"{advice.value}: {advice.flags}", reason=advice.reason)
 
 
 def batch_decision(config: TrainConfig, plan: list[StepPlan]) -> Decision:

@@ -23,6 +23,7 @@ from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
 from sidestep.optim import optimizer_bytes
+from sidestep.settings.advice import advise, music_in
 from sidestep.settings.config import COMMANDS, EstimateConfig, PlanConfig, SampleConfig, TrainConfig
 from sidestep.settings.presets import PROFILES, USABLE, find, profile_for
 from sidestep.tasks.plan import plan as plans
@@ -493,6 +494,10 @@ def test_a_plan_is_for_the_longest_song_of_a_folder(small_run):
     frames, _ = longest(small_run.dataset_dir)
     assert answer.seconds == frames / 25
     assert as_json(answer)["song_seconds"] == frames / 25
+    advice = advise(*music_in(small_run.dataset_dir), is_turbo=True)
+    assert as_json(answer)["advice"]["steps"] == advice.steps
+    [table] = [table for table in tables(answer) if table.title == "How to train on these songs"]
+    assert [row[1] for row in table.rows] == [advice.value, advice.reason, advice.flags]
     with pytest.raises(UserError, match="no tensors to plan for"):
         plan(dataclasses.replace(config, dataset_dir=small_run.checkpoint_dir), null)
 

@@ -13,6 +13,7 @@ from sidestep.data.batches import collate, item_of
 from sidestep.data.records import load_record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Notice
+from sidestep.settings.advice import music_in
 from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
@@ -157,6 +158,7 @@ def test_captions_come_from_dataset_json_through_preprocessing(tmp_path):
     library, out = make_library(tmp_path / "songs", ["a.wav"]), tmp_path / "out"
     preprocess(job(library, out), lambda _event: None)
     before = load_record(out / "a.wav.pt")
+    assert music_in(out) == (1, pytest.approx(len(before.target_latents) / 25 / 60))  # known at once, for the wizard
     edit_library(library, 0, captions=["another", " a third "])
     preprocess(job(library, out), lambda _event: None)
     after = load_record(out / "a.wav.pt")
