@@ -36,7 +36,7 @@ def two_values(name: str) -> tuple:
     if o.choices:
         values = [(choice,) if o.many else choice for choice in o.choices]
     elif o.type is str:
-        values = ["one", "two"]
+        values = [(word,) if o.many else word for word in ("one", "two")]
     else:
         low = max(o.minimum or 0, o.above or 0) + (o.maximum or 8) / 8
         values = [o.type(low), o.type(low + (o.maximum or 8) / 4)]
