@@ -245,7 +245,7 @@ def use_attention(
     elif request == "local":
         choice = Choice("local", "asked for")
     elif request == "auto" and device.type != "cuda":
-        choice = Choice("local", f"exact and O(T·window) on {device.type}")
+        choice = Choice("local", f"exact, its time grows with the length and not its square, on {device.type}")
     elif not (obstacle := flash_obstacle(sliding, device, dtype, local)):
         why = "asked for" if request == "flash" else "the fastest window there is here"
         choice, attend = Choice("flash", f"{why}; equal to local attention in a trial on this device"), flash_attention
