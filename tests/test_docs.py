@@ -103,7 +103,17 @@ def test_every_flag_that_the_docs_name_exists():
         for o in options_for(command).values()
         for flag in (*o.flags, "--no-" + o.flag.removeprefix("--"))
     }
-    known |= {"--plain", "--yes", "--version", "--help", "--preprocess", "--preset", "--vram-profile", "--config"}
+    known |= {
+        "--plain",
+        "--yes",
+        "--version",
+        "--help",
+        "--preprocess",
+        "--preset",
+        "--vram-profile",
+        "--config",
+        "--dry-run",
+    }
     others = {
         "--no-config",
         "--torch-backend",

@@ -19,6 +19,7 @@ FLOORS = {
 BESIDE = {
     ("wizard", "terminal"): "the wizard shows what it asks",
     ("tasks.demo", "*"): "the demo runs the other tasks",
+    ("tasks.dry_run", "*"): "what a command would do is found out by its own functions",
     ("tasks.plan", "tasks.train"): "the memory of the real step is found by running the real step",
     ("tasks.estimate", "tasks.train"): "gradients are measured on the loss that training has",
     ("tasks.score", "tasks.train"): "the loss is that of validation, on the songs of the run",

@@ -5,6 +5,7 @@ The only error boundary stands here: what a job raises becomes a message, a log 
 
 import errno
 import gc
+import json
 import logging
 import os
 import platform
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,6 +125,11 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     if preset and preset.unknown:
         unknown = f"ignored, because no command has such a setting: {', '.join(preset.unknown)}."
         notes.append(Notice(message=f"Preset {preset.name}: {unknown}", level="warning"))
+    if call.dry_run:
+        say_what_would_happen(configs[0], terminal, call.dry_run == "json")
+        if configs[1:]:
+            terminal.note("The training that follows can be foreseen once its tensors are there.")
+        return ExitStatus.OK
     worst = ExitStatus.OK
     for config in configs:
         running.append(config)
@@ -137,6 +143,17 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
             return status
         worst, notes = max(worst, status), []
     return worst
+
+
+def say_what_would_happen(config: Any, terminal: Terminal, json_alone: bool) -> None:
+    """`--dry-run` of one config; nothing is written, no log either."""
+    from sidestep.tasks.dry_run import dry_run
+
+    if json_alone:
+        terminal.out.write(json.dumps([asdict(line) for line in dry_run(config, null)]) + "\n")
+        return
+    with showing(terminal) as report:
+        dry_run(config, report)
 
 
 def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = (), in_wizard: bool = False) -> ExitStatus:

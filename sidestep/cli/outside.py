@@ -13,17 +13,17 @@ from typing import Any
 from sidestep.errors import UserError
 from sidestep.events import Table
 from sidestep.settings.advice import advice_for
-from sidestep.settings.config import RANK_MAP, DoctorConfig, PlanConfig, TrainConfig, command_words
-from sidestep.settings.option import changed_from_defaults, options_of, resolve
-from sidestep.settings.path_checks import Check, verify
+from sidestep.settings.config import RANK_MAP, DoctorConfig, TrainConfig, command_words
+from sidestep.settings.path_checks import SHORT_SECONDS, Check, verify
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import Knowledge
 from sidestep.wizard.session import Outside
-from sidestep.words import clock, count, gib, side_step
+from sidestep.words import clock, count, side_step
 
 COUNT_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
 BESIDE_SECONDS = 180  # for one that comes while a question is read
+FORESEEN = ("steps", "time", "memory", "disk")  # of what a dry run says
 SHOWN = ("device", "device memory", "precision", "checkpoints", "free disk")  # of the doctor's findings
 
 
@@ -38,12 +38,12 @@ def outside(terminal: Terminal, here: Path = Path()) -> Outside:
             fix = "Name a folder nearer to the files, or press Enter to look again."
             raise UserError(f"Stopped looking at {path}.", fix) from None
 
-    return Outside(check, machine, Knowledge(partial(data, check), memory), open_file, here)
+    return Outside(check, machine, Knowledge(partial(data, check), foreseen), open_file, here)
 
 
 @lru_cache(maxsize=32)
 def songs_in(folder: Path) -> str:
-    """`12 songs, 47:10 of music`. Raises UserError where there are none."""
+    """`12 songs, 47:10 of music, 2 of them under 10 s`. Raises UserError where there are none."""
     from sidestep.audio.io import AudioError, find_audio, probe
 
     if not folder.is_dir():
@@ -51,16 +51,18 @@ def songs_in(folder: Path) -> str:
     songs = find_audio(folder)
     if not songs:
         raise UserError("No audio files in there.")
-    seconds, unread, deadline = 0.0, 0, time.monotonic() + COUNT_SECONDS
+    seconds, short, unread, deadline = 0.0, 0, 0, time.monotonic() + COUNT_SECONDS
     for number, song in enumerate(songs):
         if time.monotonic() > deadline:
             unread = len(songs) - number
             break
         try:
-            seconds += probe(song).seconds
+            length = probe(song).seconds
+            seconds, short = seconds + length, short + (length < SHORT_SECONDS)
         except AudioError:
             unread += 1
-    return f"{count(len(songs), 'song')}, {'more than ' if unread else ''}{clock(seconds)} of music"
+    brief = f", {short} of them under {SHORT_SECONDS:.0f} s, which teaches little" if short else ""
+    return f"{count(len(songs), 'song')}, {'more than ' if unread else ''}{clock(seconds)} of music{brief}"
 
 
 def machine(checkpoint_dir: Path | None) -> Table | None:
@@ -87,22 +89,15 @@ def data(check: Check, config: Any) -> list[str]:
     return lines
 
 
-def memory(config: Any) -> list[str]:
-    """Lines for the review of a training run: whether it fits into memory. Takes seconds."""
+def foreseen(config: Any) -> list[str]:
+    """Lines for the review of a training run: steps, time, memory and disk, as `--dry-run` says them. Takes seconds."""
     if not isinstance(config, TrainConfig):
         return []
-    shared = {name: v for name, v in changed_from_defaults(config).items() if name in options_of(PlanConfig)}
-    plan = json_of(*command_words(resolve(PlanConfig, shared, {"json": True})), seconds=BESIDE_SECONDS)
-    if not isinstance(plan, dict):
-        return [f"Memory: not worked out in time; this tells it: {side_step('plan')}"]
-    needed, longest = gib(plan["asked"]["needed_bytes"]), f"for the longest song ({clock(plan['song_seconds'])})"
-    if plan["fits"] is None:
-        return [f"Memory: {needed} {longest} (no GPU found to compare with)"]
-    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
-    lines = [f"Memory: {needed} of {gib(plan['device_bytes'])} {longest}: {verdict}"]
-    if not plan["fits"] and plan["best"]:
-        lines.append(f"It would fit with: {' '.join(plan['best']['flags'])}")
-    return lines
+    words = (*command_words(config), "--dry-run-as-json")
+    lines = json_of(*words, seconds=BESIDE_SECONDS)
+    if not isinstance(lines, list):
+        return [f"Memory: not worked out in time; this tells it: {side_step(*words[:-1], '--dry-run')}"]
+    return [f"{line['what'].capitalize()}: {line['value']}" for line in lines if line["what"] in FORESEEN]
 
 
 def open_file(path: Path) -> str:

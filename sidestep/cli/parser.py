@@ -52,6 +52,7 @@ class Call:
     vram_profile: str = ""
     plain: bool = False
     yes: bool = False
+    dry_run: str = ""  # for a person or, as json, for a program
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,6 +118,7 @@ def parse(argv: list[str]) -> Call:
     preprocess, preset = typed.pop("preprocess", False), typed.pop("preset", "")
     vram_profile, config = typed.pop("vram_profile", ""), typed.pop("config", None)
     plain, yes = typed.pop("plain", namespace.plain), typed.pop("yes", namespace.yes)
+    dry_run = typed.pop("dry_run", "")
     options = options_for(command)
     values = {}
     for name, value in typed.items():
@@ -126,7 +128,7 @@ def parse(argv: list[str]) -> Call:
         if isinstance(value, list) and splits_at_commas(o):
             value = [part for word in value for part in word.split(",") if part]
         values[name] = value
-    return Call(command, values, preprocess, preset, config, vram_profile, plain, yes)
+    return Call(command, values, preprocess, preset, config, vram_profile, plain, yes, dry_run)
 
 
 def configs_of(call: Call, preset: Mapping[str, Any]) -> list[Any]:
@@ -220,6 +222,12 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     parser = _Parser(prog, usage=usage, description=f"{COMMANDS[name].help}.{also}")
     parser.add_argument("--plain", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--yes", "-y", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    help = "say what would be read and written, how long it takes and how much memory; write nothing"
+    parser.add_argument(
+        "--dry-run", action="store_const", const="table", dest="dry_run", default=argparse.SUPPRESS, help=help
+    )
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--dry-run-as-json", action="store_const", const="json", dest="dry_run", **hidden)
     if name == "fixed":
         help = "turn audio into training tensors; with --output-dir too, train on them afterwards"
         parser.add_argument("--preprocess", action="store_true", default=argparse.SUPPRESS, help=help)

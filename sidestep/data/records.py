@@ -143,10 +143,13 @@ def find_records(folder: Path) -> list[Path]:
     return sorted(path for path in files_below(folder, hidden=False) if path.suffix == ".pt" and path.is_file())
 
 
-def index_records(folder: Path, report: Report = null) -> tuple[dict[str, RecordInfo], dict[str, RecordError]]:
+def index_records(
+    folder: Path, report: Report = null, keep: bool = True
+) -> tuple[dict[str, RecordInfo], dict[str, RecordError]]:
     """What is known of each record below a folder, by its path relative to it, and why the others cannot be used.
 
-    Only what the index does not have, or what has changed since, is read. It is kept where the folder takes files.
+    Only what the index does not have, or what has changed since, is read. It is kept where the folder takes files,
+    and with keep=False not at all.
     """
     kept: dict[str, RecordInfo] = {}
     with suppress(OSError, ValueError):  # there is none yet, or it is damaged: made anew
@@ -165,7 +168,7 @@ def index_records(folder: Path, report: Report = null) -> tuple[dict[str, Record
             broken[name] = error
         if done % 500 == 0:
             report(Progress(task="Reading records", done=done, total=len(paths), current=name))
-    if found != kept:
+    if keep and found != kept:
         body = json.dumps({name: vars(info) for name, info in found.items()})
         with suppress(OSError):  # a folder that takes no files costs the next start some time, and nothing else
             write_text(folder / INDEX, f"{_seal(body)}\n{body}\n")

@@ -23,6 +23,7 @@ from sidestep.words import count
 
 RECORDS_INDEX = ".records.json"  # what is known of the tensors in a folder, in it
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+SHORT_SECONDS = 10.0  # a shorter song teaches little: the model knows whole songs
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,21 @@ SIZES = ((80, 24), (100, 35))
 def a_users_folder(folder: Path, checkpoints: Path) -> Path:
     """A folder with checkpoints and two short songs, as a new user would have it."""
     shutil.copytree(checkpoints, folder / "checkpoints")
-    (folder / "songs").mkdir()
+    write_songs(folder / "songs")
+    return folder
+
+
+def write_songs(folder: Path) -> None:
+    """Two short songs of noise, with a caption each."""
+    folder.mkdir()
     noise = np.random.default_rng(0)
     for name in ("one", "two"):
-        with wave.open(str(folder / "songs" / f"{name}.wav"), "wb") as file:
+        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
             file.setnchannels(2)
             file.setsampwidth(2)
             file.setframerate(48000)
             file.writeframes((noise.normal(0, 3000, 2 * 48000 * 2)).astype("<i2").tobytes())
-        (folder / "songs" / f"{name}.txt").write_text(f"caption: {name}\nbpm: 120\n", encoding="utf-8")
-    return folder
+        (folder / f"{name}.txt").write_text(f"caption: {name}\nbpm: 120\n", encoding="utf-8")
 
 
 def walk_to_a_judged_adapter(session: Session) -> Iterator[str]:

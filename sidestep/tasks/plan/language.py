@@ -134,19 +134,23 @@ def check_description(config: BuildDatasetConfig, report: Report) -> None:
     require_language_room(with_overhead(needed), gpu, config, report)
 
 
-def check_language_memory(config: TrainLmConfig, report: Report) -> None:
-    """Say what training takes on this GPU. Raises UserError where it cannot fit, unless that was asked for."""
+def language_memory(config: TrainLmConfig, report: Report, keep_index: bool = True) -> tuple[int, str]:
+    """(bytes that training takes, what they are for)."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     folder = choose_language_model(checkpoint.layout, config.lm)
-    device = choose_device(config.device).value
-    infos, _ = index_records(config.dataset_dir, report) if config.dataset_dir.is_dir() else ({}, {})
+    infos, _ = index_records(config.dataset_dir, report, keep_index) if config.dataset_dir.is_dir() else ({}, {})
     tokens = PLAIN_TOKENS + max((info.frames // 5 for info in infos.values()), default=1200)
-    bytes_per_value = choose_precision(config.precision, device).value.itemsize
+    bytes_per_value = choose_precision(config.precision, choose_device(config.device).value).value.itemsize
     needed = training_bytes(read_config(folder / "config.json"), config, tokens, bytes_per_value)
-    if (gpu := gpu_memory(device)) is not None:
+    return needed, f"{folder.name}, songs of up to {tokens} tokens; {BY_ARITHMETIC}"
+
+
+def check_language_memory(config: TrainLmConfig, report: Report) -> None:
+    """Say what training takes on this GPU. Raises UserError where it cannot fit, unless that was asked for."""
+    needed, reason = language_memory(config, report)
+    if (gpu := gpu_memory(choose_device(config.device).value)) is not None:
         require_language_room(needed, gpu, config, report)
     else:
-        reason = f"{folder.name}, songs of up to {tokens} tokens; {BY_ARITHMETIC}"
         report(Decision(what="memory", value=gib(needed), reason=reason))
 
 

@@ -454,9 +454,14 @@ def check_sample(config: SampleConfig, report: Report) -> None:
 
     With `--think` the language model is gone before the DiT comes: the larger of the two decides.
     """
+    gpu = gpu_memory(choose_device(config.device).value)
+    if gpu is not None:
+        require_room(sample_bytes(config), gpu, config, report)
+
+
+def sample_bytes(config: SampleConfig) -> int:
+    """Bytes of tensors on the device while `sample` works, of the model that takes most."""
     device = choose_device(config.device).value
-    if (gpu := gpu_memory(device)) is None:
-        return
     shared = ("checkpoint_dir", "model_variant", "attention", "base_precision", "swap_blocks", "offload_encoder")
     values: dict[str, Any] = {name: getattr(config, name) for name in shared}
     seconds = config.duration or LONGEST_SECONDS
@@ -472,7 +477,7 @@ def check_sample(config: SampleConfig, report: Report) -> None:
             lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
             lm_tokens, sides = PLAIN_TOKENS + round(CODES_PER_SECOND * seconds), 1 + (config.lm_guidance != 1)
             needed.append(writing_bytes(lm, config.base_precision, lm_tokens, dtype.itemsize, sides))
-    require_room(max(needed), gpu, config, report)
+    return max(needed)
 
 
 def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | SampleConfig, report: Report) -> None:

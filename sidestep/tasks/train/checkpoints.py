@@ -339,20 +339,13 @@ def check_room(run: Run) -> None:
     """
     config, folder = run.config, run.config.output_dir
     adapter = 4 * sum(parameter.numel() for parameter in run.parameters)
-    files = adapter * (2 if config.adapter_type in ("lokr", "loha") else 1)  # theirs are written in two forms
-    average = adapter if config.ema_decay else 0
-    state = adapter + optimizer_bytes(config.optimizer_type, run.parameters) + average
-    each, results = files + state, files * (2 + bool(average))  # best/, final/ and ema/
     epochs = -(-run.total_steps // len(run.plan(0))) - run.position.epoch
-    kept = -(-epochs // config.save_every)
-    kept = min(kept, config.keep_checkpoints or kept)
     there = len(complete_checkpoints(folder))
-    new = max(1, kept - (there if config.keep_checkpoints else 0))
+    state = optimizer_bytes(config.optimizer_type, run.parameters)
+    new, each, results, along = room_for(config, adapter, state, epochs, there)
     free = shutil.disk_usage(folder).free
     what = count(new, "new checkpoint") if there else count(new, "checkpoint")
-    marks = min(round(1 / config.mark_drop), epochs) if config.mark_drop else 0  # at most
-    along = marks * files
-    also = f", at most {count(marks, 'mark')}" if marks else ""
+    also = f", at most {count(most_marks(config, epochs), 'mark')}" if along else ""
     needed = f"{what} of {size(each)}, the best and the last adapter{also}: {size(new * each + results + along)}"
     run.report(Decision(what="disk", value=needed, reason=f"{size(free)} are free in {folder}"))
     if free < 2 * each + results:  # one is written while another is there
@@ -365,6 +358,27 @@ def check_room(run: Run) -> None:
         fits = max(1, there + (free - results - along) // each - 1)
         message = f"{needed} will not fit into {size(free)}. --keep-checkpoints {fits} keeps as many as fit."
         run.report(Notice(message=message, level="warning"))
+
+
+def most_marks(config: TrainConfig, epochs: int) -> int:
+    """How many marks a run makes on the way, at most."""
+    return min(round(1 / config.mark_drop), epochs) if config.mark_drop else 0
+
+
+def room_for(
+    config: TrainConfig, adapter: int, optimizer: int, epochs: int, there: int = 0
+) -> tuple[int, int, int, int]:
+    """(new checkpoints, bytes of each, of the results, of all marks at most) that a run saves.
+
+    adapter, optimizer: bytes of their tensors. epochs: to come. there: checkpoints that are there.
+    """
+    files = adapter * (2 if config.adapter_type in ("lokr", "loha") else 1)  # theirs are written in two forms
+    average = adapter if config.ema_decay else 0
+    kept = -(-epochs // config.save_every)
+    kept = min(kept, config.keep_checkpoints or kept)
+    new = max(1, kept - (there if config.keep_checkpoints else 0))
+    results = files * (2 + bool(average))  # best/, final/ and ema/
+    return new, files + adapter + optimizer + average, results, most_marks(config, epochs) * files
 
 
 # The state of a run: taken, and put back

@@ -89,8 +89,17 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report, flag
     if not infos:
         raise JobError(f"{flag} {folder}: none of its {len(broken)} tensor files can be used.", again)
     require_same_model(infos, config, checkpoint, report, flag)
+    songs = songs_of(folder, infos)
+    minutes = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config()) / 60
+    left_out = f"; {len(broken)} could not be used and are left out" if broken else ""
+    report(Notice(message=f"{count(len(songs), 'song')}, {minutes:.1f} minutes, from {folder}{left_out}"))
+    return songs
+
+
+def songs_of(folder: Path, infos: dict[str, RecordInfo]) -> list[Song]:
+    """The songs of these records, whose tensors are read when they are wanted."""
     read = reader(psutil.virtual_memory().available // MEMORY_SHARE)
-    songs = [
+    return [
         Song(
             name=name,
             frames=info.frames,
@@ -102,10 +111,6 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report, flag
         )
         for name, info in infos.items()
     ]
-    minutes = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config()) / 60
-    left_out = f"; {len(broken)} could not be used and are left out" if broken else ""
-    report(Notice(message=f"{count(len(songs), 'song')}, {minutes:.1f} minutes, from {folder}{left_out}"))
-    return songs
 
 
 def reader(budget_bytes: int) -> Callable[[Path, RecordInfo], Record]:
@@ -247,10 +252,7 @@ def with_windows(
             "Usual are 10 to 60; 0 trains on whole songs.",
         )
     pool, rate = int(checkpoint.config.get("pool_window_size", 5)), frames_per_second(checkpoint.vae_config())
-    chunk = round(config.chunk_duration * rate)
-    lengths = {song.name: chunk for song in (*songs, *held_out) if chunk and song.frames > chunk}
-    if config.batch_size > 1:
-        lengths |= shared_lengths([song for song in songs if song.name not in lengths and is_told(song)])
+    lengths = window_lengths(songs, held_out, config, rate)
     for song in (*songs, *held_out):
         if song.name not in lengths and is_told(song) and len(wordings(song.metadata, config)) > 1:
             lengths[song.name] = song.frames  # heard whole, and told in several ways
@@ -290,6 +292,15 @@ def with_windows(
         return [cache.windowed(plans[song.name]) if cache and song.name in plans else song for song in kept]
 
     return cut(songs), cut(held_out)
+
+
+def window_lengths(songs: list[Song], held_out: list[Song], config: TrainConfig, rate: float) -> dict[str, int]:
+    """Frames of the windows in which songs are heard that are not heard whole. rate: frames per second."""
+    chunk = round(config.chunk_duration * rate)
+    lengths = {song.name: chunk for song in (*songs, *held_out) if chunk and song.frames > chunk}
+    if config.batch_size > 1:
+        lengths |= shared_lengths([song for song in songs if song.name not in lengths and is_told(song)])
+    return lengths
 
 
 def is_told(song: Song) -> bool:
