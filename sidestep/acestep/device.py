@@ -51,8 +51,8 @@ def choose_device(request: str = "auto") -> Choice:
     there = ", ".join(k for k, ok in available.items() if ok)
     if request == "auto":
         device = _own(there.partition(",")[0])
-        missing = ", ".join(k for k, ok in available.items() if not ok)
-        why = f"the first of cuda, mps, xpu and cpu that is there{f' ({missing}: none)' if missing else ''}"
+        missing = " or ".join(k for k, ok in available.items() if not ok)
+        why = f"torch sees no graphics card ({missing})" if device.type == "cpu" else "the graphics card that is there"
         return Choice(device, f"{_name(device)}: {why}")
     if not available[kind]:
         fix = "Install a torch build for your GPU: uv --no-config pip install torch --torch-backend=auto"
