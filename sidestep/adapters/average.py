@@ -111,13 +111,11 @@ def _pair(kind: str, factors: Factors) -> tuple[Tensor, Tensor]:
     """Matrices [m, k] and [k, n] whose product has the entries of the change: of a LoKr vec(W1) and vec(W2), k = 1."""
     if kind == "lora":
         return factors["lora_B"], factors["lora_A"]
-    w1, w2 = (_whole(factors, part).reshape(-1, 1) for part in ("lokr_w1", "lokr_w2"))
+    w1, w2 = (
+        (factors[part] if part in factors else factors[f"{part}_a"] @ factors[f"{part}_b"]).reshape(-1, 1)
+        for part in ("lokr_w1", "lokr_w2")
+    )
     return w1, w2.T
-
-
-def _whole(factors: Factors, part: str) -> Tensor:
-    """W1 or W2 of a LoKr in the numbers that its factors have."""
-    return factors[part] if part in factors else factors[f"{part}_a"] @ factors[f"{part}_b"]
 
 
 def _unpaired(kind: str, left: Tensor, right: Tensor, like: Factors) -> dict[str, Tensor]:

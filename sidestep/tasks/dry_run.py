@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sidestep.acestep.checkpoint import Checkpoint, decoder_sizes, open_checkpoint
+from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import PRECISIONS, choose_device, choose_precision, gpu_memory, with_overhead
 from sidestep.acestep.vae import frames_per_second
 from sidestep.audio.io import AudioError, find_audio, probe
@@ -43,7 +43,6 @@ from sidestep.tasks.plan.language import language_memory
 from sidestep.tasks.plan.passes import first_pass_peak, second_pass_peak
 from sidestep.tasks.plan.plan import FRAMES_PER_SECOND, Planner, fsdp_shards, players_of, sample_bytes
 from sidestep.tasks.preprocess.job import free_bytes
-from sidestep.tasks.preprocess.songs import Song as SongToMake
 from sidestep.tasks.preprocess.songs import read_songs
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.judge import candidates_of, training_of, training_of_comparison
@@ -68,44 +67,43 @@ class Line:
 
 def dry_run(config: Any, report: Report) -> list[Line]:
     """What a config's command would do, also reported as a table. Raises UserError where it would refuse to start."""
-    lines = list(_lines(config))
-    rows = tuple((line.what, line.value) for line in lines)
-    report(Table(title="Dry run: nothing is written", columns=("", ""), rows=rows))
-    return lines
-
-
-def _lines(config: Any) -> Iterable[Line]:
+    lines: Iterable[Line]
     match config:
         case TrainConfig():
-            return of_training(config)
+            lines = of_training(config)
         case PreprocessConfig():
-            return of_preprocessing(config)
+            lines = of_preprocessing(config)
         case BuildDatasetConfig():
-            return of_listing(config)
+            lines = of_listing(config)
         case EstimateConfig():
-            return of_measuring(config)
+            lines = of_measuring(config)
         case SampleConfig():
-            return of_music(config)
+            lines = of_music(config)
         case ScoreConfig() | CompareConfig():
-            return of_judging(config)
+            lines = of_judging(config)
         case ExportConfig():
-            return [
+            lines = [
                 Line("reads", ", ".join([str(config.adapter), *config.add, *map(str, filter(None, [config.base]))])),
                 Line("writes", _target(config.output)),
             ]
         case CleanConfig():
             found = clean(replace(config, delete=False), null)
             gone = ", ".join(Path(path).name for path in found["checkpoints"]) or "nothing"
-            return [
+            lines = [
                 Line("reads", str(config.folder)),
                 Line("deletes", gone),
                 Line("disk", f"{size(found['bytes'])} freed"),
             ]
         case DemoConfig(output_dir=folder):
-            return [Line("reads", "nothing: model and music are built in"), Line("writes", _target(folder))]
+            lines = [Line("reads", "nothing: model and music are built in"), Line("writes", _target(folder))]
         case PresetsConfig(action="import" | "export" as action):
-            return [Line("reads", config.what), Line("writes", f"{action}s a preset of {config.what}")]
-    return [Line("writes", "nothing: this command only looks")]
+            lines = [Line("reads", config.what), Line("writes", f"{action}s a preset of {config.what}")]
+        case _:
+            lines = [Line("writes", "nothing: this command only looks")]
+    told = list(lines)
+    rows = tuple((line.what, line.value) for line in told)
+    report(Table(title="Dry run: nothing is written", columns=("", ""), rows=rows))
+    return told
 
 
 def of_training(config: TrainConfig) -> Iterable[Line]:
@@ -183,7 +181,10 @@ def of_preprocessing(config: PreprocessConfig) -> Iterable[Line]:
     precision = choose_precision(config.precision, device).value
     second = with_overhead(second_pass_peak(decoder_sizes(checkpoint.config), precision))
     yield Line("memory", _against_card(max(first, second), device))
-    needed = sum(_record_bytes(song, seconds[song.name] or 0.0, checkpoint) for song in left)
+    width = int(checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"])
+    frames = sum(seconds[song.name] or 0.0 for song in left) * FRAMES_PER_SECOND
+    tokens = sum(200 + (len(song.lyrics) + len(song.caption)) / 3 for song in left)  # text counted by its letters
+    needed = 4 * (frames * checkpoint.latent_channels + tokens * width)
     yield Line("disk", f"about {size(needed)}; {size(free_bytes(config.tensor_output.absolute()))} are free")
 
 
@@ -272,13 +273,6 @@ def _seconds(path: Path) -> float | None:
         return probe(path).seconds
     except AudioError:
         return None
-
-
-def _record_bytes(song: SongToMake, seconds: float, checkpoint: Checkpoint) -> float:
-    """Latents and conditions of a song in fp32; the text is counted by its letters."""
-    width = int(checkpoint.config.get("encoder_hidden_size") or checkpoint.config["hidden_size"])
-    tokens = 200 + (len(song.lyrics) + len(song.caption)) / 3
-    return 4 * (seconds * FRAMES_PER_SECOND * checkpoint.latent_channels + tokens * width)
 
 
 def _against_card(needed: int, device: torch.device) -> str:

@@ -330,11 +330,6 @@ def loud_with_small_rank(result: RankMap) -> dict[str, str | int] | None:
     }
 
 
-def _percent(value: float) -> str:
-    """Of the scores, which go over many powers of ten."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value >= 0.01 else "<0.01"
-
-
 def page(result: RankMap) -> str:
     """estimate.html: the map as a page without scripts."""
     modules = result.modules
@@ -347,6 +342,7 @@ def page(result: RankMap) -> str:
     shades = {  # 1 for the best, 0 for a ten-thousandth of it and less
         name: max(0.0, 1 + math.log10(score / best) / 4) if score > 0 else 0.0 for name, score in scores.items()
     }
+    percent = {name: 100 * score / best for name, score in scores.items()}  # which go over many powers of ten
     strongest = {}
     labels, by_column = by_layer({name: name for name in modules})
     for label, *names in zip(labels, *(row for _, row in by_column), strict=True):
@@ -371,8 +367,12 @@ def page(result: RankMap) -> str:
         ranks=ranks,
         scores=by_layer(
             {
-                name: {"name": name, "label": _percent(100 * score / best), "share": shades[name]}
-                for name, score in scores.items()
+                name: {
+                    "name": name,
+                    "label": "<0.01" if share < 0.01 else f"{share:.2g}" if share < 10 else f"{share:.0f}",
+                    "share": shades[name],
+                }
+                for name, share in percent.items()
             }
         )[1],
         spectra=spectra(strongest),
