@@ -86,7 +86,11 @@ def write_checkpoint(folder: Path, decoder: torch.nn.Module) -> Path:
     torch.save(torch.zeros(1, CHANNELS, 1000), model / "silence_latent.pt")
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text(
-        json.dumps({"sampling_rate": 48000, "downsampling_ratios": [2, 4, 4, 6, 10]}), encoding="utf-8"
+        json.dumps(
+            {"sampling_rate": 48000, "downsampling_ratios": [2, 4, 4, 6, 10]}
+            | {"encoder_hidden_size": 2 * CHANNELS, "decoder_input_channels": CHANNELS}
+        ),
+        encoding="utf-8",
     )
     return folder
 

@@ -143,5 +143,9 @@ def write_checkpoint(folder: Path, setting: Setting) -> Path:
     tensors["null_condition_emb"] = torch.zeros(1, 1, config["hidden_size"], dtype=setting.dtype)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    file = folder / "vae" / "config.json"
+    vae = json.loads(file.read_text(encoding="utf-8"))
+    vae |= {"encoder_hidden_size": 2 * CHANNELS, "decoder_input_channels": CHANNELS}
+    file.write_text(json.dumps(vae), encoding="utf-8")
     torch.save(torch.zeros(1, CHANNELS, 15000), model / "silence_latent.pt")
     return folder

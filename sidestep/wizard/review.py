@@ -77,11 +77,7 @@ def review(
             if shown_of is None or config != shown_of[0]:
                 lines, news = in_background(partial(knowledge.slow, config))
                 if type(config) is TrainConfig:
-                    show(
-                        Notice(
-                            message="Time, memory and disk are being worked out and appear here; Start needs not wait."
-                        )
-                    )
+                    show(Notice(message="Time, memory and disk are being worked out; they appear here."))
             shown_of = (config, every)
         offered = (
             *([Choice(START, "Start", "run it now")] if config else []),
