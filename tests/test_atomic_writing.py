@@ -310,3 +310,36 @@ def test_where_a_folder_takes_several_steps_each_may_be_the_last(tmp_path, monke
     remove(fresh)
     put_in_place(make(fresh, new, "again"), path)  # leftovers are no obstacle
     assert content_of(path) == "again"
+
+
+@pytest.mark.parametrize(("platform", "number"), [("win32", 28), ("linux", 112)])
+def test_the_number_in_safetensors_text_is_translated_where_it_is_windows_own(tmp_path, monkeypatch, platform, number):
+    asked = []
+
+    class SystemError_(OSError):
+        def __init__(self, *arguments):
+            asked.append(arguments)
+            super().__init__(28, "as Windows maps its number")
+
+    monkeypatch.setattr(files.sys, "platform", platform)
+    if platform == "win32":
+        monkeypatch.setattr(files, "OSError", SystemError_, raising=False)
+    assert files._system_error(SafetensorError("I/O error: no room (os error 112)")) == number
+    assert asked == [(0, "", None, 112)] * (platform == "win32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call of another system")
+def test_two_relative_paths_are_exchanged_and_where_there_is_no_call_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        Path(name, f"of {name}").touch()
+    if not files._exchange(Path("a"), Path("b")):
+        pytest.skip("this disk exchanges nothing")
+    assert [path.name for path in Path("a").iterdir()] == ["of b"]
+    monkeypatch.setattr(files.sys, "platform", "freebsd14")
+    assert not files._exchange(Path("a"), Path("b"))
+    monkeypatch.setattr(files.sys, "platform", "linux")
+    monkeypatch.setitem(files.EXCHANGE, "linux", ("a_call_of_no_library", -100))
+    assert not files._exchange(Path("a"), Path("b"))
+    assert [path.name for path in Path("a").iterdir()] == ["of b"]

@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sidestep.data.batches import (
+    Batch,
     Item,
     MicroBatch,
     Song,
@@ -210,3 +211,12 @@ def test_a_song_of_exactly_a_window_is_heard_from_its_start():
     assert [window_start(30, 30, 1, "x", visit) for visit in range(4)] == [0] * 4
     starts = {window_start(31, 30, 1, "x", visit) for visit in range(40)}
     assert starts == {0, 1}
+
+
+@pytest.mark.parametrize(("device", "beside"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_copies_to_a_device_run_beside_the_computation_on_cuda_alone(monkeypatch, device, beside):
+    copied = []
+    batch = Batch(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), None, None, ("a",), (0,))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, to, non_blocking: copied.append((to.type, non_blocking)) or x)
+    batch.to(torch.device(device))
+    assert copied == [(device, beside)] * 2

@@ -72,3 +72,16 @@ def test_guidance_of_1_and_a_condition_that_changes_nothing_leave_the_velocity_a
     assert torch.equal(different(with_, torch.ones(1)), with_)
     same = guided(lambda x, t, c: torch.cat([with_, with_]), *normal(2, 1, 2, 3), 7.0)
     assert torch.equal(same(with_, torch.ones(1)), with_)
+
+
+def test_guidance_keeps_the_precision_of_the_velocity():
+    """The null condition may be in another one; the model is given one, and its answer stays as it is."""
+    given = []
+
+    def velocity(x, t, both):
+        given.append(both.dtype)
+        return x.bfloat16()
+
+    guided_velocity = guided(velocity, normal(1, 3, 5).bfloat16(), normal(1, 1, 5), 7.0)
+    assert guided_velocity(normal(1, 20, 8).bfloat16(), torch.ones(1)).dtype == torch.bfloat16
+    assert given == [torch.bfloat16]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.data.batches import Item, MicroBatch, Song, Windows, collate
+from sidestep.data.batches import Batch, Item, MicroBatch, Song, Windows, collate
 from sidestep.data.records import Record, save_record
 from sidestep.flow_matching.timesteps import logit_normal, stratified, turbo_timesteps
 from sidestep.seeding import seed_for, uniform
@@ -216,6 +216,21 @@ def test_timesteps_and_drops_go_to_the_device_without_waiting(data, tmp_path, mo
     run.objective(Recorder(), batch, 0, 1)
     where = ((torch.device("cpu"),), {"non_blocking": False})
     assert moves == [(torch.float32, *where), (torch.bool, *where)]
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_a_batch_is_pinned_for_cuda_alone(data, tmp_path, monkeypatch, device):
+    run, asked = set_up_run(data, tmp_path), []
+
+    def recorded(songs, micro_batch, pin):
+        asked.append(pin)
+        return collate(songs, micro_batch)
+
+    monkeypatch.setattr(objective, "collate", recorded)
+    monkeypatch.setattr(type(run.objective), "device", torch.device(device))
+    monkeypatch.setattr(Batch, "to", lambda _batch, to: to)
+    assert run.objective.collate(run.songs, MicroBatch((Item(0, 0, 30),), (0,))) == torch.device(device)
+    assert asked == [device == "cuda"]
 
 
 @pytest.mark.parametrize("is_on", [True, False])
