@@ -12,8 +12,8 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Table
-from sidestep.settings.advice import advice_for
-from sidestep.settings.config import RANK_MAP, DoctorConfig, TrainConfig, command_words
+from sidestep.settings.advice import advice_for, doubt_about_tag
+from sidestep.settings.config import RANK_MAP, BuildDatasetConfig, DoctorConfig, TrainConfig, command_words
 from sidestep.settings.path_checks import SHORT_SECONDS, Check, verify
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import Knowledge
@@ -75,7 +75,9 @@ def machine(checkpoint_dir: Path | None) -> Table | None:
 
 
 def data(check: Check, config: Any) -> list[str]:
-    """Lines for the review of a training run: its songs, and where the ranks come from."""
+    """Lines for the review: a training's songs and where its ranks come from, a list's doubtful trigger word."""
+    if isinstance(config, BuildDatasetConfig) and (doubt := doubt_about_tag(config.tag or "")):
+        return [doubt]
     if not isinstance(config, TrainConfig):
         return []
     try:

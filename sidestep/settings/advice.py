@@ -22,6 +22,14 @@ RANKS = ((20.0, 16), (90.0, 32), (math.inf, 64))  # up to so many minutes of mus
 LOW_RANK_TYPES = ("lora", "dora", "loha")  # of the others --rank is another kind of number
 FEW_SONGS, WINDOW_SECONDS = 10, 60.0  # fewer than so many are heard in windows, if they are twice as long as one
 LONGEST_SECONDS = 600.0  # of a song that the model makes
+# Words of music, and of those who try something out: the model knows what they mean.
+ORDINARY = (
+    "acoustic ambient artist band bass beat blues chill choir classical country dance dark disco drums "
+    "drum edm electronic female folk funk genre guitar happy hip-hop hiphop house instrumental jazz latin "
+    "lofi lo-fi lora love male melody metal model music my my_style mystyle orchestra piano pop punk rap "
+    "reggae rnb rock sad singer slow song songs soul style synth techno test trance trap vocal vocals "
+    "voice "
+)
 SUGGESTED = ("rank", "epochs", "chunk_duration")  # the settings that it has something to say about
 
 
@@ -97,3 +105,14 @@ def music_in(folder: Path) -> tuple[int, float] | None:
     if not infos or len(infos) != count_tensors(folder):
         return None
     return sum(repeats), frames / FRAMES_PER_SECOND / 60
+
+
+def doubt_about_tag(tag: str) -> str:
+    """What speaks against a trigger word: it is a path, or has a meaning already. Empty for a good one."""
+    tag = tag.strip()
+    better = "A made-up word, such as mrnglght, means nothing else."
+    if set("/\\") & set(tag) or Path(tag).suffix.lower() in (".wav", ".mp3", ".flac", ".ogg", ".json", ".txt"):
+        return f"The trigger word {tag!r} looks like a path; it would stand in every prompt. {better}"
+    if tag and all(word.lower() in ORDINARY.split() for word in tag.replace(",", " ").split()):
+        return f"The trigger word {tag!r} already means something to the model. {better}"
+    return ""

@@ -54,6 +54,7 @@ from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import write_text
+from sidestep.settings.advice import doubt_about_tag
 from sidestep.settings.config import BuildDatasetConfig
 from sidestep.words import clock, count, side_step
 
@@ -102,6 +103,8 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
         genre_ratio=before.genre_ratio if config.genre_ratio is None else config.genre_ratio,
         created_at=before.created_at or datetime.now().astimezone().isoformat(timespec="seconds"),
     )
+    if doubt := doubt_about_tag(config.tag or ""):
+        report(Notice(message=doubt, level="warning"))
     songs, failed = _find_songs(config.input, report)
     origins: Counter[str] = Counter()
     fresh = [_describe(song, config.input, output.parent, metadata.custom_tag, origins, report) for song in songs]

@@ -8,8 +8,11 @@ import pytest
 
 from sidestep.cli.outside import data
 from sidestep.data.records import index_records, save_record
+from sidestep.errors import JobError
 from sidestep.events import Decision, Notice, StepDone
-from sidestep.settings.advice import VISITS, advice_for, advise, music_in
+from sidestep.settings.advice import VISITS, advice_for, advise, doubt_about_tag, music_in
+from sidestep.settings.config import BuildDatasetConfig
+from sidestep.tasks.build_dataset import build_dataset
 from tests.training_world import CHECKPOINTS, record, run, settings
 
 DOCS = Path(__file__).parents[2] / "docs" / "better-adapters.md"
@@ -112,3 +115,28 @@ def test_the_docs_have_the_figures_that_the_function_gives():
         turbo, base = (advise(int(songs), float(minutes), is_turbo) for is_turbo in (True, False))
         window = f"{turbo.window_seconds:g} s" if turbo.window_seconds else "whole songs"
         assert figures == [f"{turbo.steps} ({turbo.epochs})", f"{base.steps} ({base.epochs})", str(turbo.rank), window]
+
+
+@pytest.mark.parametrize(
+    ("tag", "doubt"),
+    [
+        ("", ""),
+        ("mrnglght", ""),
+        ("mrnglght rock", ""),  # one word of its own is enough
+        ("AC-DC", ""),
+        ("Rock", "already means something"),
+        ("sad piano", "already means something"),
+        ("my, style", "already means something"),
+        ("songs/mine", "looks like a path"),
+        ("C:\\Music\\me", "looks like a path"),
+        ("one.wav", "looks like a path"),
+    ],
+)
+def test_a_trigger_word_that_is_a_path_or_an_ordinary_word_is_questioned(tag, doubt, tmp_path):
+    assert (doubt in doubt_about_tag(tag)) if doubt else doubt_about_tag(tag) == ""
+    config = BuildDatasetConfig(input=tmp_path, tag=tag)
+    assert any("trigger word" in line for line in data(lambda *_: "", config)) == bool(doubt)
+    said = []
+    with pytest.raises(JobError):  # there are no songs
+        build_dataset(config, said.append)
+    assert any("trigger word" in event.message for event in said if isinstance(event, Notice)) == bool(doubt)
