@@ -1498,7 +1498,7 @@ COMMANDS = {
     ),
     "compare": Command(
         CompareConfig,
-        "judge adapters of different runs or programs by the same figures, and listen to them side by side",
+        "judge adapters of different runs or programs by the same figures",
         "tasks.score:compare",
     ),
     "export": Command(ExportConfig, "convert or merge an adapter for another program", "tasks.export:export"),

@@ -172,7 +172,7 @@ def conclude(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, 
             f"None of {count(summary.failed, 'song')} could be preprocessed; {output / FAILURES_NAME} has the reasons.",
             "Put the files right and give the same command again.",
         )
-    index_records(output)  # so that nobody waits for it later, and the wizard knows how much music it is
+    index_records(output, report)  # so that nobody waits for it later, and the wizard knows how much music it is
     train = side_step(
         *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
         *("--dataset-dir", str(output), "--output-dir", "OUTPUT_FOLDER"),
