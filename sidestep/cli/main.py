@@ -27,7 +27,7 @@ from sidestep.cli.commands import NEED_TORCH, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
-from sidestep.events import Decision, Event, EventLog, Finished, Notice, Report, Table, null, tee, visible_event
+from sidestep.events import Decision, Event, EventLog, Finished, Notice, Report, null, tee, visible_event
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig, command_line
@@ -246,13 +246,13 @@ def asking(terminal: Terminal) -> tuple[Ask, Report]:
     """How questions are asked and lines shown on this terminal: with cursor keys where it can, numbered otherwise."""
     if terminal.plain or not can_draw():
         return NumberedAsk(terminal), PlainView(terminal.print)
-    from sidestep.terminal.rich_terminal import RichTerminal, shown
+    from sidestep.terminal.rich_terminal import RichTerminal, is_for_pasting, shown
     from sidestep.wizard.prompts import QuestionaryAsk
 
     assert isinstance(terminal, RichTerminal)
 
     def show(event: Event) -> None:
-        terminal.console.print(shown(visible_event(event), terminal.unicode), soft_wrap=not isinstance(event, Table))
+        terminal.console.print(shown(visible_event(event), terminal.unicode), soft_wrap=is_for_pasting(event))
 
     return QuestionaryAsk(terminal), show
 

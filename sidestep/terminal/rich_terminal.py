@@ -57,6 +57,11 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(BLOCKS[round((v - low) / (high - low) * 7)] if high > low else BLOCKS[3] for v in means)
 
 
+def is_for_pasting(event: Event) -> bool:
+    """Whether an event has a command or a path in it, which stays one line to copy; prose breaks between words."""
+    return not isinstance(event, Table | Decision) and not (isinstance(event, Notice) and " --" not in event.message)
+
+
 def ask_job(letter: str) -> None:
     """What a key asks of the training that runs; nothing where none does, or none takes keys."""
     job = StopRequest.current
@@ -129,7 +134,7 @@ class LiveView:
             case _:
                 if isinstance(event, Saved) and event.what == "previews":
                     self.preview = event.path
-                self.console.print(shown(event, self.unicode), soft_wrap=not isinstance(event, Table))
+                self.console.print(shown(event, self.unicode), soft_wrap=is_for_pasting(event))
 
     def board(self) -> RenderableType:
         """What runs now: a bar per task, and the training panel once there is a step."""

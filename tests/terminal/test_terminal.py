@@ -241,3 +241,15 @@ def test_a_name_that_the_console_cannot_show_stops_nothing():
 )
 def test_a_confirmation_needs_a_yes(typed, answer):
     assert Terminal(Tty(), Tty(), io.StringIO(typed)).confirm("Sure?") is answer
+
+
+def test_prose_breaks_between_words_and_what_is_pasted_does_not():
+    console = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None)
+    with LiveView(console) as view:
+        view(Notice(message="No song was held out, so gain is measured on the trained songs."))
+        view(Decision(what="disk", value="2 checkpoints of 336 KiB", reason="49.9 GiB are free in runs/songs"))
+        view(Notice(message="--max-steps is reached. Go on with: side-step fixed --resume-from latest --max-steps 90"))
+    said = console.file.getvalue().replace(" \n", "\n")
+    assert "so gain is\nmeasured on" in said
+    assert "49.9 GiB\nare free" in said
+    assert "side-step fixed --resume-from latest --max-steps 90" in said
