@@ -17,6 +17,7 @@ from sidestep.data.batches import (
     Song,
     Windows,
     collate,
+    fingerprint,
     nearest,
     plan_epoch,
     window_start,
@@ -220,3 +221,16 @@ def test_copies_to_a_device_run_beside_the_computation_on_cuda_alone(monkeypatch
     monkeypatch.setattr(torch.Tensor, "to", lambda x, to, non_blocking: copied.append((to.type, non_blocking)) or x)
     batch.to(torch.device(device))
     assert copied == [(device, beside)] * 2
+
+
+def test_songs_are_known_again_by_all_that_is_learnt_of_them_and_in_any_order():
+    def song(name="a", repeat=1, audio="x", conditions="y") -> Song:
+        digests = {"audio": audio, "conditions": conditions}
+        return Song(name, 9, read=lambda: None, repeat=repeat, digests=digests)  # type: ignore[return-value]
+
+    both = [song(), song("b")]
+    others = [song("c"), song(repeat=2), song(audio="z"), song(conditions="z"), song("\udcff")]
+    digests = [fingerprint([song("b"), one]) for one in (song(), *others)]
+    assert len(set(digests)) == 6
+    assert fingerprint(both[::-1]) == fingerprint(both) == digests[0]
+    assert all(len(digest) == 32 for digest in digests)

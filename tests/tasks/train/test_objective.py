@@ -13,6 +13,7 @@ import torch
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.data.batches import Batch, Item, MicroBatch, Song, Windows, collate
 from sidestep.data.records import Record, save_record
+from sidestep.errors import UserError
 from sidestep.flow_matching.timesteps import logit_normal, stratified, turbo_timesteps
 from sidestep.seeding import seed_for, uniform
 from sidestep.tasks.train import objective
@@ -173,6 +174,30 @@ def test_the_law_is_the_models_but_for_what_was_typed(data, tmp_path, variant, t
     u = torch.tensor([0.3, 0.8], dtype=torch.float64)
     expected = logit_normal(*quartiles)(u) if quartiles else turbo_timesteps()[[2, 6]]
     torch.testing.assert_close(law.draw(u), expected)
+
+
+def test_the_shift_of_turbos_timesteps_is_that_which_is_named(data, tmp_path):
+    turbo = Variant("turbo", is_turbo=True, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
+    law = training_law(settings(data, tmp_path, timestep_shift=1.0), turbo)
+    assert (law.name, law.shift_reason) == ("discrete, 8 steps, shift 1", "; shift: --timestep-shift typed")
+    eighths = torch.tensor([1, 3, 5, 7, 9, 11, 13, 15], dtype=torch.float64) / 16
+    torch.testing.assert_close(law.draw(eighths).sort().values, torch.arange(1, 9, dtype=torch.float64) / 8)
+
+
+def test_what_contradicts_itself_is_refused_with_the_flag_that_settles_it(data, tmp_path):
+    base = Variant("merge", is_turbo=False, is_xl=False, timestep_mu=-0.4, timestep_sigma=1.0)
+    with pytest.raises(UserError) as refused:
+        training_law(settings(data, tmp_path), replace(base, doubt="two signs"))
+    assert refused.value.problem == (
+        "two signs: a merge of models that learnt under different laws of timesteps does not say which it follows."
+    )
+    assert refused.value.fix == (
+        "Add --timestep-mode discrete if it makes good music in 8 steps without guidance, as turbo does; "
+        "else --timestep-mode logit-normal"
+    )
+    with pytest.raises(UserError, match="--timestep-shift 2: only turbo's eight timesteps have a shift") as refused:
+        training_law(settings(data, tmp_path, timestep_shift=2.0), base)
+    assert refused.value.fix == "Leave it away; to move that law use --timestep-mu."
 
 
 def test_the_draws_of_a_saved_run_stay_what_they_were(data, tmp_path):
