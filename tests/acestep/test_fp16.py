@@ -39,6 +39,7 @@ def half_decoder(checkpoints) -> torch.nn.Module:
     return open_checkpoint(checkpoints, "turbo").load_decoder(dtype=torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "said"), WHERE.items())
 def test_the_module_that_leaves_the_range_of_fp16_is_named(checkpoints, module, said):
     decoder = half_decoder(checkpoints)
@@ -67,6 +68,7 @@ def test_what_comes_into_the_model_as_no_number_is_not_its_fault(checkpoints):
         decoder(noisy * math.inf, *rest, return_dict=False)
 
 
+@pytest.mark.slow
 def test_training_in_fp16_names_the_module_in_its_first_step_and_after_one_left_out(tmp_path, monkeypatch):
     data = write_data(tmp_path / "data", frames=(30, 30))
     run = prepared(settings(data, tmp_path / "run"))

@@ -85,6 +85,7 @@ OVERFLOWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", OVERFLOWS.values(), ids=OVERFLOWS)
 def test_what_leaves_the_range_of_fp16_before_the_dit_keeps_its_conditions(checkpoints, golden, monkeypatch, tensor):
     """As trained weights do in the lyric encoder (505,000). Not compared with the goldens: the weights differ."""

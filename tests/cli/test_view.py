@@ -49,6 +49,7 @@ def start(tmp_path: Path, **changes) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_its_reader_leaves(tmp_path):
     process = start(tmp_path)
     assert process.stdout is not None

@@ -4,7 +4,6 @@ import io
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -104,6 +103,7 @@ def test_a_terminal_that_is_not_ones_own_is_left_as_it_is():
 
     master, slave = os.openpty()
     before = termios.tcgetattr(slave)
-    with Path(os.ttyname(slave)).open() as source, reading_keys(source, lambda _letter: None):
+    opened = os.open(os.ttyname(slave), os.O_RDONLY | os.O_NOCTTY)  # a process without a terminal would get this one
+    with os.fdopen(opened) as source, reading_keys(source, lambda _letter: None):
         assert termios.tcgetattr(slave) == before
     os.close(master)

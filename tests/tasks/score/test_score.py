@@ -90,6 +90,7 @@ def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypat
     assert "measured before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
     assert score(run, "--strength", "0,1", clips=2) == 0
     out = capsys.readouterr().out
@@ -111,6 +112,7 @@ def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
     assert results(run) == found
 
 
+@pytest.mark.slow
 def test_music_that_was_stopped_goes_on_with_the_next_clip_and_damaged_ones_are_made_again(run, monkeypatch):
     latents, made = Sampler.latents, []
 
@@ -158,6 +160,7 @@ def compare(output: Path, *words: object) -> int:
     return main(["--plain", "compare", *map(str, words), "--device", "cpu", "--output", str(output), *music])
 
 
+@pytest.mark.slow
 def test_adapters_of_a_run_and_of_another_program_are_compared(run, tmp_path, capsys):
     first, second = (run / "checkpoints" / f"epoch_000{n}" for n in (1, 2))
     foreign = tmp_path / "other.safetensors"

@@ -339,6 +339,7 @@ def test_the_time_left_counts_validations_saves_and_previews():
     assert rare_seconds_left(run, metrics) == pytest.approx(3 * 15.0 + 2 * 7.0)  # 8, 10 and 11; 10 and 11
 
 
+@pytest.mark.slow
 def test_of_processes_that_shard_a_model_the_first_alone_reads_it_and_on_the_cpu(data, tmp_path, monkeypatch):
     config, read, places, parts = settings(data, tmp_path, attention="local"), weights.Weights.read, [], []
 

@@ -26,6 +26,7 @@ def wishing(wishes: dict[int, list[str]]):
     return act
 
 
+@pytest.mark.slow
 def test_previews_and_saves_that_were_asked_for_are_made_and_change_no_weight(tmp_path):
     data = write_data(tmp_path / "data")
     changes = {"dropout": 0.1, "preview_duration": 1.0, "val_split": 0.2, "ema_decay": 0.9}
