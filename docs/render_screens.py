@@ -7,12 +7,10 @@ import io
 import re
 import shutil
 import tempfile
-import wave
 from itertools import groupby
 from pathlib import Path
 from string import hexdigits
 
-import numpy as np
 import pyte
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
@@ -21,6 +19,7 @@ from rich.text import Text
 
 from tests.pseudo_terminal import ROOT, Session
 from tests.training_world import write_data
+from tests.wizard.walk import write_songs
 
 # Rich's own drawing fetches a font from elsewhere; every system has a font of even width.
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL).replace(
@@ -64,18 +63,6 @@ def _style(colour: str, bold: bool, reverse: bool) -> Style:
     elif colour.startswith("bright"):
         colour = colour.replace("bright", "bright_")
     return Style(color=COLOURS.get(colour, colour), bold=bold, reverse=reverse)
-
-
-def songs(folder: Path) -> None:
-    """Two short songs of noise."""
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    for name in ("morning walk", "night drive"):
-        with wave.open(str(folder / f"{name}.wav"), "wb") as file:
-            file.setnchannels(2)
-            file.setsampwidth(2)
-            file.setframerate(48000)
-            file.writeframes(noise.normal(0, 3000, 2 * 48000 * 4).astype("<i2").tobytes())
 
 
 def wizard(folder: Path) -> None:
@@ -138,7 +125,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)
         shutil.copytree(ROOT / "tests" / "fixtures" / "checkpoints", home / "checkpoints")
-        songs(home / "songs")
+        write_songs(home / "songs", ("morning walk", "night drive"), seconds=4, captions=False)
         wizard(home)
         training(home)
         commands(home)

@@ -18,11 +18,13 @@ from sidestep.data.batches import (
     Windows,
     collate,
     fingerprint,
+    item_of,
     nearest,
     plan_epoch,
     window_start,
 )
 from sidestep.data.records import Record
+from sidestep.seeding import uniform
 
 
 def song(name: str, frames: int, tokens: int = 5, repeat: int = 1, window: int = 0, hints: bool = False) -> Song:
@@ -234,3 +236,13 @@ def test_songs_are_known_again_by_all_that_is_learnt_of_them_and_in_any_order():
     assert len(set(digests)) == 6
     assert fingerprint(both[::-1]) == fingerprint(both) == digests[0]
     assert all(len(digest) == 32 for digest in digests)
+
+
+def test_each_song_draws_its_wordings_by_itself_and_a_saved_run_the_same_again():
+    windows = Windows(20, (0,), (0,), (torch.zeros(1, 2), torch.ones(1, 2)), shares=(0.5, 0.5))
+    songs = [Song(name, 20, read=lambda: None, windows=windows) for name in ("a", "b")]  # type: ignore[return-value]
+    drawn = [[item_of(song, 0, visit, seed).text for visit in range(40)] for song in songs for seed in (1, 2)]
+    assert all(set(which) == {0, 1} for which in drawn)
+    assert len({tuple(which) for which in drawn}) == 4
+    for which, (name, seed) in zip(drawn, ((n, s) for n in "ab" for s in (1, 2)), strict=True):
+        assert which == [windows.wording(uniform(seed, "wording", name, visit)) for visit in range(40)]

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,18 @@ def a_users_folder(folder: Path, checkpoints: Path) -> Path:
     return folder
 
 
-def write_songs(folder: Path) -> None:
-    """Two short songs of noise, with a caption each."""
+def write_songs(folder: Path, names: Sequence[str] = ("one", "two"), seconds: int = 2, captions: bool = True) -> None:
+    """Short songs of noise, with a caption each if wanted."""
     folder.mkdir()
     noise = np.random.default_rng(0)
-    for name in ("one", "two"):
+    for name in names:
         with wave.open(str(folder / f"{name}.wav"), "wb") as file:
             file.setnchannels(2)
             file.setsampwidth(2)
             file.setframerate(48000)
-            file.writeframes((noise.normal(0, 3000, 2 * 48000 * 2)).astype("<i2").tobytes())
-        (folder / f"{name}.txt").write_text(f"caption: {name}\nbpm: 120\n", encoding="utf-8")
+            file.writeframes((noise.normal(0, 3000, 2 * 48000 * seconds)).astype("<i2").tobytes())
+        if captions:
+            (folder / f"{name}.txt").write_text(f"caption: {name}\nbpm: 120\n", encoding="utf-8")
 
 
 def walk_to_a_judged_adapter(session: Session) -> Iterator[str]:

@@ -69,16 +69,22 @@ def test_score_ends_with_a_recommendation_and_its_reason(run, capsys):
     assert found["recommended"]["reason"]
 
 
-def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypatch, capsys):
-    measure, calls = module.measure, []
+def dying_at_the_third(monkeypatch, owner, name: str) -> list[tuple]:
+    """The arguments of all calls of a function from now on; the third one dies, as if the process had been killed."""
+    function, calls = getattr(owner, name), []
 
     def counted(*args):
         calls.append(args)
         if len(calls) == 3:
             raise Dies
-        return measure(*args)
+        return function(*args)
 
-    monkeypatch.setattr(module, "measure", counted)
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypatch, capsys):
+    calls = dying_at_the_third(monkeypatch, module, "measure")
     with pytest.raises(Dies):
         score(run)
     assert score(run) == 0
@@ -114,15 +120,7 @@ def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_music_that_was_stopped_goes_on_with_the_next_clip_and_damaged_ones_are_made_again(run, monkeypatch):
-    latents, made = Sampler.latents, []
-
-    def counted(*args):
-        made.append(args)
-        if len(made) == 3:
-            raise Dies
-        return latents(*args)
-
-    monkeypatch.setattr(Sampler, "latents", counted)
+    made = dying_at_the_third(monkeypatch, Sampler, "latents")
     with pytest.raises(Dies):
         score(run, clips=2)
     assert score(run, clips=2) == 0
