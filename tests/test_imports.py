@@ -79,7 +79,7 @@ def test_a_process_that_has_torch_is_left_alone(packages):
     frozen = gc.get_freeze_count()
     imports.load_libraries()
     assert "a_library" not in sys.modules
-    assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() <= frozen  # what was frozen before may have gone
 
 
 @pytest.mark.parametrize(

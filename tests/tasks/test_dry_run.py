@@ -79,6 +79,7 @@ def test_a_dry_run_says_what_would_happen_and_leaves_every_byte_as_it_is(work, m
     assert "writes" in said or "deletes" in said
 
 
+@pytest.mark.slow
 def test_the_steps_and_the_disk_of_a_dry_run_are_those_of_the_run(work, tmp_path):
     for changes in ({}, {"chunk_duration": 1.0, "batch_size": 2}, {"max_steps": 3}, {"val_split": 0.2}):
         config = settings(work / "tensors", tmp_path / "-".join(changes), **changes)

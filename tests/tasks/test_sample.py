@@ -390,6 +390,7 @@ def test_file_names_come_from_words_alone(text, name):
     assert slug(text) == name
 
 
+@pytest.mark.slow
 @kinds
 def test_streamed_blocks_make_the_same_audio(checkpoints, tmp_path, monkeypatch, adapter_type, settings):
     swaps = []

@@ -123,6 +123,7 @@ def test_a_velocity_under_hints_is_that_of_the_original(lm_home, lm_golden, lm_n
     assert_golden(found, expected["velocity"])
 
 
+@pytest.mark.slow
 def test_either_adapter_and_both_are_heard(tmp_path, lm_home, adapters):
     heard, codes = {}, {}
     for name, changes in {
@@ -150,6 +151,7 @@ def test_an_adapter_of_the_language_model_writes_what_peft_writes_with_it(tmp_pa
     assert (said["composed"]["model"], said["composed"]["strength"]) == (MODEL, 1.0)
 
 
+@pytest.mark.slow
 def test_what_it_wrote_is_shown_and_told_to_the_dit(tmp_path, lm_home, lm_golden):
     case = lm_golden["plan"][0]
     events = []

@@ -191,7 +191,7 @@ def record_names(names: list[str]) -> list[PurePosixPath]:
         if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", name):
             plain.append(PurePosixPath(OUTSIDE, short_digest(path.parent.as_posix()), portable(path.name)))
         else:
-            plain.append(PurePosixPath(*(portable(part) for part in path.parts)))
+            plain.append(PurePosixPath(*(portable(part) for part in path.parts or (name,))))  # the folder itself: "."
     for i in sorted(range(len(names)), key=lambda i: (names[i], i)):
         groups[_folded(plain[i])].append(i)
     records = [PurePosixPath()] * len(names)

@@ -120,6 +120,7 @@ def test_the_8bit_product_is_that_of_the_unpacked_weight_in_both_directions():
         assert layer(x).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [("int8", 0.02), ("nf4", 0.08)])
 def test_an_adapter_trained_on_a_quantised_base_does_the_same_on_the_bf16_one(tmp_path, precision, tolerance):
     """The exported adapter on the bf16 base gives the trained velocity within 2 % (int8) or 8 % (nf4).

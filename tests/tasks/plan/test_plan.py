@@ -178,6 +178,7 @@ def test_a_step_put_together_from_a_block_of_each_kind_is_the_whole_step(tmp_pat
     assert 0.99 * whole <= model.segment(recomputed).peak <= 1.01 * whole + hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_precision", ["auto", "int8"])
 @pytest.mark.parametrize("adapter_type", ["lora", "dora", "lokr", "loha", "oft"])
 def test_every_kind_of_adapter_is_planned_on_every_base(tmp_path, adapter_type, base_precision):
@@ -549,6 +550,7 @@ def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, ca
     assert "may run out of memory" in events[-1].message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "changes", "flags"),
     [

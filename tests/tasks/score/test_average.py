@@ -46,6 +46,7 @@ def losses(run: Path) -> dict[str, float]:
     return {f"epoch_{e['epoch']:04}": e["loss"] for e in state["history"]["evaluations"]}
 
 
+@pytest.mark.slow
 def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run, capsys):
     assert score(run, "--average-from", "3") == ExitStatus.OK
     out = " ".join(capsys.readouterr().out.split())

@@ -114,6 +114,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "marks").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_adapter_of_each_mark_and_makes_it_audible(straight):
     folder, log = straight
     history_of = read_checkpoint(complete_checkpoints(folder)[-1])[0]["history"]

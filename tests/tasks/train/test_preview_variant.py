@@ -86,6 +86,7 @@ def same(a, b) -> bool:
     return a == b
 
 
+@pytest.mark.slow
 def test_a_run_that_is_heard_elsewhere_has_the_weights_and_the_optimizer_of_one_that_is_not(
     heard, home, data, tmp_path
 ):
@@ -125,6 +126,7 @@ def test_the_previews_are_what_sample_plays_of_the_finished_adapter(heard, home,
         assert made[end].read_bytes() == (heard / "previews" / place / "01-techno.flac").read_bytes(), end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter_type", ["dora", "lokr", "oft"])
 def test_other_models_leave_modes_weights_and_random_numbers_as_they_were(home, data, tmp_path, adapter_type):
     trained = prepared(listening(home, data, tmp_path, adapter_type=adapter_type, preview_variant=("turbo",)))
@@ -236,6 +238,7 @@ def test_a_model_that_is_not_there_is_refused_by_name(home, data, tmp_path):
         run(listening(home, data, tmp_path / "run", preview_variant=("sft",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "most", "copied"), [(("turbo",), 3, True), (("base", "turbo"), 5, False)])
 def test_the_planner_counts_the_model_that_plays(home, monkeypatch, names, most, copied):
     """Here guidance, with which base denoises two at once, makes a difference of 2 GiB."""
