@@ -61,13 +61,16 @@ class World:
                 "audio_dir": self.songs,
                 "dataset_json": self.songs / "dataset.json",
                 "dataset_dir": self.tensors,
+                "prior_data": self.tensors,
                 "output_dir": self.root / "runs" / "new",
                 "tensor_output": self.root / "tensors" / "new",
                 "adapter": self.adapter,
                 "init_from": self.adapter,
+                "lm_adapter": self.adapter,
                 "base": CHECKPOINTS,
                 "run": self.run,
                 "run_folder": self.run,
+                "folder": self.run,
                 "resume_from": self.run / "checkpoints" / "epoch_0010",
             }.get(name, self.root / "other")
         )

@@ -75,6 +75,12 @@ class Card:
     settings: Mapping[str, Any] = field(default_factory=dict)
     config_fingerprint: str = ""
 
+    @classmethod
+    def of(cls, adapter: Adapter) -> "Card":
+        """What a file says of the run that its adapter comes from."""
+        name, base_model, tag = (str(adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
+        return cls(name=name, base_model=base_model, tag=tag)
+
 
 def save_final(
     model: PeftModel,

@@ -99,8 +99,7 @@ def export(config: ExportConfig, report: Report) -> Path:
     if config.format == "peft" and weights and needs_placeholder(adapter) and adapter.placeholder is None:
         layer = weights(PLACEHOLDER)
         adapter = with_placeholder(adapter, (layer.shape[0], layer.shape[1]), lambda: layer)
-    name, base_model, tag = (str(adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
-    card = Card(name=name, base_model=base_model, tag=tag)
+    card = Card.of(adapter)
     with _appearing(target) as temporary:
         match config.format:
             case "comfyui":

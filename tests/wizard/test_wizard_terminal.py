@@ -181,16 +181,22 @@ def test_ctrl_c_at_each_question_leaves_without_a_traceback(folder, arguments):
             assert "Stopped." in text
 
 
-def test_the_first_prompt_appears_in_under_0_7_seconds(known):
-    best = 9.0
-    for _ in range(20):  # the best of a few: other work on the machine must not fail it
+def test_the_first_prompt_comes_before_three_times_the_start_of_its_libraries(known):
+    """0.3 s where those take 0.2; with torch it would be ten times as much. Pairs: the machine may be slow."""
+    ratios = []
+    for _ in range(12):
+        began = time.monotonic()
+        subprocess.run(
+            [sys.executable, "-c", "import questionary, rich.console, rich.markdown, rich.table"], check=True
+        )
+        libraries = time.monotonic() - began
         with Session(known) as session:
             while b"What would you like" not in session.raw:
                 session.read()
-            best = min(best, time.monotonic() - session.began)
-        if best < 0.7:
+            ratios.append((time.monotonic() - session.began) / libraries)
+        if ratios[-1] < 3:
             return
-    pytest.fail(f"{best:.2f} s")
+    pytest.fail(f"{min(ratios):.1f} times at best")
 
 
 def test_from_the_menu_to_a_trained_demo_adapter_by_keys_alone(known):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidestep.cli.parser import configs_of, parse
+from sidestep.settings import config
 from sidestep.settings.config import command_words
-from sidestep.settings.option import resolve
+from sidestep.settings.option import options_of, resolve
+from sidestep.settings.path_checks import verify
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt
 from sidestep.wizard.session import Wizard
 from tests.wizard_world import Screen, World, welcomed
@@ -125,6 +128,13 @@ def walk(world: World, draw: Any) -> None:
         assert resolve(type(chosen.config), vars(chosen.config)) == chosen.config
         assert configs_of(parse(command_words(chosen.config)), {}) == [chosen.config]
         wizard.finished(chosen, ok=draw(st.booleans()))
+
+
+def test_the_world_has_an_answer_to_every_question_for_what_is_there_already(world):
+    for kind in (kind for kind in vars(config).values() if isinstance(kind, type) and is_dataclass(kind)):
+        for name, option in options_of(kind).items():
+            if option.holds and not option.holds.startswith("new "):
+                verify(option.holds, Path(world.path_for(name)), world.count_songs)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

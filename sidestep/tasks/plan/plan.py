@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
+from sidestep.acestep.checkpoint import Checkpoint, decoder_sizes, open_checkpoint
 from sidestep.acestep.conditions import TEXT_TOKENS
 from sidestep.acestep.device import (
     GIB,
@@ -454,30 +454,36 @@ def check_sample(config: SampleConfig, report: Report) -> None:
 
     With `--think` the language model is gone before the DiT comes: the larger of the two decides.
     """
-    gpu = gpu_memory(choose_device(config.device).value)
-    if gpu is not None:
+    if (gpu := gpu_memory(choose_device(config.device).value)) is not None:
+        for _, planner, making in _players_of_sample(config):
+            require_ram(planner, making)
         require_room(sample_bytes(config), gpu, config, report)
 
 
 def sample_bytes(config: SampleConfig) -> int:
     """Bytes of tensors on the device while `sample` works, of the model that takes most."""
-    device = choose_device(config.device).value
-    shared = ("checkpoint_dir", "model_variant", "attention", "base_precision", "swap_blocks", "offload_encoder")
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    seconds = config.duration or LONGEST_SECONDS
-    making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=seconds, **values)
-    dtype, needed = choose_precision(config.precision, device).value, []
-    for name in config.preview_variant or (config.model_variant,):  # one after the other
-        checkpoint = open_checkpoint(config.checkpoint_dir, name)
-        planner = Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS)
-        require_ram(planner, making)
-        beside = preview_peak(planner.sizes, making, dtype, FRAMES_PER_SECOND, planner.tokens)
+    needed = []
+    for checkpoint, planner, making in _players_of_sample(config):
+        beside = preview_peak(planner.sizes, making, planner.dtype, FRAMES_PER_SECOND, planner.tokens)
         needed.append(planner.peak(making).weights + beside)
         if config.think:
             lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
-            lm_tokens, sides = PLAIN_TOKENS + round(CODES_PER_SECOND * seconds), 1 + (config.lm_guidance != 1)
-            needed.append(writing_bytes(lm, config.base_precision, lm_tokens, dtype.itemsize, sides))
+            lm_tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * making.preview_duration)
+            sides = 1 + (config.lm_guidance != 1)
+            needed.append(writing_bytes(lm, config.base_precision, lm_tokens, planner.dtype.itemsize, sides))
     return max(needed)
+
+
+def _players_of_sample(config: SampleConfig) -> Iterator[tuple[Checkpoint, Planner, TrainConfig]]:
+    """Each model that plays, one after the other, with its planner, as a training that makes a preview."""
+    dtype = choose_precision(config.precision, choose_device(config.device).value).value
+    seconds = config.duration or LONGEST_SECONDS
+    shared = ("checkpoint_dir", "model_variant", "attention", "base_precision", "swap_blocks", "offload_encoder")
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    making = TrainConfig(dataset_dir=Path(), output_dir=Path(), rank=1, preview_duration=seconds, **values)
+    for name in config.preview_variant or (config.model_variant,):
+        checkpoint = open_checkpoint(config.checkpoint_dir, name)
+        yield checkpoint, Planner(decoder_sizes(checkpoint.config), dtype, seconds, TEXT_TOKENS + SUNG_TOKENS), making
 
 
 def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | SampleConfig, report: Report) -> None:

@@ -92,8 +92,7 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
     if config.keep:
         path, strength = config.run_folder / "best", 1.0
         keep(taken, verdict.row.strength, path, report)
-    line = f"Recommended: {verdict.row.title}. {verdict.reason.capitalize()}."
-    report(Finished(message=line, next_commands=(sample_command(judge, path, strength),)))
+    tell_verdict(judge, verdict, path, strength)
     return verdict
 
 
@@ -113,8 +112,7 @@ def keep(taken: Candidate, strength: float, best: Path, report: Report) -> None:
                 if path.is_file() and path.name not in (STATE_FILE, COMPLETE_FILE):
                     shutil.copyfile(path, new / path.name)
             return
-        name, base_model, tag = (str(taken.adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
-        save_folder(with_strength(taken.adapter, strength), new, Card(name=name, base_model=base_model, tag=tag))
+        save_folder(with_strength(taken.adapter, strength), new, Card.of(taken.adapter))
 
     with one_writer(best.parent):
         try:
@@ -148,11 +146,9 @@ def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
     if made.adapter.kind in ("lora", "lokr"):
         rest += f" to the rank ({made.by_factors:.2%}, had the factors been averaged)"
     report(Notice(message=f"average/ is the mean of {how}; {rest}"))
-    name, base_model, tag = (str(made.adapter.metadata.get(key, "")) for key in ("name", "base_model", "tag"))
-    card = Card(name=name, base_model=base_model, tag=tag)
 
     def fill(new: Path) -> None:
-        save_folder(made.adapter, new, card)
+        save_folder(made.adapter, new, Card.of(made.adapter))
 
     with one_writer(run):
         try:
@@ -165,11 +161,13 @@ def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
     return names
 
 
-def sample_command(judge: Judge, adapter: Path, strength: float) -> str:
-    """The command that makes music with an adapter."""
+def tell_verdict(judge: Judge, verdict: Verdict, adapter: Path, strength: float) -> None:
+    """The recommendation in a line, and the command that makes music with it."""
     base = ("--checkpoint-dir", str(judge.training.checkpoint_dir), "--model-variant", judge.training.model_variant)
     at = ("--strength", f"{strength:g}")
-    return side_step("sample", *base, "--adapter", str(adapter), *at, "--prompt", "…")
+    command = side_step("sample", *base, "--adapter", str(adapter), *at, "--prompt", "…")
+    line = f"Recommended: {verdict.row.title}. {verdict.reason.capitalize()}."
+    judge.report(Finished(message=line, next_commands=(command,)))
 
 
 def compare(config: CompareConfig, report: Report) -> Verdict:
@@ -183,8 +181,7 @@ def compare(config: CompareConfig, report: Report) -> Verdict:
         judge = prepare(config, training, config.output, report)
         verdict = judge_all(judge, candidates)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
-    line = f"Recommended: {verdict.row.title}. {verdict.reason.capitalize()}."
-    report(Finished(message=line, next_commands=(sample_command(judge, taken.path, verdict.row.strength),)))
+    tell_verdict(judge, verdict, taken.path, verdict.row.strength)
     return verdict
 
 
