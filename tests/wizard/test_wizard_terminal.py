@@ -7,6 +7,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,22 +182,28 @@ def test_ctrl_c_at_each_question_leaves_without_a_traceback(folder, arguments):
             assert "Stopped." in text
 
 
-def test_the_first_prompt_comes_before_three_times_the_start_of_its_libraries(known):
-    """0.3 s where those take 0.2; with torch it would be ten times as much. Pairs: the machine may be slow."""
+def at_best(measured: Callable[[], float], *libraries: str) -> float:
+    """How many times the bare import of `libraries` something takes, in the best of a few pairs.
+
+    A share and not seconds: the machine may be slow, and other work on it must fail no test.
+    """
     ratios = []
-    for _ in range(12):
+    while len(ratios) < 12 and (not ratios or ratios[-1] >= 3):
         began = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-c", "import questionary, rich.console, rich.markdown, rich.table"], check=True
-        )
-        libraries = time.monotonic() - began
+        subprocess.run([sys.executable, "-c", f"import {', '.join(libraries)}"], check=True)
+        libraries_take = time.monotonic() - began
+        ratios.append(measured() / libraries_take)
+    return min(ratios)
+
+
+def test_the_first_prompt_comes_before_three_times_the_start_of_its_libraries(known):
+    def first_prompt() -> float:
         with Session(known) as session:
             while b"What would you like" not in session.raw:
                 session.read()
-            ratios.append((time.monotonic() - session.began) / libraries)
-        if ratios[-1] < 3:
-            return
-    pytest.fail(f"{min(ratios):.1f} times at best")
+            return time.monotonic() - session.began
+
+    assert at_best(first_prompt, "questionary", "rich.console", "rich.markdown") < 3  # 1.7; with torch more than 10
 
 
 def test_from_the_menu_to_a_trained_demo_adapter_by_keys_alone(known):
@@ -271,10 +278,10 @@ def test_without_a_terminal_the_help_is_printed_with_status_2(known):
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["build-dataset", "--help"]])
-def test_help_returns_in_under_0_4_seconds(argv):
-    best = 9.0
-    for _ in range(8):
+def test_help_returns_before_three_times_the_start_of_its_library(argv):
+    def seconds() -> float:
         began = time.monotonic()
         subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], capture_output=True, check=True)
-        best = min(best, time.monotonic() - began)
-    assert best < 0.4
+        return time.monotonic() - began
+
+    assert at_best(seconds, "rich.console", "rich.markdown") < 3  # 1.7, 0.26 s; with torch more than 15

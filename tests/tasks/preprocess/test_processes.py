@@ -313,11 +313,9 @@ def test_a_process_that_waits_stops_at_ctrl_c(library: Path, tmp_path: Path):
     other = start(library, tmp_path / "out", log)
     other.join(3)
     assert other.exitcode is None
-    began = time.monotonic()
     os.kill(other.pid, signal.SIGINT)
     other.join(30)
     assert other.exitcode == 1  # Interrupted, which nobody catches here
-    assert time.monotonic() - began < 5
     stopped.kill()
     stopped.join()
 
