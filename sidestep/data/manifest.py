@@ -12,11 +12,10 @@
 - `duration` is written in whole seconds as ACE-Step writes it. It is a note, not a measure: what reaches the prompt is
   the length of the audio trained on.
 - The caption that reaches the prompt (`prompt_caption`): the genre instead of the caption where `prompt_override` says
-  so, or, where that is null, for `genre_ratio` percent of the songs, chosen by a hash of their id and so the same in
-  every run; whichever is empty gives way to the other. Then the tag: the song's own, else the data set's, before, after
-  or instead of it.
-- `captions` are further captions of a song, a list of texts; training draws one of all for each visit. They get the
-  tag too.
+  so, or, where that is null, where `genre_ratio` is 100; whichever is empty gives way to the other. Then the tag: the
+  song's own, else the data set's, before, after or instead of it.
+- `captions` are further captions of a song, a list of texts; training draws one of all for each visit, and in
+  `genre_ratio` percent of the visits the genre instead (`genre_share`). They get the tag too.
 - `estimated` lists the fields of a song that a program guessed: --analyze, or who stands under its name in `origins`.
 - `origins` says where values come from that nobody has written: a caption made of a file's name or of genre and title,
   what a language model or a server has heard.
@@ -123,13 +122,14 @@ class Dataset:
 
 def prompt_caption(sample: Sample, metadata: Metadata) -> str:
     """The caption as it reaches the prompt, by the rules at the top of this file."""
-    digest = hashlib.blake2b(b"genre:" + sample.id.encode("utf-8", "replace"), digest_size=4).digest()
-    percentile = int.from_bytes(digest) % 10_000 / 100  # in [0, 100), by the id alone
-    by_genre = sample.prompt_override == "genre" or (
-        sample.prompt_override is None and percentile < metadata.genre_ratio
-    )
+    by_genre = sample.prompt_override == "genre" or genre_share(sample, metadata) == 100
     text = (sample.genre or sample.caption) if by_genre else (sample.caption or sample.genre)
     return with_tag(text, sample.custom_tag or metadata.custom_tag, metadata.tag_position)
+
+
+def genre_share(sample: Sample, metadata: Metadata) -> int:
+    """In how many percent of its visits a song is described by its genre: `genre_ratio`, where it has a choice."""
+    return metadata.genre_ratio if sample.genre and sample.caption and sample.prompt_override is None else 0
 
 
 def with_tag(text: str, tag: str, position: str) -> str:

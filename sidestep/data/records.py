@@ -41,7 +41,17 @@ BPM_LIMIT = 1000
 NUMBER_LIMIT = 10**9
 KEPT = (  # of the metadata, in the index
     *("caption", "prompt_caption", "lyrics", "bpm", "keyscale", "timesignature", "language", "is_instrumental"),
-    *("captions", "genre", "tag_position", "duration", "custom_tag", "repeat", "checkpoint", "checkpoint_identity"),
+    *(
+        "captions",
+        "genre",
+        "genre_ratio",
+        "tag_position",
+        "duration",
+        "custom_tag",
+        "repeat",
+        "checkpoint",
+        "checkpoint_identity",
+    ),
 )
 _OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # what files of torch before 1.6 begin with
 _QUICKLY_SEARCHED = 16_384  # bytes of text: a second
@@ -209,11 +219,12 @@ def _inspect(path: Path) -> RecordInfo:
         said["captions"] = json.dumps([text for text in captions if isinstance(text, str)])
     metadata = {name: value for name, value in said.items() if isinstance(value, str | int | float | None)}
     for name, value in metadata.items():
-        if isinstance(value, str) and name != "repeat":
+        if isinstance(value, str) and name not in ("repeat", "genre_ratio"):
             problem = f"no text of at most {TEXT_LIMIT} characters"
             good = is_text(value) and len(value) <= TEXT_LIMIT
         else:
-            low, high = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT)}.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
+            ranges = {"repeat": (1, REPEAT_LIMIT), "bpm": (0, BPM_LIMIT), "genre_ratio": (0, 100)}
+            low, high = ranges.get(name, (-NUMBER_LIMIT, NUMBER_LIMIT))
             problem = f"no number from {low} to {high}"
             good = value is None or (isinstance(value, int | float) and low <= value <= high)
         if not good:

@@ -809,7 +809,7 @@ class BuildDatasetConfig:
     )
     genre_ratio: int | None = option(
         None,
-        "percentage of songs prompted by genre instead of caption; default: 0",
+        "percentage of a song's visits in which training tells its genre instead of a caption; default: 0",
         group="Dataset",
         minimum=0,
         maximum=100,

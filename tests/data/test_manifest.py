@@ -15,6 +15,7 @@ from sidestep.data.manifest import (
     Metadata,
     Sample,
     duration_differs,
+    genre_share,
     prompt_caption,
     prompt_lyrics,
     read,
@@ -293,16 +294,22 @@ def test_the_caption_reaches_the_prompt_with_tag_and_genre(sample, metadata, cap
     assert prompt_caption(sample, metadata) == caption
 
 
-def test_genre_ratio_is_a_share_of_the_songs_and_always_of_the_same_ones():
-    songs = [song(id=sample_id(f"{i}.wav")) for i in range(2000)]
-    by_genre = {
-        ratio: {s.id for s in songs if prompt_caption(s, Metadata(genre_ratio=ratio)) == "pop"}
-        for ratio in (0, 10, 50, 100)
-    }
-    assert [len(by_genre[ratio]) for ratio in (0, 100)] == [0, 2000]
-    assert 150 < len(by_genre[10]) < 250
-    assert 900 < len(by_genre[50]) < 1100
-    assert by_genre[10] < by_genre[50]
+@pytest.mark.parametrize(
+    ("sample", "ratio", "share", "caption"),
+    [
+        (song(), 0, 0, "soft"),
+        (song(), 30, 30, "soft"),
+        (song(), 99, 99, "soft"),
+        (song(), 100, 100, "pop"),
+        (song(genre=""), 30, 0, "soft"),
+        (song(caption=""), 30, 0, "pop"),
+        (song(prompt_override="caption"), 30, 0, "soft"),
+        (song(prompt_override="genre"), 30, 0, "pop"),
+    ],
+)
+def test_the_genre_ratio_is_a_share_of_visits_where_a_song_has_both_texts(sample, ratio, share, caption):
+    metadata = Metadata(genre_ratio=ratio)
+    assert (genre_share(sample, metadata), prompt_caption(sample, metadata)) == (share, caption)
 
 
 def test_lyrics_reach_the_prompt_as_written_and_none_are_instrumental():

@@ -284,6 +284,8 @@ UNUSABLE = {
     "repeat of a billion": {"repeat": 1_000_000_000},
     "repeat of zero": {"repeat": 0},
     "repeat in words": {"repeat": "often"},
+    "more than all visits by genre": {"genre_ratio": 101},
+    "genre in words": {"genre_ratio": "sometimes"},
     "repeat without end": {"repeat": float("inf")},
     "huge tempo": {"bpm": 10**400},
     "no tempo": {"bpm": float("nan")},

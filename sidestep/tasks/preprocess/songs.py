@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from sidestep.acestep.conditions import TEXT2MUSIC, Text, lyric_prompt, stems_caption, text_prompt
 from sidestep.audio.io import find_audio
 from sidestep.data.lyrics import without_time_marks
-from sidestep.data.manifest import Dataset, Metadata, Sample, prompt_caption, prompt_lyrics, relative_path
+from sidestep.data.manifest import Dataset, Metadata, Sample, genre_share, prompt_caption, prompt_lyrics, relative_path
 from sidestep.data.manifest import read as read_dataset
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Notice, Progress, Report
@@ -82,6 +82,7 @@ class Song:
             "tag_position": self.dataset.tag_position,
             "repeat": s.repeat,
             "captions": list(s.captions),
+            "genre_ratio": genre_share(s, self.dataset),
         }
 
 

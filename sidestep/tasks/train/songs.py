@@ -188,6 +188,8 @@ def fingerprints(songs: list[Song], config: TrainConfig) -> dict[str, dict[str, 
             is_told(song) and len(wordings(song.metadata, config)) > 1
         ):  # their prompts are made of this
             told = [song.metadata.get(name) for name in (*TOLD, *({"captions"} & song.metadata.keys()))]
+            if share := song.metadata.get("genre_ratio"):
+                told += [song.metadata.get("genre"), share]
             found[song.name]["caption, lyrics or metadata"] = digest_of(json.dumps(told))
     return found
 
@@ -361,17 +363,22 @@ class Wording:
 def wordings(metadata: Mapping[str, Any], config: TrainConfig) -> tuple[Wording, ...]:
     """All ways in which a song may be described under the settings, with shares that add up to 1; its own comes first.
 
-    The captions share evenly what is not the tag alone. Raises KeyError naming what the record does not say.
+    The captions share evenly what is not the tag alone and not the genre, which `genre_ratio` percent of the rest are.
+    Raises KeyError naming what the record does not say.
     """
     caption = str(metadata["prompt_caption"] if "prompt_caption" in metadata else metadata["caption"])
     tag, position = str(metadata.get("custom_tag") or ""), str(metadata.get("tag_position") or "prepend")
     texts = [str(metadata.get(name) or "") for name in ("caption", "genre")]
     first = next((text for text in texts if text and with_tag(text, tag, position) == caption), caption)
     plain = [first, *json.loads(str(metadata.get("captions") or "[]"))]
+    by_genre = int(metadata.get("genre_ratio") or 0) / 100
+    parts = [(1 - by_genre, len(plain))] * len(plain)
+    if by_genre:
+        plain, parts = [*plain, str(metadata.get("genre") or "")], [*parts, (by_genre, 1)]
     tagged = [caption, *(with_tag(text, tag, position) for text in plain[1:])]
     told: dict[str, float] = {}
-    for whole, bare in zip(tagged, plain, strict=True):
-        each = (1 - config.caption_dropout) / len(plain)
+    for whole, bare, (part, sharing) in zip(tagged, plain, parts, strict=True):
+        each = (1 - config.caption_dropout) * part / sharing
         for text, share in ((whole, each * (1 - config.tag_dropout)), (bare, each * config.tag_dropout)):
             told[text] = told.get(text, 0.0) + share
     told[tag] = told.get(tag, 0.0) + config.caption_dropout

@@ -105,11 +105,13 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
 
 
 @pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_hear_the_other_music_that_one_would(data, tmp_path, environment):
+def test_two_processes_hear_the_other_music_and_the_captions_that_one_would(tmp_path, environment):
     for i, frames in enumerate((30, 44, 70)):
         save_record(tmp_path / "other" / f"other {i}.pt", record(100 + i, frames))
     changes = {"chunk_duration": 1.0, "lr": 1e-3, "prior_data": str(tmp_path / "other"), "prior_weight": 0.4}
-    changes |= {"caption_dropout": 0.3, "metadata_dropout": 0.3}  # what is told is drawn alike, too
+    varied = {"custom_tag": "sks", "prompt_caption": "sks, one", "caption": "one", "captions": ["two", "three"]}
+    data = write_data(tmp_path / "varied", **varied, genre="techno", genre_ratio=30)
+    changes |= {"caption_dropout": 0.3, "tag_dropout": 0.3, "metadata_dropout": 0.3}  # what is told is drawn alike, too
     finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **changes), environment is FSDP)
     one = {**changes, "prior_data": tmp_path / "other"}
     log = run(settings(data, tmp_path / "one", gradient_accumulation=2, **one))

@@ -1,6 +1,8 @@
 """Several captions for a song, and what may be left out of its prompt: exact shares, the right conditions, resume."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.conditions import Text, encode_texts, lyric_prompt, text_prompt
-from sidestep.data.batches import collate, item_of
-from sidestep.data.records import load_record, save_record
+from sidestep.data.batches import Windows, collate, item_of
+from sidestep.data.records import index_records, load_record, save_record
 from sidestep.errors import UserError
 from sidestep.events import Notice
 from sidestep.settings.advice import music_in
@@ -18,9 +20,10 @@ from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.train.setup import open_accelerator, set_up
-from sidestep.tasks.train.songs import wordings
+from sidestep.tasks.train.songs import songs_of, wordings
 from tests.preprocessing import edit_library, job, make_library, tone
 from tests.training_world import CHECKPOINTS, Log, adapter, differing, prepared, record, run, settings
+from tests.training_world import song as in_memory
 
 SAID = {
     "caption": "one",
@@ -31,6 +34,9 @@ SAID = {
     "keyscale": "A minor",
     "timesignature": "",
 }
+
+
+GENRE = {"genre": "techno", "genre_ratio": 30}
 
 
 def shares(metadata, **changes) -> dict[tuple[str, str], float]:
@@ -68,6 +74,24 @@ def shares(metadata, **changes) -> dict[tuple[str, str], float]:
             {("one", ""): 0.8, ("", ""): 0.2},
         ),
         ({"captions": ""}, {"caption_dropout": 1.0}, {("sks, one", ""): 0.0, ("sks", ""): 1.0}),
+        ({"captions": "", **GENRE}, {}, {("sks, one", ""): 0.7, ("sks, techno", ""): 0.3}),
+        (
+            GENRE,
+            {},
+            {("sks, techno", ""): 0.3} | {(f"sks, {text}", ""): 0.7 / 3 for text in ("one", "two", "three")},
+        ),
+        (
+            {"captions": "", **GENRE},
+            {"tag_dropout": 0.5},
+            {("sks, one", ""): 0.35, ("one", ""): 0.35, ("sks, techno", ""): 0.15, ("techno", ""): 0.15},
+        ),
+        (GENRE | {"genre_ratio": 100, "prompt_caption": "sks, techno"}, {}, {("sks, techno", ""): 1.0}),
+        # a record of before has no share: its own prompt, by genre or not, and the captions beside it
+        (
+            {"captions": '["two"]', "genre": "techno", "prompt_caption": "sks, techno"},
+            {},
+            {("sks, techno", ""): 0.5, ("sks, two", ""): 0.5},
+        ),
     ],
 )
 def test_each_setting_gives_its_wordings_their_shares(said, changes, expected):
@@ -80,6 +104,26 @@ def test_all_settings_together_multiply():
     assert found["three", "bpm"] == 0.9 / 3 * 0.2 * 0.15
     assert found["sks", "keyscale"] == 0.1 * 0.15
     assert len(found) == 7 * 3
+
+
+EACH = {
+    "captions": ({}, {}, lambda way: way.caption == "sks, two", 1 / 3),
+    "genre ratio": (GENRE, {}, lambda way: way.caption == "sks, techno", 0.3),
+    "--caption-dropout": ({}, {"caption_dropout": 0.1}, lambda way: way.caption == "sks", 0.1),
+    "--tag-dropout": ({}, {"tag_dropout": 0.2}, lambda way: "sks" not in way.caption, 0.2),
+    "--metadata-dropout": ({}, {"metadata_dropout": 0.15}, lambda way: bool(way.untold), 0.15),
+    "--metadata-dropout, one line": ({}, {"metadata_dropout": 0.4}, lambda way: way.untold == "bpm", 0.2),
+}
+
+
+@pytest.mark.parametrize(("said", "changes", "is_meant", "share"), EACH.values(), ids=EACH)
+def test_each_setting_alone_is_drawn_in_its_share_of_twenty_thousand_visits(said, changes, is_meant, share):
+    ways = wordings(SAID | said, settings(Path(), Path(), **changes))
+    nothing = torch.zeros(1, 32)
+    windows = Windows(40, (0,), (0,), (nothing,) * len(ways), shares=tuple(way.share for way in ways))
+    visited = in_memory("a", torch.zeros(40, 8), nothing, windows=windows)
+    drawn = sum(is_meant(ways[item_of(visited, 0, visit, 42).text]) for visit in range(20_000))
+    assert abs(drawn - 20_000 * share) < 4 * (20_000 * share * (1 - share)) ** 0.5
 
 
 def told(**metadata):
@@ -146,8 +190,18 @@ def test_a_batch_has_the_conditions_of_the_wording_that_was_drawn(data, tmp_path
     assert len(seen) > 8
 
 
-def test_a_run_of_many_wordings_goes_on_bit_for_bit(data, tmp_path):
-    changes = {**DROPOUTS, "gradient_accumulation": 1, "chunk_duration": 1.0, "scheduler_type": "constant"}
+def test_a_run_of_many_wordings_goes_on_bit_for_bit(tmp_path):
+    save_record(tmp_path / "data" / "varied.pt", told(**GENRE | {"genre_ratio": 50}, repeat=4))
+    data = tmp_path / "data"
+    changes = {"caption_dropout": 0.3, "tag_dropout": 0.4, "metadata_dropout": 0.5, "epochs": 3}
+    changes |= {"gradient_accumulation": 1, "chunk_duration": 1.0, "scheduler_type": "constant"}
+    whole = prepared(settings(data, tmp_path / "seen", **changes))
+    ways = wordings(whole.songs[0].metadata, whole.config)
+    items = [step.micro_batches[0].items[0] for epoch in range(3) for step in whole.plan(epoch)][3:]
+    later = {ways[item.text] for item in items}
+    assert {"sks", "sks, techno"} <= {way.caption for way in later}  # all is drawn once the run goes on
+    assert any("sks" not in way.caption for way in later)
+    assert any(way.untold for way in later)
     run(settings(data, tmp_path / "whole", **changes))
     run(settings(data, tmp_path / "cut", max_steps=3, **changes))
     run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes))
@@ -169,6 +223,42 @@ def test_captions_come_from_dataset_json_through_preprocessing(tmp_path):
     edit_library(library, 0, captions="no list")
     with pytest.raises(UserError, match=r"samples\[0\].captions: a list of texts is needed"):
         preprocess(job(library, out), lambda _event: None)
+
+
+def test_the_genre_ratio_of_dataset_json_reaches_the_draw_and_changes_only_words(tmp_path):
+    library, out = make_library(tmp_path / "songs", ["a.wav"]), tmp_path / "out"
+    listed = json.loads((library / "dataset.json").read_text(encoding="utf-8"))
+    listed["samples"][0]["genre"] = "techno"
+    tensors, shares = [], {}
+    for ratio in (0, 25, 100, 0):
+        listed["metadata"] = {"genre_ratio": ratio, "custom_tag": "sks"}
+        (library / "dataset.json").write_text(json.dumps(listed), encoding="utf-8")
+        preprocess(job(library, out), lambda _event: None)
+        made = load_record(out / "a.wav.pt")
+        tensors.append((made.target_latents, made.encoder_hidden_states))
+        [known] = songs_of(out, index_records(out)[0])
+        shares[ratio] = [(w.caption, w.share) for w in wordings(known.metadata, settings(out, tmp_path))]
+    assert shares == {
+        0: [("sks, song 0", 1.0)],
+        25: [("sks, song 0", 0.75), ("sks, techno", 0.25)],
+        100: [("sks, techno", 1.0)],
+    }
+    same = [[torch.equal(a, b) for a, b in zip(tensors[0], other, strict=True)] for other in tensors[1:]]
+    assert same == [[True, True], [True, False], [True, True]]  # audio is never encoded again
+
+
+def test_a_run_that_goes_on_with_another_genre_is_refused_by_name(tmp_path):
+    data = tmp_path / "data"
+    save_record(data / "a.pt", record(1, 40, **GENRE))
+    config = settings(data, tmp_path / "run", epochs=1)
+    run(config)
+    again = replace(config, epochs=2, resume_from=Path("latest"))
+    for changed in ({"genre": "trance"}, {"genre_ratio": 31}):
+        save_record(data / "a.pt", record(1, 40, **GENRE | changed))
+        with pytest.raises(UserError, match=r"1 changed \(a\.pt: caption, lyrics or metadata\)"):
+            run(again)
+    save_record(data / "a.pt", record(1, 40, **GENRE))
+    run(again)
 
 
 def test_captions_come_from_numbered_files_and_lists_beside_the_songs(tmp_path):
