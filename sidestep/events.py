@@ -123,10 +123,11 @@ class Validated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Event):
-    """Something complete is on disk now. `what`: checkpoint, best, final, preview, dataset, …"""
+    """Something complete is on disk now. `what`: checkpoint, best, final, preview, dataset, … `note`: what is in it."""
 
     what: str
     path: str
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,7 @@ class LiveView:
         self.step: StepDone | None = None
         self.epoch: EpochDone | None = None
         self.validated: Validated | None = None
-        self.best: Validated | None = None
+        self.best = ""  # what is in best/
         self.preview = ""  # folder of the last ones
         self.began = time.monotonic()
         self.live = Live(
@@ -129,8 +129,10 @@ class LiveView:
             case EpochDone():
                 self.epoch = event
                 self.tasks.pop(STEP_TASK, None)
-            case Validated(best=best):
-                self.validated, self.best = event, event if best else self.best
+            case Validated():
+                self.validated = event
+            case Saved(what="best") if event.note:  # with almost every epoch; the panel has the last one
+                self.best = event.note
             case _:
                 if isinstance(event, Saved) and event.what == "previews":
                     self.preview = event.path
@@ -177,17 +179,18 @@ class LiveView:
             pace = f"{1 / step.steps_per_second:.3g} s per step" if step.steps_per_second else ""
             figures.add_row(Text(pace), Text(left), Text(gib(step.memory_bytes)))
             if self.validated is not None:
-                best = f"best {self.best.loss:.4f} at step {self.best.step}" if self.best else ""
                 validation = Text.assemble("validation ", (f"{self.validated.loss:.4f}", "bold"))
-                figures.add_row(validation, Text(best), Text())
+                figures.add_row(validation, Text(f"at step {self.validated.step}"), Text())
             lines.append(figures)
+        if self.best:
+            lines.append(Text.assemble("in best/  ", (self.best, "bold"), no_wrap=True, overflow="ellipsis"))
         if self.preview:
             lines.append(Text.assemble("last preview ", (self.preview, "bold"), no_wrap=True, overflow="ellipsis"))
         if self.unicode and len(self.losses) > 1:
             lines.append(Text(sparkline(list(self.losses), inner), style="cyan", no_wrap=True))
         if self.keyboard:
-            keys = [part for key, what in KEYS for part in ((key, "bold cyan"), (f" {what}   ", "dim"))]
-            lines.append(Text.assemble("keys  ", *keys, no_wrap=True, overflow="ellipsis"))
+            keys = [Text.assemble((key, "bold cyan"), (f" {what}", "dim")) for key, what in KEYS]
+            lines.append(Text.assemble("keys  ", Text("  ").join(keys)))
         return Panel(Group(*lines), title="Training", title_align="left", width=inner + 4, border_style="dim")
 
 
@@ -200,8 +203,8 @@ def shown(event: Event, unicode: bool = True) -> RenderableType:
             return Text.assemble((f"{what}: ", "dim"), (value, "bold"), (f"  {reason}", "dim"))
         case FileFailed() | StepSkipped():
             return Text(as_lines(event)[0], style="yellow")
-        case Saved(what=what, path=path):
-            return Text.assemble((f"saved {what}: ", "green"), path)
+        case Saved(what=what, path=path, note=note):
+            return Text.assemble((f"saved {what}: ", "green"), path, (f" ({note})" if note else "", "dim"))
         case Table(title=title, columns=columns, rows=rows):
             table = RichTable(
                 box=SIMPLE_HEAD,

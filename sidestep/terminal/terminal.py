@@ -33,6 +33,7 @@ from sidestep.events import (
 from sidestep.words import clock, count, gib, visible
 
 SECONDS_BETWEEN_LINES = 3.0
+SECONDS_BETWEEN_BESTS = 60.0  # a training gets better with almost every epoch
 MOMENT_SECONDS = 0.4
 
 
@@ -69,8 +70,8 @@ def as_lines(event: Event) -> list[str]:
             return [f"epoch {epoch}/{total} done: mean loss {loss:.4f}, {clock(seconds)}"]
         case Validated(step=step, loss=loss, best=best):
             return [f"validation at step {step}: loss {loss:.4f}" + (" (best so far)" if best else "")]
-        case Saved(what=what, path=path):
-            return [f"saved {what}: {path}"]
+        case Saved(what=what, path=path, note=note):
+            return [f"saved {what}: {path}" + (f" ({note})" if note else "")]
         case Table():
             return table_lines(event)
         case Finished(message=message, next_commands=commands):
@@ -138,14 +139,17 @@ def table_lines(event: Table) -> list[str]:
 
 
 class PlainView:
-    """Shows events as lines. Progress, steps and epochs come at most every few seconds; the last one always does."""
+    """Shows events as lines. Progress, steps and epochs come at most every few seconds; the last one always does.
+
+    That a training wrote a better best/ comes at most every minute: its end says which one it is.
+    """
 
     def __init__(self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic):
         self._show, self._now = show, now
         self._last: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
-        kind, is_last = "", True
+        kind, is_last, pause = "", True, SECONDS_BETWEEN_LINES
         match event:
             case Progress():
                 kind, is_last = f"progress {event.task}", event.done >= event.total
@@ -153,8 +157,10 @@ class PlainView:
                 kind, is_last = "step", event.step >= event.total_steps
             case EpochDone():
                 kind, is_last = "epoch", event.epoch >= event.total_epochs
+            case Saved(what="best") if event.note:
+                kind, is_last, pause = "best", False, SECONDS_BETWEEN_BESTS
         now = self._now()
-        if is_last or now - self._last.get(kind, float("-inf")) >= SECONDS_BETWEEN_LINES:
+        if is_last or now - self._last.get(kind, float("-inf")) >= pause:
             self._last[kind] = now
             for line in as_lines(visible_event(event)):
                 self._show(line)

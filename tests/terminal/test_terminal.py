@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
@@ -23,6 +24,7 @@ from sidestep.events import (
     TrainingStarted,
     Validated,
 )
+from sidestep.terminal import rich_terminal
 from sidestep.terminal.rich_terminal import LiveView, RichTerminal, shown, sparkline
 from sidestep.terminal.terminal import PlainView, Terminal, as_lines, as_typed
 
@@ -61,6 +63,9 @@ EXAMPLES = {
     "epoch 1/9 done: mean loss 0.5000, 1:01": EpochDone(epoch=1, total_epochs=9, loss=0.5, seconds=61),
     "validation at step 5: loss 0.4000 (best so far)": Validated(step=5, epoch=1, loss=0.4, best=True),
     "saved final: out/final": Saved(what="final", path="out/final"),
+    "saved best: out/best (epoch 3, validation loss 0.4000)": Saved(
+        what="best", path="out/best", note="epoch 3, validation loss 0.4000"
+    ),
     "Songs\n  name  bpm\n  ----  ---\n  a     120": Table(title="Songs", columns=("name", "bpm"), rows=(("a", "120"),)),
     "Done.\nNext:\n  train.py sample": Finished(message="Done.", next_commands=("train.py sample",)),
 }
@@ -117,6 +122,24 @@ def test_the_live_view_tells_bytes_and_slow_steps_and_forgets_what_went_on_withi
     assert "66.7 s per step" in draw([slow])
 
 
+def best(number: int) -> Saved:
+    return Saved(what="best", path="runs/a/best", note=f"epoch {number}, validation loss 0.{99 - number}00")
+
+
+def test_a_better_best_is_told_once_a_minute_and_the_panel_has_the_last_one():
+    now, lines = [0.0], []
+    view = PlainView(lines.append, lambda: now[0])
+    for number in range(1, 26):
+        now[0] += 5.0
+        view(best(number))
+    assert [line.split("(")[1].split(",")[0] for line in lines] == ["epoch 1", "epoch 13", "epoch 25"]
+    view(Saved(what="best", path="runs/a/best"))  # of a judgement, which writes it once
+    assert len(lines) == 4
+    drawn = draw([STEP, *map(best, range(1, 26))], color_system=None)
+    assert "saved best" not in drawn
+    assert "in best/  epoch 25, validation loss 0.7400" in drawn
+
+
 def test_two_tasks_do_not_silence_each_other():
     lines = []
     view = PlainView(lines.append, lambda: 0.0)
@@ -169,24 +192,30 @@ def test_the_live_view_ends_with_the_state_of_the_training():
             STEP,
             dataclasses.replace(STEP, step=500, loss=0.25),
             EXAMPLES["validation at step 5: loss 0.4000 (best so far)"],
+            best(4),
             Saved(what="previews", path="runs/a/previews/epoch_0010"),
         ]
     )
     assert "last preview" in out.splitlines()[-3]
     assert "500/500" in out
     assert "0.2500" in out
-    assert "best 0.4000 at step 5" in out
+    assert "in best/" in out
+    assert "epoch 4, validation loss 0.9500" in out
     assert "3.0 GiB" in out
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_the_live_view_fits_any_width(width):
-    import re
-
-    board = draw([*EXAMPLES.values(), dataclasses.replace(STEP, step=11)], width, color_system=None).split("Training")[
-        -1
-    ]
-    assert all(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) <= width for line in board.splitlines()[1:])
+def test_the_live_view_fits_any_width_and_cuts_no_key(width, monkeypatch):
+    monkeypatch.setattr(rich_terminal, "reading_keys", lambda *_arguments: nullcontext())
+    view = LiveView(Console(file=io.StringIO(), width=width, color_system=None), io.StringIO())
+    for event in (*EXAMPLES.values(), dataclasses.replace(STEP, step=11)):
+        view(event)
+    view.console.file.truncate(0)
+    view.console.print(view.board())
+    board = view.console.file.getvalue().strip("\0")
+    assert all(len(line) <= width for line in board.splitlines())
+    words = " ".join(board.replace("│", " ").split())
+    assert "keys p preview now s save now q stop after saving" in words
 
 
 @pytest.mark.parametrize("event", EXAMPLES.values(), ids=lambda event: type(event).__name__)

@@ -495,15 +495,14 @@ def save_best(run: Run) -> None:
     """Write `best/` beside the training that goes on: the adapter, or its running average where that was better."""
     best = run.history.best
     if best is not None:
-        which = "averaged adapter" if best.is_average else "adapter"
         with averaged(run) if best.is_average else nullcontext():
-            save_adapter(run, "best", f"best/ is now the {which} of epoch {best.epoch}, {best.by} {best.loss:.4f}")
+            save_adapter(run, "best", best.note)
 
 
 def save_mark(run: Run, mark: Mark) -> None:
     """Write `marks/epoch_NNNN/` beside the training that goes on: the adapter alone."""
     below = f"{mark.below:.1%} below the first one" if mark.below > 0 else "not below the first one"
-    note = f"Mark: after epoch {mark.epoch} the smoothed training loss is {mark.loss:.4f}, {below}"
+    note = f"smoothed training loss {mark.loss:.4f}, {below}"
     save_adapter(run, f"{MARKS}/epoch_{mark.epoch:04d}", note)
 
 
@@ -530,7 +529,7 @@ def save_adapter(run: Run, name: str, note: str = "") -> None:
 
     def write() -> list[Event]:
         write_folder(folder, write_adapter)
-        return [Saved(what=name, path=str(folder)), *([Notice(message=note)] if note else [])]
+        return [Saved(what=name, path=str(folder), note=note)]
 
     run.writer.start(name, write)
 

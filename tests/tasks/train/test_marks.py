@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sidestep.errors import Interrupted
-from sidestep.events import Decision, StepDone
+from sidestep.events import Decision, Saved, StepDone
 from sidestep.settings.config import HistoryConfig
 from sidestep.tasks.history import history
 from sidestep.tasks.score.run import candidates_of
@@ -128,7 +128,8 @@ def test_a_run_keeps_the_adapter_of_each_mark_and_makes_it_audible(straight):
             p.name for p in (folder / "final").iterdir()
         ), "the adapter alone"
         assert (folder / "previews" / place / "01-x.flac").is_file()
-        assert f"Mark: after epoch {mark['epoch']} the smoothed training loss is {mark['loss']:.4f}" in log.text
+        [note] = [event.note for event in log.of(Saved) if event.what == f"marks/{place}"]
+        assert note.startswith(f"smoothed training loss {mark['loss']:.4f}, ")
         checkpoint = folder / "checkpoints" / place
         if checkpoint.is_dir():
             assert not list(differing(adapter(folder / "marks" / place), adapter(checkpoint)))

@@ -147,7 +147,7 @@ def test_the_page_says_the_losses_that_the_terminal_says(run):
     lines = [line for event in events for line in as_lines(event)]
     said = [re.search(r"mean loss ([\d.]+)", line) for line in lines if "done: mean loss" in line]
     measured = [re.search(r"loss ([\d.]+)", line) for line in lines if line.startswith("validation at step")]
-    best = [re.search(r"loss ([\d.]+)", line) for line in lines if line.startswith("best/ is now")]
+    best = [re.search(r"loss ([\d.]+)", line) for line in lines if line.startswith("saved best")]
     assert shown["Loss of the last epoch"] == said[-1][1]
     assert shown["Validation"] == measured[-1][1]
     assert shown["Best"] == best[-1][1]
