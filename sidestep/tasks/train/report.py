@@ -5,7 +5,7 @@ Plain values are taken from the run in memory and from the previews on disk; the
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from sidestep.pages import render
 from sidestep.pages.charts import by_layer
 from sidestep.settings.config import TrainConfig, command_line
 from sidestep.settings.option import changed_from_defaults, options_of
+from sidestep.tasks.train.language import is_language
 from sidestep.tasks.train.previews import BASE, FOLDER
 from sidestep.tasks.train.run import Point, Run
+from sidestep.tasks.train.songs import Wording, is_told, wordings
 from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
@@ -64,6 +66,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
             for loss, count in zip(history.bin_loss, history.bin_count, strict=True)
         ],
         "drift": next((p.drift for p in reversed(history.points) if p.drift is not None), None),
+        "told": variety(run),
         "marks": [{"epoch": m.epoch, "loss": _loss(m.loss), "below": f"{m.below:.1%}"} for m in history.marks],
         "named": history.watch.named,
         "ranks": ranks_of(run.model),
@@ -72,6 +75,53 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "defaults": settings_of(config, changed=False),
         "command": command_line(config),
     }
+
+
+def variety(run: Run) -> tuple[tuple[str, str], ...]:
+    """(setting, what it came to in this run) of what varies captions, keeps the model or marks the way.
+
+    Only of what is on. Shares are of all visits, as they come out: a song without a trigger word can lose none.
+    """
+    config, songs, rows = run.config, run.songs, []
+    visits = sum(song.repeat for song in songs)
+    ways = [] if is_language(config) else [(s, wordings(s.metadata, config)) for s in songs if is_told(s)]
+    varied = [1 + len(json.loads(str(s.metadata["captions"]))) for s, _ in ways if s.metadata.get("captions")]
+    if varied:
+        numbers = f"{min(varied)} to {max(varied)}" if min(varied) < max(varied) else str(varied[0])
+        of_all = f"{(sum(varied) + len(songs) - len(varied)) / len(songs):.1f} in the mean of all"
+        rows.append(("captions", f"{count(len(varied), 'song')} with {numbers}, {of_all}; each visit draws one"))
+    if by_genre := [s for s, _ in ways if s.metadata.get("genre_ratio")]:
+        shares = sorted({f"{s.metadata['genre_ratio']} %" for s in by_genre})
+        rows.append(
+            ("genre", f"in place of a caption in {' and '.join(shares)} of visits to {count(len(by_genre), 'song')}")
+        )
+
+    def share(is_meant: Callable[[str, Wording], bool]) -> str:
+        drawn = sum(
+            s.repeat * way.share
+            for s, ways_of in ways
+            for way in ways_of
+            if is_meant(str(s.metadata.get("custom_tag") or ""), way)
+        )
+        return f"{drawn / visits:.1%} of visits"
+
+    if config.caption_dropout:
+        words = share(lambda tag, way: way.caption == tag)
+        rows.append((f"--caption-dropout {config.caption_dropout:g}", f"the trigger word alone in {words}"))
+    if config.tag_dropout:
+        words = share(lambda tag, way: bool(tag) and tag not in way.caption)
+        rows.append((f"--tag-dropout {config.tag_dropout:g}", f"no trigger word in {words}"))
+    if config.metadata_dropout:
+        words = share(lambda _tag, way: bool(way.untold))
+        rows.append((f"--metadata-dropout {config.metadata_dropout:g}", f"tempo, meter or key is N/A in {words}"))
+    if run.prior:
+        drifts = [p.drift for p in run.history.points if p.drift is not None]
+        moved = f"; drift {drifts[-1]:.2g}" if drifts else ""
+        others = f"{count(run.prior.most, 'sample')} of {count(len(run.prior.songs), 'other song')} in each full step"
+        rows.append((f"--prior-weight {config.prior_weight:g}", f"{others}, {run.prior.weight:.0%} of its loss{moved}"))
+    if config.mark_drop:
+        rows.append((f"--mark-drop {config.mark_drop:g}", f"{count(len(run.history.marks), 'mark')} so far"))
+    return tuple(rows)
 
 
 def number_or_none(value: float | None) -> float | None:

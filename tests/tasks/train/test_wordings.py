@@ -1,6 +1,7 @@
 """Several captions for a song, and what may be left out of its prompt: exact shares, the right conditions, resume."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from sidestep.acestep.conditions import Text, encode_texts, lyric_prompt, text_p
 from sidestep.data.batches import Windows, collate, item_of
 from sidestep.data.records import index_records, load_record, save_record
 from sidestep.errors import UserError
-from sidestep.events import Notice
+from sidestep.events import Notice, StepDone, Table
 from sidestep.settings.advice import music_in
 from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.build_dataset import build_dataset
@@ -206,6 +207,40 @@ def test_a_run_of_many_wordings_goes_on_bit_for_bit(tmp_path):
     run(settings(data, tmp_path / "cut", max_steps=3, **changes))
     run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes))
     assert list(differing(adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "cut" / "final"))) == []
+
+
+def summary(log: Log) -> dict[str, str]:
+    """What the terminal tells at the end of a run, by setting."""
+    return dict(row for table in log.of(Table) if table.title == "What varied, what was kept" for row in table.rows)
+
+
+def test_page_and_terminal_tell_what_each_setting_came_to(data, tmp_path):
+    folder = tmp_path / "data"
+    save_record(folder / "varied.pt", told(**GENRE, repeat=3))
+    save_record(folder / "untagged.pt", record(3, 40, bpm=None, keyscale="", timesignature=""))
+    save_record(folder / "legacy.pt", replace(record(4, 40), metadata={}))
+    save_record(tmp_path / "other" / "a.pt", record(9, 30))
+    changes = {"caption_dropout": 0.1, "tag_dropout": 0.5, "metadata_dropout": 0.2, "mark_drop": 0.5, "epochs": 1}
+    changes |= {"prior_data": tmp_path / "other", "prior_weight": 0.25}
+    log = run(settings(folder, tmp_path / "run", **changes))
+    said = summary(log)
+    drift = log.of(StepDone)[-1].drift
+    assert said == {
+        "captions": "1 song with 3, 1.7 in the mean of all; each visit draws one",
+        "genre": "in place of a caption in 30 % of visits to 1 song",
+        # of five visits three are to the song with a trigger word, and one to one that is told nothing new
+        "--caption-dropout 0.1": "the trigger word alone in 8.0% of visits",
+        "--tag-dropout 0.5": "no trigger word in 27.0% of visits",
+        "--metadata-dropout 0.2": "tempo, meter or key is N/A in 12.0% of visits",
+        "--prior-weight 0.25": f"1 sample of 1 other song in each full step, 25% of its loss; drift {drift:.2g}",
+        "--mark-drop 0.5": "0 marks so far",
+    }
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for setting, words in said.items():
+        assert re.search(rf"{setting}(</code>)?</th><td>{re.escape(words)}</td>", page), setting
+    plain = run(settings(data, tmp_path / "plain", dataset_dir=tmp_path / "other", max_steps=1))
+    assert summary(plain) == {}
+    assert "What varied" not in (tmp_path / "plain" / "report.html").read_text(encoding="utf-8")
 
 
 def test_captions_come_from_dataset_json_through_preprocessing(tmp_path):
