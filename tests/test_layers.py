@@ -33,6 +33,7 @@ BESIDE = {
     ("tasks.audit", "pages"): "the page of an audit",
     ("tasks.estimate", "pages"): "the page of a rank map",
     ("tasks.train", "pages"): "the report of a run",
+    ("tasks.score", "pages"): "the page for listening to what is judged",
 }
 # Packages that not every machine has, or that take seconds to load and are used by one setting: imported where that
 # setting is.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sidestep.adapters.names import ORDER, parts, to_original
@@ -11,6 +12,7 @@ WIDTH, HEIGHT = 460, 198  # of a bar chart, around the frame that these margins 
 LEFT, RIGHT, TOP, BOTTOM = 38, 8, 10, 44
 LABEL = 14  # more room at the top, for the labels of limits
 WIDEST_BAR = 60
+LONGEST_TICK, LETTER = 14, 9  # letters of a label below a chart, and the width of one where the chart is smallest
 
 
 def histogram(values: Sequence[float], unit: str, title: str, limits: Sequence[tuple[float, str]] = ()) -> dict:
@@ -80,6 +82,58 @@ def _round_step(step: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(step))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * 0.999)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure of something, and the ends of its interval. group: what it is of, such as a checkpoint."""
+
+    group: str
+    name: str
+    value: float
+    low: float
+    high: float
+    marked: bool = False
+
+
+def intervals(found: Sequence[Interval], title: str, unit: str = "", reference: float | None = None) -> dict[str, Any]:
+    """A dot with its interval for each figure, those of one group beside each other; `reference`: a line across."""
+    left, wide, high = 56, WIDTH - 56 - RIGHT, HEIGHT - TOP - BOTTOM
+    groups = list(dict.fromkeys(one.group for one in found))
+    ends = [end for one in found for end in (one.low, one.high)] + ([] if reference is None else [reference])
+    step = _round_step((max(ends) - min(ends)) / 4)
+    bottom = math.floor(min(ends) / step)
+    top = max(math.ceil(max(ends) / step), bottom + 1)
+    each = wide / len(groups)
+    most = max(sum(one.group == group for one in found) for group in groups)
+    beside = min(0.8 * each / most, 18)
+
+    def y(value: float) -> float:
+        return TOP + high * (top - value / step) / (top - bottom)
+
+    dots, place = [], dict.fromkeys(groups, 0)
+    for one in found:
+        middle = left + (groups.index(one.group) + 0.5) * each
+        x = middle + (place[one.group] - (sum(other.group == one.group for other in found) - 1) / 2) * beside
+        place[one.group] += 1
+        text = f"{one.name}: {one.value:.3g}{unit} ({one.low:.3g} to {one.high:.3g})"
+        dots.append({"x": x, "y": y(one.value), "low": y(one.low), "high": y(one.high), "text": text})
+        dots[-1]["marked"] = one.marked
+    labels = [group if len(group) <= LONGEST_TICK else group[: LONGEST_TICK - 1] + "…" for group in groups]
+    room = LETTER * max(map(len, labels)) + 12
+    every = max(math.ceil(room / each), 1)
+    ticks = [(left + (n + 0.5) * each, label) for n, label in enumerate(labels) if n % every == 0]
+    half = (room - 12) / 2
+    return {
+        "title": title,
+        "width": WIDTH,
+        "height": HEIGHT - 16,
+        "frame": {"left": left, "right": WIDTH - RIGHT, "top": TOP, "bottom": TOP + high},
+        "levels": [(y(n * step), f"{n * step:.6g}") for n in range(bottom, top + 1)],
+        "dots": dots,
+        "ticks": [(x, label) for x, label in ticks if x + half <= WIDTH],
+        "reference": None if reference is None else y(reference),
+    }
 
 
 def waveform(envelope: Sequence[float]) -> str:

@@ -9,7 +9,15 @@ from sidestep.errors import UserError
 from sidestep.events import Notice, Report, Table
 from sidestep.files import files_below
 from sidestep.settings import last_used
-from sidestep.settings.config import BuildDatasetConfig, ModelConfig, SampleConfig, TrainConfig, command_of
+from sidestep.settings.config import (
+    BuildDatasetConfig,
+    CompareConfig,
+    ModelConfig,
+    SampleConfig,
+    ScoreConfig,
+    TrainConfig,
+    command_of,
+)
 from sidestep.settings.option import Choice, options_of
 from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs, read_run
 from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, fitted, left_by, questions_of
@@ -205,6 +213,10 @@ def results_of(config: Any) -> dict[str, Path]:
         case SampleConfig(output=folder):
             newest = max(folder.glob("*.flac"), key=lambda path: path.stat().st_mtime, default=folder)
             return {"the music": newest, "the folder": folder}
+        case ScoreConfig(run_folder=folder):
+            return {"the listening page": folder / "score" / "listen.html", "the folder": folder / "score"}
+        case CompareConfig(output=folder):
+            return {"the listening page": folder / "listen.html", "the folder": folder}
         case BuildDatasetConfig(input=folder, output=output, audit=True):
             listed = output or folder / "dataset.json"
             return {"the page": listed.with_name(f"{listed.stem}-audit.html")}

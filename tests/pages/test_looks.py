@@ -18,6 +18,7 @@ from sidestep.tasks.estimate.run import page as rank_page
 from sidestep.tasks.train.report import page as report_page
 from tests.browser import in_frames, needs_chromium
 from tests.song_library import tone, write_sndfile
+from tests.tasks.score.test_listening import example as listening_page
 from tests.tasks.train.test_report import preview
 from tests.tasks.train.test_report import values as run_values
 
@@ -89,6 +90,12 @@ def pages(tmp_path_factory) -> dict[str, str]:
         "report": report_page(run),
         "audit": audit_page(tmp_path_factory.mktemp("songs")),
         "rank map": rank_page(rank_map()),
+        "listening": listening_page(
+            tmp_path_factory.mktemp("clips"),
+            names=(*(f"epoch_{n:04}" for n in range(10, 90, 10)), "another/adapter-of-a-program.safetensors"),
+            strengths=(0.5, 0.75, 1.0, 1.25),
+            prompts=8,
+        ),
     }
 
 

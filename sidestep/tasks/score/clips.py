@@ -7,11 +7,13 @@ audio, at one loudness for all, is for listening.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from sidestep.errors import JobError
 from sidestep.events import Notice, Progress
 from sidestep.files import replacing, write_text
 from sidestep.seeding import uniform
-from sidestep.tasks.sample import Sampler, sampling_for
+from sidestep.tasks.sample import sampling_for
 from sidestep.tasks.score.judge import Candidate, Judge
 from sidestep.tasks.score.metrics import (
     UNRELATED,
@@ -184,7 +186,10 @@ def make_all(
                 judge.report(Progress(task="Making music", done=total - left + made, total=total, current=name))
                 with adapter_scale(model, place[1]) if model else nullcontext():
                     latents = sampler.latents(requests[number].prompt, requests[number].conditions)
-                clips[place][number] = write_clip(stems[place][number], sampler, latents, requests[number].prompt)
+                latents = latents[:, : sampler.frames(requests[number].prompt)]
+                audio = sampler.audio(latents)
+                about = {"prompt": asdict(requests[number].prompt)}
+                clips[place][number] = write_clip(stems[place][number], latents[0], audio, sampler.sample_rate, about)
                 made += 1
                 if made == 1 and left > 1:
                     rest = (time.monotonic() - began) * (left - 1)
@@ -207,15 +212,16 @@ def read_clip(stem: Path) -> Clip | None:
     return Clip(latents, stem.with_suffix(".flac"), loudness) if stem.with_suffix(".flac").is_file() else None
 
 
-def write_clip(stem: Path, sampler: Sampler, latents: Tensor, prompt: Prompt) -> Clip:
-    """Audio, latents [1, T, D] and, last, what is known of a clip. Raises JobError when the disk refuses."""
-    frames = sampler.frames(prompt)
-    latents = latents[0, :frames].float().cpu().contiguous()
+def write_clip(
+    stem: Path, latents: Tensor, audio: np.ndarray, sample_rate: int, about: Mapping[str, Any] = MappingProxyType({})
+) -> Clip:
+    """Audio [2, S], latents [T, D] and, last, what is known of a clip. Raises JobError when the disk refuses."""
+    latents = latents.float().cpu().contiguous()
     try:
-        loudness = write_audio(stem.with_suffix(".flac"), sampler.audio(latents[None]), sampler.sample_rate)
+        loudness = write_audio(stem.with_suffix(".flac"), audio, sample_rate)
         with replacing(stem.with_suffix(".safetensors")) as temporary:
             save_file({"latents": latents}, temporary)
-        write_text(stem.with_suffix(".json"), json.dumps({"loudness_lufs": loudness, "prompt": asdict(prompt)}) + "\n")
+        write_text(stem.with_suffix(".json"), json.dumps({"loudness_lufs": loudness, **about}) + "\n")
     except OSError as error:
         raise JobError(
             f"{stem}: cannot be written ({error.strerror or error}).",

@@ -42,6 +42,7 @@ from sidestep.tasks.score.judge import (
     training_of,
     training_of_comparison,
 )
+from sidestep.tasks.score.listening import NAME, copies_of, page
 from sidestep.tasks.score.metrics import Figure, drift, gain, relative_change
 from sidestep.tasks.score.recommend import Row, Verdict, recommend
 from sidestep.tasks.train.checkpoints import (
@@ -52,6 +53,7 @@ from sidestep.tasks.train.checkpoints import (
     write_folder,
 )
 from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective
+from sidestep.tasks.train.report import link_listening_page
 from sidestep.words import count, side_step
 
 FOLDER = "score"
@@ -86,7 +88,9 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
     report(Notice(message=f"{count(len(candidates), 'checkpoint')} of {config.run_folder}"))
     with one_writer(config.run_folder / FOLDER):
         judge = prepare(config, training, config.run_folder / FOLDER, report)
-        verdict = judge_all(judge, candidates, averaged=averaged)
+        title = training.run_name or config.run_folder.resolve().name
+        verdict = judge_all(judge, candidates, title, averaged=averaged)
+    link_page(config.run_folder, report)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     path, strength = taken.path, verdict.row.strength
     if config.keep:
@@ -94,6 +98,15 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
         keep(taken, verdict.row.strength, path, report)
     tell_verdict(judge, verdict, path, strength)
     return verdict
+
+
+def link_page(run: Path, report: Report) -> None:
+    """Link the listening page in the report of the run."""
+    try:
+        link_listening_page(run)
+    except OSError as error:
+        message = f"{run}: its report was not linked with the listening page ({error.strerror or error})."
+        report(Notice(message=message, level="warning"))
 
 
 def keep(taken: Candidate, strength: float, best: Path, report: Report) -> None:
@@ -179,7 +192,7 @@ def compare(config: CompareConfig, report: Report) -> Verdict:
             report(Notice(message=note, level="warning"))
     with one_writer(config.output):
         judge = prepare(config, training, config.output, report)
-        verdict = judge_all(judge, candidates)
+        verdict = judge_all(judge, candidates, " and ".join(candidate.name for candidate in candidates))
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     tell_verdict(judge, verdict, taken.path, verdict.row.strength)
     return verdict
@@ -193,11 +206,15 @@ def other_music(judge: Judge) -> list[tuple[Prompt, Tensor]]:
 
 
 def judge_all(
-    judge: Judge, candidates: Sequence[Candidate], others: OtherMusic = other_music, averaged: Sequence[str] = ()
+    judge: Judge,
+    candidates: Sequence[Candidate],
+    title: str,
+    others: OtherMusic = other_music,
+    averaged: Sequence[str] = (),
 ) -> Verdict:
-    """Measure what is not measured yet, the cheap figures first, and report tables and verdict.
+    """Measure what is not measured yet, the cheap figures first, and report tables, verdict and listening page.
 
-    averaged: names of the checkpoints that `average/` was made of, which is compared with them.
+    title: of that page. averaged: names of the checkpoints that `average/` was made of, which is compared with them.
     """
     base, measured = measure_all(judge, candidates, others)
     if averaged:
@@ -210,25 +227,35 @@ def judge_all(
             f"; the lowest of them is {best} ({loss[best]:.4f})" * (best != last)
         )
         judge.report(Notice(message=message))
+    heard, copies, requests = {}, [], []
     figures = figures_of(base, {(BASE, 0.0): base, **measured})
     base_row, *rows = (Row(name, strength, *figures[name, strength]) for name, strength in figures)
     if judge.config.clips:
         judge.report(table([base_row, *rows], judge.what))
         songs = songs_of(judge)
         requests = requests_of(judge, songs.clip_frames)
-        heard, _ = listen(songs, make_all(judge, candidates, tuple(dict.fromkeys(judge.config.strength)), requests))
+        heard, limit = listen(songs, make_all(judge, candidates, tuple(dict.fromkeys(judge.config.strength)), requests))
 
         def with_music(row: Row) -> Row:
             found = heard[row.name, row.strength]
             return replace(row, style=found.style, copying=found.copying)
 
         base_row, rows = with_music(base_row), [with_music(row) for row in rows]
+        copies = copies_of(judge, songs, rows, heard, limit)
+        for name in dict.fromkeys(copy.row.title for copy in copies):
+            own = [copy for copy in copies if copy.row.title == name]
+            message = f"{name}: {count(len(own), 'clip')} may be copied, the nearest by prompt {own[0].where}"
+            judge.report(Notice(message=message, level="warning"))
     judge.report(table([base_row, *rows], judge.what))
     verdict = recommend(rows, base_row.copying)
     for doubt in verdict.doubts:
         judge.report(Notice(message=f"{verdict.row.title}: {doubt}.", level="warning"))
     write_text(judge.folder / "results.json", json.dumps(results(base_row, rows, verdict, judge.what), indent=1) + "\n")
     judge.report(Saved(what="figures", path=str(judge.folder / "results.json")))
+    clips = {place: found.clips for place, found in heard.items()}
+    text = page(title, judge.what, judge.folder, base_row, rows, verdict, requests, clips, copies)
+    write_text(judge.folder / NAME, text)
+    judge.report(Saved(what="listening page", path=str(judge.folder / NAME)))
     return verdict
 
 

@@ -29,6 +29,9 @@ from sidestep.tasks.train.songs import Wording, is_told, wordings
 from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
+LISTENING = "score/listen.html"  # the page of `score`, beside the report
+LINK = f'<p><a href="{LISTENING}">Listen to the checkpoints side by side</a></p>'
+PLACE = "<!-- judged -->"  # of the link, in a report that was written before
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}
 
 
@@ -74,6 +77,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "settings": settings_of(config),
         "defaults": settings_of(config, changed=False),
         "command": command_line(config),
+        "is_judged": (config.output_dir / LISTENING).is_file(),
     }
 
 
@@ -253,6 +257,7 @@ def page(values: Mapping[str, Any]) -> str:
         "peak_memory": memory,
         "rank_columns": rank_columns,
         "rank_rows": rank_rows,
+        "judged": LINK if values["is_judged"] else PLACE,
     }
     return render("report.html.j2", **{**values, **own})
 
@@ -288,6 +293,13 @@ def write_report(run: Run, finished: bool = False) -> None:
         write_text(path, page(page_values(run, finished)))
     except OSError as error:  # a browser or a scanner may hold it; the next epoch tries again
         run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
+
+
+def link_listening_page(run_folder: Path) -> None:
+    """Link the listening page in a report that was written before it, if there is one. Raises OSError."""
+    report = run_folder / NAME
+    if report.is_file():
+        write_text(report, report.read_text(encoding="utf-8").replace(PLACE, LINK))
 
 
 def add_ranks(run: Run) -> None:

@@ -1,6 +1,7 @@
 """`score` from the command line to a recommendation: on a real run, kept on the disk, resumable."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.adapters.adapter import with_strength
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_diffusers
@@ -17,9 +19,11 @@ from sidestep.cli import commands
 from sidestep.cli.main import main
 from sidestep.settings.config import ScoreConfig
 from sidestep.tasks.sample import Sampler
+from sidestep.tasks.score import clips as clips_module
 from sidestep.tasks.score import run as module
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.clips import BASE, Clip, Songs, listen
+from sidestep.tasks.score.metrics import UNRELATED
 from sidestep.tasks.score.run import candidates_of
 from tests.dying import Dies
 from tests.training_world import CHECKPOINTS, Log, settings, write_data
@@ -67,6 +71,14 @@ def test_score_ends_with_a_recommendation_and_its_reason(run, capsys):
         assert (row["drift"]["value"] == 0) == is_base  # exactly, not nearly
         assert (row["gain"]["value"] == 0) == is_base
     assert found["recommended"]["reason"]
+    assert f"saved listening page: {run / 'score' / 'listen.html'}" in out
+    page = (run / "score" / "listen.html").read_text(encoding="utf-8")
+    assert found["recommended"]["reason"].capitalize() in page
+    assert page.count('class="dot') == 2 * len(found["rows"])
+    link = '<a href="score/listen.html">'
+    assert (run / "report.html").read_text(encoding="utf-8").count(link) == 1
+    assert score(run, "--strength", "0,1") == 0  # once more: it is linked once
+    assert (run / "report.html").read_text(encoding="utf-8").count(link) == 1
 
 
 def dying_at_the_third(monkeypatch, owner, name: str) -> list[tuple]:
@@ -98,6 +110,7 @@ def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypat
 
 @pytest.mark.slow
 def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
+    monkeypatch.setattr(clips_module, "too_near", lambda _usual: UNRELATED)  # whatever it made counts as a copy
     assert score(run, "--strength", "0,1", clips=2) == 0
     out = capsys.readouterr().out
     assert out.index("drift on 3") < out.index("10 clips of ")  # what needs no music comes first
@@ -107,12 +120,26 @@ def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
     for row in rows:
         assert (row["style"] == base["style"]) == (row["strength"] == 0)
         assert row["copying"]["value"] <= 1
-    sounds = sorted((run / "score" / "clips").glob("*.flac"))
-    assert len(sounds) == 10
+    page = (run / "score" / "listen.html").read_text(encoding="utf-8")
+    rows_of_clips = re.findall(r'data-src="([^"]*)"', page)
+    pairs = re.findall(r'<audio[^>]* src="([^"#]*)(?:#[^"]*)?"', page)
+    copied, windows = pairs[::2], set(pairs[1::2])
+    assert set(copied) <= set(rows_of_clips[2:])  # the base model's own are none
+    assert windows
+    assert not windows & set(rows_of_clips)
+    assert len({*rows_of_clips}) == len(rows_of_clips) == 10
+    sounds = [run / "score" / name for name in rows_of_clips]
+    assert {*sounds, *(run / "score" / name for name in windows)} == set((run / "score" / "clips").glob("*.flac"))
+    for row in found["rows"]:
+        near = round(row["copying"]["value"] * 2)
+        title = f"{row['name']} at strength 0" if row["strength"] == 0 else row["name"]
+        assert page.count(f"<h3>{title}, prompt ") == near
+        assert (f"{title}: {near} clip" in out) == (near > 0)
     info = soundfile.info(sounds[0])
     frames = len(load_file(sounds[0].with_suffix(".safetensors"))["latents"])
     assert 40 < frames <= 50  # two seconds, or as long as the longest song
     assert (info.samplerate, info.channels, info.frames) == (48_000, 2, frames * 1920)
+    monkeypatch.setattr(Checkpoint, "load_vae", lambda *_: pytest.fail("the VAE is loaded"))
     monkeypatch.setattr(module.Judge, "open", lambda *_: pytest.fail("the model is loaded"))
     assert score(run, "--strength", "0,1", clips=2) == 0
     assert results(run) == found

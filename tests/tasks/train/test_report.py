@@ -72,6 +72,7 @@ def values(**changes) -> dict:
         "bins": [{"samples": 4 * i, "loss": i / 10 if i else None} for i in range(10)],
         "ranks": {"layers.0.self_attn.q_proj": 8, "layers.0.mlp.up_proj": 64, "layers.1.self_attn.q_proj": 32},
         "previews": [],
+        "is_judged": False,
         "settings": [{"flag": "--rank", "value": "32", "default": "64", "help": "LoRA rank"}],
         "defaults": [{"flag": "--lr", "value": "0.0001", "default": "0.0001", "help": "learning rate"}],
         "command": "uv run train.py fixed --rank 32",
