@@ -31,6 +31,7 @@ from sidestep.acestep.device import choose_device, choose_precision, precision_n
 from sidestep.acestep.fp16 import name_what_overflows
 from sidestep.acestep.lm.decoding import Sampling as TokenSampling
 from sidestep.acestep.lm.model import PREFIX as LM_PREFIX
+from sidestep.acestep.lm.model import codebook_size
 from sidestep.acestep.vae import decode, frames_per_second
 from sidestep.acestep.weights import CPU
 from sidestep.adapters.adapter import Adapter
@@ -49,7 +50,7 @@ from sidestep.flow_matching.timesteps import TURBO_STEPS
 from sidestep.settings.config import SampleConfig, TrainConfig, check_streaming
 from sidestep.settings.option import options_of
 from sidestep.settings.path_checks import short_name
-from sidestep.tasks.think import Thinking, think
+from sidestep.tasks.think import Thinking, Thought, hints_for, think
 from sidestep.variants import TURBO_SHIFT, Variant
 from sidestep.words import count
 
@@ -245,9 +246,16 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     models = [f"-{portable(short_name(player.folder.name))}" if config.preview_variant else "" for player in players]
     ends = [f"{m}-strength{s:g}{suffix}" for m in models for s in strengths for suffix in (".flac", ".json")]
     stem = next(name for name in names if not any((config.output / f"{name}{end}").exists() for end in ends))
+    thought = None
+    if config.think:  # once: all models play the same song
+        require_same_codes(players)
+        how, place = thinking_of(config), (device.value, precision.value)
+        [thought] = think(players[0], [prompt], how, *place, report, chooses_length=not config.duration)
+        release_memory(device.value)
     files, seconds = [], 0.0
     for player, model in zip(players, models, strict=True):
-        seconds, made = play(config, player, prompt, adapter, f"{stem}{model}", device.value, precision.value, report)
+        place = f"{stem}{model}"
+        seconds, made = play(config, player, prompt, thought, adapter, place, device.value, precision.value, report)
         files += made
         release_memory(device.value)  # before the next model comes
     report(Finished(message=f"{count(len(files), 'audio file')} of {seconds:g} s in {config.output}"))
@@ -274,6 +282,18 @@ def require_same_modules(own: Checkpoint, other: Checkpoint) -> None:
     )
 
 
+def require_same_codes(players: Sequence[Checkpoint]) -> None:
+    """Raises UserError where a composed song means other codes to one of the models."""
+    for other in players[1:]:
+        if codebook_size(other) != codebook_size(players[0]):
+            own, name = players[0], short_name(other.folder.name)
+            raise UserError(
+                f"--preview-variant {name}: knows {codebook_size(other):,} codes, and {own.folder.name} "
+                f"{codebook_size(own):,}: one composed song cannot be played on both.",
+                f"Compose for it alone: --think --preview-variant {name}",
+            )
+
+
 def load_model(
     config: SampleConfig | TrainConfig,
     checkpoint: Checkpoint,
@@ -297,13 +317,17 @@ def play(
     config: SampleConfig,
     checkpoint: Checkpoint,
     prompt: Prompt,
+    thought: Thought | None,
     adapter: Adapter | None,
     stem: str,
     device: torch.device,
     dtype: torch.dtype,
     report: Report,
 ) -> tuple[float, list[Path]]:
-    """(seconds, audio files) of one model, one for each strength. stem: what their names begin with."""
+    """(seconds, audio files) of one model, one for each strength. stem: what their names begin with.
+
+    thought: the prompt as it was composed, which then takes its place.
+    """
     strengths = _strengths(config)
     mode = config.timestep_mode
     variant = checkpoint.variant.settled(mode) if config.preview_variant else checkpoint.variant.under(mode)
@@ -322,10 +346,9 @@ def play(
             )
         )
     hints, composed, instruction = None, {}, TEXT2MUSIC
-    if config.think:
-        how = thinking_of(config)
-        [thought] = think(checkpoint, [prompt], how, device, dtype, report, chooses_length=not config.duration)
-        prompt, hints, composed, instruction = thought.prompt, thought.hints, {"composed": thought.told}, COVER
+    if thought:
+        [hints] = hints_for(checkpoint, [thought], device, dtype)
+        prompt, composed, instruction = thought.prompt, {"composed": thought.told}, COVER
     report(Progress(task="Sampling", done=0, total=len(strengths), current="text"))
     [conditions] = encode_texts(checkpoint, [prompt.text_for(variant.is_stems, instruction)], device, dtype)
     tell_lost_tokens(prompt, conditions, report)

@@ -1,7 +1,7 @@
 """Thinking, as in ACE-Step's app: the language model composes a song before the DiT hears of it.
 
 Request → plan and codes → hints, which stand in the DiT's context in the place of silence. The language model is
-loaded, used and gone before anything of the DiT but its detokenizer is loaded. Source: spec, lm-facts 3 and 4.
+loaded, used and gone before anything of the DiT is loaded. Source: spec, lm-facts 3 and 4.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,13 +45,13 @@ class Thinking:
 
 @dataclass(frozen=True, eq=False)
 class Thought:
-    """What became of a request. prompt: what the DiT is told. hints: [1, 5 · codes, D] on the CPU.
+    """What became of a request. prompt: what the DiT is told. codes: five a second.
 
     told: model, adapter and what it wrote, as plain values.
     """
 
     prompt: Prompt
-    hints: Tensor
+    codes: tuple[int, ...]
     told: dict[str, Any]
 
 
@@ -99,9 +99,6 @@ def think(
                 partial(LongTask, report, "Composing"),
             )
             songs.append(song)
-    del lm, model
-    tokenizer = checkpoint.load_audio_tokenizer(device, dtype)
-    detokenizer = checkpoint.load_audio_detokenizer(device, dtype)
     thoughts = []
     for request, song in zip(requests, songs, strict=True):
         told = {
@@ -114,9 +111,17 @@ def think(
             "codes": list(song.codes),
         }
         report(written(request, song))
-        hints = hints_of_codes(tokenizer, detokenizer, song.codes).cpu()
-        thoughts.append(Thought(told_to_the_dit(request, song, thinking.rewrites), hints, told))
+        thoughts.append(Thought(told_to_the_dit(request, song, thinking.rewrites), song.codes, told))
     return thoughts
+
+
+def hints_for(
+    checkpoint: Checkpoint, thoughts: Sequence[Thought], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """What the codes are to this DiT: hints [1, 5 · codes, D] of each thought, on the CPU."""
+    tokenizer = checkpoint.load_audio_tokenizer(device, dtype)
+    detokenizer = checkpoint.load_audio_detokenizer(device, dtype)
+    return [hints_of_codes(tokenizer, detokenizer, thought.codes).cpu() for thought in thoughts]
 
 
 def given_of(request: Prompt) -> dict[str, Any]:

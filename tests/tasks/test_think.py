@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
@@ -30,6 +32,7 @@ from sidestep.settings.option import options_of
 from sidestep.tasks import think as module
 from sidestep.tasks.plan.plan import check_sample
 from sidestep.tasks.sample import open_sampler, sample, sampling_for, thinking_of
+from sidestep.tasks.think import hints_for
 from tests.acestep.lm.test_decoding import GREEDY
 from tests.conftest import assert_golden
 from tests.tasks.plan.test_plan import card  # noqa: F401  a fixture
@@ -269,3 +272,34 @@ def test_the_gate_knows_that_the_larger_of_the_two_decides(lm_home, tmp_path, ca
     with pytest.raises(UserError, match="would run out of memory") as caught:
         check_sample(asked, told.append)
     assert "--lm 0.6B" in caught.value.fix
+
+
+@pytest.mark.slow
+def test_models_that_play_a_song_play_the_same_one_which_is_composed_once(tmp_path, lm_home, capsys, monkeypatch):
+    home = tmp_path / "home"
+    shutil.copytree(lm_home, home)
+    other = home / "acestep-v15-base"
+    shutil.copytree(home / VARIANT, other)
+    weights = load_file(other / "model.safetensors")
+    moved = {name: weight * 1.5 for name, weight in weights.items() if name.startswith("detokenizer.")}
+    save_file(weights | moved, other / "model.safetensors")
+    hints = []
+    monkeypatch.setattr("sidestep.tasks.sample.hints_for", lambda *a: hints.extend(hints_for(*a)) or hints[-1:])
+    command = ["sample", "--checkpoint-dir", str(home), "--model-variant", VARIANT, "--device", "cpu"]
+    typed = ["--prompt", "techno", "--duration", "1", "--steps", "1", "--think", "--bpm", "120", "--keyscale", "Am"]
+    command += [*typed, "--timesignature", "4", "--preview-variant", VARIANT, "base", "--strength", "0"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == ExitStatus.OK
+    assert capsys.readouterr().out.count("Composed for") == 1
+    made = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "out").glob("*.json")]
+    assert {said["checkpoint"] for said in made} == {VARIANT, "acestep-v15-base"}
+    assert made[0]["composed"] == made[1]["composed"]
+    assert len({path.read_bytes() for path in (tmp_path / "out").glob("*.flac")}) == 2
+    assert not torch.equal(*hints)  # each model has its own idea of the codes
+
+
+def test_a_model_of_other_codes_is_not_given_a_composed_song(tmp_path, lm_home, checkpoints):
+    home = tmp_path / "home"
+    shutil.copytree(lm_home, home)
+    shutil.copytree(checkpoints / "acestep-v15-turbo", home / "acestep-v15-turbo")
+    with pytest.raises(UserError, match=r"--preview-variant turbo: knows 64,000 codes, and .* 512"):
+        sample(config(home, tmp_path / "out", preview_variant=(VARIANT, "turbo")), null)
