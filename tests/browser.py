@@ -77,7 +77,7 @@ def in_frames(folder: Path, pages: Sequence[tuple[str, int]], question: str, sch
         words += [f"--user-data-dir={folder / 'profile'}", "--window-size=1100,1000", (folder / "frame.html").as_uri()]
         chromium = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            answers = dict(json.loads(server.answers.get(timeout=120)) for _ in pages)
+            answers = dict(json.loads(server.answers.get(timeout=280)) for _ in pages)
         finally:
             chromium.terminate()
             chromium.wait(30)

@@ -96,7 +96,7 @@ class Session:
         above = ["".join(row[x].data for x in range(width)) for row in self.screen.history.top]
         return [line.rstrip() for line in [*above, *self.screen.display] if line.strip()]
 
-    def until(self, *texts: str, seconds: float = 60) -> None:
+    def until(self, *texts: str, seconds: float = 240) -> None:
         """Wait until the last lines hold all these texts."""
         deadline = time.monotonic() + seconds
         while not all(text in "\n".join(self.lines()[-60:]) for text in texts):
@@ -104,7 +104,7 @@ class Session:
             if not alive or time.monotonic() >= deadline:
                 raise AssertionError(f"{texts} did not appear in:\n" + "\n".join(self.lines()[-60:]))
 
-    def asks(self, text: str, seconds: float = 60) -> None:
+    def asks(self, text: str, seconds: float = 240) -> None:
         """Wait until the last question is this one and the program waits for keys."""
         deadline = time.monotonic() + seconds
         while not any(text in line for line in self._last_question()):
@@ -137,7 +137,7 @@ class Session:
                 self.read()
         raise AssertionError(f"no line {text} in:\n" + "\n".join(self.lines()[-30:]))
 
-    def end(self, seconds: float = 60) -> int:
+    def end(self, seconds: float = 240) -> int:
         """Wait for the end of the program; its exit status."""
         deadline = time.monotonic() + seconds
         while self.read():

@@ -57,7 +57,7 @@ def test_a_signal_to_the_group_of_a_real_uv_run_saves_once(config, number, times
         for _ in range(times):
             os.killpg(process.pid, number)
             time.sleep(0.05)
-        rest, _ = process.communicate(timeout=120)
+        rest, _ = process.communicate(timeout=280)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_a_signal_while_the_program_is_still_loading_leaves_nothing_behind(confi
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=280)
     assert process.returncode in (ExitStatus.INTERRUPTED, -signal.SIGTERM), said
     assert "Traceback" not in said
     assert not positions(config.output_dir)

@@ -89,7 +89,7 @@ class Script:
 
     def __call__(self, prompt: Prompt) -> Any:
         if prompt.news:
-            assert prompt.news.wait(60)
+            assert prompt.news.wait(240)
             return NEWS
         self.asked.append(prompt)
         assert len(self.asked) < self.limit, (

@@ -55,7 +55,7 @@ def test_training_goes_on_when_its_reader_leaves(tmp_path):
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=280) == 0
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
     assert process.stderr is not None
     assert process.stderr.read() == ""
@@ -73,7 +73,7 @@ def test_a_closed_window_and_an_impatient_launcher_get_a_checkpoint(tmp_path, nu
     for _ in range(4):  # uv forwards what the group got already
         os.kill(process.pid, number)
         time.sleep(0.05)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=280)
     assert process.returncode == 130
     assert "--resume-from latest" in errors
     assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1

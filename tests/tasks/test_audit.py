@@ -415,7 +415,7 @@ def test_in_a_browser_plots_are_drawn_players_play_and_nothing_is_logged(tmp_pat
                 stderr=log,
             )
             try:
-                assert received.wait(60), (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
+                assert received.wait(240), (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
             finally:
                 browser.terminate()
                 browser.wait(20)

@@ -404,7 +404,7 @@ def test_what_is_known_of_a_run_is_in_the_review_and_what_takes_long_comes_later
     may_end, seen = Event(), []
 
     def slow(_config) -> list[str]:
-        assert may_end.wait(60)
+        assert may_end.wait(240)
         return ["Memory: 3.4 GiB at most"]
 
     knowledge = Knowledge(quick=lambda config: ["Data: 3 songs"], slow=slow)
@@ -417,7 +417,7 @@ def test_what_is_known_of_a_run_is_in_the_review_and_what_takes_long_comes_later
         if prompt.news is None:
             return "start"
         may_end.set()
-        assert prompt.news.wait(60)
+        assert prompt.news.wait(240)
         return NEWS
 
     Wizard(ask, screen, Outside(about=knowledge)).next()

@@ -62,7 +62,7 @@ class Walk(Session):
 
     marks: tuple[int, str] = (0, "")
 
-    def question(self, seconds: float = 90) -> str:
+    def question(self, seconds: float = 240) -> str:
         """The question that is asked next, once its screen has come to rest."""
         before, deadline = self.marks, time.monotonic() + seconds
         while not self._is_another(before):

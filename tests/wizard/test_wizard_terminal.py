@@ -99,7 +99,7 @@ def test_every_question_of_training_is_reached_and_left_by_escape(known, columns
         session.asks("What would you like to do?")
         session.choose("Train")
         for question in questions:
-            session.asks(question, seconds=90)
+            session.asks(question)
             assert all(len(line) <= columns for line in session.lines())
             if question == "Folder of training tensors":
                 session.keys("tensors")
@@ -251,7 +251,7 @@ def test_keys_preview_save_and_stop_a_training_and_the_terminal_is_as_before(kno
     )
     with Session(known, "fixed", *files, *settings, lines=24) as session:
         before = termios.tcgetattr(session.process.fileno())
-        session.until("Training", "q stop after saving", "s per step", seconds=90)
+        session.until("Training", "q stop after saving", "s per step")
         session.keys("s")
         session.until("saved checkpoint: runs/keys/checkpoints/step_")
         session.keys("p")

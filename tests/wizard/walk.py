@@ -41,7 +41,7 @@ def write_songs(folder: Path, names: Sequence[str] = ("one", "two"), seconds: in
 def walk_to_a_judged_adapter(session: Session) -> Iterator[str]:
     """List, preprocess, train and judge with the fewest keys, then leave; yields each question that is answered."""
 
-    def answer(question: str, *typed: str, choose: str = "", seconds: float = 90) -> Iterator[str]:
+    def answer(question: str, *typed: str, choose: str = "", seconds: float = 240) -> Iterator[str]:
         session.asks(question, seconds)
         yield question
         if choose:

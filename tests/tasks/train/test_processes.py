@@ -155,7 +155,7 @@ def test_ctrl_c_to_one_of_two_stops_both_after_one_save(data, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)  # as a launcher does: the same key, not a second one
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=280)[1] for process in processes]
     assert all("Interrupted" in error for error in errors)
     saved = complete_checkpoints(tmp_path)
     assert len(saved) == 1
