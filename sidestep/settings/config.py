@@ -822,7 +822,7 @@ class BuildDatasetConfig:
     )
     audit: bool = option(
         False,
-        "listen to every song: report length, level, clipping, duplicates, text that is missing or too long",
+        "listen to every song: report length, level, clipping, duplicates, text that is missing, long or alike",
         group="Dataset",
         plain="listen to every song for what harms training: clipping, silence, doubles, missing text",
     )

@@ -1,15 +1,16 @@
 """`build-dataset --audit`: what deserves attention in a data set before training, as a table and an HTML page.
 
 In this order: every song is decoded once and measured (length, level, silence, clipping, and two fingerprints of its
-sound that find copies); its prompts are counted in tokens; from both follow the findings; the page shows them with
-charts and a player per song. `audit` runs all of it, in threads, and keeps the measurements by content beside
-dataset.json.
+sound that find copies); its prompts are counted in tokens, and the captions compared word by word; from all follow the
+findings; the page shows them with charts and a player per song, and a file beside it has them as JSON. `audit` runs all
+of it, in threads, and keeps the measurements by content beside dataset.json.
 """
 
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from bisect import bisect_left, bisect_right
@@ -39,6 +40,7 @@ from sidestep.data.manifest import (
     prompt_lyrics,
     read,
     relative_path,
+    with_tag,
 )
 from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
@@ -196,6 +198,57 @@ def guess(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class Variety:
+    """How varied captions are. different: how many there are word by word, whatever their case and punctuation.
+
+    shared: a word of one caption stands in this share of the others, in the mean; None for a single caption.
+    """
+
+    captions: int
+    different: int
+    shared: float | None
+
+
+def words_of(caption: str) -> tuple[str, ...]:
+    """The words of a caption in order, in small letters."""
+    return tuple(re.findall(r"\w+", caption.casefold()))
+
+
+def variety(captions: Sequence[str]) -> Variety:
+    """How varied these captions are."""
+    spoken = [words_of(caption) for caption in captions]
+    standing_in = Counter(word for words in spoken for word in set(words))
+    pairs = standing_in.total() * (len(spoken) - 1)
+    shared = sum(n * (n - 1) for n in standing_in.values()) / pairs if pairs > 0 else None
+    return Variety(len(spoken), len(set(spoken)), shared)
+
+
+def captions_of(sample: Sample) -> tuple[str, ...]:
+    """All captions of a song that training draws from, its own first."""
+    return (sample.caption or sample.genre, *sample.captions)
+
+
+def captions_told(samples: Sequence[Sample]) -> dict[str, str]:
+    """What is to be said of the captions of a data set, in words; nothing of fewer than two."""
+    songs = [captions_of(sample) for sample in samples]
+    every, varied = variety([c for captions in songs for c in captions]), [variety(c) for c in songs if len(c) > 1]
+    between = variety([captions[0] for captions in songs])
+    if every.captions < 2:
+        return {}
+    told = {
+        "songs with several captions": f"{len(varied)} of {len(songs)}",
+        "different captions": f"{every.different} of {every.captions}",
+    }
+    within = [v.shared for v in varied if v.shared is not None]
+    if within:
+        mean = sum(within) / len(within)
+        told["words in common, captions of a song"] = f"{mean:.0%} ({min(within):.0%} to {max(within):.0%})"
+    if between.shared is not None:
+        told["words in common, songs"] = f"{between.shared:.0%}"
+    return told
+
+
+@dataclass(frozen=True)
 class Song:
     """One sample with what was measured of it; `reason` says why nothing could be."""
 
@@ -225,6 +278,10 @@ def find(songs: Sequence[Song], left_out: Sequence[Song] = ()) -> list[Finding]:
     for song, measured in heard:
         by_sound[measured.sound].append(song)
     copies = [(song, f"like {group[0].name}") for group in by_sound.values() for song in group[1:]]
+    by_caption: dict[tuple[str, ...], list[Song]] = defaultdict(list)
+    for song in songs:
+        by_caption[words_of(captions_of(song.sample)[0])].append(song)
+    alike = [(song, f"like {group[0].name}") for group in by_caption.values() for song in group[1:]]
     guessed = "about " if any(s.tokens_guessed for s in songs) else ""
     found = [
         _finding(
@@ -265,6 +322,20 @@ def find(songs: Sequence[Song], left_out: Sequence[Song] = ()) -> list[Finding]:
             "no caption",
             "the prompt is a title or a file name: write song.txt beside it",
             ((s, s.sample.caption) for s in songs if not s.sample.labeled),
+        ),
+        _finding(
+            "caption of another song, word by word",
+            "the model is told that they sound alike: say what differs",
+            alike,
+        ),
+        _finding(
+            "one caption several times",
+            "it only comes more often: say it in other words",
+            (
+                (s, f"{v.different} of {v.captions} are different")
+                for s in songs
+                if (v := variety(captions_of(s.sample))).different < v.captions
+            ),
         ),
         _finding(
             "sung, but no lyrics",
@@ -368,6 +439,7 @@ def page(dataset: Dataset, songs: Sequence[Song], findings: Sequence[Finding], f
             }
             for f in findings
         ],
+        captions=captions_told(samples),
         plots=_plots(songs),
         songs=[_song(song, dataset.metadata, flags[song.name], folder) for song in songs],
     )
@@ -423,6 +495,7 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
             f"peak {measured.peak_db:.1f} dB",
         ]
     parts += [
+        _captions(variety(captions_of(sample))) if sample.captions else "",
         f"caption {sample.origins['caption']}" if "caption" in sample.origins else "",
         f"lyrics {sample.origins['lyrics']}" if "lyrics" in sample.origins else "",
         described("bpm", f"{sample.bpm} bpm") if sample.bpm else "",
@@ -434,12 +507,40 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
     return {
         "name": song.name,
         "caption": prompt_caption(sample, metadata),
+        "captions": sample.captions,
         "metadata": " · ".join(part for part in parts if part),
         "flags": flags,
         "lyrics": "" if sample.lyrics == INSTRUMENTAL else sample.lyrics,
         "url": url(sample.audio_path, folder) if measured else "",
         "waveform": waveform(measured.envelope) if measured else "",
         "length": len(measured.envelope) if measured else 0,
+    }
+
+
+def _captions(found: Variety) -> str:
+    """What is said of the captions of one song."""
+    shared = "" if found.shared is None else f", {found.shared:.0%} of words in common"
+    return f"{found.captions} captions, {found.different} different{shared}"
+
+
+def as_json(dataset: Dataset, songs: Sequence[Song], findings: Sequence[Finding]) -> dict[str, Any]:
+    """What the page shows, for programs: captions of the whole, findings, and of each song what was measured."""
+    own = [captions_of(song.sample)[0] for song in songs]
+    every = [caption for song in songs for caption in captions_of(song.sample)]
+    of_songs = []
+    for song in songs:
+        measured = (
+            {k: v for k, v in vars(song.measured).items() if k not in ("envelope", "shape")} if song.measured else None
+        )
+        told = {"name": song.name, "caption": prompt_caption(song.sample, dataset.metadata), "measured": measured}
+        of_songs.append(told | {"reason": song.reason, "captions": vars(variety(captions_of(song.sample)))})
+    return {
+        "captions": {"all": vars(variety(every)), "between_songs": vars(variety(own))},
+        "findings": [
+            {"what": f.what, "why": f.why, "songs": [{"name": name, "note": f.notes[name]} for name in f.songs]}
+            for f in findings
+        ],
+        "songs": of_songs,
     }
 
 
@@ -460,6 +561,8 @@ def audit(
 ) -> Audit:
     """Listen to every song of the dataset.json at `path`; report a table and write `dataset-audit.html` beside it.
 
+    The same stands in `dataset-audit.json`, for programs.
+
     With `checkpoint_dir` tokens are counted, without it guessed. `unreadable`: (file, reason) of each file that is no
     song of the data set since it cannot be read; it is among the findings. Raises UserError for a wrong path, JobError
     when the page cannot be written.
@@ -473,16 +576,21 @@ def audit(
         if reason:
             report(FileFailed(path=str(sample.audio_path), reason=reason, stage="audit"))
         seconds = measured.seconds if measured else sample.duration
-        text = text_prompt(
-            prompt_caption(sample, dataset.metadata),
-            bpm=sample.bpm,
-            timesignature=sample.timesignature,
-            keyscale=sample.keyscale,
-            duration=seconds,
-        )
+        tag, position = sample.custom_tag or dataset.metadata.custom_tag, dataset.metadata.tag_position
+        further = (with_tag(caption, tag, position) for caption in sample.captions)
+        texts = [
+            text_prompt(
+                caption,
+                bpm=sample.bpm,
+                timesignature=sample.timesignature,
+                keyscale=sample.keyscale,
+                duration=seconds,
+            )
+            for caption in (prompt_caption(sample, dataset.metadata), *further)
+        ]
         lyrics = lyric_prompt(without_time_marks(prompt_lyrics(sample)), sample.language)
         name = relative_path(sample.audio_path, path.parent)
-        tokens = tokens_in(text), tokens_in(lyrics)
+        tokens = max(map(tokens_in, texts)), tokens_in(lyrics)
         songs.append(Song(sample, name, measured, reason, *tokens, tokens_guessed=checkpoint_dir is None))
     left_out = [
         Song(Sample(audio_path=file, id=""), relative_path(file.absolute(), path.parent), None, reason)
@@ -495,9 +603,13 @@ def audit(
         rows.append((f.what, f"{len(f.songs)} of {len(songs) + len(left_out)}", example))
     rows = rows or [("nothing amiss", f"{len(songs)} of {len(songs)}", "")]
     report(Table(title="Audit", columns=("found", "songs", "such as"), rows=tuple(rows)))
+    if told := captions_told(dataset.samples):
+        report(Table(title="Captions", columns=("", ""), rows=tuple(told.items())))
     target = path.with_name(f"{path.stem}-audit.html")
     try:
         write_text(target, page(dataset, songs, findings, path.parent))
+        told = as_json(dataset, songs, findings)
+        write_text(target.with_suffix(".json"), json.dumps(told, indent=2) + "\n")
     except OSError as error:
         raise JobError(
             f"{target} cannot be written: {error.strerror or error}.", "Make room or rights there, then run it again."

@@ -195,7 +195,8 @@ def of_listing(config: BuildDatasetConfig) -> Iterable[Line]:
     kept = "" if config.overwrite or not output.exists() else "; what was edited by hand stays"
     yield Line("writes", f"{_target(output)}{kept}")
     if config.audit:
-        yield Line("writes", _target(output.with_name(f"{output.stem}-audit.html")))
+        for suffix in (".html", ".json"):
+            yield Line("writes", _target(output.with_name(f"{output.stem}-audit{suffix}")))
 
 
 def of_measuring(config: EstimateConfig) -> Iterable[Line]:

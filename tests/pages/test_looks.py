@@ -246,7 +246,7 @@ def test_the_audit_page_counts_as_the_terminal_does(tmp_path):
     audit_page(tmp_path)  # makes the songs
     built = build_dataset(BuildDatasetConfig(input=tmp_path), events.append)
     shown = figures(audit(built.path, events.append, unreadable=built.failed).page.read_text(encoding="utf-8"))
-    said, found = (dict(row[:2] for row in event.rows) for event in events if isinstance(event, Table))
+    said, found, _ = (dict(row[:2] for row in event.rows) for event in events if isinstance(event, Table))
     assert (shown["Songs"], shown["Music"]) == (said["songs"], said["length"].split(" in all")[0])
     assert [f"{shown[name]} of 4" for name in ("With lyrics", "With tempo", "With key")] == [
         said[name] for name in ("lyrics", "tempo", "key")

@@ -28,6 +28,7 @@ from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.audit import (
     CACHE,
     Song,
+    Variety,
     audit,
     find,
     guess,
@@ -36,6 +37,7 @@ from sidestep.tasks.audit import (
     same_recording,
     token_counter,
     url,
+    variety,
 )
 from sidestep.tasks.build_dataset import build_dataset
 from tests.song_library import make_library, tone, write_ffmpeg, write_sndfile
@@ -77,7 +79,11 @@ def test_each_finding_is_made_where_it_is_due_and_nowhere_else(tmp_path):
         ("noted.wav", music(seed=8), {}),
     ]:
         write_sndfile(tmp_path / name, audio, 48_000, **how)
-        (tmp_path / name).with_suffix(".txt").write_text("caption: x", encoding="utf-8")
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption: x, {name}", encoding="utf-8")
+    (tmp_path / "other.txt").write_text("caption: As in a TOWN", encoding="utf-8")
+    (tmp_path / "noted.txt").write_text("caption: as in a town!", encoding="utf-8")
+    (tmp_path / "short.caption.2.txt").write_text("X: short, wav", encoding="utf-8")
+    (tmp_path / "coded.caption.2.txt").write_text("very long " * 300, encoding="utf-8")
     write_sndfile(tmp_path / "dull.wav", music(seed=9)[::6], 8_000)
     (tmp_path / "sung.txt").write_text("caption: x\nis_instrumental: no", encoding="utf-8")
     (tmp_path / "words.txt").write_text(
@@ -108,7 +114,9 @@ def test_each_finding_is_made_where_it_is_due_and_nowhere_else(tmp_path):
         "shorter than 10 s": {"short.wav"},
         "no caption": {"broken.flac", "dull.wav", "gone.wav"},
         "sung, but no lyrics": {"sung.wav"},
-        "prompt of more than 256 tokens": {"words.wav"},
+        "caption of another song, word by word": {"other.wav"},
+        "one caption several times": {"short.wav"},
+        "prompt of more than 256 tokens": {"words.wav", "coded.mp3"},
         "lyrics of more than 2048 tokens": {"words.wav"},
         "other length than noted": {"noted.wav", "broken.flac"},
         "low sample rate": {"dull.wav"},
@@ -123,6 +131,58 @@ def test_a_sound_data_set_has_no_findings_and_the_table_says_so(tmp_path):
     assert [e.rows for e in events if isinstance(e, Table)] == [(("nothing amiss", "1 of 1", ""),)]
     assert [type(e) for e in events] == [Progress, Table, Saved]
     assert events[2].path == str(result.page)
+
+
+@pytest.mark.parametrize(
+    ("captions", "found"),
+    [
+        ([], (0, 0, None)),
+        (["slow jazz"], (1, 1, None)),
+        (["slow jazz", "Slow, jazz!"], (2, 1, 1.0)),  # case and punctuation are no words
+        (["slow jazz", "jazz slow"], (2, 2, 1.0)),
+        (["slow jazz", "fast rock"], (2, 2, 0.0)),
+        (["slow jazz", "slow rock", "slow slow"], (3, 3, 0.6)),  # 2 + 2 + 1 words: three times slow, in both others
+        (["", ""], (2, 1, None)),
+    ],
+)
+def test_the_variety_of_captions_is_counted_by_their_words(captions, found):
+    assert variety(captions) == Variety(*found)
+
+
+def test_page_terminal_and_json_say_how_varied_the_captions_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    songs = tmp_path / "songs"
+    for number, (caption, further) in enumerate(
+        [("slow jazz", ["late <piano> jazz", "slow night"]), ("slow jazz", []), ("fast rock", ["loud guitars"])]
+    ):
+        write_sndfile(songs / f"{number}.wav", music(10, seed=number), 48_000)
+        told = {"caption": caption, "captions": further}
+        (songs / f"{number}.json").write_text(json.dumps(told), encoding="utf-8")
+    assert main(["--plain", "build-dataset", "--input", str(songs), "--tag", "sks", "--audit"]) == ExitStatus.OK
+    said = {
+        "songs with several captions": "2 of 3",
+        "different captions": "5 of 6",
+        "words in common, captions of a song": "14% (0% to 29%)",  # 4 of 7 · 2 pairs, and none
+        "words in common, songs": "33%",  # slow and jazz, each twice, of 6 · 2
+    }
+    page = (songs / "dataset-audit.html").read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    for name, value in said.items():
+        assert f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' in page
+        assert any(name in line and value in line for line in lines), name
+    assert "3 captions, 3 different, 29% of words in common" in page
+    assert "late &lt;piano&gt; jazz" in page
+    assert Page(page).open == []
+    known = json.loads((songs / "dataset-audit.json").read_text(encoding="utf-8"))
+    assert known["captions"] == {
+        "all": {"captions": 6, "different": 5, "shared": pytest.approx(12 / 65)},
+        "between_songs": {"captions": 3, "different": 2, "shared": pytest.approx(1 / 3)},
+    }
+    assert [song["captions"]["captions"] for song in known["songs"]] == [3, 1, 2]
+    assert known["songs"][1]["caption"] == "sks, slow jazz"
+    assert known["songs"][1]["measured"]["seconds"] == 10
+    [like] = [f for f in known["findings"] if f["what"] == "caption of another song, word by word"]
+    assert like["songs"] == [{"name": "1.wav", "note": "like 0.wav"}]
 
 
 def test_a_song_that_cannot_be_heard_is_named_and_never_ends_the_audit(tmp_path, monkeypatch, capsys):
