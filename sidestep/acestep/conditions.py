@@ -4,13 +4,15 @@ Text becomes a prompt and lyrics (`Text`), these become tokens, the text encoder
 embeddings) and silence in the place of a reference's timbre go through the condition encoder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sidestep.acestep.checkpoint import Checkpoint
+from sidestep.acestep.checkpoint import CPU, Checkpoint
 from sidestep.events import LongTask
 
 TEXT2MUSIC = "Fill the audio semantic mask based on the given conditions:"
@@ -140,14 +142,47 @@ class Conditions:
     lyric_tokens_lost: int
 
 
+class TextModels:
+    """Text encoders, their tokenizers and condition encoders for a job that encodes several times: each is read once.
+
+    Between their uses they wait on the CPU. All uses are on one device and in one precision.
+    """
+
+    def __init__(self) -> None:
+        self._text_encoders: dict[Path, tuple[Any, Any]] = {}
+        self._condition_encoders: dict[Path, Any] = {}
+
+    def text_encoder(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+        """(text encoder on the device, its tokenizer); variants beside each other share theirs."""
+        place = checkpoint.layout.part("text_encoder").resolve()
+        if place not in self._text_encoders:
+            self._text_encoders[place] = checkpoint.load_text_encoder(device, dtype)
+        model, tokenizer = self._text_encoders[place]
+        return model.to(device), tokenizer
+
+    def condition_encoder(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+        """A variant's own condition encoder, on the device."""
+        place = checkpoint.layout.part("condition_encoder").resolve()
+        if place not in self._condition_encoders:
+            self._condition_encoders[place] = checkpoint.load_condition_encoder(device, dtype)
+        return self._condition_encoders[place].to(device)
+
+
 def encode_texts(
-    checkpoint: Checkpoint, texts: Sequence[Text], device: torch.device, dtype: torch.dtype
-) -> Iterator[Conditions]:
+    checkpoint: Checkpoint,
+    texts: Sequence[Text],
+    device: torch.device,
+    dtype: torch.dtype,
+    models: TextModels | None = None,
+) -> Generator[Conditions]:
     """The conditions of each text, in order. Text encoder and condition encoder are on the device one after the other.
 
     A prompt that many texts share is encoded once; states of lyrics, which are large, are looked up in their turn.
+    models: where the two are kept for the next time; without, each is forgotten after its use.
     """
-    text_encoder, tokenizer = checkpoint.load_text_encoder(device, dtype)
+    text_encoder, tokenizer = (
+        models.text_encoder(checkpoint, device, dtype) if models else checkpoint.load_text_encoder(device, dtype)
+    )
     prompts = {text.prompt: token_ids(tokenizer, text.prompt, TEXT_TOKENS) for text in texts}
     lyrics = {text.lyrics: token_ids(tokenizer, text.lyrics, LYRIC_TOKENS) for text in texts}
     prompt_states = {}
@@ -156,15 +191,25 @@ def encode_texts(
         prompt_states[prompt] = encode_text(text_encoder, ids).cpu()
         encoded()
     embeddings = text_encoder.get_input_embeddings().cpu()
+    if models:
+        text_encoder.to(CPU)  # pyrefly: ignore[bad-argument-type] (transformers and diffusers wrap `to`)
     del text_encoder
-    encoder = checkpoint.load_condition_encoder(device, dtype)
+    encoder = (
+        models.condition_encoder(checkpoint, device, dtype)
+        if models
+        else checkpoint.load_condition_encoder(device, dtype)
+    )
     timbre = tiled_silence(checkpoint.silence_latent(), checkpoint.timbre_frames)
     packed = LongTask(checkpoint.report, "Encoding lyrics", len(texts))
-    for text in texts:
-        ids, lyric_tokens_lost = lyrics[text.lyrics]
-        states = encode_conditions(encoder, prompt_states[text.prompt], embeddings(ids), timbre)
-        packed()
-        yield Conditions(states.cpu(), prompts[text.prompt][1], lyric_tokens_lost)
+    try:
+        for text in texts:
+            ids, lyric_tokens_lost = lyrics[text.lyrics]
+            states = encode_conditions(encoder, prompt_states[text.prompt], embeddings(ids), timbre)
+            packed()
+            yield Conditions(states.cpu(), prompts[text.prompt][1], lyric_tokens_lost)
+    finally:
+        if models:
+            encoder.to(CPU)  # pyrefly: ignore[bad-argument-type] (transformers and diffusers wrap `to`)
 
 
 @dataclass(frozen=True, kw_only=True)

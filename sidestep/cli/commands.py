@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import asdict, is_dataclass, replace
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,12 @@ def preprocess(config: PreprocessConfig, report: Report) -> ExitStatus:
 
 def train(config: TrainConfig, report: Report) -> None:
     """`fixed`: train, if it fits into memory, and judge what was trained if asked to."""
+    from sidestep.data.records import index_records
     from sidestep.tasks.plan.plan import check_memory
     from sidestep.tasks.train import train
 
-    train(check_memory(config, report), report)
+    index = cache(partial(index_records, report=report))
+    train(check_memory(config, report, index), report, index)
     if config.score and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         command = side_step("score", config.output_dir)
         report(
@@ -127,12 +130,14 @@ def train(config: TrainConfig, report: Report) -> None:
 
 def estimate(config: EstimateConfig, report: Report) -> Any:
     """`estimate`, if it fits into memory."""
+    from sidestep.data.records import index_records
     from sidestep.tasks.estimate import estimate
     from sidestep.tasks.estimate.run import as_training
     from sidestep.tasks.plan.plan import check_estimate
 
-    check_estimate(config, as_training(config), report)
-    return estimate(config, report)
+    index = cache(partial(index_records, report=report))
+    check_estimate(config, as_training(config), report, index)
+    return estimate(config, report, index)
 
 
 def sample(config: SampleConfig, report: Report) -> list[Path]:
@@ -147,11 +152,13 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
 
 def train_lm(config: TrainLmConfig, report: Report) -> None:
     """`train-lm`: train, if it fits into memory."""
+    from sidestep.data.records import index_records
     from sidestep.tasks.plan.language import check_language_memory
     from sidestep.tasks.train import train
 
-    check_language_memory(config, report)
-    train(config, report)
+    index = cache(partial(index_records, report=report))
+    check_language_memory(config, report, index)
+    train(config, report, index)
 
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> None:

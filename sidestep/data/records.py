@@ -13,6 +13,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,11 @@ def find_records(folder: Path) -> list[Path]:
     return sorted(path for path in files_below(folder, hidden=False) if path.suffix == ".pt" and path.is_file())
 
 
-def index_records(
-    folder: Path, report: Report = null, keep: bool = True
-) -> tuple[dict[str, RecordInfo], dict[str, RecordError]]:
+Index = tuple[dict[str, RecordInfo], dict[str, RecordError]]
+ReadIndex = Callable[[Path], Index]  # of a folder, as `index_records` or from where it was read before
+
+
+def index_records(folder: Path, report: Report = null, keep: bool = True) -> Index:
     """What is known of each record below a folder, by its path relative to it, and why the others cannot be used.
 
     Only what the index does not have, or what has changed since, is read. It is kept where the folder takes files,

@@ -6,6 +6,7 @@ Nothing is written, not even an index or a cache, and no weights are read. The w
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def of_training(config: TrainConfig) -> Iterable[Line]:
 
     device = choose_device(config.device).value
     if isinstance(config, TrainLmConfig):
-        needed, reason = language_memory(config, null, keep_index=False)
+        needed, reason = language_memory(config, partial(index_records, keep=False))
         yield Line("memory", f"{_against_card(needed, device)}; {reason}")
         return
     longest = max((i.frames for i in infos.values()), default=0) / FRAMES_PER_SECOND

@@ -20,6 +20,7 @@ from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import target_names
 from sidestep.adapters.rank_map import Module, RankMap
 from sidestep.data.batches import fingerprint
+from sidestep.data.records import ReadIndex
 from sidestep.errors import UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
 from sidestep.files import write_text
@@ -48,10 +49,10 @@ MOST_OF_IT = 0.95  # of a module's energy, when the page counts its directions
 SHADES = " ░▒▓█"  # of the map in the terminal
 
 
-def estimate(config: EstimateConfig, report: Report) -> RankMap:
+def estimate(config: EstimateConfig, report: Report, index: ReadIndex | None = None) -> RankMap:
     """Measure, allocate and write `rank_map.json`, `rank_map.safetensors` and `estimate.html`.
 
-    Raises UserError, JobError and Interrupted.
+    index: of the folder of records, where it was read before. Raises UserError, JobError and Interrupted.
     """
     output = config.output or config.dataset_dir / maps.FILE_NAME
     if output.exists() and not config.overwrite:
@@ -64,7 +65,7 @@ def estimate(config: EstimateConfig, report: Report) -> RankMap:
     accelerator, precision = open_accelerator(training, report)
     device = accelerator.device
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
-    songs = load_songs(training, checkpoint, report)
+    songs = load_songs(training, checkpoint, report, index=index)
     data, count = fingerprint(songs), len(songs)
     songs, _ = with_windows(songs, [], training, checkpoint, device, precision, Processes(accelerator), report)
     if checkpoint.variant.is_turbo:

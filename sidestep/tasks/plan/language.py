@@ -24,7 +24,7 @@ from sidestep.acestep.lm.decoding import ANSWER_TOKENS
 from sidestep.acestep.lm.loss import PIECE
 from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model, find_language_models
 from sidestep.acestep.quantize import quantized_bytes
-from sidestep.data.records import index_records
+from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.config import BuildDatasetConfig, PlanConfig, TrainLmConfig, memory_levers
@@ -134,20 +134,20 @@ def check_description(config: BuildDatasetConfig, report: Report) -> None:
     require_language_room(with_overhead(needed), gpu, config, report)
 
 
-def language_memory(config: TrainLmConfig, report: Report, keep_index: bool = True) -> tuple[int, str]:
-    """(bytes that training takes, what they are for)."""
+def language_memory(config: TrainLmConfig, index: ReadIndex) -> tuple[int, str]:
+    """(bytes that training takes, what they are for). index: of a folder of records."""
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     folder = choose_language_model(checkpoint.layout, config.lm)
-    infos, _ = index_records(config.dataset_dir, report, keep_index) if config.dataset_dir.is_dir() else ({}, {})
+    infos = index(config.dataset_dir)[0] if config.dataset_dir.is_dir() else {}
     tokens = PLAIN_TOKENS + max((info.frames // 5 for info in infos.values()), default=1200)
     bytes_per_value = choose_precision(config.precision, choose_device(config.device).value).value.itemsize
     needed = training_bytes(read_config(folder / "config.json"), config, tokens, bytes_per_value)
     return needed, f"{folder.name}, songs of up to {tokens} tokens; {BY_ARITHMETIC}"
 
 
-def check_language_memory(config: TrainLmConfig, report: Report) -> None:
+def check_language_memory(config: TrainLmConfig, report: Report, index: ReadIndex = index_records) -> None:
     """Say what training takes on this GPU. Raises UserError where it cannot fit, unless that was asked for."""
-    needed, reason = language_memory(config, report)
+    needed, reason = language_memory(config, index)
     if (gpu := gpu_memory(choose_device(config.device).value)) is not None:
         require_language_room(needed, gpu, config, report)
     else:

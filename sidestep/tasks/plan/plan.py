@@ -27,7 +27,7 @@ from sidestep.acestep.device import (
 from sidestep.acestep.layout import read_config
 from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model
 from sidestep.adapters.attach import check_sizes
-from sidestep.data.records import index_records
+from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.advice import Advice, advice_for
@@ -66,7 +66,8 @@ class Plan:
     """Answer of the planner. Bytes everywhere. seconds: length of the songs it is for.
 
     best: the mildest settings that leave the card its reserve, None when none do. faster: these with as little
-    recomputed as then fits, None where that is what they do. advice: on training on the songs of a folder.
+    recomputed as then fits, None where that is what they do. ram: what waits there for the GPU.
+    advice: on training on the songs of a folder.
     """
 
     seconds: float
@@ -78,6 +79,7 @@ class Plan:
     first_pass: int
     second_pass: int
     preview: int
+    ram: int
     advice: Advice | None = None
 
     @property
@@ -146,6 +148,24 @@ class Planner:
             for sizes, is_other in self.players
         )
         return with_overhead(peak.between_steps + max(beside))
+
+    def waiting(self, config: TrainConfig, on_cpu: bool = False) -> dict[str, int]:
+        """Bytes of RAM beside the device's memory, by the flags that ask for them.
+
+        Streamed blocks come from a model that is read into RAM whole; its blocks move into pinned memory one by one.
+        While another model plays, the trained one's weights wait there; where blocks are streamed they do already, and
+        the other is read into RAM as well. on_cpu: the device is the CPU, where the other model comes beside the run.
+        """
+        whole = self.peak(replace(config, swap_blocks=0)).weights
+        found = {}
+        if config.swap_blocks and not on_cpu:
+            found[f"--swap-blocks {config.swap_blocks}"] = whole
+        if config.offload_activations and not on_cpu:
+            kept = self.peak(replace(config, offload_activations=False)).activations
+            found["--offload-activations"] = kept - self.peak(config).activations
+        if any(is_other for _, is_other in self.players):
+            found[f"--preview-variant {' '.join(config.preview_variant)}"] = whole
+        return found
 
     def candidate(self, asked: TrainConfig, config: TrainConfig | None = None) -> Candidate:
         """Settings, by default those asked about, as a candidate for them."""
@@ -257,6 +277,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         first_pass=with_overhead(first_pass_peak(planner.dtype, planner.seconds)),
         second_pass=with_overhead(second_pass_peak(planner.sizes, planner.dtype)),
         preview=planner.preview(asked),
+        ram=sum(planner.waiting(asked).values()),
         advice=advice_for(vars(asked) | {"dataset_dir": config.dataset_dir}),
     )
     if not config.json:
@@ -324,6 +345,8 @@ def tables(result: Plan) -> Iterator[Table]:
         ("preprocessing, pass 1 and 2", f"{amount(result.first_pass)} and {amount(result.second_pass)}"),
         (f"a preview of {asked.config.preview_duration:g} s{played} while training", amount(result.preview)),
     ]
+    if result.ram:
+        rows.append(("waits in RAM meanwhile", amount(result.ram)))
     if asked.config.prior_data:
         rows.append(("time for --prior-data", f"{extra_time(asked.config):.0%} more in each optimizer step"))
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
@@ -371,37 +394,35 @@ def as_json(result: Plan) -> dict:
         "first_pass_bytes": result.first_pass,
         "second_pass_bytes": result.second_pass,
         "preview_bytes": result.preview,
+        "ram_bytes": result.ram,
         "advice": asdict(result.advice) if result.advice else None,
     }
 
 
-def check_memory(config: TrainConfig, report: Report) -> TrainConfig:
+def check_memory(config: TrainConfig, report: Report, index: ReadIndex = index_records) -> TrainConfig:
     """The settings with which a run fits into the GPU: as they are, but that `--recompute-as-needed` becomes a number.
 
     Raises UserError when the run cannot fit, unless `--even-if-it-does-not-fit` was typed. The longest song decides,
     with the most condition tokens that any song has. Where the device tells no memory, nothing is refused.
+    index: of a folder of records, in the place of reading it here.
     """
     device = choose_device(config.device).value
     if (gpu := gpu_memory(device)) is not None:
-        return fit_into(gpu, config, report)
+        return fit_into(gpu, config, report, index)
+    hears_others = wants_previews(config) and config.preview_variant
+    if device.type == "cpu" and hears_others and (planner := planner_for(config, index)):
+        require_ram(planner, config, on_cpu=True)
     if config.recompute_as_needed:
         reason = f"--recompute-as-needed knows no memory of a device of kind {device.type}"
         report(Decision(what="recomputation", value="all layers", reason=reason))
     return replace(config, recompute_as_needed=False)
 
 
-def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig:
+def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadIndex = index_records) -> TrainConfig:
     """`check_memory` for a GPU whose memory is known."""
     as_needed, config = config.recompute_as_needed, replace(config, recompute_as_needed=False)
-    frames, tokens = longest(config.dataset_dir, config.prior_data)
-    if not frames:
+    if (planner := planner_for(config, index)) is None:
         return config
-    sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
-    dtype, players = (
-        choose_precision(config.precision, choose_device(config.device).value).value,
-        players_of(config, sizes),
-    )
-    planner = Planner(decoder_sizes(sizes), dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards(), players)
     if as_needed:
         config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
@@ -423,8 +444,7 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
             f"Other programs hold {gib(gpu.taken)} of {gpu.source}: this run may run out of memory while they go on."
         )
         report(Notice(message=message, level="warning"))
-    wants_previews = config.preview_every or config.preview_prompt or config.preview_prompts
-    if wants_previews and (preview := planner.preview(config)) > gpu.free:
+    if wants_previews(config) and (preview := planner.preview(config)) > gpu.free:
         shorter = "make them shorter (--preview-duration)"
         shorter += "" if config.offload_encoder else " or add --offload-encoder"
         message = (
@@ -435,10 +455,28 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report) -> TrainConfig
     return config
 
 
-def check_estimate(config: EstimateConfig, training: TrainConfig, report: Report) -> None:
+def wants_previews(config: TrainConfig) -> bool:
+    """Whether a run makes previews without being asked by a key."""
+    return bool(config.preview_every or config.preview_prompt or config.preview_prompts)
+
+
+def planner_for(config: TrainConfig, index: ReadIndex) -> Planner | None:
+    """The planner of a run on the songs of its folders, None without any."""
+    frames, tokens = longest(config.dataset_dir, config.prior_data, index=index)
+    if not frames:
+        return None
+    sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
+    dtype = choose_precision(config.precision, choose_device(config.device).value).value
+    players = players_of(config, sizes) if wants_previews(config) else ()
+    return Planner(decoder_sizes(sizes), dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards(), players)
+
+
+def check_estimate(
+    config: EstimateConfig, training: TrainConfig, report: Report, index: ReadIndex = index_records
+) -> None:
     """Raises UserError when the measurement of `estimate` cannot fit. training: the step that it measures."""
     device = choose_device(config.device).value
-    frames, tokens = longest(config.dataset_dir)
+    frames, tokens = longest(config.dataset_dir, index=index)
     if (gpu := gpu_memory(device)) is None or not frames:
         return
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
@@ -499,26 +537,25 @@ def require_room(tensor_bytes: int, gpu: GpuMemory, config: EstimateConfig | Sam
         report(Notice(message=message, level="warning"))
 
 
-def require_ram(planner: Planner, config: TrainConfig) -> None:
+def require_ram(planner: Planner, config: TrainConfig, on_cpu: bool = False) -> None:
     """Raises UserError where what waits on the CPU for the GPU is more than the RAM that is available.
 
-    Streamed blocks come from a model that is read into RAM whole; its blocks move into pinned memory one by one.
+    on_cpu: the device is the CPU, so that the run itself is in RAM, too.
     """
-    waiting = {
-        f"--swap-blocks {config.swap_blocks}": planner.peak(replace(config, swap_blocks=0)).weights
-        if config.swap_blocks
-        else 0,
-        "--offload-activations": planner.peak(replace(config, offload_activations=False)).activations
-        - planner.peak(config).activations
-        if config.offload_activations
-        else 0,
-    }
-    needed, available = sum(waiting.values()), psutil.virtual_memory().available
+    waiting, available = planner.waiting(config, on_cpu), psutil.virtual_memory().available
+    own = planner.peak(replace(config, swap_blocks=0, offload_activations=False)).total if on_cpu and waiting else 0
+    needed = own + sum(waiting.values())
     if needed > available and not config.even_if_it_does_not_fit:
-        flags = " and ".join(flag for flag, nbytes in waiting.items() if nbytes)
+        beside = f" beside {gib(own)} of the run" if own else ""
+        fixes = ["Close other programs, or take --base-precision int8 or nf4"]
+        if any(flag.startswith(("--swap", "--offload")) for flag in waiting):
+            fixes[0] += " in its place, which needs no RAM"
+        if any(flag.startswith("--preview-variant") for flag in waiting):
+            fixes.append("Without --preview-variant the trained model plays, which takes no RAM beside.")
         raise UserError(
-            f"{flags}: {needed / GIB:.1f} GiB would wait in RAM, of which {gib(available)} are available.",
-            "Close other programs, or take --base-precision int8 or nf4, which needs no RAM, in its place.",
+            f"{' and '.join(waiting)}: {(needed - own) / GIB:.1f} GiB would wait in RAM{beside}, of which "
+            f"{gib(available)} are available.",
+            "\n".join((f"{fixes[0]}.", *fixes[1:])),
         )
 
 
@@ -527,12 +564,12 @@ def fsdp_shards() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
 
 
-def longest(*folders: Path | None) -> tuple[int, int]:
+def longest(*folders: Path | None, index: ReadIndex = index_records) -> tuple[int, int]:
     """(latent frames of the longest song, condition tokens of the wordiest) in folders of tensors; zeros without any.
 
     Of `--prior-data` too: its step is one more pass without gradient before one like that of the songs, so that the
     longest of both decides.
     """
     # training reports those that are broken
-    infos = [info for folder in folders if folder for info in index_records(folder)[0].values()]
+    infos = [info for folder in folders if folder for info in index(folder)[0].values()]
     return max((i.frames for i in infos), default=0), max((i.tokens for i in infos), default=0)

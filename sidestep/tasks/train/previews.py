@@ -16,8 +16,8 @@ import torch
 from peft import PeftModel
 
 from sidestep.acestep.blocks import set_aside
-from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.acestep.conditions import Prompt, encode_texts
+from sidestep.acestep.checkpoint import CPU, Checkpoint
+from sidestep.acestep.conditions import Prompt, TextModels, encode_texts
 from sidestep.acestep.device import release_memory
 from sidestep.adapters.attach import adapter_of, adapter_scale
 from sidestep.data.batches import Song
@@ -65,6 +65,7 @@ def previews_for(
     device: torch.device,
     dtype: torch.dtype,
     report: Report,
+    models: TextModels | None = None,
 ) -> Previews | None:
     """The previews that the settings ask for, None for none.
 
@@ -74,7 +75,7 @@ def previews_for(
     prompts = prompts_for(config, songs)
     if not prompts:
         return None
-    players = players_for(config, checkpoint, prompts, device, dtype, report)
+    players = players_for(config, checkpoint, prompts, device, dtype, report, models or TextModels())
     when = f"every {config.preview_every} epochs and at the end" if config.preview_every else "at the end"
     how = ", ".join(
         f"{described(player.sampling)}{f' on {player.checkpoint.folder.name}' if player.folder else ''}"
@@ -91,6 +92,7 @@ def players_for(
     device: torch.device,
     dtype: torch.dtype,
     report: Report,
+    models: TextModels,
 ) -> list[Player]:
     """The models that play the prompts, with their conditions. Raises JobError or UserError where one cannot."""
     checkpoint.vae_config()  # a missing VAE is an error now, not after the first epochs
@@ -100,7 +102,7 @@ def players_for(
         if not is_own:
             require_same_modules(checkpoint, player)
         texts = [prompt.text_for(player.variant.is_stems) for prompt in prompts]
-        conditions = list(encode_texts(player, texts, device, dtype))
+        conditions = list(encode_texts(player, texts, device, dtype, models))
         for prompt, states in zip(prompts, conditions, strict=True):
             tell_lost_tokens(prompt, states, report)
         # turbo's shift, as it was told to this run, is not another model's
@@ -119,7 +121,7 @@ def preview_now(run: Run) -> None:
     if previews is None and not is_language(run.config):
         try:
             prompts = prompts_for(replace(run.config, preview_every=1), run.songs)
-            players = players_for(run.config, run.checkpoint, prompts, torch.device("cpu"), torch.float32, run.report)
+            players = players_for(run.config, run.checkpoint, prompts, CPU, torch.float32, run.report, TextModels())
         except (OSError, MemoryError, UserError, JobError) as error:
             run.report(Notice(message=f"No previews: {str(error).splitlines()[0]}", level="warning"))
             return

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
+from sidestep.acestep.conditions import TextModels
 from sidestep.data.batches import MicroBatch, Song, item_of
+from sidestep.data.records import ReadIndex
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report
 from sidestep.seeding import seed_for
@@ -72,6 +74,8 @@ def load_prior(
     dtype: torch.dtype,
     processes: Processes,
     report: Report,
+    models: TextModels,
+    index: ReadIndex | None = None,
 ) -> Prior | None:
     """The music of `--prior-data` in windows like those of the songs, None without.
 
@@ -80,7 +84,7 @@ def load_prior(
     if config.prior_data is None:
         return None
     there = replace(config, dataset_dir=config.prior_data, batch_size=1)
-    songs = load_songs(there, checkpoint, report, FLAG)
+    songs = load_songs(there, checkpoint, report, FLAG, index)
     known = {song.digests["audio"] for song in own}
     same = [song.name for song in songs if song.digests["audio"] in known]
     if len(same) == len(songs):
@@ -91,9 +95,8 @@ def load_prior(
     if same:
         message = f"{FLAG}: {count(len(same), 'song')} trained on are in it too and are left out there: {same[0]} …"
         report(Notice(message=message, level="warning"))
-    songs, _ = with_windows(
-        [song for song in songs if song.name not in same], [], there, checkpoint, device, dtype, processes, report
-    )
+    others = [song for song in songs if song.name not in same]
+    songs, _ = with_windows(others, [], there, checkpoint, device, dtype, processes, report, models)
     full = config.gradient_accumulation * processes.count * config.batch_size
     prior = Prior(songs, config.prior_weight, samples_for(config.prior_weight, full), config.seed)
     value = f"{prior.most} samples of {count(len(songs), 'other song')} beside {full} in an optimizer step"

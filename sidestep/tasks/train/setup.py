@@ -18,11 +18,13 @@ from torch.utils.tensorboard import SummaryWriter
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
+from sidestep.acestep.conditions import TextModels
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
 from sidestep.acestep.vae import frames_per_second
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import attach, check_sizes, load_adapter_state, start_along_gradient, start_from
 from sidestep.data.batches import Song, StepPlan, fingerprint
+from sidestep.data.records import ReadIndex
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Finished, Notice, Report, Saved, Table, null
 from sidestep.files import portable
@@ -64,8 +66,11 @@ class TrainResult:
     final: Path
 
 
-def train(config: TrainConfig, report: Report) -> TrainResult:
-    """Train an adapter and write `final/`. Raises UserError, JobError and Interrupted; zero steps are a failure."""
+def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -> TrainResult:
+    """Train an adapter and write `final/`. Raises UserError, JobError and Interrupted; zero steps are a failure.
+
+    index: of a folder of records, where it was read before.
+    """
     if os.environ.get("RANK", "0") == "0":
         require_writable(config.output_dir)  # before the first event, which is written there too
     accelerator, precision = open_accelerator(config, report)
@@ -73,7 +78,7 @@ def train(config: TrainConfig, report: Report) -> TrainResult:
     accelerator.wait_for_everyone()
     saved = open_folder(config, report)
     accelerator.wait_for_everyone()
-    run = set_up(config, report, accelerator, precision, saved)
+    run = set_up(config, report, accelerator, precision, saved, index)
     try:
         if saved and run.position.step >= run.total_steps and (config.output_dir / "final").is_dir():
             longer = replace(config, epochs=config.epochs * 2, resume_from=Path("latest"))
@@ -164,7 +169,12 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
 
 
 def set_up(
-    config: TrainConfig, report: Report, accelerator: Accelerator, precision: torch.dtype, saved: SavedRun | None = None
+    config: TrainConfig,
+    report: Report,
+    accelerator: Accelerator,
+    precision: torch.dtype,
+    saved: SavedRun | None = None,
+    index: ReadIndex | None = None,
 ) -> Run:
     """A run that is ready for its first optimizer step, or with `saved` for the step that run would have taken next.
 
@@ -182,11 +192,14 @@ def set_up(
             f"({saved.config['model_variant']} then).",
             "Use the --checkpoint-dir and --model-variant of that run.",
         )
-    songs = load_songs(config, dit, report)
+    songs = load_songs(config, dit, report, index=index)
     require_hints(songs, config)
     if language:
         songs = language.usable(songs, config, report)
-    prior = None if language else load_prior(config, checkpoint, songs, device, precision, processes, report)
+    models = TextModels()
+    prior = (
+        None if language else load_prior(config, checkpoint, songs, device, precision, processes, report, models, index)
+    )
     prints = fingerprints(songs, config)
     if prior:
         prints |= {f"{FLAG} {name}": parts for name, parts in fingerprints(prior.songs, config).items()}
@@ -198,7 +211,7 @@ def set_up(
     if held_out:
         names = ", ".join(song.name for song in held_out[:3]) + (" …" if held_out[3:] else "")
         report(Notice(message=f"{count(len(held_out), 'song')} held out for validation: {names}"))
-    songs, held_out = with_windows(songs, held_out, config, checkpoint, device, precision, processes, report)
+    songs, held_out = with_windows(songs, held_out, config, checkpoint, device, precision, processes, report, models)
     every = [*songs, *held_out]
 
     law = NEXT_TOKEN if language else training_law(config, checkpoint.variant)
@@ -208,7 +221,8 @@ def set_up(
         report(Decision(what="CFG dropout", value=dropout, reason=law.reason))
         if not saved:
             report(suggestion(config, checkpoint, every))
-    previews = previews_for(config, checkpoint, every, device, precision, report)
+    previews = previews_for(config, checkpoint, every, device, precision, report, models)
+    del models
 
     set_seed(config.seed)
     decoder, mask = (

@@ -9,6 +9,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from sidestep.acestep.conditions import (
     COVER,
     TEXT2MUSIC,
     Text,
+    TextModels,
     encode_texts,
     lyric_prompt,
     stems_caption,
@@ -33,7 +35,7 @@ from sidestep.audio.io import find_audio
 from sidestep.data.batches import Song, Windows
 from sidestep.data.lyrics import has_time_marks, lyrics_between, without_time_marks
 from sidestep.data.manifest import with_tag
-from sidestep.data.records import Record, RecordError, RecordInfo, index_records, load_record, record_stat
+from sidestep.data.records import ReadIndex, Record, RecordError, RecordInfo, index_records, load_record, record_stat
 from sidestep.errors import JobError, UserError
 from sidestep.events import FileFailed, Notice, Progress, Report
 from sidestep.files import replacing
@@ -61,10 +63,16 @@ METADATA_LINES = ("bpm", "timesignature", "keyscale")
 MINIMUM_SECONDS = 1.0  # the prompt states whole seconds
 
 
-def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report, flag: str = "--dataset-dir") -> list[Song]:
+def load_songs(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    report: Report,
+    flag: str = "--dataset-dir",
+    index: ReadIndex | None = None,
+) -> list[Song]:
     """Every usable record of `--dataset-dir` in the order of their names; tensors are read when a batch wants them.
 
-    flag: the one that named the folder which the config has there.
+    flag: the one that named the folder which the config has there. index: in the place of reading its index here.
     A broken one is reported and left out. Raises UserError when they were made for another model or there are none,
     JobError when none can be used.
     """
@@ -73,7 +81,7 @@ def load_songs(config: TrainConfig, checkpoint: Checkpoint, report: Report, flag
     again = f"Preprocess first: {side_step(*preprocess, '--checkpoint-dir', str(config.checkpoint_dir))}"
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder.", again)
-    infos, broken = index_records(folder, report)
+    infos, broken = index(folder) if index else index_records(folder, report)
     for name, error in broken.items():
         report(FileFailed(path=name, reason=error.problem, stage="load"))
     if not infos and not broken:
@@ -242,6 +250,7 @@ def with_windows(
     dtype: torch.dtype,
     processes: Processes,
     report: Report,
+    models: TextModels | None = None,
 ) -> tuple[list[Song], list[Song]]:
     """(songs to train on, songs to validate on), those that are not heard whole with their windows' conditions.
 
@@ -278,10 +287,10 @@ def with_windows(
     cache = ConditionCache(config, checkpoint, dtype) if plans else None
     if cache:
         own_share = list(plans.values())[processes.index :: processes.count]
-        encode_missing(own_share, cache, checkpoint, device, dtype, report)
+        encode_missing(own_share, cache, checkpoint, device, dtype, report, models)
         processes.wait()
         if processes.count > 1:  # where the folder takes no files, each process has kept its own share only
-            encode_missing(list(plans.values()), cache, checkpoint, device, dtype, report)
+            encode_missing(list(plans.values()), cache, checkpoint, device, dtype, report, models)
         if cache.error is not None:
             message = (
                 f"{cache.folder}: cannot be written ({cache.error.strerror}); the windows' conditions are kept in "
@@ -493,6 +502,7 @@ def encode_missing(
     device: torch.device,
     dtype: torch.dtype,
     report: Report,
+    models: TextModels | None = None,
 ) -> None:
     """Encode the texts of the songs whose conditions are not in the cache."""
     missing = [plan for plan in plans if cache.get(plan) is None]
@@ -501,7 +511,7 @@ def encode_missing(
     texts = [text for plan in missing for text in plan.by_key.values()]
     what = f"Encoding what the windows of {count(len(missing), 'song')} are told: {count(len(texts), 'text')}"
     report(Notice(message=what))
-    encoded = encode_texts(checkpoint, texts, device, dtype)
-    for done, plan in enumerate(missing, start=1):
-        cache.put(plan, {key: next(encoded).states[0].clone() for key in plan.by_key})
-        report(Progress(task="Windows", done=done, total=len(missing), current=plan.song.name))
+    with closing(encode_texts(checkpoint, texts, device, dtype, models)) as encoded:
+        for done, plan in enumerate(missing, start=1):
+            cache.put(plan, {key: next(encoded).states[0].clone() for key in plan.by_key})
+            report(Progress(task="Windows", done=done, total=len(missing), current=plan.song.name))

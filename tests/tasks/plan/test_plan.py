@@ -19,7 +19,7 @@ from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantiz
 from sidestep.adapters.attach import attach
 from sidestep.cli import commands
 from sidestep.data.batches import Batch
-from sidestep.data.records import Record, save_record
+from sidestep.data.records import Record, index_records, save_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, null
 from sidestep.optim import optimizer_bytes
@@ -31,6 +31,7 @@ from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, secon
 from sidestep.tasks.plan.plan import Planner, as_json, check_memory, fit_into, fsdp_shards, longest, plan, tables
 from sidestep.tasks.plan.step import (
     LiveBytes,
+    Peak,
     Segment,
     Shape,
     StepModel,
@@ -524,7 +525,7 @@ def card(monkeypatch):
 def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, card, monkeypatch, command):
     began, events = [], []
     module = {"estimate": "sidestep.tasks.estimate", "sample": "sidestep.tasks.sample"}[command]
-    monkeypatch.setattr(f"{module}.{command}", lambda config, report: began.append(config))
+    monkeypatch.setattr(f"{module}.{command}", lambda config, *_: began.append(config))
     shared = {"checkpoint_dir": small_run.checkpoint_dir, "device": "cuda"}
     if command == "estimate":
         config = EstimateConfig(dataset_dir=small_run.dataset_dir, base_precision="int8", **shared)
@@ -563,7 +564,7 @@ def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, ca
 )
 def test_what_would_wait_in_ram_is_compared_with_what_is_there(small_run, card, monkeypatch, command, changes, flags):
     began = []
-    monkeypatch.setattr(f"sidestep.tasks.{command}.{command}", lambda config, report: began.append(config))
+    monkeypatch.setattr(f"sidestep.tasks.{command}.{command}", lambda config, *_: began.append(config))
     monkeypatch.setattr(plans, "preview_peak", lambda *_: 0)
     card(8 * GIB)
     shared = {"checkpoint_dir": small_run.checkpoint_dir, "device": "cuda", **changes}
@@ -587,6 +588,41 @@ def test_what_would_wait_in_ram_is_compared_with_what_is_there(small_run, card, 
     config = dataclasses.replace(config, **{name: type(value)(0) for name, value in changes.items()})
     start(1000)
     assert began[1:] == [config], "nothing waits in RAM without them"
+
+
+class Enough(Exception):
+    """Raised where a test has seen what it came for."""
+
+
+@pytest.mark.parametrize(
+    ("command", "next_step"),
+    [("train", "sidestep.tasks.train.setup.fingerprints"), ("estimate", "sidestep.tasks.estimate.run.fingerprint")],
+)
+def test_the_gate_and_the_job_read_a_folders_index_once(small_run, tmp_path, monkeypatch, command, next_step):
+    read = []
+
+    def counted(folder, report, *_):
+        read.append(folder.name)
+        return index_records(folder, report)
+
+    def enough(*_):
+        raise Enough
+
+    monkeypatch.setattr("sidestep.data.records.index_records", counted)
+    monkeypatch.setattr("sidestep.tasks.train.songs.index_records", counted)
+    monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda device: GpuMemory(8 * GIB, "a card"))
+    monkeypatch.setattr(next_step, enough)
+    monkeypatch.setattr(plans.Planner, "peak", lambda *_: Peak(1, 1, 1, 1, 1, 1))
+    if command == "train":
+        save_record(tmp_path / "other" / "song.pt", Record(torch.ones(100, 8), torch.zeros(30, 32), {}))
+        config = dataclasses.replace(small_run, prior_data=tmp_path / "other", device="cpu")
+    else:
+        config = EstimateConfig(
+            checkpoint_dir=small_run.checkpoint_dir, dataset_dir=small_run.dataset_dir, device="cpu"
+        )
+    with pytest.raises(Enough):
+        getattr(commands, command)(config, null)
+    assert read == ["data", "other"][: 2 if command == "train" else 1]
 
 
 def test_each_gpu_of_fsdp_is_planned_with_its_share_of_the_weights(small_run, monkeypatch):

@@ -16,15 +16,17 @@ from transformers import Qwen3ForCausalLM
 from sidestep.acestep.device import GpuMemory
 from sidestep.acestep.lm.loss import answer_loss
 from sidestep.acestep.lm.prompts import codes_prompt, plan_text
+from sidestep.cli import commands
 from sidestep.cli.main import main
-from sidestep.data.records import save_record
-from sidestep.errors import ExitStatus, Interrupted, UserError
+from sidestep.data.records import index_records, save_record
+from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import EpochDone, Finished, StepDone, Validated
 from sidestep.settings.config import HistoryConfig, TrainLmConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
 from sidestep.tasks.plan.language import check_language_memory
 from sidestep.tasks.train import train
+from sidestep.tasks.train.language import Language
 from tests.training_world import Log, adapter, differing, prepared, record
 
 VARIANT = "acestep-v15-512-codes"
@@ -208,6 +210,24 @@ def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path,
     else:
         with pytest.raises(UserError, match="a small card has .*it would run out of memory"):
             check_language_memory(config, lambda _: None)
+
+
+def test_the_gate_and_the_training_read_the_index_once(tmp_path, lm_home, monkeypatch):
+    data, read = write_songs(tmp_path / "data", 2), []
+
+    def counted(folder, report, *_):
+        read.append(folder)
+        return index_records(folder, report)
+
+    def enough(*_):
+        raise JobError("seen enough")
+
+    monkeypatch.setattr("sidestep.data.records.index_records", counted)
+    monkeypatch.setattr("sidestep.tasks.train.songs.index_records", counted)
+    monkeypatch.setattr(Language, "usable", enough)
+    with pytest.raises(JobError, match="seen enough"):
+        commands.train_lm(settings(data, tmp_path / "run", lm_home), lambda _: None)
+    assert read == [data]
 
 
 def test_the_command_has_no_setting_that_the_language_model_would_not_obey():

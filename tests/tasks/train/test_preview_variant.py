@@ -17,18 +17,20 @@ from sidestep.acestep.blocks import set_aside
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.device import GIB, GpuMemory, with_overhead
 from sidestep.cli.main import main
-from sidestep.data.records import Record, save_record
+from sidestep.data.records import Record, index_records, save_record
 from sidestep.errors import ExitStatus, UserError
 from sidestep.events import Notice, Table, null
 from sidestep.settings.config import PlanConfig, SampleConfig, TrainConfig
-from sidestep.tasks.plan.plan import check_sample, fit_into, plan
+from sidestep.tasks.plan import plan as plans
+from sidestep.tasks.plan.plan import as_json, check_memory, check_sample, fit_into, plan
+from sidestep.tasks.plan.step import Peak
 from sidestep.tasks.sample import Sampling
 from sidestep.tasks.train import previews as module
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
 from sidestep.tasks.train.previews import make_previews
 from sidestep.tasks.train.report import previews_in
 from tests.tasks.train.test_previews import files, state_of
-from tests.training_world import CHECKPOINTS, Log, prepared, run, settings
+from tests.training_world import CHECKPOINTS, Log, prepared, run, settings, write_data
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +235,28 @@ def test_a_model_of_another_size_is_refused_with_the_reason(home, data, tmp_path
     assert "hidden_size" in capsys.readouterr().err
 
 
+def test_windows_other_music_and_all_players_share_one_reading_of_the_text_models(home, tmp_path, monkeypatch):
+    read, models = [], []
+    originals = {name: getattr(Checkpoint, name) for name in ("load_text_encoder", "load_condition_encoder")}
+    for name in originals:
+
+        def load(checkpoint, *of, name=name, real=originals[name]):
+            read.append((name, checkpoint.folder.name))
+            found = real(checkpoint, *of)
+            models.append(weakref.ref(found[0] if name == "load_text_encoder" else found))
+            return found
+
+        monkeypatch.setattr(Checkpoint, name, load)
+    songs, others = write_data(tmp_path / "songs", (60, 41)), write_data(tmp_path / "others", (70,))
+    made = prepared(listening(home, songs, tmp_path / "run", chunk_duration=1.0, prior_data=others))
+    assert all(song.windows for song in (*made.songs, *made.prior.songs))
+    assert len(made.previews.players) == 2
+    own, other = "acestep-v15-base", "acestep-v15-turbo"
+    assert read == [("load_text_encoder", own), *(("load_condition_encoder", name) for name in (own, other))]
+    gc.collect()
+    assert not any(model() for model in models), "nothing of them stays beside the decoder"
+
+
 def test_a_model_that_is_not_there_is_refused_by_name(home, data, tmp_path):
     with pytest.raises(UserError, match="sft"):
         run(listening(home, data, tmp_path / "run", preview_variant=("sft",)))
@@ -250,6 +274,8 @@ def test_the_planner_counts_the_model_that_plays(home, monkeypatch, names, most,
     peak = found.asked.peak
     beside = most * GIB + (peak.adapter if copied else 0)
     assert found.preview == with_overhead(peak.between_steps + beside)
+    assert as_json(found)["ram_bytes"] == peak.weights
+    assert "waits in RAM meanwhile" in dict(log.of(Table)[0].rows)
 
 
 @pytest.mark.parametrize(("names", "refused"), [(("turbo",), False), (("base",), True), (("turbo", "base"), True)])
@@ -259,6 +285,58 @@ def test_sample_is_judged_by_the_model_that_takes_most(home, tmp_path, monkeypat
     config = SampleConfig(checkpoint_dir=home, prompt="x", preview_variant=names, device="cpu")
     with pytest.raises(UserError, match="would run out of memory") if refused else nullcontext():
         check_sample(config, null)
+
+
+@pytest.fixture
+def ram(monkeypatch):
+    """Sets the RAM that is available. A step takes 1300 bytes, 1000 of them the weights unless blocks are swapped."""
+
+    def peak(_planner, config):
+        return Peak(500 if config.swap_blocks else 1000, 100, 50, 50, 0, 100)
+
+    monkeypatch.setattr(plans.Planner, "peak", peak)
+    monkeypatch.setattr(plans, "preview_peak", lambda *_: 0)
+    return lambda available: monkeypatch.setattr(
+        plans.psutil, "virtual_memory", lambda: SimpleNamespace(available=available)
+    )
+
+
+@pytest.mark.parametrize(("swap", "needed"), [(0, 1000), (2, 2000)])
+def test_the_model_that_waits_while_another_plays_is_counted_in_ram(home, data, tmp_path, ram, swap, needed):
+    config = listening(home, data, tmp_path, swap_blocks=swap, gradient_checkpointing=True)
+
+    def judged(available: int, **changes) -> None:
+        ram(available)
+        fit_into(GpuMemory(GIB, "a card"), replace(config, **changes), null)
+
+    judged(needed)
+    with pytest.raises(UserError, match="--preview-variant base turbo: .* would wait in RAM, of which") as caught:
+        judged(needed - 1)
+    assert "Without --preview-variant" in caught.value.fix
+    judged(needed - 1000, preview_variant=("base",))
+    judged(needed - 1000, preview_every=0, preview_prompt="")
+    judged(0, even_if_it_does_not_fit=True)
+
+
+def test_on_a_cpu_the_other_model_is_counted_beside_the_run(home, data, tmp_path, ram):
+    read = []
+
+    def index(folder: Path):
+        read.append(folder)
+        return index_records(folder)
+
+    def judged(available: int, **changes) -> None:
+        ram(available)
+        check_memory(listening(home, data, tmp_path, **changes), null, index)
+
+    judged(2300)
+    with pytest.raises(UserError, match="--preview-variant base turbo: .* would wait in RAM beside"):
+        judged(2299)
+    judged(0, preview_variant=("base",))
+    assert read == [data] * 3
+    judged(0, preview_variant=())
+    judged(0, preview_every=0, preview_prompt="")
+    assert read == [data] * 3, "who hears no other model is not kept waiting for a plan"
 
 
 def test_a_run_is_warned_by_the_preview_of_the_model_that_plays(home, data, tmp_path, monkeypatch):

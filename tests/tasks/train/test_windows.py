@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.acestep.conditions import embed_lyrics as embed
 from sidestep.acestep.conditions import (
+    Text,
+    TextModels,
     encode_conditions,
     encode_text,
+    encode_texts,
     lyric_prompt,
     text_prompt,
     tiled_silence,
     token_ids,
 )
+from sidestep.acestep.conditions import embed_lyrics as embed
 from sidestep.data.records import save_record
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, FileFailed
@@ -174,3 +177,24 @@ def test_long_songs_with_time_marks_have_few_texts():
     plan = plan_windows(long, 750, 25.0, 5, settings(Path(), Path()))
     assert len(plan.texts) <= 30
     assert plan.starts[-1] == 5250
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_text_models_that_are_kept_leave_the_device_in_turns(monkeypatch, whole):
+    """The device here is `cpu:0`, which tensors share with `cpu`, where the models wait."""
+    checkpoint, device, moves = open_checkpoint(CHECKPOINTS, "turbo"), torch.device("cpu:0"), []
+    models, texts = TextModels(), [Text("a", "b"), Text("c", "d")]
+    first = [made.states for made in encode_texts(checkpoint, texts, device, FP32, models)]
+    real = torch.nn.Module.to
+
+    def to(module, *where):
+        moves.append((type(module).__name__, str(where[0])))
+        return real(module, *where)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    again = encode_texts(checkpoint, texts, device, FP32, models)
+    for states in first[: None if whole else 1]:
+        assert torch.equal(next(again).states, states)
+    again.close()
+    text, encoder = "Qwen3Model", "AceStepConditionEncoder"
+    assert moves == [(text, "cpu:0"), (text, "cpu"), (encoder, "cpu:0"), (encoder, "cpu")]
