@@ -144,7 +144,7 @@ def phases() -> dict[str, str]:
         "resume 5 s": f"{TRAIN} --epochs 3 --resume-from latest",
         "estimate 5 s": "estimate --dataset-dir tensors --batches 4 --output map",
         "sample 5 s": "sample --adapter final --prompt noise --duration 5 --strength 1 --output run",
-        "export merged": "export --adapter final --output into --format merged",
+        "export merged": "export final --output into --format merged",
     }
 
 
@@ -268,7 +268,8 @@ def main() -> None:
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
         table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
-        table["machine"] = machine(Setting(torch.device("cpu"), torch.bfloat16, 1, quick=False))
+        facts = table["machine"] = machine(Setting(torch.device("cpu"), torch.bfloat16, 1, quick=False))
+        row |= {name: facts[name] for name in ("commit", "threads")}
         write_text(stored, json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
         write_text(options.output / "full_size.md", report(tables))
 
@@ -278,7 +279,7 @@ def report(tables: dict) -> str:
     lines = ["# At full size", "", "Rebuilt by `uv run --group dev benchmarks/full_size.py FOLDER`.", ""]
     for size, table in tables.items():
         facts = table["machine"]
-        note = f"Random weights, {facts['processor']}, {facts['threads']} threads, commit {facts['commit']}."
+        note = f"Random weights, {facts['processor']}."
         lines.append(as_markdown(Result(size, f"The {size} model on a CPU", note, table["rows"])))
     return "\n".join(lines)
 
