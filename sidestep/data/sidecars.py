@@ -2,7 +2,7 @@
 
 Sources of a song `song.ext`, the best first; they are merged field by field, the first that knows a field has it:
 
-1. `song.ext.json`, `song.json`   an object of fields
+1. `song.ext.json`, `song.json`   an object of fields, or what `sample` wrote, with the fields under "prompt"
 2. `song.ext.txt`, `song.txt`     `key: value` lines, or plain text
 3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1) and `song.caption`;
    `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner), `.lrc`
@@ -209,6 +209,8 @@ def parse_json(text: str, source: str = "json") -> Known:
     if not isinstance(data, dict):
         known.problems.append("holds no JSON object of fields")
     elif not isinstance(data.get("samples"), list):  # that would be a dataset.json beside a song called dataset
+        if isinstance(prompt := data.get("prompt"), dict):  # beside what `sample` played
+            data = {name: value for name, value in data.items() if name != "prompt"} | prompt
         known.add_all(data.items())
         captions = data.get("captions")
         if isinstance(captions, list) and (texts := tuple(t for t in captions if isinstance(t, str) and t.strip())):

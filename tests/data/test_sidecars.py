@@ -122,6 +122,12 @@ def test_what_is_left_out_is_told(text, told):
             None,
         ),
         ('{"lyrics": ["a", "b"], "genre": ["pop", "rock"]}', {"lyrics": "a\nb", "genre": "pop, rock"}, None),
+        (  # what `sample` wrote beside its music
+            '{"audio": "a.flac", "prompt": {"caption": "x", "bpm": 90, "seed": 3}, "strength": 1.0, "sampling": {}}',
+            {"caption": "x", "bpm": 90},
+            None,
+        ),
+        ('{"prompt": "x"}', {"caption": "x"}, None),
         ("[1]", {}, "no JSON object"),
         ('{"bpm": 90', {}, "no JSON"),
         ("[" * 100_000, {}, "no JSON"),

@@ -6,22 +6,26 @@ al. 2022, arXiv 2208.12242, with the model's own prediction in the place of samp
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import TextModels
+from sidestep.audio.io import find_audio
 from sidestep.data.batches import MicroBatch, Song, item_of
-from sidestep.data.records import ReadIndex
+from sidestep.data.records import ReadIndex, find_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report
+from sidestep.files import files_below
 from sidestep.seeding import seed_for
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.songs import load_songs, with_windows
-from sidestep.words import count
+from sidestep.words import count, paste, side_step
 
 FLAG = "--prior-data"
+TEXTS = (".json", ".txt", ".jsonl", ".csv", ".tsv", ".md")  # what prompts are kept in
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,26 @@ def extra_time(config: TrainConfig) -> float:
     return samples_for(config.prior_weight, own) / own * (passes + 1) / passes
 
 
+def require_music(config: TrainConfig, given: Path) -> None:
+    """Raises UserError where `--prior-data` names texts and no music: velocities are compared at noisy latents."""
+    if given.is_dir():  # where .json may be anything, such as what preprocessing leaves
+        texts = any(path.suffix.lower() in TEXTS[1:] for path in files_below(given, hidden=False))
+        if not texts or find_records(given) or find_audio(given):
+            return
+    elif not given.is_file() or given.suffix.lower() not in TEXTS:
+        return
+    music = given.with_name(f"{given.stem}-music")
+    tensors = music.with_name(f"{music.name}-tensors")
+    model = ("--checkpoint-dir", config.checkpoint_dir, "--model-variant", config.model_variant)
+    play = side_step("sample", *model, "--prompt", "…", "--output", music)
+    preprocess = side_step("preprocess", *model, "--audio-dir", music, "--tensor-output", tensors)
+    raise UserError(
+        f"{FLAG} {given}: these are prompts alone, and what the model is to keep is compared on music.",
+        f"Let the model play them, each with its own seed: {play}\npreprocess that: {preprocess}\n"
+        f"then train with {paste((FLAG, str(tensors)))}",
+    )
+
+
 def load_prior(
     config: TrainConfig,
     checkpoint: Checkpoint,
@@ -83,6 +107,7 @@ def load_prior(
     """
     if config.prior_data is None:
         return None
+    require_music(config, config.prior_data)
     there = replace(config, dataset_dir=config.prior_data, batch_size=1)
     songs = load_songs(there, checkpoint, report, FLAG, index)
     known = {song.digests["audio"] for song in own}

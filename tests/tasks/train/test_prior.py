@@ -1,5 +1,6 @@
 """Prior preservation: other music keeps the model's own velocity, in its share of each step, bit for bit on resume."""
 
+import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidestep.cli.main import main
 from sidestep.data.batches import MicroBatch, collate, item_of
-from sidestep.data.records import save_record
-from sidestep.errors import UserError
+from sidestep.data.records import index_records, save_record
+from sidestep.errors import ExitStatus, UserError
 from sidestep.events import Decision, StepDone
 from sidestep.settings.config import PlanConfig
 from sidestep.tasks.plan.plan import longest, plan, tables
@@ -107,6 +109,64 @@ def test_a_steps_gradient_is_the_weighted_mean_of_both(data, other, tmp_path, we
     optimizer_step(run, step, Metrics())
     for gradient, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "base"), [("lora", "nf4"), ("lokr", "int8"), ("lokr", "auto")])
+def test_other_music_is_kept_on_quantised_bases_and_with_lokr_too(data, other, tmp_path, kind, base):
+    changes = {"adapter_type": kind, "base_precision": base, "prior_data": other, "scheduler_type": "constant"}
+    changes |= {"prior_weight": 0.5, "epochs": 1, "save_best": False}
+    log = run(settings(data, tmp_path / "whole", **changes))
+    drifts = [event.drift for event in log.of(StepDone)]
+    assert drifts[0] == pytest.approx(0, abs=1e-9)  # a fresh adapter is the base, quantised as it is
+    assert all(1e-9 < drift < 1 for drift in drifts[1:])
+    run(settings(data, tmp_path / "cut", max_steps=2, **changes))
+    run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes))
+    assert list(differing(adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "cut" / "final"))) == []
+
+
+def prompts_in(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("slow jazz\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.json", "prompts/1.txt", "prompts/deep/list.csv"])
+def test_prompts_alone_are_refused_with_the_commands_that_make_music_of_them(data, tmp_path, name):
+    path = prompts_in(tmp_path, name)
+    given = tmp_path / "prompts" if "/" in name else path
+    with pytest.raises(UserError, match="--prior-data .*prompts.*: these are prompts alone") as refused:
+        prepared(settings(data, tmp_path / "run", prior_data=given))
+    lines = refused.value.fix.splitlines()
+    assert f"sample --checkpoint-dir {CHECKPOINTS} --model-variant turbo --prompt" in lines[0]
+    assert f"preprocess --checkpoint-dir {CHECKPOINTS} --model-variant turbo --audio-dir" in lines[1]
+    assert lines[2].endswith(f"--prior-data {tmp_path / 'prompts-music-tensors'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("failures.json", "no preprocessed .pt tensors"), (".hidden.txt", "no preprocessed .pt"), ("a.bin", "no pre")],
+)
+def test_what_are_no_prompts_is_refused_as_a_folder_without_music(data, tmp_path, name, problem):
+    prompts_in(tmp_path / "other", name)
+    with pytest.raises(UserError, match=problem):
+        prepared(settings(data, tmp_path / "run", prior_data=tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_the_commands_of_that_refusal_make_other_music(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError) as refused:
+        prepared(settings(data, tmp_path / "run", prior_data=prompts_in(tmp_path, "prompts.txt")))
+    play, preprocess, train = (line.split(" train.py ")[-1] for line in refused.value.fix.splitlines())
+    played = [*shlex.split(play.replace("…", "slow jazz")), "--duration", "2", "--steps", "1"]
+    for words in (played, shlex.split(preprocess)):
+        assert main(["--plain", "--yes", *words, "--device", "cpu"]) == ExitStatus.OK
+    other = Path(shlex.split(train)[-1])
+    [made] = [info.metadata for info in index_records(other)[0].values()]
+    assert (made["caption"], made["lyrics"]) == ("slow jazz", "[Instrumental]")
+    assert len(prepared(settings(data, tmp_path / "run", prior_data=other)).prior.songs) == 1
 
 
 def test_a_run_with_other_music_goes_on_bit_for_bit_and_tells_its_drift(data, other, tmp_path):
