@@ -2,7 +2,7 @@
 
     uv run benchmarks/run.py                 all parts, about half an hour on two CPU cores
     uv run benchmarks/run.py --quick         fewer lengths and turns, a few minutes: a first look, not for publication
-    uv run benchmarks/run.py --only epochs   one part: attention, step, loop, epochs, growth, start, compile
+    uv run benchmarks/run.py --only epochs   one part: attention, step, loop, epochs, single, growth, start, compile
 
 Writes speed.json and speed.md to benchmarks/results, charts to docs/charts and the ratios into docs/benchmarks.md;
 parts that were not run keep their stored figures. All comparisons are made in turns within one process. On a CPU the
@@ -30,6 +30,7 @@ PARTS = {
     "step": (speed_attention.step,),
     "loop": (speed_loop.levers,),
     "epochs": (speed_loop.clips, speed_loop.joined),
+    "single": (speed_loop.single_songs,),
     "growth": (speed_growth.growth,),
     "start": (speed_start.start,),
     "compile": (speed_compile.compiled,),

@@ -1,8 +1,9 @@
 """The real loop against the bare model, lever by lever, and whole epochs against the usual way: in turns in one run."""
 
+import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from benchmarks.speed_model import (
     write_checkpoint,
     write_songs,
 )
-from benchmarks.usual_way import UsualTrainer
+from benchmarks.usual_way import SONGS, UsualTrainer
 from sidestep.acestep.attention import use_attention
 from sidestep.data.batches import Song
 from sidestep.events import EpochDone, Event, StepDone
@@ -58,11 +59,18 @@ class Clock:
         self._frozen = None
 
 
-def make_run(setting: Setting, folder: Path, lengths: list[float], clock: Clock, **changes) -> Run:
-    """A run that is ready for its first step, on songs of these lengths."""
+def make_run(
+    setting: Setting,
+    folder: Path,
+    lengths: list[float],
+    clock: Clock,
+    lyrics: int = 0,
+    **changes,
+) -> Run:
+    """A run that is ready for its first step, on songs of these lengths, with so many more condition tokens."""
     if not (folder / "checkpoints").exists():
         write_checkpoint(folder / "checkpoints", setting)
-    write_songs(folder / "tensors", lengths, sizes(setting)["hidden_size"])
+    write_songs(folder / "tensors", lengths, sizes(setting)["hidden_size"], lyrics)
     config = train_config(folder, device=str(setting.device), log_every=1, save_best=False, **changes)
     return set_up(config, clock, *open_accelerator(config, clock))
 
@@ -150,17 +158,46 @@ def levers(setting: Setting) -> Result:
     )
 
 
-def epochs(setting: Setting, which: str) -> Result:
-    """Whole epochs, ours and the usual way's in turns, over the 28 clips or the joined songs."""
-    lengths = clip_seconds() if which == "clips" else joined_seconds()
-    rounds = max(2, setting.rounds // (2 if which == "clips" else 4)) if not setting.quick else 1
-    ours: list[float] = []
-    usual: list[float] = []
+@dataclass
+class EpochTurns:
+    """Seconds of whole epochs in turns: ours first, then each baseline's. inside, edges: of our optimizer steps."""
+
+    model: str
+    ways: dict[str, Times]
+    inside: list[float]
+    edges: list[float]
+
+    def rows(self, what: dict[str, str]) -> list[dict]:
+        """A row for each baseline and one for ours."""
+        return [
+            {**what, "way": way, "seconds": times.median, "usual over ours": times.over(self.ways["ours"])}
+            for way, times in reversed(self.ways.items())
+        ]
+
+
+def epochs_in_turns(
+    setting: Setting,
+    lengths: list[float],
+    rounds: int,
+    baselines: dict[str, dict],
+    lyrics: int = 0,
+    **changes,
+) -> EpochTurns:
+    """Epochs over songs of these lengths, after one of each that does not count.
+
+    baselines: the arguments of `UsualTrainer` by name; lyrics: condition tokens that each song has more; changes:
+    settings of the run, for all ways alike.
+    """
+    seconds: dict[str, list[float]] = {"ours": []} | {name: [] for name in baselines}
     clock = Clock(setting)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        run = make_run(setting, folder, lengths, clock, epochs=rounds + 1, gradient_accumulation=4)
-        baseline = UsualTrainer(setting, folder / "tensors", folder / "padded")
+        changes = {"epochs": rounds + 1, "gradient_accumulation": SONGS} | changes
+        run = make_run(setting, folder, lengths, clock, lyrics, **changes)
+        others = {
+            name: UsualTrainer(setting, folder / "tensors", folder / f"padded {number}", **arguments, **changes)
+            for number, (name, arguments) in enumerate(baselines.items())
+        }
         state = {"started": 0.0, "step": 0.0, "first": True}
         inside: list[float] = []
         edges: list[float] = []
@@ -171,31 +208,58 @@ def epochs(setting: Setting, which: str) -> Result:
             state["step"], state["first"] = now, False
 
         def on_epoch() -> None:
-            ours.append(clock.now() - state["started"])
-            usual.append(timed(baseline.epoch, setting))
+            seconds["ours"].append(clock.now() - state["started"])
+            for name, other in others.items():
+                seconds[name].append(timed(other.epoch, setting))
             state["started"], state["first"] = clock.now(), True
 
         clock.on_step, clock.on_epoch = on_step, on_epoch
         state["started"] = state["step"] = clock.now()
         run_loop(run)
-        model = parameters(run.model)
-    mine, theirs = Times(tuple(ours[1:])), Times(tuple(usual[1:]))
+        ways = {name: Times(tuple(values[1:])) for name, values in seconds.items()}
+        return EpochTurns(parameters(run.model), ways, inside, edges[1:])
+
+
+def epochs(setting: Setting, which: str) -> Result:
+    """Whole epochs, ours and the usual way's in turns, over the 28 clips or the joined songs."""
+    lengths = clip_seconds() if which == "clips" else joined_seconds()
+    rounds = max(2, setting.rounds // (2 if which == "clips" else 4)) if not setting.quick else 1
+    turns = epochs_in_turns(setting, lengths, rounds, {"usual": {}})
     what = "the 28 real clips" if which == "clips" else "songs of 60–240 s joined from them"
-    rows = [
-        {"epoch over": what, "way": "usual", "seconds": theirs.median, "usual over ours": theirs.over(mine)},
-        {"epoch over": what, "way": "ours", "seconds": mine.median, "usual over ours": 1.0},
-    ]
-    edge = sorted(edges[1:])[len(edges[1:]) // 2] / sorted(inside)[len(inside) // 2] if len(edges) > 1 else float("nan")
     note = (
-        f"{model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs; "
+        f"{turns.model}, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes; both step after four songs; "
         f"{rounds} epochs of each, after one that does not count. "
-        f"Usual: conditions padded to {PADDED_CONDITION}, dense masks, batches of 2 padded with zeros, "
-        "worker processes, `.item()` and NaN scans in every micro-step."
+        f"Usual: diffusers' layers and peft's LoRA, conditions padded to {PADDED_CONDITION}, dense masks, batches of 2 "
+        "padded with zeros, worker processes, `.item()` and NaN scans in every micro-step."
     )
-    facts = {f"epoch over {what}, usual over ours": theirs.over(mine)}
-    if which == "clips":
+    facts = {f"epoch over {what}, usual over ours": turns.ways["usual"].over(turns.ways["ours"])}
+    if which == "clips" and turns.edges:
+        edge = statistics.median(turns.edges) / statistics.median(turns.inside)
         facts["first step of an epoch over a step inside it"] = edge
-    return Result(f"epoch_{which}", f"A whole epoch over {what}", note, rows, facts)
+    return Result(f"epoch_{which}", f"A whole epoch over {what}", note, turns.rows({"epoch over": what}), facts)
+
+
+def single_songs(setting: Setting) -> Result:
+    """Epochs over 14 of the clips one by one, the usual way without batches, with padded conditions and without."""
+    lengths = clip_seconds()[::2]
+    rounds = max(2, setting.rounds // 3) if not setting.quick else 1
+    padded, as_long = "usual", "usual, conditions not padded"
+    baselines = {padded: {"batch": 1}, as_long: {"batch": 1, "condition": 0}}
+    rows, facts, model = [], {}, ""
+    for recompute, words in ((True, "recomputed"), (False, "kept")):
+        changes = {"rank": 64, "alpha": 128, "gradient_checkpointing": recompute}
+        turns = epochs_in_turns(setting, lengths, rounds, baselines, lyrics=100, **changes)
+        rows += turns.rows({"layers": words})
+        model = turns.model
+        for way in baselines:
+            name = f"epoch over 14 clips at batch 1, layers {words}, {way} over ours"
+            facts[name] = turns.ways[way].over(turns.ways["ours"])
+    note = (
+        f"{model}, LoRA rank 64, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes, conditions of 185 to 215 "
+        f"tokens; all step after four songs; {rounds} epochs of each, after one that does not count. Usual: as above, "
+        f"at batch 1, so that no song is padded; conditions padded to {PADDED_CONDITION}, or as long as ours."
+    )
+    return Result("epoch_single", "A whole epoch over 14 clips, one song at a time", note, rows, facts)
 
 
 def clips(setting: Setting) -> Result:

@@ -122,13 +122,13 @@ def condition_tokens(seconds: float, number: int) -> int:
     return 85 + random.Random(number).randrange(31) + (round(1.5 * seconds) if seconds > 45 else 0)
 
 
-def write_songs(folder: Path, lengths: list[float], width: int) -> None:
-    """Training records of songs of these lengths."""
+def write_songs(folder: Path, lengths: list[float], width: int, lyrics: int = 0) -> None:
+    """Training records of songs of these lengths; lyrics: condition tokens beyond `condition_tokens`."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for number, seconds in enumerate(lengths):
         latents = torch.randn(round(seconds * FRAMES_PER_SECOND), CHANNELS, generator=generator)
-        conditions = torch.randn(condition_tokens(seconds, number), width, generator=generator)
+        conditions = torch.randn(condition_tokens(seconds, number) + lyrics, width, generator=generator)
         save_record(folder / f"song {number:02d}.pt", Record(latents, conditions, {"duration": seconds}))
 
 

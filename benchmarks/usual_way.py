@@ -1,16 +1,18 @@
 """How trainers of this model usually run an epoch, rebuilt as the baseline: all that costs time and gives nothing.
 
-Conditions padded to 769 tokens, dense masks in the sliding-window layers, batches of two padded with zeros to the
-longer song, records with a stored context read anew in worker processes, and after every micro-step the loss brought to
-the host and every gradient searched for NaN.
+The layers of diffusers and peft as they are, conditions padded to 769 tokens, dense masks in the sliding-window layers,
+batches of two padded with zeros to the longer song, records with a stored context read anew in worker processes, and
+after every micro-step the loss brought to the host and every gradient searched for NaN.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.launches import undo
 from benchmarks.measure import Setting
 from benchmarks.speed_model import CHANNELS, PADDED_CONDITION, make_model
 from sidestep.acestep.attention import use_attention
@@ -18,8 +20,7 @@ from sidestep.data.records import load_record
 from sidestep.flow_matching.timesteps import turbo_timesteps
 
 WORKERS = 2
-BATCH = 2
-ACCUMULATION = 2
+SONGS = 4  # of an optimizer step
 
 
 class PaddedRecords(Dataset):
@@ -35,18 +36,19 @@ class PaddedRecords(Dataset):
         return torch.load(self.paths[index], map_location="cpu", weights_only=True)
 
 
-def store_padded(source: Path, target: Path) -> list[Path]:
-    """The records of `source` in the usual form."""
+def store_padded(source: Path, target: Path, condition: int) -> list[Path]:
+    """The records of `source` in the usual form, their conditions padded to so many tokens where they are shorter."""
     target.mkdir(parents=True)
     paths = []
     for path in sorted(source.glob("*.pt")):
         record = load_record(path)
         frames, tokens = len(record.target_latents), len(record.encoder_hidden_states)
+        padding = max(0, condition - tokens)
         content = {
             "target_latents": record.target_latents,
             "attention_mask": torch.ones(frames),
-            "encoder_hidden_states": F.pad(record.encoder_hidden_states, (0, 0, 0, PADDED_CONDITION - tokens)),
-            "encoder_attention_mask": F.pad(torch.ones(tokens), (0, PADDED_CONDITION - tokens)),
+            "encoder_hidden_states": F.pad(record.encoder_hidden_states, (0, 0, 0, padding)),
+            "encoder_attention_mask": F.pad(torch.ones(tokens), (0, padding)),
             "context_latents": torch.zeros(frames, 2 * CHANNELS),
         }
         paths.append(target / path.name)
@@ -66,18 +68,33 @@ def zero_padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 
 class UsualTrainer:
-    """Model, optimizer and data of the baseline; `epoch()` runs one epoch."""
+    """Model, optimizer and data of the baseline; `epoch()` runs one epoch.
 
-    def __init__(self, setting: Setting, records: Path, folder: Path):
+    condition: tokens that conditions are padded to; changes: settings of the run, as of `make_model`.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        records: Path,
+        folder: Path,
+        batch: int = 2,
+        condition: int = PADDED_CONDITION,
+        **changes: Any,
+    ):
         self.device = setting.device
-        self.model = make_model(setting)
+        self.model = make_model(setting, **changes)
+        undo(self.model)
         use_attention(self.model, "sdpa")
+        if changes.get("gradient_checkpointing"):
+            self.model.get_base_model().enable_gradient_checkpointing()
+        self.accumulation = SONGS // batch
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.dtype = setting.dtype
         self.loader = DataLoader(
-            PaddedRecords(store_padded(records, folder)),
-            batch_size=BATCH,
+            PaddedRecords(store_padded(records, folder, condition)),
+            batch_size=batch,
             shuffle=True,
             num_workers=WORKERS,
             collate_fn=zero_padded,
@@ -97,7 +114,7 @@ class UsualTrainer:
             context_latents=batch["context_latents"].to(self.dtype),
             return_dict=False,
         )[0]
-        loss = F.mse_loss(velocity.float(), noise - latents) / ACCUMULATION
+        loss = F.mse_loss(velocity.float(), noise - latents) / self.accumulation
         if torch.isnan(loss).item():
             return
         loss.backward()
@@ -109,7 +126,7 @@ class UsualTrainer:
         """All songs once, an optimizer step every four songs."""
         for number, batch in enumerate(self.loader, start=1):
             self.micro_step(batch)
-            if number % ACCUMULATION == 0 or number == len(self.loader):
+            if number % self.accumulation == 0 or number == len(self.loader):
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import charts, speed_attention, speed_model
+from benchmarks import charts, speed_attention, speed_loop, speed_model, usual_way
 from benchmarks.measure import ROOT, Result, Setting, Times, machine
 from benchmarks.run import PAGE, PARTS, as_markdown, report, with_ratios
 
@@ -59,6 +59,9 @@ def test_every_part_runs_on_a_tiny_model(part, monkeypatch, tmp_path):
     }
     monkeypatch.setattr(speed_model, "SMALL", speed_model.SMALL | tiny)
     monkeypatch.setattr(speed_attention, "BLOCKS", (128, 256))
+    monkeypatch.setattr(speed_loop, "clip_seconds", lambda: [3.0] * 10)
+    monkeypatch.setattr(speed_loop, "joined_seconds", lambda: [6.0, 12.0, 6.0, 12.0, 6.0])
+    monkeypatch.setattr(usual_way, "WORKERS", 0)
     setting = Setting(CPU, torch.float32, rounds=1, quick=True)
     results = [measure(setting) for measure in PARTS[part]]
     tables = {result.name: {**vars(result), "machine": machine(setting), "rounds": 1} for result in results}
