@@ -76,7 +76,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "DoRA": {"adapter_type": "dora"},
     "8-bit AdamW": {"optimizer_type": "adamw8bit"},
     "fp16": {"precision": "fp16"},
-    "compiled": {"compile": True},
+    "compiled": {"compile": "on"},
 }
 
 
@@ -122,7 +122,7 @@ class Stepper:
         self.model = attach(decoder, self.config).train()
         if swapped:
             BlockSwap(decoder, swapped, bench.device)
-        if self.config.compile:
+        if self.config.compile == "on":
             recomputed = decoder.layers if self.config.gradient_checkpointing else ()
             compile_layers(decoder, bench.device, recomputed, bench.backend)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

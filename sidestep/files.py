@@ -213,15 +213,22 @@ def state_folder() -> Path:
     return _folder(platformdirs.user_state_path)
 
 
+def cache_folder() -> Path:
+    """Folder of what can be made anew; may not exist yet. SIDE_STEP_HOME overrides it."""
+    return _folder(platformdirs.user_cache_path)
+
+
 def _folder(path_of: Callable[..., Path]) -> Path:
     if home := os.environ.get("SIDE_STEP_HOME"):  # one folder for everything: portable installs and tests
         return expand(home)
     usual = expand("~/Library/Application Support/Side-Step")
-    if sys.platform == "darwin" and usual.is_dir():  # XDG variables move it since 0.2.0; what stands there stays
-        return usual
+    is_cache = path_of is platformdirs.user_cache_path
+    if sys.platform == "darwin" and usual.is_dir() and not is_cache:
+        return usual  # XDG variables move it since 0.2.0; what stands there stays
     name = "Side-Step" if sys.platform in ("win32", "darwin") else "side-step"
     try:
-        folder = path_of(name, appauthor=False, roaming=path_of is platformdirs.user_config_path)
+        roaming = {} if is_cache else {"roaming": path_of is platformdirs.user_config_path}
+        folder = path_of(name, appauthor=False, **roaming)
     except RuntimeError:  # no HOME, and a user that the system does not know
         folder = Path("~")
     if not str(folder).startswith("~"):  # as older versions of platformdirs leave it

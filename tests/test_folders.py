@@ -12,13 +12,13 @@ from platformdirs.macos import MacOS
 from platformdirs.unix import Unix
 
 from sidestep import files
-from sidestep.files import config_folder, replacing, state_folder, write_text
+from sidestep.files import cache_folder, config_folder, replacing, state_folder, write_text
 
 
 @pytest.fixture
 def platform(monkeypatch, tmp_path):
     """Puts the test on a platform, with an empty home folder."""
-    for name in ("SIDE_STEP_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+    for name in ("SIDE_STEP_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -33,6 +33,7 @@ def platform(monkeypatch, tmp_path):
 def test_linux_keeps_settings_and_state_where_xdg_says(platform, monkeypatch):
     home = platform("linux", Unix)
     assert (config_folder(), state_folder()) == (home / ".config/side-step", home / ".local/state/side-step")
+    assert cache_folder() == home / ".cache/side-step"
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "c"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "s"))
     assert (config_folder(), state_folder()) == (home / "c/side-step", home / "s/side-step")
@@ -46,6 +47,7 @@ def test_macos_keeps_both_in_application_support_and_stays_there_when_xdg_says_o
     assert config_folder() == home / "c/Side-Step"
     usual.mkdir(parents=True)
     assert config_folder() == usual
+    assert cache_folder() == home / "Library/Caches/Side-Step"  # which backups leave out
 
 
 def test_windows_keeps_settings_in_the_roaming_folder_and_state_in_the_local_one(platform):
@@ -60,7 +62,7 @@ def test_windows_keeps_settings_in_the_roaming_folder_and_state_in_the_local_one
 
 def test_one_variable_holds_everything_in_one_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "all"))
-    assert config_folder() == state_folder() == tmp_path / "all"
+    assert config_folder() == state_folder() == cache_folder() == tmp_path / "all"
 
 
 def test_a_file_is_whole_or_what_was_there(tmp_path):

@@ -83,11 +83,11 @@ def test_ctrl_c_typed_into_a_terminal_under_a_real_uv_run_saves_once(config, tmp
     compiler.chmod(0o755)
     environment = {"UV_PROJECT_ENVIRONMENT": sys.prefix, "UV_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-    config = replace(config, compile=moment == "the compilation")
+    config = replace(config, compile="on" if moment == "the compilation" else "off")
     words = ("--plain", "fixed", *as_arguments(config))
     uv = (UV, "run", "--no-sync", "--project", str(ROOT))
     with Session(tmp_path, *words, launcher=uv, columns=200, **environment) as session:
-        while not is_compiling.exists() if config.compile else "step 3" not in "\n".join(session.lines()):
+        while not is_compiling.exists() if config.compile == "on" else "step 3" not in "\n".join(session.lines()):
             assert session.read()
         assert not positions(config.output_dir)
         session.keys("ctrl-c")
@@ -97,7 +97,7 @@ def test_ctrl_c_typed_into_a_terminal_under_a_real_uv_run_saves_once(config, tmp
     assert "Quittingwithoutsaving" not in said
     assert "--resume-fromlatest" in said
     [saved] = positions(config.output_dir).values()
-    assert saved.step >= (0 if config.compile else 3)
+    assert saved.step >= (0 if config.compile == "on" else 3)
 
 
 def test_a_compiler_that_ctrl_c_ended_costs_no_finished_step(config, monkeypatch, capsys):

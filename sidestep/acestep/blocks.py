@@ -6,16 +6,19 @@ and are copied when their block computes (`BlockSwap`). `compile_layers` makes t
 that are needed now and then can wait on the CPU as a whole (`OffloadedModule`).
 """
 
+import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from torch import Tensor, nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from sidestep.acestep.device import Choice
 from sidestep.acestep.streams import CopyStream, PinnedMemory, aligned
 from sidestep.errors import UserError
+from sidestep.files import cache_folder
+from sidestep.words import clock
 
 
 def recompute_layers(decoder: AceStepTransformer1DModel, count: int | None = None) -> None:
@@ -148,6 +153,42 @@ class BlockSwap:
 # short or long songs, first layer or later, training or validation, with or without pad tokens in a batch
 GRAPHS_PER_LAYER = 6
 
+# Seconds that compiling takes, anew and from the code that torch keeps on disk, and how many times as fast steps are
+# then: benchmarks/run.py --only compile, on two CPU cores. A GPU was not measured; what is assumed there is little.
+COMPILING_SECONDS, FROM_DISK_SECONDS = 110.0, 20.0
+FASTER = {("cpu", "kept"): 0.99, ("cpu", "recomputed"): 1.19}
+FASTER_ELSEWHERE = 1.1
+
+
+def compiled_code() -> Path:
+    """The folder in which torch keeps compiled code from run to run; TORCHINDUCTOR_CACHE_DIR overrides it.
+
+    torch's own choice is among temporary files, which a restart of the computer may remove. It stays where this folder
+    cannot be written.
+    """
+    if not (folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        own = cache_folder() / "compiled"
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            is_ours = os.access(own, os.W_OK)
+        except OSError:
+            is_ours = False
+        folder = str(own) if is_ours else default_cache_dir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    return Path(folder)
+
+
+def compiling_pays(seconds_left: float, device: torch.device, recomputed: bool) -> Choice:
+    """Whether steps that take so many seconds uncompiled gain more than compiling takes: "on" or "off", and why."""
+    faster = FASTER.get((device.type, "recomputed" if recomputed else "kept"), FASTER_ELSEWHERE)
+    is_kept = any((compiled_code() / "fxgraph").glob("*"))
+    cost, source = (FROM_DISK_SECONDS, " from disk") if is_kept else (COMPILING_SECONDS, "")
+    gain = seconds_left * (1 - 1 / faster)
+    if gain <= 0:
+        return Choice("off", "it makes these steps no faster on this device")
+    takes = f"compiling{source} takes about {clock(cost)}"
+    return Choice("on" if gain > cost else "off", f"{takes}, and the steps that are left would gain {clock(gain)}")
+
 
 def compile_layers(
     decoder: AceStepTransformer1DModel,
@@ -158,8 +199,8 @@ def compile_layers(
     """Compile each layer for lengths that vary; the code is shared by layers of the same kind (`--compile`).
 
     Call it after the attention is chosen, the adapter attached and gradient checkpointing switched on or off. Nothing
-    is compiled before the first step; compiled code is kept on disk by torch (TORCHINDUCTOR_CACHE_DIR), so a later run
-    with the same model starts faster.
+    is compiled before the next step; compiled code is kept on disk (`compiled_code`), so a later run with the same
+    model starts faster.
 
     recomputed: the layers to compute again in the backward pass inside the compiled code, which is faster than around
     it. Left empty, gradient checkpointing stays as it was switched on, around the compiled layers.
@@ -178,6 +219,7 @@ def compile_layers(
                 "--compile: no C++ compiler was found.",
                 "Install g++, clang or Visual Studio's Build Tools, or leave --compile out.",
             ) from None
+    compiled_code()
     # Layers share one cache of graphs. Where ranks differ by layer each has its own, and torch would give up after
     # eight.
     limit, settings = GRAPHS_PER_LAYER * len(decoder.layers), torch._dynamo.config

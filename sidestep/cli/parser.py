@@ -266,7 +266,11 @@ def _add(group: Any, name: str, o: Option) -> None:
         group.add_argument(name, metavar=o.flag.upper(), nargs=nargs, help=text)
     else:
         many: dict[str, Any] = {"nargs": "*", "action": "extend"} if o.many else {}  # typed twice: both
+        many |= {"nargs": "?", "const": o.bare} if o.bare else {}
         group.add_argument(*o.flags, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=text, **many)
+        if o.bare:
+            off: dict[str, Any] = {"action": "store_const", "const": o.choices[0], "help": argparse.SUPPRESS}
+            group.add_argument("--no-" + o.flag.removeprefix("--"), dest=name, default=argparse.SUPPRESS, **off)
 
 
 def global_parser(with_command: bool = True) -> argparse.ArgumentParser:

@@ -560,10 +560,13 @@ class TrainConfig(ModelConfig):
         ),
     )
 
-    compile: bool = option(
-        False,
+    compile: str = option(
+        "off",
         "compile the model's layers: the first steps take minutes, the others less time",
         group="Speed",
+        choices=("off", "on", "auto"),
+        notes=("", "also where the flag has no value", "where the steps that are left gain more than compiling takes"),
+        bare="on",
         plain="a slow start, then faster steps: for long runs",
     )
 
@@ -762,7 +765,7 @@ class TrainLmConfig(TrainConfig):
     timestep_sigma: float | None = fixed(None)
     cfg_ratio: float | None = fixed(None)
     attention: str = fixed("auto")
-    compile: bool = fixed(False)
+    compile: str = fixed("off")
     recompute_layers: int | None = fixed(None)
     recompute_as_needed: bool = fixed(False)
     offload_activations: bool = fixed(False)

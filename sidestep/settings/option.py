@@ -55,6 +55,7 @@ class Option:
     offers: Callable[[Answers], tuple[Choice, ...]] | None = None  # values found on disk; none found: it is typed
     holds: str = ""  # what a path must hold: a key of path_checks.CONTENTS
     kept: bool = False  # the value last used is suggested the next time
+    bare: str = ""  # the choice that the flag means without a value, and true in a file; false means the first choice
 
     name: str = ""
     type: type = str  # str, int, float, bool or Path: of one value
@@ -106,6 +107,8 @@ class Option:
         }.get(self.type, "text")
 
     def _check_one(self, value: Any) -> Any:
+        if self.bare and isinstance(value, bool):  # as files of before it had choices
+            return self.bare if value else self.choices[0]
         if not isinstance(value, str | int | float | Path) or isinstance(value, bool) != (self.type is bool):
             raise self._wrong(value, f"must be {self._kind()}")
         if self.type is int and isinstance(value, float) and value % 1 != 0:

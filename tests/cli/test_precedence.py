@@ -9,7 +9,7 @@ from sidestep.cli.main import main
 from sidestep.cli.parser import configs_of, notes_of, parse
 from sidestep.errors import ExitStatus, UserError
 from sidestep.settings.config import COMMANDS, RANK_MAP, SET_BY_RANK_MAP, TrainConfig, command_of, command_words
-from sidestep.settings.option import options_of, resolve
+from sidestep.settings.option import as_arguments, options_of, resolve
 from sidestep.settings.presets import preset_options
 from sidestep.terminal.terminal import as_lines
 
@@ -112,6 +112,25 @@ def test_the_command_of_a_run_has_its_rank_and_alpha_whoever_set_them(rank, alph
 )
 def test_what_follows_is_said(preset, typed, line):
     assert said(f"{TRAIN} {typed}", **preset) == line
+
+
+@pytest.mark.parametrize(
+    ("typed", "in_a_file", "expected"),
+    [
+        ("", {}, "off"),
+        ("--compile", {}, "on"),
+        ("--compile --rank 8", {}, "on"),
+        ("--compile auto", {}, "auto"),
+        ("--compile=off", {"compile": "on"}, "off"),
+        ("--no-compile", {"compile": "auto"}, "off"),
+        ("", {"compile": True}, "on"),  # as runs and presets of before it had choices say it
+        ("", {"compile": False}, "off"),
+    ],
+)
+def test_compile_is_a_choice_and_still_a_switch(typed, in_a_file, expected):
+    config = read(f"{TRAIN} {typed}", **in_a_file)
+    assert config.compile == expected
+    assert read(shlex.join(["fixed", *as_arguments(config)])) == config
 
 
 def test_estimate_follows_its_rank_too():

@@ -157,7 +157,7 @@ def under(config: JudgeConfig, settings: dict[str, Any]) -> TrainConfig:
     typed = {name: getattr(config, name) for name in names if getattr(config, name)}
     shared = ("device", "precision", "attention", "base_precision", "swap_blocks")
     typed |= {name: getattr(config, name) for name in shared}
-    lean = {"gradient_checkpointing": False, "offload_activations": False, "compile": False}
+    lean = {"gradient_checkpointing": False, "offload_activations": False, "compile": "off"}
     return resolve(TrainConfig, settings, typed | lean)
 
 

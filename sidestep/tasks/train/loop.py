@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from sidestep.acestep.blocks import compiling_pays
 from sidestep.acestep.device import peak_memory_bytes
 from sidestep.acestep.fp16 import name_what_overflows
 from sidestep.data.batches import StepPlan
 from sidestep.data.records import RecordError
-from sidestep.errors import Interrupted, JobError
-from sidestep.events import STEP_TASK, EpochDone, LongTask, Notice, StepDone, StepSkipped, TrainingStarted
+from sidestep.errors import Interrupted, JobError, UserError
+from sidestep.events import STEP_TASK, Decision, EpochDone, LongTask, Notice, StepDone, StepSkipped, TrainingStarted
 from sidestep.optim import can_skip_on_device
 from sidestep.settings.config import memory_levers
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
@@ -113,7 +114,7 @@ def run_loop(run: Run) -> None:
     with StopRequest(lambda text: run.report(Notice(message=text))) as stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step was skipped
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
-        done = run.position
+        done = first = run.position
         run.report(
             TrainingStarted(
                 step=done.step, total_steps=run.total_steps, epoch=done.epoch + 1, total_epochs=config.epochs
@@ -131,6 +132,7 @@ def run_loop(run: Run) -> None:
                     save_and_exit(run, metrics)
                 if any(wanted):
                     save_or_preview(run, metrics, *wanted)
+                began = time.perf_counter()
                 try:
                     try_optimizer_step(run, plan[index], metrics)
                 except RuntimeError as error:  # a terminal's Ctrl-C ends the compiler of --compile, too
@@ -141,8 +143,10 @@ def run_loop(run: Run) -> None:
                 run.position = Position(epoch, index + 1, run.position.step + 1)
                 run.writer.poll()
                 is_log_step = run.position.step in (1, run.total_steps) or run.position.step % config.log_every == 0
-                if is_log_step or len(metrics.steps) >= SKIPS_THAT_STOP:
+                if is_log_step or run.compiles or len(metrics.steps) >= SKIPS_THAT_STOP:
                     read_metrics(run, metrics)
+                if run.compiles and run.position.step > first.step + 1:  # the first one warms up
+                    compile_if_it_pays(run, time.perf_counter() - began)
                 if is_log_step:
                     log(run, metrics)
 
@@ -203,7 +207,7 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     again = len(decoder.layers) if run.layer_calls and others else 0
     parts = sum((run.layer_calls or 1) + again * is_other for _, is_other, _ in work)
     run.step_task = LongTask(run.report, STEP_TASK, parts + 1)
-    looks = run.looks_at_range and accelerator.mixed_precision == "fp16" and not run.config.compile
+    looks = run.looks_at_range and accelerator.mixed_precision == "fp16" and not run.is_compiled
     run.looks_at_range = False
     for number, (micro_batch, is_other, is_own) in enumerate(work, start=1):
         songs = run.prior.songs if run.prior and is_other else run.songs
@@ -245,6 +249,25 @@ def optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:
     if run.average is not None:
         run.average.step(run.parameters)
     metrics.close_step(run.position.step + 1, norm)
+
+
+def compile_if_it_pays(run: Run, seconds: float) -> None:
+    """Decide once whether the steps to come are compiled, by the seconds of an optimizer step (`--compile auto`)."""
+    compiles, run.compiles = run.compiles, None
+    assert compiles
+    config = run.config
+    recomputes = config.gradient_checkpointing and config.recompute_layers != 0
+    choice = compiling_pays(seconds * (run.total_steps - run.position.step), run.device, recomputes)
+    if choice.value == "on":
+        try:
+            compiles()
+        except UserError as error:
+            choice = replace(choice, value="off", reason=error.problem)
+        else:
+            run.is_compiled, run.layer_calls = True, 0
+            for hook in run.layer_hooks:  # they would be compiled, too
+                hook.remove()
+    run.report(Decision(what="compile", value=choice.value, reason=choice.reason))
 
 
 def try_optimizer_step(run: Run, plan: StepPlan, metrics: Metrics) -> None:

@@ -300,7 +300,7 @@ def undisturbed(run: Run) -> Iterator[None]:
     hidden, mask.mask = mask.mask, None
     run.model.eval()
     try:
-        with torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext():
+        with torch.compiler.set_stance("force_eager") if run.is_compiled else nullcontext():
             yield
     finally:
         run.model.train(was_training)

@@ -11,11 +11,13 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt
+from sidestep.acestep.device import Choice
 from sidestep.acestep.vae import frames_per_second
 from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
@@ -291,6 +293,9 @@ class Run:
     writer: BackgroundWriter
     last_epoch: int = 0  # in which the run ends
     first_epoch: int = 0  # epochs that were whole when this process began
+    compiles: Callable[[], Choice] | None = None  # compiles the layers; where `--compile auto` has yet to decide
+    is_compiled: bool = False  # its layers are
+    layer_hooks: list[RemovableHandle] = field(default_factory=list)  # that tell of a layer's calls
     layer_calls: int = 0  # that a micro-step makes and tells of; 0 where layers are not watched
     step_task: LongTask | None = None  # while an optimizer step is under way
     previews: Previews | None = None

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,11 +240,13 @@ def set_up(
     if config.swap_blocks:
         BlockSwap(decoder, config.swap_blocks, device)
     model.train()
-    if config.compile:
-        # Weights that come and go with each call, by swapping or sharding, do so around the compiled code; so must
-        # the recomputation.
-        inside = config.gradient_checkpointing and not config.swap_blocks and not accelerator.is_fsdp2
-        compiled = compile_layers(decoder, device, decoder.layers[: config.recompute_layers] if inside else ())
+    # Weights that come and go with each call, by swapping or sharding, do so around the compiled code; so must the
+    # recomputation.
+    inside = config.gradient_checkpointing and not config.swap_blocks and not accelerator.is_fsdp2
+    recomputed = decoder.layers[: config.recompute_layers] if inside else ()
+    compiles = partial(compile_layers, decoder, device, recomputed)
+    if config.compile == "on":
+        compiled = compiles()
         report(Decision(what="compile", value=str(compiled.value), reason=compiled.reason))
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -295,13 +298,15 @@ def set_up(
         writer=BackgroundWriter(report),
         previews=previews,
         prior=prior,
+        compiles=compiles if config.compile == "auto" else None,
+        is_compiled=config.compile == "on",
     )
     if config.ema_decay:
         run.average = EMAModel(run.parameters, decay=config.ema_decay, foreach=True)
     if saved:
         restore_state(run, saved)
         run.first_epoch = run.position.epoch
-    if device.type == "cpu" and not config.compile:  # other devices are told what to do long before they do it
+    if device.type == "cpu" and not run.is_compiled:  # other devices are told what to do long before they do it
         watch_layers(run, decoder)
     return run
 
@@ -313,8 +318,7 @@ def watch_layers(run: Run, decoder: Any) -> None:
         if run.step_task:
             run.step_task()
 
-    for layer in decoder.layers:
-        layer.register_forward_pre_hook(tell)
+    run.layer_hooks = [layer.register_forward_pre_hook(tell) for layer in decoder.layers]
     recomputed = len(decoder.layers[: run.config.recompute_layers]) if run.config.gradient_checkpointing else 0
     run.layer_calls = len(decoder.layers) + recomputed
 

@@ -2,14 +2,19 @@
 
 import gc
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidestep.events import EpochDone, StepDone
-from sidestep.tasks.train import train
+from sidestep.acestep import blocks
+from sidestep.events import Decision, EpochDone, StepDone
+from sidestep.tasks.train import setup, train
 from sidestep.tasks.train.loop import Metrics, optimizer_step
 from tests.training_world import Log, prepared, settings, write_data
 
@@ -92,7 +97,7 @@ def test_no_optimizer_step_waits_for_the_device(data, tmp_path, monkeypatch, cha
 )
 def test_a_compiled_run_has_the_losses_of_an_eager_one(data, tmp_path, changes):
     losses = {}
-    for name, compiled in (("eager", False), ("compiled", True)):
+    for name, compiled in (("eager", "off"), ("compiled", "on")):
         log = Log()
         train(
             settings(
@@ -102,6 +107,112 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(data, tmp_path, changes):
         )
         losses[name] = [event.loss for event in log.events if isinstance(event, StepDone)]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_compiles_from_its_third_step_on_has_the_losses_of_an_eager_one(data, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(blocks, "COMPILING_SECONDS", 0)
+    monkeypatch.setattr(blocks, "FASTER", {("cpu", "kept"): 1e9})
+    monkeypatch.setattr(
+        setup, "compile_layers", partial(blocks.compile_layers, backend="eager")
+    )  # traced, not compiled
+    losses = {}
+    for way in ("off", "auto"):
+        log = Log()
+        train(settings(data, tmp_path / way, compile=way, dropout=0.0), log)
+        losses[way] = [event.loss for event in log.of(StepDone)]
+    assert counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "left", "is_kept", "expected", "words"),
+    [
+        ("cpu", "kept", 10**6, False, "off", "no faster"),
+        ("cpu", "recomputed", 400, False, "off", "takes about 1:40, and the steps that are left would gain 1:20"),
+        ("cpu", "recomputed", 600, False, "on", "takes about 1:40, and the steps that are left would gain 2:00"),
+        ("cpu", "recomputed", 100, True, "on", "from disk takes about 0:10, and the steps that are left would gain"),
+        ("cuda", "kept", 800, False, "off", "gain 1:20"),
+        ("cuda", "recomputed", 1200, False, "on", "gain 2:00"),
+    ],
+)
+def test_compiling_is_weighed_against_the_steps_that_are_left(
+    monkeypatch, tmp_path, device, layers, left, is_kept, expected, words
+):
+    monkeypatch.setattr(blocks, "COMPILING_SECONDS", 100)
+    monkeypatch.setattr(blocks, "FROM_DISK_SECONDS", 10)
+    monkeypatch.setattr(blocks, "FASTER", {("cpu", "kept"): 1.0, ("cpu", "recomputed"): 1.25})
+    monkeypatch.setattr(blocks, "FASTER_ELSEWHERE", 10 / 9)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if is_kept:
+        (tmp_path / "fxgraph" / "ab").mkdir(parents=True)
+    choice = blocks.compiling_pays(left, torch.device(device), layers == "recomputed")
+    assert choice.value == expected
+    assert words in choice.reason
+
+
+def test_compiled_code_is_kept_among_the_user_s_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
+    assert blocks.compiled_code() == tmp_path / "home" / "compiled"
+    assert cache_dir() == str(tmp_path / "home" / "compiled")  # where torch looks
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    assert blocks.compiled_code() == tmp_path / "own"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    assert str(blocks.compiled_code()) == default_cache_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "faster", "expected", "recomputed"),
+    [
+        ({}, 1.0, "off", 0),
+        ({}, 1e9, "on", 0),
+        ({"gradient_checkpointing": True, "recompute_layers": 1}, 1e9, "on", 1),
+        ({"max_steps": 2}, 1e9, "off", 0),
+        ({"gradient_checkpointing": True, "swap_blocks": 1}, 1e9, "on", 0),
+    ],
+    ids=["does not pay", "pays", "pays recomputed", "nothing is left", "swapped: around the compiled code"],
+)
+def test_auto_decides_once(data, tmp_path, monkeypatch, changes, faster, expected, recomputed):
+    calls = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(blocks, "COMPILING_SECONDS", 0)
+    monkeypatch.setattr(blocks, "FASTER", {("cpu", "kept"): faster, ("cpu", "recomputed"): faster})
+    monkeypatch.setattr(
+        setup, "compile_layers", lambda *arguments: calls.append((log.of(StepDone)[-1].step, arguments))
+    )
+    log = Log()
+    train(settings(data, tmp_path / "run", compile="auto", **changes), log)
+    decisions = [event for event in log.of(Decision) if event.what == "compile"]
+    assert [decision.value for decision in decisions] == [expected]
+    assert len(log.of(StepDone)) == changes.get("max_steps", 4)
+    assert [step for step, _ in calls] == ([1] if expected == "on" else [])  # in the second, before it is logged
+    for _, (decoder, device, some) in calls:
+        assert device == torch.device("cpu")
+        assert list(some) == list(decoder.layers[:recomputed])
+        own = {hook for layer in decoder.layers for hook in layer._forward_pre_hooks.values()}
+        assert not any("watch_layers" in hook.__qualname__ for hook in own if hasattr(hook, "__qualname__"))
+
+
+def test_auto_without_a_compiler_goes_on_uncompiled(data, tmp_path, monkeypatch):
+    def refuse() -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(blocks, "get_cpp_compiler", refuse)
+    monkeypatch.setattr(blocks, "COMPILING_SECONDS", 0)
+    monkeypatch.setattr(blocks, "FASTER", {("cpu", "kept"): 2.0})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    log = Log()
+    train(settings(data, tmp_path / "run", compile="auto"), log)
+    [decision] = [event for event in log.of(Decision) if event.what == "compile"]
+    assert (decision.value, "no C++ compiler" in decision.reason) == ("off", True)
+    assert len(log.of(StepDone)) == 4
 
 
 @pytest.mark.slow
