@@ -38,16 +38,10 @@ import soundfile
 import soxr
 
 from sidestep.files import replacing
+from sidestep.settings.path_checks import AUDIO_SUFFIXES
 from sidestep.words import clock
 
 SAMPLE_RATE = 48_000
-AUDIO_SUFFIXES = frozenset(
-    {
-        *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b"),
-        *(".mp4", ".aac", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".wma", ".asf", ".wv", ".ape", ".tta"),
-        *(".mka", ".webm", ".ac3", ".eac3", ".dts", ".amr"),
-    }
-)
 PASSED_OVER = frozenset(  # music, or what holds some, that is not taken: its user will miss it
     {
         *(".dsf", ".dff", ".mpc", ".ra", ".rm", ".shn", ".tak", ".ofr", ".m4p", ".aax", ".aa", ".icloud", ".mid"),

@@ -15,7 +15,7 @@ from sidestep.settings.option import (
     options_of,
     same_as,
 )
-from sidestep.settings.path_checks import models_offered, run_for, states_offered, tensors_for
+from sidestep.settings.path_checks import export_for, models_offered, run_for, states_offered, tensors_for
 from sidestep.words import side_step
 
 ADAPTER_TYPES = ("lora", "lokr", "dora", "loha", "oft")
@@ -1310,6 +1310,7 @@ class HistoryConfig:
         group="History",
         label="Folder of runs",
         plain="the folder that your trainings went to; the folders in it are searched too",
+        holds="runs",
     )
     json: bool = option(False, "print one JSON object and nothing else", group="History")
 
@@ -1365,6 +1366,8 @@ class ExportConfig:
         "folder or .safetensors file to write",
         group="Export",
         plain="the folder, or the .safetensors file, to write",
+        depends_on=("adapter", "format"),
+        suggest=export_for,
     )
     strength: float = option(1.0, "strength at which the adapter is stored", group="Export")
     add: tuple[str, ...] = option(

@@ -8,10 +8,11 @@ import re
 import shlex
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -21,8 +22,18 @@ from sidestep.files import expand, files_below
 from sidestep.settings.option import Answers, Choice
 from sidestep.words import count
 
+AUDIO_SUFFIXES = frozenset(  # songs, by their names
+    {
+        *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".spx", ".m4a", ".m4b"),
+        *(".mp4", ".aac", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd", ".wma", ".asf", ".wv", ".ape", ".tta"),
+        *(".mka", ".webm", ".ac3", ".eac3", ".dts", ".amr"),
+    }
+)
 RECORDS_INDEX = ".records.json"  # what is known of the tensors in a folder, in it
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+NEAR_SECONDS = 1.0  # for a look around for songs
+NEAR_FOLDERS = 5  # in a folder of albums
+WRITTEN_HERE = ("runs", "tensors", "samples", "exports", "side-step-demo")  # not a user's songs
 SHORT_SECONDS = 10.0  # a shorter song teaches little: the model knows whole songs
 
 
@@ -273,6 +284,7 @@ CONTENTS = {  # what a setting's path may have to hold
     "tensors": Content(),
     "adapter": Content(file="*"),
     "run": Content(),
+    "runs": Content(),
     "saved state": Content(),
     "new run": Content(new=True),
     "new folder": Content(new=True),
@@ -441,6 +453,56 @@ def run_for(answers: Mapping[str, Any]) -> Path | None:
     folder = Path("runs") / _name_of(data)
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([folder], numbered) if not path.exists())
+
+
+def export_for(answers: Mapping[str, Any]) -> Path | None:
+    """A new file or folder for the answered adapter in the answered format: exports/NAME-FORMAT."""
+    if not {"adapter", "format"} <= answers.keys():
+        return None
+    adapter, format = Path(answers["adapter"]), answers["format"]
+    name = adapter.absolute().parent.name if read_run(adapter.parent) else adapter.stem
+    suffix = ".safetensors" if format in ("comfyui", "diffusers", "lycoris") else ""
+    numbered = (f"{name}-{format}-{number}" for number in itertools.count(2))
+    paths = (Path("exports") / f"{stem}{suffix}" for stem in itertools.chain([f"{name}-{format}"], numbered))
+    return next(path for path in paths if not path.exists())
+
+
+# What lies near and can be chosen instead of typed
+
+
+def songs_near(start: Path) -> list[Path]:
+    """Folders in `start` with songs in them or in a folder of theirs, the newest first. Waits for no slow disk."""
+    found: list[Path] = []
+
+    def look() -> None:
+        for folder in _folders(start):
+            inner = (
+                itertools.chain([folder], _folders(folder)[:NEAR_FOLDERS]) if folder.name not in WRITTEN_HERE else ()
+            )
+            with suppress(OSError):
+                if any(path.suffix.lower() in AUDIO_SUFFIXES for place in inner for path in place.iterdir()):
+                    found.append(folder)
+
+    looking = Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(NEAR_SECONDS)
+    return newest_first(list(found))
+
+
+def tensors_near(start: Path) -> list[Path]:
+    """`tensors` in `start`, and the folders in it, that hold `.pt` records, the newest first."""
+    home = start / "tensors"
+    held = (folder for folder in _folders(home) if any(p.suffix == ".pt" for p in files_below(folder, hidden=False)))
+    return newest_first([*([home] if any(home.glob("*.pt")) else []), *held])
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Those that are there, by when they were changed."""
+    dated = []
+    for path in paths:
+        with suppress(OSError):
+            dated.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(dated, reverse=True)]
 
 
 def _name_of(path: Path) -> str:

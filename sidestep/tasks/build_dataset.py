@@ -31,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sidestep.audio.io import AUDIO_SUFFIXES, AudioError, AudioInfo, content_hash, find_audio, probe
+from sidestep.audio.io import AudioError, AudioInfo, content_hash, find_audio, probe
 from sidestep.audio.signals import VERSION, Estimate, estimate_file, is_available
 from sidestep.data.fields import INSTRUMENTAL
 from sidestep.data.manifest import (
@@ -56,6 +56,7 @@ from sidestep.events import FileFailed, Finished, Notice, Progress, Report, Save
 from sidestep.files import write_text
 from sidestep.settings.advice import doubt_about_tag
 from sidestep.settings.config import BuildDatasetConfig
+from sidestep.settings.path_checks import AUDIO_SUFFIXES
 from sidestep.words import clock, count, side_step
 
 MODEL_SECONDS = 600  # the longest song the model knows

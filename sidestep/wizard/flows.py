@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,12 +28,16 @@ from sidestep.settings.config import (
 from sidestep.settings.option import Answers, Choice, Option, matters, options_of, resolve
 from sidestep.settings.path_checks import (
     Check,
+    FoundRun,
     a_prompt_of,
     find_runs,
+    glance,
     has_language_model,
     is_in_doubt,
     likely_checkpoint_dirs,
     read_run,
+    songs_near,
+    tensors_near,
 )
 from sidestep.wizard.questionnaire import Question, choose, from_option
 
@@ -178,6 +183,16 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
 }
 RUNS_READ, RUNS_OFFERED = 200, 30  # of a folder's runs, the newest: there may be thousands, and any can be typed
 RUNS_TO_REPEAT = 3  # beside the presets
+LAST_USED = {  # by what a path holds, or by its name: the settings that left one of the kind
+    "checkpoints": ("checkpoint_dir",),
+    "songs": ("input", "audio_dir"),
+    "dataset.json": ("dataset_json",),
+    "songs or dataset.json": ("dataset_json", "input", "audio_dir"),
+    "tensors": ("dataset_dir",),
+    "adapter": ("adapter",),
+    "lm_adapter": ("lm_adapter",),
+    "run": ("run_folder", "output_dir"),
+}
 FOR_ALL_RUNS = ("device", "precision")  # set once, under Settings
 LEFT_TO_PRESET = ("rank", "epochs")  # not asked where the preset sets it
 
@@ -303,19 +318,10 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
         preset_sets_it = not current and name in LEFT_TO_PRESET and name in _preset_of(answers)
         return matters(o, answers, options) and not preset_sets_it
 
-    near: list[Path] = []  # what to choose from besides typing: what lies near or was used last
-    if o.holds == "adapter":
-        found = itertools.islice(find_runs(context.here / "runs"), RUNS_READ)
-        runs = [run for run in found if ("lm" in run.settings) == (name == "lm_adapter")]
-        near = [folder for run in runs for folder in (run.folder / "final", run.folder / "best") if folder.is_dir()]
-    elif o.holds == "tensors":
-        near = sorted(path for path in (context.here / "tensors").glob("*") if path.is_dir())
-    own = "lm_adapter" if name == "lm_adapter" else "adapter"
-    names = {"adapter": (own,), "tensors": ("dataset_dir",), "songs": ("input", "audio_dir")}.get(o.holds, ())
-    last = [Path(context.last_used[name]) for name in names if context.last_used.get(name)]
-    known = {path.absolute(): path for path in (*near, *last)}
-    recent = tuple(Choice(str(path), str(path)) for path in list(known.values())[:RUNS_OFFERED])
-    offered = {"choices": lambda _answers: recent} if recent and not o.offers else {}
+    def choices(answers: Answers) -> tuple[Choice, ...]:
+        return o.offers(answers) if o.offers else paths_offered(o, default(answers), context)
+
+    offered = {"choices": choices} if o.type is Path else {}
 
     def why(answers: Answers) -> str:
         advice = _advice(o, flow, answers)
@@ -325,6 +331,55 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
     question = from_option(o, default, context.check, when=when, why=why, **offered)
     voids = ("run",) if o.type is Path else ("run", "preset")
     return replace(question, depends_on=(*voids, *question.depends_on))
+
+
+def paths_offered(o: Option, suggested: Any, context: Context) -> tuple[Choice, ...]:
+    """What can be chosen besides typing, apart from what is suggested: what lies near, newest first, and was last used.
+
+    A path that is to be written to is a new one beside the last.
+    """
+    match o.holds:
+        case "checkpoints":
+            near = likely_checkpoint_dirs(context.here)
+        case "songs" | "dataset.json" | "songs or dataset.json":
+            listed = [[folder / "dataset.json", folder] for folder in songs_near(context.here)]
+            near = [path for pair in listed for path in pair if path.exists()]
+        case "tensors" | "new folder" if o.holds == "tensors" or o.name == "tensor_output":
+            near = tensors_near(context.here)
+        case "adapter":
+            runs = [run for run in runs_near(context) if ("lm" in run.settings) == (o.name == "lm_adapter")]
+            near = [folder for run in runs for folder in (run.folder / "final", run.folder / "best") if folder.is_dir()]
+        case "run":
+            near = [run.folder for run in runs_near(context)]
+        case "runs":
+            near = [folder for folder in runs_folders(context) if folder.is_dir()]
+        case "new run" if suggested:
+            beside = (folder / Path(suggested).name for folder in runs_folders(context))
+            near = [path for path in beside if not path.exists()]
+        case _:
+            near = []
+    used = (context.last_used.get(name) for name in LAST_USED.get(o.name, LAST_USED.get(o.holds, ())))
+    offered: dict[Path, Choice] = {}
+    for path in (*near, *(Path(path) for path in used if path)):
+        with suppress(UserError):  # not there any more
+            glance(o.holds, path)
+            offered.setdefault(path.absolute(), Choice(str(path), str(path)))
+    if suggested:
+        offered.pop(Path(suggested).absolute(), None)
+    return tuple(offered.values())[:RUNS_OFFERED]
+
+
+def runs_folders(context: Context) -> list[Path]:
+    """Where runs are: `runs` here, and where the last one went."""
+    last = context.last_used.get("output_dir")
+    here = context.here / "runs"
+    beside = Path(last).parent if last else here
+    return [here] if beside.absolute() == here.absolute() else [here, beside]
+
+
+def runs_near(context: Context) -> list[FoundRun]:
+    """The runs of those folders, each folder's newest first."""
+    return [run for folder in runs_folders(context) for run in itertools.islice(find_runs(folder), RUNS_READ)]
 
 
 def _suggestion(o: Option, flow: Flow, answers: Answers, context: Context) -> Any:
@@ -383,15 +438,13 @@ def _own_question(name: str, context: Context) -> Question:
     used = context.last_used
     if name == "songs":
         last = next((used[key] for key in ("dataset_json", "audio_dir", "input") if used.get(key)), "")
-        return from_option(SONGS, lambda _answers: last, context.check)
+        known = paths_offered(SONGS, last, context)
+        return from_option(SONGS, lambda _answers: last, context.check, choices=lambda _answers: known)
     if name == "run":
         last = used.get("output_dir", "")
-        near = (context.here / "runs").absolute()
-        folders = dict.fromkeys([near, Path(last).absolute().parent if last else near])
-        newest = (run for folder in folders for run in itertools.islice(find_runs(folder), RUNS_READ))
         choices = tuple(
             Choice(str(r.folder), str(r.folder), f"saved: {r.checkpoints[-1]}" + (", finished" if r.finished else ""))
-            for r in itertools.islice((run for run in newest if run.checkpoints), RUNS_OFFERED)
+            for r in itertools.islice((run for run in runs_near(context) if run.checkpoints), RUNS_OFFERED)
         )
         first = choices[0].value if choices else last
         return from_option(RUN, lambda _answers: first, context.check, choices=lambda _answers: choices)

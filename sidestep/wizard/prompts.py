@@ -2,6 +2,7 @@
 
 import os
 import textwrap
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import questionary
 from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Always
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent, merge_key_bindings
@@ -19,6 +21,7 @@ from prompt_toolkit.styles import Style
 from prompt_toolkit.validation import ThreadedValidator, ValidationError, Validator
 from questionary.prompts.common import Choice as Line
 from questionary.prompts.common import InquirerControl
+from questionary.prompts.path import GreatUXPathCompleter
 from rich.text import Text
 
 from sidestep.errors import UserError
@@ -31,6 +34,7 @@ from sidestep.words import visible
 SEARCH_FROM = 20  # with as many choices, typing searches instead of digits choosing and `b` going back
 SEARCHED = ("setting",)  # questions whose choices are searched, however few there are
 MORE_KEY = "  (?: more)"
+KNOWN_KEY = "  (down: choose)"
 MORE = object()  # a reply that asks for more on the question
 NUMBERED = 9  # choices that a digit takes
 ESCAPE_SECONDS = 0.08  # how long a lone Esc waits to see whether it starts an arrow key; ssh needs a little
@@ -64,7 +68,7 @@ class QuestionaryAsk:
                 console.print(Text.assemble((heading, "cyan"), (step, "dim")))
         if prompt.help:
             lines = textwrap.wrap(visible(prompt.help), self.terminal.width - 1, break_on_hyphens=False)
-            more = MORE_KEY if prompt.more else ""
+            more = (KNOWN_KEY if prompt.kind == "path" and prompt.choices else "") + (MORE_KEY if prompt.more else "")
             fits = len(lines[-1]) + len(more) < self.terminal.width
             text = "\n".join(lines) + more if fits else "\n".join([*lines, more.strip()])
             console.print(Text(text, style="dim"))
@@ -78,6 +82,8 @@ class QuestionaryAsk:
                 window.height, window.wrap_lines, window.dont_extend_height = None, Always(), Always()
         app.key_bindings = merge_key_bindings([app.key_bindings or KeyBindings(), keys_of(prompt)])
         app.ttimeoutlen = app.timeoutlen = ESCAPE_SECONDS
+        if prompt.kind == "path" and prompt.choices:
+            app.pre_run_callables.append(lambda: app.current_buffer.start_completion())
         if prompt.news:
             app.pre_run_callables.append(partial(leave_for_news, app, prompt.news))
         reply = question.unsafe_ask()
@@ -110,21 +116,26 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
     def title(choice: Choice) -> str:
         number = prompt.choices.index(choice) + 1
         name = (f"{number if number <= NUMBERED else ' '}  " if numbered else "") + choice.title.ljust(column)
-        room = width - len(name) - 8
-        note = choice.note if len(choice.note) <= room else f"{choice.note[: room - 3]}..."
-        return f"{name}  {note}" if choice.note and room >= 12 else name.rstrip()
+        if not choice.note:
+            return name.rstrip()
+        indent = min(len(name) + 2, max(4, width - 30)) + 3  # below its beginning, unless that leaves too little room
+        note = textwrap.wrap(
+            choice.note, width - 2, initial_indent=" " * (len(name) + 5), subsequent_indent=" " * indent
+        )
+        return f"{name}  {note[0].strip()}" + "".join(f"\n{line}" for line in note[1:])
 
     typing: dict[str, Any] = {"default": typed, "validate": ThreadedValidator(Readable(prompt, width)), "style": STYLE}
     match prompt.kind:
         case "choice":
             lines = [Line(title(choice), choice.value) for choice in prompt.choices]
+            keys = f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back)"
             return questionary.select(
                 prompt.text,
                 lines,
                 default=next((line for line in lines if line.value == prompt.default), None),
                 use_jk_keys=not searched,
                 use_search_filter=searched,
-                instruction=f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back)",
+                instruction=keys if len(prompt.text) + len(keys) + 4 < width else "",
                 pointer=">",
                 style=STYLE,
             )
@@ -135,11 +146,9 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
             return questionary.checkbox(prompt.text, lines, instruction=keys, pointer=">", style=STYLE)
         case "yes-no":
             return questionary.confirm(prompt.text, default=bool(prompt.default), style=STYLE)
-        case "path" if prompt.choices:
-            known = [str(choice.value) for choice in prompt.choices]
-            return questionary.autocomplete(prompt.text, known, match_middle=True, **typing)
         case "path":
-            return questionary.path(prompt.text, complete_in_thread=True, **typing)
+            paths = Paths(prompt.choices, typed)
+            return questionary.autocomplete(prompt.text, [], completer=paths, complete_in_thread=True, **typing)
     return questionary.text(prompt.text, **typing)
 
 
@@ -161,6 +170,24 @@ def leave_for_news(app: Application, news: Event) -> None:
     Thread(target=wait, daemon=True).start()
 
 
+class Paths(Completer):
+    """The known paths, as long as only the suggestion is there; then those with the letters typed, and the disk's."""
+
+    def __init__(self, known: tuple[Choice, ...], suggestion: str):
+        self.known, self.suggestion = known, suggestion
+        self.disk = GreatUXPathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        typed = document.text_before_cursor
+        is_typing = typed != self.suggestion or not self.known
+        for choice in self.known:
+            path = str(choice.value)
+            if not is_typing or typed.lower() in path.lower():
+                yield Completion(path, -len(typed), display_meta=choice.note)
+        if is_typing:
+            yield from self.disk.get_completions(document, complete_event)
+
+
 class Readable(Validator):
     """The cheap check of what is typed. It may ask a disk that is slow to answer: typing does not wait for it."""
 
@@ -179,7 +206,7 @@ class Readable(Validator):
 
 def keys_of(prompt: Prompt) -> KeyBindings:
     """The keys that go back, and an Enter for paths and for lists."""
-    bindings = KeyBindings()
+    bindings, known = KeyBindings(), [str(choice.value) for choice in prompt.choices]
 
     def back(event: KeyPressEvent) -> None:
         if not event.app.is_done:
@@ -192,9 +219,9 @@ def keys_of(prompt: Prompt) -> KeyBindings:
         return state is not None and state.current_completion is not None
 
     def accept(event: KeyPressEvent) -> None:
-        """Enter takes what is typed, unless a completion is being picked; questionary would need it twice."""
+        """Enter takes what is typed, and a known path at once; from another folder that is picked one can go on."""
         buffer = event.current_buffer
-        if not pick(buffer) and buffer.validate(set_cursor=True):
+        if (not pick(buffer) or buffer.text in known) and buffer.validate(set_cursor=True):
             event.app.exit(result=buffer.text)
 
     def separate(event: KeyPressEvent) -> None:

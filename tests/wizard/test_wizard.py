@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from prompt_toolkit.output import DummyOutput
 from sidestep.data.records import index_records, save_record
 from sidestep.errors import UserError
 from sidestep.events import Table
-from sidestep.settings import presets
+from sidestep.settings import path_checks, presets
 from sidestep.settings.advice import advise
 from sidestep.settings.config import (
     COMMANDS,
@@ -31,7 +32,8 @@ from sidestep.settings.path_checks import a_prompt_of
 from sidestep.settings.presets import PROFILES
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import Terminal
-from sidestep.wizard.flows import FLOWS, Context, questions_of
+from sidestep.wizard import flows
+from sidestep.wizard.flows import FLOWS, Context, question_of, questions_of
 from sidestep.wizard.numbered import NumberedAsk
 from sidestep.wizard.prompts import QuestionaryAsk
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
@@ -524,6 +526,84 @@ def test_results_are_opened_from_what_comes_next(world):
     assert opened == [done.config.output_dir / "report.html"]
     assert script.names[-2:] == ["next", "next"]
     assert f"Opened {opened[0]}." in screen.text()
+
+
+def offered(world, name: str, flow: str, suggested: object = None, **used) -> list[str]:
+    """What a path question lists besides its suggestion, as paths below the world."""
+    context = Context(used, world.outside().check, world.root)
+    question = question_of(name, FLOWS[flow], context, {} if suggested is None else {name: suggested})
+    choices = question.choices({})
+    return [Path(choice.value).relative_to(world.root).as_posix() for choice in choices]
+
+
+def test_every_path_question_offers_what_is_there_the_newest_first(world, monkeypatch):
+    root = world.root
+    monkeypatch.setattr(flows, "likely_checkpoint_dirs", lambda here: [here / "suggested", here / "models"])
+    shutil.copytree(world.run, root / "runs" / "new")
+    shutil.copytree(world.tensors, root / "tensors" / "b")
+    (root / "albums" / "first").mkdir(parents=True)
+    (root / "albums" / "first" / "one.FLAC").touch()
+    (root / "letters").mkdir()
+    (root / "letters" / "one.txt").touch()
+    (root / "models").mkdir()
+    (root / "suggested").mkdir()
+    for number, path in enumerate((world.run / "config.json", world.tensors, root / "albums")):
+        os.utime(path, (number, number))  # the older ones
+    runs, adapters = ["runs/new", "runs/old"], ["runs/new/final", "runs/old/final"]
+    kinds = {
+        "checkpoints": ["models"],
+        "songs": ["my songs", "albums"],
+        "dataset.json": ["my songs/dataset.json"],
+        "tensors": ["tensors/b", "tensors/a"],
+        "adapter": adapters,
+        "run": runs,
+        "runs": ["runs"],
+    }
+    seen = set()
+    for key, flow in FLOWS.items():
+        for name, o in options_of(flow.config_class).items():
+            if o.holds in kinds and name != "lm_adapter":
+                assert offered(world, name, key) == kinds[o.holds], (key, name)
+                seen.add(o.holds)
+    assert seen == set(kinds)
+    assert offered(world, "songs", "preprocess") == ["my songs/dataset.json", "my songs", "albums"]
+    assert offered(world, "run", "resume") == runs
+    assert offered(world, "tensor_output", "preprocess") == ["tensors/b", "tensors/a"]
+    away, before = root / "far" / "runs" / "x", root / "gone"
+    assert offered(world, "output_dir", "train", Path("runs/y"), output_dir=away) == ["runs/y", "far/runs/y"]
+    assert offered(world, "output_dir", "train", root / "runs" / "y", output_dir=away) == ["far/runs/y"]
+    assert offered(world, "dataset_dir", "train", root / "tensors" / "b", dataset_dir=before) == ["tensors/a"]
+    kept = root / "kept"
+    kept.mkdir()
+    assert offered(world, "dataset_dir", "train", root / "tensors" / "b", dataset_dir=kept) == ["tensors/a", "kept"]
+
+
+def test_a_disk_that_does_not_answer_is_not_waited_for(world, monkeypatch):
+    answers, folders = Event(), path_checks._folders
+    monkeypatch.setattr(path_checks, "NEAR_SECONDS", 0.01)
+    monkeypatch.setattr(path_checks, "_folders", lambda folder: folders(folder) if answers.wait(60) else [])
+    try:
+        assert offered(world, "input", "build-dataset") == []
+    finally:
+        answers.set()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "format", "suggested"),
+    [
+        ("runs/old/final", "comfyui", "exports/old-comfyui.safetensors"),
+        ("runs/old/final", "peft", "exports/old-peft-2"),
+        ("band.safetensors", "lycoris", "exports/band-lycoris.safetensors"),
+    ],
+)
+def test_where_an_export_goes_is_suggested_by_the_run_and_the_program(world, monkeypatch, adapter, format, suggested):
+    monkeypatch.chdir(world.root)
+    (world.root / "exports" / "old-peft").mkdir(parents=True)
+    wizard, _script, _ = session(world, menu="export", adapter=adapter, format=format)
+    (world.root / "band.safetensors").touch()
+    config = wizard.next().config
+    assert config.output == Path(suggested)
+    assert config.format == format
 
 
 def test_adapters_and_tensors_that_lie_near_are_offered_beside_typing(world):

@@ -117,7 +117,7 @@ def test_ctrl_c_in_a_scan_asks_again_and_what_lasts_is_said(world, monkeypatch):
         "",
         f"Stopped looking at {world.songs}. Name a folder nearer to the files, or press Enter to look again.",
     ]
-    assert out.getvalue() == f"Looking at {world.songs} (Ctrl-C: stop) ...\n"
+    assert out.getvalue().startswith(f"Looking at {world.songs} (Ctrl-C: stop) ...\n")  # a slow one may say more
 
 
 @pytest.mark.parametrize("name", ["Songs of the 60s'", "a (live) & more", "100% “best”"])
