@@ -83,7 +83,24 @@ def diffusers_weights(pipeline: AceStepPipeline, path: Path) -> Weights:
         pipeline.unload_lora_weights()
 
 
-def app_lokr_weights(decoder: nn.Module, file: Path, config: dict) -> Weights:
+def app_weights_at(strength: float, decoder: nn.Module, folder: Path) -> Weights:
+    """ACE-Step's app with its slider at a strength, by its rules.
+
+    A LoKr is a network of LyCORIS, whose multiplier is set. Of peft's layers those count that show "lora" in their
+    name, class or package, or have a lora_A, and can be scaled; all others stay as they are.
+    """
+    file = folder / "lokr_weights.safetensors"
+    if file.is_file():
+        return app_lokr_weights(decoder, file, json.loads(header_of(file)["lokr_config"]), strength)
+    model = PeftModel.from_pretrained(OriginalNames(decoder), str(folder)).eval()
+    for name, layer in model.named_modules():
+        shown = f"{name} {type(layer).__name__} {type(layer).__module__}".lower()
+        if ("lora" in shown or hasattr(layer, "lora_A")) and hasattr(layer, "set_scale"):
+            layer.set_scale("default", strength)
+    return {name: response(model.base_model.model.get_submodule(name)) for name in adaptable_names(decoder)}
+
+
+def app_lokr_weights(decoder: nn.Module, file: Path, config: dict, strength: float = 1.0) -> Weights:
     """A LoKr file in ACE-Step's app: the network is rebuilt from `lokr_config`, then the tensors are loaded by name."""
     model = OriginalNames(decoder)
     LycorisNetwork.apply_preset({"unet_target_name": config["target_modules"], "target_name": config["target_modules"]})
@@ -114,6 +131,7 @@ def app_lokr_weights(decoder: nn.Module, file: Path, config: dict) -> Weights:
     assert "unexpected keys" not in state, state
     trained = {f"lycoris_{name.replace('.', '_')}" for name in config["target_modules"]}
     assert not [key for key in state.get("missing keys", []) if key.split(".")[0] in trained]
+    network.set_multiplier(strength)
     network.eval()
     return {name: response(model.get_submodule(name)) for name in adaptable_names(decoder)}
 

@@ -11,8 +11,8 @@ PROGRAMS = list(WAYS["LoRA"])
 TEXT = """# Which program makes what of an adapter
 
 Made by `python -m tests.interop_page` from `sidestep/adapters/programs.py`; `tests/adapters/test_programs.py` holds
-it against peft, diffusers and LyCORIS themselves and against the rules of ComfyUI and acestep.cpp. `inspect` says the
-same of any file.
+it against peft, diffusers and LyCORIS themselves and against the rules of ComfyUI, acestep.cpp and the app's strength
+slider. `inspect` says the same of any file.
 
 ## What Side-Step writes
 
@@ -23,8 +23,9 @@ format is one of `export`'s; merged weights sound the same everywhere.
 
 {notes}
 
-That a strength of 0 leaves the magnitudes of a DoRA and the rotations of an OFT in place is tested with peft's own
-layers. For LoHa and weight-decomposed LoKr it is what was seen in the app; it is not tested here.
+By the rules of the app's slider a strength of 0 is the base model for a LoRA and a LoKr; it leaves the magnitudes of a
+DoRA and of a weight-decomposed LoKr in place, and all of a LoHa and of an OFT. What unload leaves in place is not the
+same in every version of the app, for a LoRA neither: to be sure of the base model, start the app again.
 
 What that costs: nothing for a LoRA. acestep.cpp knows one alpha for all modules, divides it by each module's own rank,
 and takes that rank where no alpha is stated. So `adapter_config.json` of a LoRA whose ranks differ (a rank map) states
@@ -37,7 +38,8 @@ Side-Step reads all of these wherever an adapter is given. `yes`: read at the st
 
 {others}
 
-Whether ai-toolkit and SimpleTuner themselves go on from a `final/` was not tried.
+Whether ai-toolkit and SimpleTuner go on from a `final/` is not promised: it was not tried, and neither of them writes
+the names that stand in it.
 
 ## Why the same adapter sounds different: defaults
 

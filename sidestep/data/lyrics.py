@@ -103,8 +103,14 @@ def without_time_marks(lyrics: str) -> str:
     Where a line has several marks, all lines come in the order they are sung, each as often as it is.
     """
     if not _SEVERAL_MARKS.search(lyrics):
-        return TIME_MARK.sub("", lyrics)
+        return TIME_MARK.sub(_space_of, lyrics)
     return _under_sections(timed_lines(lyrics))
+
+
+def _space_of(mark: re.Match[str]) -> str:
+    """The space behind a mark where it is the only one between two words, as in `soft<00:01.50> rain`."""
+    before = mark.string[mark.start() - 1 : mark.start()]
+    return mark[0][-1] if mark[0][-1] in " \t" and before.strip(" \t\n]>") else ""
 
 
 def has_time_marks(lyrics: str) -> bool:

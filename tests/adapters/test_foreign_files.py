@@ -1,5 +1,6 @@
 """Files of other trainers and programs, made after their formats: read with the exact change, or with what is lost."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from sidestep.tasks.export import export
 from sidestep.tasks.inspect import inspect_adapter
 from tests.adapters.test_adapters import turbo
 from tests.adapters.test_write import base, close, own_weights, trained
-from tests.consumers import OriginalNames, response
+from tests.consumers import OriginalNames, app_lokr_weights, response
 
 # What LyCORIS adds on ACE-Step's decoder beside attention and MLP, in its flat names, with the shape of W2.
 FROZEN = {
@@ -34,6 +35,12 @@ FROZEN = {
         for layer, shape in (("linear_1", (16, 128)), ("linear_2", (16, 16)), ("time_proj", (96, 16)))
     },
 }
+
+
+LOKR_SWITCHES = (
+    *("decompose_both", "use_tucker", "use_scalar", "full_matrix", "bypass_mode", "rs_lora"),
+    "unbalanced_factorization",
+)
 
 
 def lora() -> Adapter:
@@ -109,6 +116,18 @@ def test_what_lycoris_itself_saves_is_read_as_it_computes(options, tmp_path):
     assert len(network.loras) == len(base())
     network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
     close(own_weights(tmp_path / "x.safetensors"), expected)
+    if options["algo"] == "lokr":  # as ACE-Step's trainer leaves it
+        said = {key: options.get(key, False) for key in LOKR_SWITCHES} | {"weight_decompose": "dora_wd" in options}
+        said |= {"linear_dim": options.get("linear_dim", 2), "linear_alpha": 1.0, "factor": options.get("factor", -1)}
+        header = {"lokr_config": json.dumps(said | {"target_modules": list(base())})}
+        tensors, official = load_file(tmp_path / "x.safetensors"), tmp_path / "official.safetensors"
+        save_file(tensors, official, header)
+        close(app_lokr_weights(turbo(), official, json.loads(header["lokr_config"])), expected)
+        for name, shape in FROZEN.items():
+            flat = f"lycoris_{name.replace('.', '_')}"
+            tensors |= {f"{flat}.lokr_w1": torch.ones(2, 2), f"{flat}.lokr_w2": torch.zeros(shape)}
+        save_file(tensors, official, header)
+        close(own_weights(official), expected)
 
 
 def test_what_an_older_lokr_has_learned_outside_is_said_to_be_lost(tmp_path):

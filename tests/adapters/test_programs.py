@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from sidestep.adapters.adapter import Adapter
@@ -18,15 +17,14 @@ from tests.adapters.test_adapters import turbo
 from tests.adapters.test_foreign_files import official_lokr
 from tests.adapters.test_write import TYPES, base, close, pipeline, trained
 from tests.consumers import (
-    OriginalNames,
     acestep_cpp_weights,
     app_lokr_weights,
+    app_weights_at,
     comfyui_weights,
     diffusers_weights,
     header_of,
     lycoris_weights,
     peft_weights,
-    response,
     trained_weights,
 )
 
@@ -108,18 +106,16 @@ def test_every_program_has_a_rule_and_a_way_for_each_kind():
     assert set(KINDS) | {"weight-decomposed LoHa"} == set(WAYS)
 
 
-@pytest.mark.parametrize(("title", "stays"), [("LoRA", False), ("DoRA", True), ("OFT", True)])
-def test_what_a_strength_of_0_leaves_in_place_is_said_of_the_app(title, stays, tmp_path):
-    """The app's slider sets the scaling of peft's layers, which magnitudes do not follow and rotations do not have."""
-    assert (WAYS[title]["ACE-Step's app"].words == STAYS) == stays
+@pytest.mark.parametrize("title", KINDS)
+def test_what_the_apps_slider_leaves_in_place_at_0_is_said_of_it(title, tmp_path):
     settings, model = trained(KINDS[title], "self")
     save_final(model, tmp_path, settings)
-    loaded = PeftModel.from_pretrained(OriginalNames(turbo()), str(tmp_path)).eval()
-    name = "layers.0.self_attn.q_proj"
-    layer = loaded.base_model.model.get_submodule(name)
-    if hasattr(layer, "scaling"):
-        layer.set_scale("default", 0.0)
-    assert ((response(layer) - base()[name]).abs().max() > 1e-3) == stays
+    close(app_weights_at(1.0, turbo(), tmp_path), trained_weights(model, base()))
+    left = app_weights_at(0.0, turbo(), tmp_path)
+    stays = max((left[name] - weight).abs().max() for name, weight in base().items()) > 1e-3
+    assert stays == (WAYS[title]["ACE-Step's app"].words == STAYS)
+    if not stays:
+        close(left, base())
 
 
 def test_ranks_of_a_map_cost_no_byte_and_come_back_as_they_were(tmp_path):

@@ -57,6 +57,40 @@ def test_a_line_with_several_marks_stands_in_the_whole_as_often_as_it_is_sung():
     assert without_time_marks(lyrics) == expected
 
 
+@pytest.mark.parametrize(
+    ("lyrics", "expected"),
+    [
+        ("[00:01][00:03][00:05]La\n[00:02]one\n[00:04]two", "La\none\nLa\ntwo\nLa"),
+        ("[00:20.00] [00:05.00] Late and early\n[00:10.00]between", "Late and early\nbetween\nLate and early"),
+        ("[00:01.00][00:09.00]Again\nand again\n[00:05.00]once", "Again\nand again\nonce\nAgain\nand again"),
+        ("[00:01.00][00:09.00]<00:01.00>A<00:01.50> line\n[00:05.00]once", "A line\nonce\nA line"),
+    ],
+    ids=["three marks", "spaces, not in order", "a line without a mark", "marks of words"],
+)
+def test_repeated_lines_stand_in_the_whole_in_the_order_they_are_sung(lyrics, expected):
+    assert without_time_marks(lyrics) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[00:01.00]soft<00:01.50> rain<00:02.00> falls",
+        "[00:01.00]<00:01.00>soft <00:01.50>rain <00:02.00>falls",
+        "[00:01.00] <00:01.00> soft <00:01.50> rain <00:02.00> falls",
+        "<00:01.00> soft<00:01.50> rain<00:02.00> <00:02.20>fal<00:02.40>ls",
+    ],
+)
+def test_words_with_marks_stay_apart_and_syllables_together(line):
+    assert without_time_marks(line) == "soft rain falls"
+    assert lyrics_between(line, 0, 10) == "soft rain falls"
+
+
+@pytest.mark.parametrize(("offset", "sung"), [("-10000", "One"), ("0", "Two"), ("10000", "Three")])
+def test_windows_follow_an_offset(offset, sung):
+    lyrics = parse_field("lyrics", f"[offset:{offset}]\n[00:05]One\n[00:15]Two\n[00:25]Three\n[00:35]Four")
+    assert lyrics_between(lyrics, 15, 25) == sung
+
+
 def test_marks_with_hours_are_those_of_their_minutes():
     lyrics = "[00:59:59.50]One\n[1:00:05.00]<1:00:05.00>Two\n[01:03:50]minutes, seconds, hundredths"
     expected = "[59:59.50]One\n[60:05.00]<60:05.00>Two\n[01:03:50]minutes, seconds, hundredths"

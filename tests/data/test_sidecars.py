@@ -321,12 +321,16 @@ def test_section_marks_are_told_from_other_brackets():
     ("files", "values"),
     [
         ({"x_prompt.txt": "techno, 124 BPM", "x_lyrics.txt": "[Verse]\nla"}, ("techno, 124 BPM", "[Verse]\nla")),
+        ({"x.wav_prompt.txt": "techno", "x_LYRICS.TXT": "bpm: 90"}, ("techno", "bpm: 90")),
+        ({"x_prompt.txt": "bpm: 90", "x.lyrics.txt": "la", "x_lyrics.txt": "lo"}, ("bpm: 90", "la")),
         ({"x.txt": "dark synthwave", "x.lyrics": "[Verse]\nla"}, ("dark synthwave", "[Verse]\nla")),
+        ({"x.txt": "synthwave", "x.lyrics": "[00:01.00]la"}, ("synthwave", "[00:01.00]la")),
+        ({"x.caption": "synthwave", "x.Lyrics": "caption: la"}, ("synthwave", "caption: la")),
         ({"x.caption": "techno", "x.SRT": "1\n00:00:01,000 --> 00:00:02,000\nla"}, ("techno", "[00:01.00]la")),
         ({"x.caption": "techno", "x.vtt": "WEBVTT\n\n00:01.000 --> 00:02.000\nla"}, ("techno", "[00:01.00]la")),
         ({"x.txt": "<CAPTION>\nballad\n</CAPTION>\n<LYRICS>\n[Verse]\nla\n</LYRICS>\n"}, ("ballad", "[Verse]\nla")),
+        ({"x.wav.txt": "<lyrics>la</lyrics><caption>a ballad</caption>"}, ("a ballad", "la")),
     ],
-    ids=["ACE-Step 1", "SimpleTuner", "SRT", "VTT", "ai-toolkit"],
 )
 def test_captions_of_other_programs_arrive_in_their_fields(tmp_path, files, values):
     put(tmp_path, **files, **{"x.wav": "", "readme.txt": "words"})

@@ -187,9 +187,19 @@ def test_every_cut_of_a_tagged_file_is_survived(tmp_path):
         read_tags(tmp_path / "b.flac")
 
 
-def test_the_first_line_of_excel_names_the_separator(tmp_path):
-    found = tables(tmp_path, ["one.wav"], **{"l.csv": "sep=;\r\nFile;Caption;BPM\r\none.wav;warm, soft;124,5\r\n"})
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\r\nFile;Caption;BPM\r\none.wav;warm, soft;124,5\r\n",
+        'SEP=,\nFile,BPM,Caption\none.wav,124.5,"warm, soft"\n',
+        "sep=\t\r\nFile\tCaption\tBPM\r\none.wav\twarm, soft\t124,5\r\n",
+        " sep=| \nBPM|File|Caption\n124,5|one|warm, soft\n",
+    ],
+)
+def test_the_first_line_of_excel_names_the_separator(tmp_path, text):
+    found = tables(tmp_path, ["one.wav"], **{"l.csv": text.encode("utf-8-sig")})
     assert values(found, tmp_path / "one.wav") == [{"caption": "warm, soft", "bpm": 125}]
+    assert found.problems == []
 
 
 def test_an_audiofolder_names_its_files(tmp_path):
