@@ -25,6 +25,18 @@ def test_every_promise_names_tests_that_exist(row):
         assert is_slow == bool(slow), f"{file}::{name}"
 
 
+CLAIM = re.compile(r"bit for bit|\bexactly\b|\bunbiased\b|\bnever (lost|overwritten)\b", re.IGNORECASE)
+FOR_USERS = ("better-adapters", "dataset", "first-adapter", "install", "interop", "judging", "language-model", "memory")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", *(f"docs/{name}.md" for name in FOR_USERS)])
+def test_what_a_page_claims_strictly_links_to_what_proves_it(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for claim in CLAIM.finditer(text):
+        line = text[text.rfind("\n", 0, claim.start()) + 1 : text.find("\n", claim.end())]
+        assert re.search(r"\[[^\]]*" + re.escape(claim[0]) + r"[^\]]*\]\(\S*(guarantees|benchmarks)", line), line
+
+
 def test_the_readme_promises_no_more():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "Nothing is ever lost" not in text

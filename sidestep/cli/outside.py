@@ -14,7 +14,7 @@ from sidestep.errors import UserError
 from sidestep.events import Table
 from sidestep.settings.advice import advice_for, doubt_about_tag
 from sidestep.settings.config import RANK_MAP, BuildDatasetConfig, DoctorConfig, TrainConfig, command_words
-from sidestep.settings.path_checks import SHORT_SECONDS, Check, verify
+from sidestep.settings.path_checks import SHORT_SECONDS, Check, brief, verify
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import Knowledge
 from sidestep.wizard.session import Outside
@@ -61,8 +61,7 @@ def songs_in(folder: Path) -> str:
             seconds, short = seconds + length, short + (length < SHORT_SECONDS)
         except AudioError:
             unread += 1
-    brief = f", {short} of them under {SHORT_SECONDS:.0f} s, which teaches little" if short else ""
-    return f"{count(len(songs), 'song')}, {'more than ' if unread else ''}{clock(seconds)} of music{brief}"
+    return f"{count(len(songs), 'song')}, {'more than ' if unread else ''}{clock(seconds)} of music{brief(short)}"
 
 
 def machine(checkpoint_dir: Path | None) -> Table | None:

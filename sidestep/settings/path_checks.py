@@ -373,7 +373,14 @@ def _verify_list(path: Path) -> str:
     samples = data.get("samples") if isinstance(data, dict) else data
     if not isinstance(samples, list) or not samples:
         raise UserError("No songs are listed in it.", "Build it from a folder of songs: choose List songs.")
-    return count(len(samples), "song") + " listed"
+    lengths = [sample.get("duration") for sample in samples if isinstance(sample, dict)]
+    short = sum(isinstance(seconds, int | float) and 0 < seconds < SHORT_SECONDS for seconds in lengths)
+    return count(len(samples), "song") + " listed" + brief(short)
+
+
+def brief(short: int) -> str:
+    """What to add to the count of songs where some are too short to teach much; nothing where none are."""
+    return f", {short} of them under {SHORT_SECONDS:.0f} s, which teaches little" if short else ""
 
 
 def _verify_run(folder: Path) -> str:

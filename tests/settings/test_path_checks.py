@@ -137,6 +137,8 @@ def home(tmp_path, checkpoints, monkeypatch) -> Path:
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "songs" / "dataset.json").write_text('{"samples": [{}, {}]}', encoding="utf-8")
     (tmp_path / "nothing.json").write_text("[]", encoding="utf-8")
+    lengths = json.dumps([{"duration": seconds} for seconds in (2, 9.9, 10)])
+    (tmp_path / "short.json").write_text(lengths, encoding="utf-8")
     (tmp_path / "tensors" / "a.pt").write_bytes(b"")
     (tmp_path / "lora" / "x.safetensors").write_bytes(b"")
     (tmp_path / "run" / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
@@ -155,6 +157,7 @@ def home(tmp_path, checkpoints, monkeypatch) -> Path:
         ("songs", "songs", "2 songs"),
         ("songs or dataset.json", "songs", "2 songs; choose its dataset.json to use the captions in there"),
         ("songs or dataset.json", "songs/dataset.json", "2 songs listed"),
+        ("dataset.json", "short.json", "3 songs listed, 2 of them under 10 s, which teaches little"),
         ("dataset.json", "songs/dataset.json", "2 songs listed"),
         ("tensors", "tensors", "1 song as tensors"),
         ("adapter", "run/final", ""),
