@@ -264,9 +264,9 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         choices=ADAPTER_TYPES,
         label="Kind of adapter",
-        plain="lora is what every program reads; the others are smaller or learn otherwise",
+        plain="lora is what most programs read; the others are smaller or learn otherwise",
         notes=(
-            "the usual one; every program reads it",
+            "the usual one; most programs read it",
             "the smallest files; gentle",
             "like lora, more stable at low ranks; slower",
             "more reach at the same rank",
