@@ -3,6 +3,7 @@
     uv run --group dev benchmarks/full_size.py FOLDER               the 2B model; about 12 GB of disk, 20 GB of RAM
     uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
     uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
+    uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped, and its row says so
 
 Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
 A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
@@ -191,7 +192,7 @@ def environment() -> dict[str, str]:
 class Watched:
     """What was seen of a process. silent: the longest times without a line, and after which line each was.
 
-    step_peak: `peak` when the first optimizer step was told, before anything was saved; 0 where none was.
+    step_peak: `peak` when the first optimizer step was told, before anything was saved; 0 where none was. last: line.
     """
 
     status: int
@@ -200,10 +201,14 @@ class Watched:
     peak: int
     step_peak: int
     silent: list[tuple[float, str]]
+    last: str
 
 
-def watch(words: list[str], folder: Path = ROOT) -> Watched:
-    """Run a process to its end and look at it ten times a second. folder: what its lines are kept without."""
+def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None) -> Watched:
+    """Run a process to its end, or for so many minutes, and look at it ten times a second.
+
+    folder: what its lines are kept without.
+    """
     started = last = time.perf_counter()
     process = psutil.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment()
@@ -223,6 +228,9 @@ def watch(words: list[str], folder: Path = ROOT) -> Watched:
 
     looking = threading.Thread(target=look)
     looking.start()
+    stop = threading.Timer(minutes * 60 if minutes else threading.TIMEOUT_MAX, process.kill)
+    stop.daemon = True
+    stop.start()
     for text in process.stdout:
         now = time.perf_counter()
         if now - last > SILENT_SECONDS:
@@ -232,11 +240,12 @@ def watch(words: list[str], folder: Path = ROOT) -> Watched:
         if line.startswith("step ") and not step_peak:
             step_peak = peak
     status = process.wait()
+    stop.cancel()
     done.set()
     looking.join()
     if (end := time.perf_counter() - last) > SILENT_SECONDS:
         silent.append((round(end, 1), line))
-    return Watched(status, time.perf_counter() - started, processor, peak, step_peak, silent)
+    return Watched(status, time.perf_counter() - started, processor, peak, step_peak, silent, line)
 
 
 def main() -> None:
@@ -245,6 +254,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="2B")
     parser.add_argument("--only", nargs="+", default=[""], help="phases whose names begin so")
+    parser.add_argument("--minutes", type=float, help="stop a phase after so many")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     write_checkpoint(options.folder / "checkpoints", options.size)
@@ -257,8 +267,11 @@ def main() -> None:
         if not name.startswith(tuple(options.only)):
             continue
         print(f"== {name}", flush=True)
-        seen = watch(command(("--plain", *words_of(options.folder, options.size, name, line))), options.folder)
-        row: dict[str, Any] = {"phase": name, "status": seen.status, "wall s": seen.wall, "processor s": seen.processor}
+        words = command(("--plain", *words_of(options.folder, options.size, name, line)))
+        seen = watch(words, options.folder, options.minutes)
+        was_stopped = options.minutes is not None and seen.wall > options.minutes * 60
+        status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
+        row: dict[str, Any] = {"phase": name, "status": status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
         if planned := planned_bytes(options.folder, options.size, name):
             # a save copies adapter and optimizer into RAM, which is not the memory that a card would need
