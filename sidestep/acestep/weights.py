@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sidestep.acestep.device import give_back_memory
 from sidestep.acestep.quantize import is_quantized, quantize_weight
 from sidestep.errors import UserError
 from sidestep.events import SECONDS_OF_SILENCE, LongTask, Report, null
@@ -57,17 +58,23 @@ class Weights:
             }
 
     def read(
-        self, keys: Iterable[str], dtype: torch.dtype | None, device: torch.device
+        self, keys: Iterable[str], dtype: torch.dtype | None, device: torch.device, apart: bool = False
     ) -> Iterable[tuple[str, Tensor]]:
-        """Each of the tensors, cast and moved one by one; floating point only is cast, and nothing without a dtype."""
+        """Each of the tensors, cast and moved one by one; floating point only is cast, and nothing without a dtype.
+
+        What is neither cast nor moved is the file itself, mapped, all of which stays in memory, as far as it was read,
+        while one such tensor lives. apart: each has memory of its own.
+        """
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._file_of[self._prefix + key], []).append(key)
         for file, wanted in by_file.items():
-            with _open(file) as opened:
-                for key in wanted:
-                    tensor = opened.get_tensor(self._prefix + key)
-                    yield key, tensor.to(device, (tensor.is_floating_point() and dtype) or tensor.dtype)
+            for together in ([key] for key in wanted) if apart else [wanted]:
+                with _open(file) as opened:
+                    for key in together:
+                        tensor = opened.get_tensor(self._prefix + key)
+                        cast = (tensor.is_floating_point() and dtype) or tensor.dtype
+                        yield key, tensor.to(device, cast, copy=apart)
 
     def identity(self, *prefixes: str) -> str:
         """Hex digest of every byte of the tensors whose names begin so (all without), with names, types and shapes."""
@@ -229,13 +236,16 @@ def fill(
         )
     name_of = {key: name for name, key in keys.items()}
     quantizes = any(is_quantized(module) for module in model.modules())
-    read = ((name_of[key], tensor) for key, tensor in weights.read(name_of, dtype, CPU if quantizes else device))
+    # of a model that is packed, the few tensors that are not would keep the whole file in memory
+    values = weights.read(name_of, dtype, CPU if quantizes else device, apart=quantizes)
+    read = ((name_of[key], tensor) for key, tensor in values)
     made = ((name, make().to(dtype)) for name, make in extra.items())
     for name, tensor in chain(read, made):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if leaf == "weight" and is_quantized(module):
             quantize_weight(module, tensor, device)
+            give_back_memory()  # what packing took for a moment lies between the packed weights, and would add up
         elif leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=False)
         else:

@@ -18,7 +18,8 @@ from sidestep.acestep.fp16 import wide
 from sidestep.acestep.quantize import _Int8Product
 from sidestep.acestep.vae import decode, encode_mean
 from sidestep.acestep.weights import Weights
-from sidestep.adapters.attach import adapter_scale, attach
+from sidestep.adapters.adapter import changed_weight
+from sidestep.adapters.attach import adapter_of, adapter_scale, attach
 from sidestep.data.batches import Batch
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.sample import Sampling, open_sampler
@@ -38,7 +39,7 @@ def dtype(request) -> torch.dtype:
 def fake_cuda(monkeypatch):
     """A device without bytes: weights are read as shapes, modules move by their tensors."""
 
-    def read(weights, keys, dtype, device):
+    def read(weights, keys, dtype, device, apart=False):
         for key in keys:
             yield key, torch.empty(weights.shapes[key], dtype=dtype, device=device)
 
@@ -135,6 +136,17 @@ def test_a_preview_is_sampled(fake_cuda, checkpoint, tmp_path, guidance):
             Prompt(caption="strings", duration=4.0), torch.zeros(1, TOKENS, sampler.null_condition.shape[-1])
         )
     assert latents.device == CUDA
+
+
+def test_a_trained_adapter_is_merged_where_the_base_is_read(fake_cuda, checkpoint, tmp_path):
+    model = attach(checkpoint.load_decoder(CUDA, torch.bfloat16), run_config(tmp_path))
+    nn.Module.to(model, CUDA)
+    found = adapter_of(model)
+    name, factors = next(iter(found.modules.items()))
+    assert {tensor.device for tensor in factors.values()} == {CPU}
+    weight = torch.zeros(factors["lora_B"].shape[0], factors["lora_A"].shape[1])
+    merged = changed_weight(weight, factors)
+    assert (merged.device, merged.dtype, merged.shape) == (CPU, weight.dtype, weight.shape), name
 
 
 def test_a_quantised_product_runs_in_both_directions(fake_cuda, dtype):
