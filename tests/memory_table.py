@@ -24,7 +24,7 @@ says what a run takes, what each setting would save and the mildest settings tha
 a GPU. `--recompute-as-needed` (not run on a GPU here yet) recomputes no more layers than the GPU's free memory needs,
 which is as fast as fits; the default is all of them.
 
-What waits in RAM for the GPU is counted too, and a run is refused where there is not as much: streamed blocks
+What waits in the computer's own memory is counted too, and a run is refused where there is less of it: streamed blocks
 (`--swap-blocks`), activations (`--offload-activations`), and the trained model's weights while another one plays
 (`--preview-variant`).
 

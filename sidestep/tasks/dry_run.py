@@ -140,9 +140,8 @@ def of_training(config: TrainConfig) -> Iterable[Line]:
     longest = max((i.frames for i in infos.values()), default=0) / FRAMES_PER_SECOND
     tokens = max((i.tokens for i in infos.values()), default=0)
     dtype = choose_precision(config.precision, device).value
-    planner = Planner(
-        decoder_sizes(checkpoint.config), dtype, longest, tokens, fsdp_shards(), players_of(config, checkpoint.config)
-    )
+    players, songs = players_of(config, checkpoint.config), songs_of(config.dataset_dir, infos)
+    planner = Planner(decoder_sizes(checkpoint.config), dtype, longest, tokens, fsdp_shards(), players, songs)
     config = replace(config, recompute_as_needed=False)
     asked, gpu = planner.candidate(config), gpu_memory(device)
     of_song = f"for the longest song ({clock(longest)})"
@@ -207,7 +206,8 @@ def of_measuring(config: EstimateConfig) -> Iterable[Line]:
     longest = max((i.frames for i in infos.values()), default=0) / FRAMES_PER_SECOND
     tokens = max((i.tokens for i in infos.values()), default=0)
     dtype = choose_precision(config.precision, device).value
-    planner = Planner(decoder_sizes(checkpoint.config), dtype, longest, tokens)
+    songs = songs_of(config.dataset_dir, infos)
+    planner = Planner(decoder_sizes(checkpoint.config), dtype, longest, tokens, songs=songs)
     training = replace(as_training(config), rank=1, batch_size=config.batch_size)
     yield Line("reads", f"{count(len(infos), 'song')} in {config.dataset_dir} and the model {checkpoint.folder}")
     yield Line("writes", _target(config.output or config.dataset_dir / RANK_MAP))

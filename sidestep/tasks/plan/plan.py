@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from sidestep.acestep.device import (
 from sidestep.acestep.layout import read_config
 from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model
 from sidestep.adapters.attach import check_sizes
+from sidestep.data.batches import Song
 from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
@@ -38,6 +40,7 @@ from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pas
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
 from sidestep.tasks.think import LONGEST_SECONDS
 from sidestep.tasks.train.prior import extra_time
+from sidestep.tasks.train.songs import largest_batch, songs_of
 from sidestep.variants import FRAMES_PER_SECOND, OFFICIAL_FOLDERS, official_config
 from sidestep.words import did_you_mean, gib
 
@@ -67,7 +70,7 @@ class Plan:
 
     best: the mildest settings that leave the card its reserve, None when none do. faster: these with as little
     recomputed as then fits, None where that is what they do. ram: what waits there for the GPU.
-    advice: on training on the songs of a folder.
+    saving: what saves take of it. advice: on training on the songs of a folder.
     """
 
     seconds: float
@@ -80,6 +83,7 @@ class Plan:
     second_pass: int
     preview: int
     ram: int
+    saving: int
     advice: Advice | None = None
 
     @property
@@ -92,7 +96,8 @@ class Planner:
     """Peaks of one model's step under different settings, each computed once. seconds: of the songs trained on.
 
     shards: GPUs that share all weights under FSDP, each of which is planned for. players: sizes of the models that play
-    previews, and whether each is another than the trained one; empty where only that one does.
+    previews, and whether each is another than the trained one; empty where only that one does. songs: those of the run,
+    whose lengths say which batches form; without any, each is of `--batch-size`.
     """
 
     def __init__(
@@ -103,9 +108,10 @@ class Planner:
         tokens: int,
         shards: int = 1,
         players: Sequence[tuple[dict, bool]] = (),
+        songs: Sequence[Song] = (),
     ):
         self.sizes, self.dtype, self.seconds, self.tokens, self.shards = sizes, dtype, seconds, tokens, shards
-        self.players = players or ((sizes, False),)
+        self.players, self.songs = players or ((sizes, False),), list(songs)
         self.layers = int(sizes["num_hidden_layers"])
         self._known: dict[TrainConfig, StepModel] = {}
 
@@ -127,8 +133,12 @@ class Planner:
             base_precision="auto" if config.base_precision == "auto" else "int8",
         )
         if same not in self._known:
-            shape = Shape(config.batch_size, round(self.window(config) * FRAMES_PER_SECOND), self.tokens)
-            self._known[same] = StepModel(self.sizes, same, shape, self.dtype)
+            frames, batch = round(self.window(config) * FRAMES_PER_SECOND), config.batch_size
+            if self.songs and batch > 1:
+                formed = largest_batch(self.songs, config, FRAMES_PER_SECOND)
+                # other music, which may have the longest song of all, comes one by one
+                frames, batch = max((frames, 1), formed, key=lambda each: each[0] * each[1])
+            self._known[same] = StepModel(self.sizes, same, Shape(batch, frames, self.tokens), self.dtype)
         whole = self._known[same].peak(config)
         if self.shards == 1:
             return whole
@@ -166,6 +176,15 @@ class Planner:
         if any(is_other for _, is_other in self.players):
             found[f"--preview-variant {' '.join(config.preview_variant)}"] = whole
         return found
+
+    def saving(self, config: TrainConfig) -> int:
+        """Bytes of RAM that saves take beside the training that goes on.
+
+        A copy of what is trained, its average and what the optimizer knows; while that is written the adapter once more
+        and a factor of each module with alpha folded in; and the copy of the next save, which waits for its turn.
+        """
+        peak = self.peak(config)
+        return peak.adapter + peak.average + peak.optimizer + round(2.5 * peak.adapter)
 
     def candidate(self, asked: TrainConfig, config: TrainConfig | None = None) -> Candidate:
         """Settings, by default those asked about, as a candidate for them."""
@@ -254,16 +273,19 @@ def plan(config: PlanConfig, report: Report) -> Plan:
     asked = resolve(TrainConfig, shared, folders)
     check_sizes(asked, sizes)
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
-    seconds, tokens = config.song_seconds, config.condition_tokens
+    seconds, tokens, songs = config.song_seconds, config.condition_tokens, []
     if config.dataset_dir:
-        frames, tokens = longest(config.dataset_dir, config.prior_data)
+        index = cache(index_records)
+        frames, tokens = longest(config.dataset_dir, config.prior_data, index=index)
+        songs = songs_of(config.dataset_dir, index(config.dataset_dir)[0])
         seconds = frames / FRAMES_PER_SECOND
         if not frames:
             raise UserError(
                 f"--dataset-dir {config.dataset_dir}: there are no tensors to plan for.",
                 "Preprocess songs first, or say --song-seconds instead.",
             )
-    planner = Planner(decoder_sizes(sizes), dtype, seconds, tokens, players=players_of(config, sizes))
+    players = players_of(config, sizes)
+    planner = Planner(decoder_sizes(sizes), dtype, seconds, tokens, players=players, songs=songs)
     asked_for = GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}") if config.vram else None
     gpu = asked_for or gpu_memory(choose_device().value)
     best = planner.mildest(asked, gpu.usable) if gpu else None
@@ -278,6 +300,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         second_pass=with_overhead(second_pass_peak(planner.sizes, planner.dtype)),
         preview=planner.preview(asked),
         ram=sum(planner.waiting(asked).values()),
+        saving=planner.saving(asked),
         advice=advice_for(vars(asked) | {"dataset_dir": config.dataset_dir}),
     )
     if not config.json:
@@ -347,6 +370,7 @@ def tables(result: Plan) -> Iterator[Table]:
     ]
     if result.ram:
         rows.append(("waits in RAM meanwhile", amount(result.ram)))
+    rows.append(("copies in RAM while it saves", amount(result.saving)))
     if asked.config.prior_data:
         rows.append(("time for --prior-data", f"{extra_time(asked.config):.0%} more in each optimizer step"))
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
@@ -395,6 +419,7 @@ def as_json(result: Plan) -> dict:
         "second_pass_bytes": result.second_pass,
         "preview_bytes": result.preview,
         "ram_bytes": result.ram,
+        "saving_bytes": result.saving,
         "advice": asdict(result.advice) if result.advice else None,
     }
 
@@ -462,25 +487,31 @@ def wants_previews(config: TrainConfig) -> bool:
 
 def planner_for(config: TrainConfig, index: ReadIndex) -> Planner | None:
     """The planner of a run on the songs of its folders, None without any."""
+    index = cache(index)
     frames, tokens = longest(config.dataset_dir, config.prior_data, index=index)
     if not frames:
         return None
     sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
     dtype = choose_precision(config.precision, choose_device(config.device).value).value
     players = players_of(config, sizes) if wants_previews(config) else ()
-    return Planner(decoder_sizes(sizes), dtype, frames / FRAMES_PER_SECOND, tokens, fsdp_shards(), players)
+    songs, seconds = songs_of(config.dataset_dir, index(config.dataset_dir)[0]), frames / FRAMES_PER_SECOND
+    return Planner(decoder_sizes(sizes), dtype, seconds, tokens, fsdp_shards(), players, songs)
 
 
 def check_estimate(
     config: EstimateConfig, training: TrainConfig, report: Report, index: ReadIndex = index_records
 ) -> None:
     """Raises UserError when the measurement of `estimate` cannot fit. training: the step that it measures."""
-    device = choose_device(config.device).value
+    device, index = choose_device(config.device).value, cache(index)
     frames, tokens = longest(config.dataset_dir, index=index)
     if (gpu := gpu_memory(device)) is None or not frames:
         return
     sizes = decoder_sizes(open_checkpoint(config.checkpoint_dir, config.model_variant).config)
-    planner = Planner(sizes, choose_precision(config.precision, device).value, frames / FRAMES_PER_SECOND, tokens)
+    dtype, songs = (
+        choose_precision(config.precision, device).value,
+        songs_of(config.dataset_dir, index(config.dataset_dir)[0]),
+    )
+    planner = Planner(sizes, dtype, frames / FRAMES_PER_SECOND, tokens, songs=songs)
     # there is no adapter; one of rank 1 leaves next to nothing of one
     measuring = replace(training, rank=1, batch_size=config.batch_size)
     require_ram(planner, measuring)

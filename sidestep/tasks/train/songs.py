@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -312,6 +313,18 @@ def window_lengths(songs: list[Song], held_out: list[Song], config: TrainConfig,
     if config.batch_size > 1:
         lengths |= shared_lengths([song for song in songs if song.name not in lengths and is_told(song)])
     return lengths
+
+
+def largest_batch(songs: list[Song], config: TrainConfig, rate: float) -> tuple[int, int]:
+    """(latent frames, songs) of the batch of a run that takes most, since only what is of one length shares one.
+
+    rate: frames per second.
+    """
+    lengths, heard = window_lengths(songs, [], config, rate), Counter[int]()
+    for song in songs:
+        heard[lengths.get(song.name, song.frames)] += song.repeat
+    batches = ((frames, min(times, config.batch_size)) for frames, times in heard.items())
+    return max(batches, key=lambda batch: batch[0] * batch[1])
 
 
 def is_told(song: Song) -> bool:

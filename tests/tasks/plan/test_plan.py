@@ -590,6 +590,35 @@ def test_what_would_wait_in_ram_is_compared_with_what_is_there(small_run, card, 
     assert began[1:] == [config], "nothing waits in RAM without them"
 
 
+def test_a_batch_that_will_not_form_is_not_counted(tmp_path, monkeypatch):
+    """Songs of 100, 91 and 60 s: the first two share a batch where both say what they are told, as windows do."""
+    planned = []
+
+    class Step:
+        def __init__(self, sizes, config, shape, dtype):
+            planned.append((shape.frames / 25, shape.batch))
+
+        def peak(self, config):
+            return Peak(1, 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr(plans, "StepModel", Step)
+    for name in ("first_pass_peak", "second_pass_peak", "preview_peak"):
+        monkeypatch.setattr(plans, name, lambda *_: 0)
+    folder, said = tmp_path / "songs", {"caption": "x", "lyrics": ""}
+    for told, expected in (({}, (100, 1)), (said, (91, 2))):
+        for seconds in (100, 91, 60):
+            record = Record(torch.ones(25 * seconds, 8), torch.zeros(30, 32), told)
+            save_record(folder / f"{seconds}.pt", record)
+        planned.clear()
+        plan(PlanConfig(model_variant="turbo", dataset_dir=folder, batch_size=2, vram=24.0), null)
+        assert planned[0] == expected
+    assert {*planned} == {(91, 2), (100, 1), (60, 2)}, "one song at a time is planned, too, and windows"
+    save_record(folder / "often.pt", Record(torch.ones(25 * 99, 8), torch.zeros(30, 32), {"repeat": 2}))
+    planned.clear()
+    plan(PlanConfig(model_variant="turbo", dataset_dir=folder, batch_size=4, vram=24.0), null)
+    assert planned[0] == (99, 2), "a song that comes twice in an epoch shares a batch with itself"
+
+
 class Enough(Exception):
     """Raised where a test has seen what it came for."""
 
