@@ -3,7 +3,7 @@
     uv run --group dev benchmarks/full_size.py FOLDER               the 2B model; about 12 GB of disk, 20 GB of RAM
     uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
     uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
-    uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped, and its row says so
+    uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped
 
 Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
 A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
@@ -49,6 +49,8 @@ from sidestep.tasks.plan.passes import TEXT_ENCODER, VAE, first_pass_peak, secon
 from sidestep.variants import CONFIG_2B, CONFIG_XL, OFFICIAL_FOLDERS
 
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+MARKS = "<!-- full size, rebuilt by benchmarks/full_size.py -->\n", "<!-- end of full size -->"
 SIZES = {"2B": ("turbo", CONFIG_2B), "XL": ("xl-turbo", CONFIG_XL)}
 SHARD_BYTES = 2 * GIB
 SILENT_SECONDS = 3.0
@@ -163,7 +165,7 @@ def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
 
 
 def planned_bytes(folder: Path, size: str, name: str) -> int:
-    """Bytes of tensors at a phase's peak as the planner says them; 0 where it says nothing."""
+    """Bytes of a phase's tensors at their peak, copies for saves included, as the planner says; 0 where it does not."""
     if name == "preprocess 60 s":
         passes = first_pass_peak(torch.bfloat16, 60.0), second_pass_peak(SIZES[size][1], torch.bfloat16)
         return max(passes)
@@ -175,7 +177,8 @@ def planned_bytes(folder: Path, size: str, name: str) -> int:
     done = subprocess.run(
         command(asked), capture_output=True, text=True, encoding="utf-8", env=environment(), check=True
     )
-    return json.loads(done.stdout)["asked"]["peak_bytes"]["total"]
+    found = json.loads(done.stdout)
+    return found["asked"]["peak_bytes"]["total"] + found["saving_bytes"]
 
 
 def command(words: tuple[str, ...]) -> list[str]:
@@ -274,10 +277,8 @@ def main() -> None:
         row: dict[str, Any] = {"phase": name, "status": status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
         if planned := planned_bytes(options.folder, options.size, name):
-            # a save copies adapter and optimizer into RAM, which is not the memory that a card would need
-            computed = (seen.step_peak or seen.peak) - before
-            row |= {"before a save": computed / GIB, "planned GiB": planned / GIB}
-            row |= {"planned over measured": planned / computed}
+            row |= {"before a save": (seen.step_peak - before) / GIB} if seen.step_peak else {}
+            row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - before)}
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
         table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
@@ -285,6 +286,8 @@ def main() -> None:
         row |= {name: facts[name] for name in ("commit", "threads")}
         write_text(stored, json.dumps(tables, indent=1, ensure_ascii=False) + "\n")
         write_text(options.output / "full_size.md", report(tables))
+        if options.output == RESULTS:
+            write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), tables))
 
 
 def report(tables: dict) -> str:
@@ -295,6 +298,27 @@ def report(tables: dict) -> str:
         note = f"Random weights, {facts['processor']}."
         lines.append(as_markdown(Result(size, f"The {size} model on a CPU", note, table["rows"])))
     return "\n".join(lines)
+
+
+def with_table(page: str, tables: dict) -> str:
+    """The page with the stored figures between its marks."""
+    before, rest = page.split(MARKS[0])
+    columns = {
+        "wall s": "wall",
+        "processor s": "processor",
+        "peak GiB beyond imports": "peak memory",
+        "planned GiB": "planned",
+    }
+    lines = [f"| size | phase | {' | '.join(columns.values())} | version |", "|---" * (len(columns) + 3) + "|"]
+    for size, table in tables.items():
+        for row in table["rows"]:
+            ended = "" if row["status"] == 0 else f" ({row['status']})"
+            figures = [
+                f"{row[name]:.2f} GiB" if "GiB" in name else f"{row[name]:.0f} s" for name in columns if name in row
+            ]
+            figures += [""] * (len(columns) - len(figures))  # nothing was planned
+            lines.append(f"| {size} | {row['phase']}{ended} | {' | '.join(figures)} | {row['commit'][:12]} |")
+    return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":
