@@ -86,7 +86,7 @@ def data(check: Check, config: Any) -> list[str]:
     if not config.ignore_rank_map and (config.dataset_dir / RANK_MAP).is_file():
         lines.append(f"Ranks: measured, from {config.dataset_dir / RANK_MAP}; they go before the rank above.")
     if config.resume_from is None and (advice := advice_for(vars(config))):
-        lines.append(f"Suggested: {advice.value} ({advice.reason}): {advice.flags}")
+        lines += [f"Suggested: {advice.value} ({advice.reason}):", f"  {advice.flags}"]
     return lines
 
 

@@ -104,10 +104,11 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
         raise cannot_save(run, error) from error
     finally:
         run.tensorboard.close()
-    best = f"; in best/ beside it is that of {run.history.best.note}" if config.save_best and run.history.best else ""
+    if config.save_best and run.history.best:
+        report(Notice(message=f"In best/ is the adapter of {run.history.best.note}."))
     if is_language(config):
         merge = ("export", str(final), "--format", "merged-lm", "--base", str(config.checkpoint_dir), "--output", "…")
-        trained = f"Trained {run.position.step} optimizer steps. The composer's adapter is in {final}{best}"
+        trained = f"Trained {run.position.step} optimizer steps. The composer's adapter is in {final}"
         report(Finished(message=trained, next_commands=(side_step(*merge),)))
         return TrainResult(run.position.step, final)
     base = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
@@ -117,7 +118,7 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
         base += ["--shift", f"{config.timestep_shift:g}"]
     report(
         Finished(
-            message=f"Trained {run.position.step} optimizer steps. The adapter is in {final}{best}",
+            message=f"Trained {run.position.step} optimizer steps. The adapter is in {final}",
             next_commands=(side_step("sample", *base, "--adapter", str(final), "--prompt", "…"),),
         )
     )

@@ -22,7 +22,7 @@ from sidestep.adapters.names import to_original
 from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
-from sidestep.events import STEP_TASK, Decision, EpochDone, Finished, Progress, Saved, StepDone, Validated
+from sidestep.events import STEP_TASK, Decision, EpochDone, Progress, Saved, StepDone, Validated
 from sidestep.tasks.train import evaluation
 from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
@@ -164,7 +164,7 @@ def test_the_running_average_competes_for_the_best(data, tmp_path, monkeypatch, 
     assert list(differing(adapter(tmp_path / "ema"), adapter(tmp_path / "final")))
     [saved] = [event for event in log.of(Saved) if event.what == "best"]
     assert saved.note == "epoch 1, validation loss 0.5000" + (", the running average" if winner == "ema" else "")
-    assert f"; in best/ beside it is that of {saved.note}" in log.of(Finished)[-1].message
+    assert f"In best/ is the adapter of {saved.note}." in log.text
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept(data, tmp_path):
