@@ -12,6 +12,8 @@ from tests.training_world import settings
 if __name__ == "__main__":
     data, output, changes = sys.argv[1:]
     config = settings(Path(data), Path(output), **json.loads(changes))
-    paths = {name: Path(path) for name in ("resume_from", "prior_data") if (path := getattr(config, name))}
+    paths = {
+        name: Path(path) for name in ("checkpoint_dir", "resume_from", "prior_data") if (path := getattr(config, name))
+    }
     config = dataclasses.replace(config, **paths)
     train(config, lambda event: print(as_json(event), flush=True))

@@ -1,10 +1,12 @@
 """A small world for tests of training: records beside the tiny checkpoint, settings, a report that remembers."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sidestep.data.batches import Song
 from sidestep.data.records import Record, save_record
@@ -37,6 +39,20 @@ def record(seed: int, frames: int, *, hints: bool = False, **metadata) -> Record
     }
     extra = {"cover_hints": latents.roll(1, 0), "hints_encoder_hidden_states": conditions.flip(0)} if hints else {}
     return Record(latents, conditions, facts | metadata, **extra)
+
+
+def base_beside_turbo(home: Path) -> Path:
+    """A folder of checkpoints: the fixtures', and a base model with other weights."""
+    shutil.copytree(CHECKPOINTS, home, dirs_exist_ok=True)
+    base = home / "acestep-v15-base"
+    shutil.copytree(home / "acestep-v15-turbo", base)
+    said = json.loads((base / "config.json").read_text("utf-8")) | {"is_turbo": False, "model_version": "base"}
+    (base / "config.json").write_text(json.dumps(said), "utf-8")
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(base / "model.safetensors")
+    moved = {k: w + 0.02 * torch.randn(w.shape, generator=generator).to(w.dtype) for k, w in weights.items()}
+    save_file(moved, base / "model.safetensors")
+    return home
 
 
 def song(name: str, latents: torch.Tensor, conditions: torch.Tensor, **more) -> Song:

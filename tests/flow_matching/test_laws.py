@@ -84,6 +84,17 @@ TABLES = {
 
 
 @pytest.mark.parametrize("shift", TABLES)
+def test_the_eight_timesteps_of_a_shift_are_drawn_equally_often_in_twenty_thousand(shift):
+    generator = torch.Generator().manual_seed(42)
+    drawn = discrete(torch.cat([stratified(4, generator) for _ in range(5_000)]), shift)
+    found, counts = drawn.unique(return_counts=True)
+    torch.testing.assert_close(found.flip(0), torch.tensor(TABLES[shift], dtype=torch.float64), rtol=0, atol=1e-12)
+    # each sample of a step has two timesteps to itself: the deviation is that of 5,000 throws of a coin
+    assert max(abs(counts - 2_500)) < 4 * (5_000 / 4) ** 0.5
+    assert all(counts[i] + counts[i + 1] == 5_000 for i in range(0, 8, 2))
+
+
+@pytest.mark.parametrize("shift", TABLES)
 def test_each_shift_has_the_timesteps_of_the_original_in_training_and_in_sampling(shift):
     table = torch.tensor(TABLES[shift], dtype=torch.float64)
     torch.testing.assert_close(turbo_timesteps(shift), table, rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def test_a_turbo_of_another_shift_is_trained_heard_and_sampled_with_it(named, da
     value, reason = decisions(log.events)["timesteps"]
     assert value == f"discrete, 8 steps, shift {shift:g}"
     assert reason.endswith(f"shift: {why}")
+    page = unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert f"discrete, 8 steps, shift {shift:g}; no condition dropout: " in page
+    assert f"shift: {why}." in page
     [heard] = (tmp_path / "run" / "previews").glob("epoch_*/*.json")
     assert json.loads(heard.read_text(encoding="utf-8"))["sampling"]["shift"] == shift
     [command] = log.events[-1].next_commands

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from sidestep.acestep.blocks import set_aside
 from sidestep.acestep.checkpoint import Checkpoint
@@ -30,23 +28,13 @@ from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoi
 from sidestep.tasks.train.previews import make_previews
 from sidestep.tasks.train.report import previews_in
 from tests.tasks.train.test_previews import files, state_of
-from tests.training_world import CHECKPOINTS, Log, prepared, run, settings, write_data
+from tests.training_world import Log, adapter, base_beside_turbo, differing, prepared, run, settings, write_data
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """The fixtures' turbo, and a base model with other weights beside it."""
-    home = tmp_path_factory.mktemp("models")
-    shutil.copytree(CHECKPOINTS, home, dirs_exist_ok=True)
-    base = home / "acestep-v15-base"
-    shutil.copytree(home / "acestep-v15-turbo", base)
-    said = json.loads((base / "config.json").read_text("utf-8")) | {"is_turbo": False, "model_version": "base"}
-    (base / "config.json").write_text(json.dumps(said), "utf-8")
-    generator = torch.Generator().manual_seed(1)
-    weights = load_file(base / "model.safetensors")
-    moved = {k: w + 0.02 * torch.randn(w.shape, generator=generator).to(w.dtype) for k, w in weights.items()}
-    save_file(moved, base / "model.safetensors")
-    return home
+    return base_beside_turbo(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +86,16 @@ def test_a_run_that_is_heard_elsewhere_has_the_weights_and_the_optimizer_of_one_
         assert same(states[0][name], states[1][name]), name
     assert not same(states[0]["adapter"], {k: v + 1e-9 for k, v in states[1]["adapter"].items()})
     assert [p["loss"] for p in states[0]["history"]["points"]] == [p["loss"] for p in states[1]["history"]["points"]]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_heard_elsewhere_goes_on_bit_for_bit(home, data, tmp_path):
+    changes = {"scheduler_type": "constant", "preview_variant": ("turbo",)}
+    run(listening(home, data, tmp_path / "run", max_steps=1, **changes))
+    run(listening(home, data, tmp_path / "run", resume_from=Path("latest"), **changes))
+    run(asked(home, data, tmp_path / "whole", scheduler_type="constant"))
+    assert not list(differing(adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "run" / "final")))
+    assert "on-turbo/epoch_0002/01-techno.flac" in files(tmp_path / "run" / "previews")
 
 
 def test_each_model_plays_as_it_is_played_and_the_report_has_both(heard):

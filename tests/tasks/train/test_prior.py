@@ -1,6 +1,7 @@
 """Prior preservation: other music keeps the model's own velocity, in its share of each step, bit for bit on resume."""
 
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from sidestep.settings.config import PlanConfig
 from sidestep.tasks.plan.plan import longest, plan, tables
 from sidestep.tasks.train.loop import Metrics, optimizer_step
 from sidestep.tasks.train.prior import Prior, extra_time, samples_for
-from tests.training_world import CHECKPOINTS, adapter, differing, prepared, record, run, settings, write_data
+from sidestep.tasks.train.setup import open_accelerator, set_up
+from tests.training_world import CHECKPOINTS, Log, adapter, differing, prepared, record, run, settings, write_data
 from tests.training_world import song as in_memory
 
 
@@ -187,6 +189,15 @@ def test_a_run_with_other_music_goes_on_bit_for_bit_and_tells_its_drift(data, ot
     assert list(differing(adapter(tmp_path / "plain" / "final"), adapter(tmp_path / "whole" / "final")))
     with pytest.raises(UserError, match="1 changed|missing|new"):
         run(settings(data, tmp_path / "cut", epochs=9, resume_from=Path("latest"), chunk_duration=1.0))
+
+
+def test_songs_that_are_trained_on_are_left_out_of_the_other_music_by_name(data, other, tmp_path):
+    both, log = shutil.copytree(other, tmp_path / "both"), Log()
+    shutil.copy(data / "song 1.pt", both / "another name.pt")
+    accelerator, precision = open_accelerator(config := settings(data, tmp_path / "run", prior_data=both), log)
+    kept = set_up(config, log, accelerator, precision).prior.songs
+    assert [song.name for song in kept] == ["other 0.pt", "other 1.pt", "other 2.pt"]
+    assert "1 song trained on are in it too and are left out there: another name.pt" in log.text
 
 
 def test_the_trained_songs_are_no_other_music(data, other, tmp_path):

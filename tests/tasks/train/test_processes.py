@@ -15,7 +15,7 @@ import torch
 
 from sidestep.data.records import save_record
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
-from tests.training_world import adapter, record, run, settings, write_data
+from tests.training_world import adapter, base_beside_turbo, record, run, settings, write_data
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
@@ -112,10 +112,16 @@ def test_two_processes_hear_the_other_music_and_the_captions_that_one_would(tmp_
     varied = {"custom_tag": "sks", "prompt_caption": "sks, one", "caption": "one", "captions": ["two", "three"]}
     data = write_data(tmp_path / "varied", **varied, genre="techno", genre_ratio=30)
     changes |= {"caption_dropout": 0.3, "tag_dropout": 0.3, "metadata_dropout": 0.3}  # what is told is drawn alike, too
-    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **changes), environment is FSDP)
-    one = {**changes, "prior_data": tmp_path / "other"}
+    heard = {}
+    if environment is not FSDP:  # under which the trained model alone can play
+        base_beside_turbo(tmp_path / "models")
+        changes |= {"checkpoint_dir": str(tmp_path / "models"), "model_variant": "base"}
+        heard = {"preview_every": 2, "preview_prompt": "x", "preview_duration": 1.0, "preview_variant": ["turbo"]}
+    finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **changes, **heard), environment is FSDP)
+    one = changes | {name: Path(changes[name]) for name in ("prior_data", "checkpoint_dir") if name in changes}
     log = run(settings(data, tmp_path / "one", gradient_accumulation=2, **one))
     assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
+    assert bool(heard) == (tmp_path / "two" / "previews" / "on-turbo" / "epoch_0002" / "01-x.flac").is_file()
     state, _ = read_checkpoint(complete_checkpoints(tmp_path / "two")[-1])
     drifts = [event.drift for event in log.events if type(event).__name__ == "StepDone"]
     assert [point["drift"] for point in state["history"]["points"]] == pytest.approx(drifts, rel=1e-3, abs=1e-9)

@@ -21,9 +21,9 @@ from sidestep.settings.config import BuildDatasetConfig
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.train.setup import open_accelerator, set_up
-from sidestep.tasks.train.songs import songs_of, wordings
+from sidestep.tasks.train.songs import plan_windows, songs_of, wordings
 from tests.preprocessing import edit_library, job, make_library, tone
-from tests.training_world import CHECKPOINTS, Log, adapter, differing, prepared, record, run, settings
+from tests.training_world import CHECKPOINTS, LYRICS, Log, adapter, differing, prepared, record, run, settings
 from tests.training_world import song as in_memory
 
 SAID = {
@@ -195,7 +195,7 @@ def test_a_run_of_many_wordings_goes_on_bit_for_bit(tmp_path):
     save_record(tmp_path / "data" / "varied.pt", told(**GENRE | {"genre_ratio": 50}, repeat=4))
     data = tmp_path / "data"
     changes = {"caption_dropout": 0.3, "tag_dropout": 0.4, "metadata_dropout": 0.5, "epochs": 3}
-    changes |= {"gradient_accumulation": 1, "chunk_duration": 1.0, "scheduler_type": "constant"}
+    changes |= {"gradient_accumulation": 1, "chunk_duration": 1.0, "scheduler_type": "constant", "timestep_shift": 2.0}
     whole = prepared(settings(data, tmp_path / "seen", **changes))
     ways = wordings(whole.songs[0].metadata, whole.config)
     items = [step.micro_batches[0].items[0] for epoch in range(3) for step in whole.plan(epoch)][3:]
@@ -282,17 +282,33 @@ def test_the_genre_ratio_of_dataset_json_reaches_the_draw_and_changes_only_words
     assert same == [[True, True], [True, False], [True, True]]  # audio is never encoded again
 
 
-def test_a_run_that_goes_on_with_another_genre_is_refused_by_name(tmp_path):
+def test_each_wording_of_a_window_has_the_lyrics_of_that_window():
+    said = SAID | {"lyrics": LYRICS, "language": "en"}
+    sung = in_memory("a", torch.zeros(90, 8), torch.zeros(1, 32), metadata=said)
+    plan = plan_windows(sung, 25, 25.0, 5, settings(Path(), Path()))
+    assert len(set(plan.which)) > 1
+    conditions = (torch.zeros(1, 32),) * len(plan.texts)
+    windows = Windows(plan.frames, plan.starts, plan.which, conditions, shares=plan.shares)
+    heard = set()
+    for visit in range(200):
+        item = item_of(replace(sung, windows=windows), 0, visit, 42)
+        own = plan.texts[plan.which[plan.starts.index(item.start)]]
+        assert plan.texts[item.text].lyrics == own.lyrics
+        heard.add(plan.texts[item.text])
+    assert heard == set(plan.texts)
+
+
+def test_a_run_that_goes_on_with_another_genre_or_caption_is_refused_by_name(tmp_path):
     data = tmp_path / "data"
-    save_record(data / "a.pt", record(1, 40, **GENRE))
+    save_record(data / "a.pt", record(1, 40, captions=["two"], **GENRE))
     config = settings(data, tmp_path / "run", epochs=1)
     run(config)
     again = replace(config, epochs=2, resume_from=Path("latest"))
-    for changed in ({"genre": "trance"}, {"genre_ratio": 31}):
-        save_record(data / "a.pt", record(1, 40, **GENRE | changed))
+    for changed in ({"genre": "trance"}, {"genre_ratio": 31}, {"captions": ["three"]}):
+        save_record(data / "a.pt", record(1, 40, **{"captions": ["two"], **GENRE, **changed}))
         with pytest.raises(UserError, match=r"1 changed \(a\.pt: caption, lyrics or metadata\)"):
             run(again)
-    save_record(data / "a.pt", record(1, 40, **GENRE))
+    save_record(data / "a.pt", record(1, 40, captions=["two"], **GENRE))
     run(again)
 
 
