@@ -154,10 +154,12 @@ def train_lm(config: TrainLmConfig, report: Report) -> None:
     """`train-lm`: train, if it fits into memory."""
     from sidestep.data.records import index_records
     from sidestep.tasks.plan.language import check_language_memory
+    from sidestep.tasks.plan.plan import check_language_previews
     from sidestep.tasks.train import train
 
     index = cache(partial(index_records, report=report))
     check_language_memory(config, report, index)
+    check_language_previews(config, report)
     train(config, report, index)
 
 

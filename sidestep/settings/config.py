@@ -663,6 +663,22 @@ class TrainConfig(ModelConfig):
             "be of the same size. It comes into memory when the trained one has left, so each preview takes longer."
         ),
     )
+    preview_think: bool = option(
+        False,
+        "the language model composes each preview, once and before the training; the DiT follows it in all of them",
+        group="Previews",
+        plain="previews as the app makes them with thinking on: the composer writes them first",
+    )
+    preview_adapter: Path | None = option(
+        None,
+        "adapter of train-lm, for the language model that composes the previews",
+        group="Previews",
+        label="Adapter of the composer in previews",
+        plain="the composer's own adapter: the final/ or best/ folder of a run of train-lm",
+        holds="adapter",
+        when=("preview_think", True),
+        kept=True,
+    )
 
     save_every: int = option(
         10,
@@ -738,6 +754,21 @@ class TrainLmConfig(TrainConfig):
     val_split: float = same_as(TrainConfig, "val_split", default=0.1)
     early_stop_patience: int = same_as(TrainConfig, "early_stop_patience", default=3)
     target_mlp: bool = same_as(TrainConfig, "target_mlp", default=True)
+    preview_every: int = same_as(
+        TrainConfig,
+        "preview_every",
+        help="epochs between previews: what the composer writes, and the DiT plays, with and without the adapter; "
+        "0 makes them only at the end, if there is a prompt",
+        plain="let the composer write a song while training, every so many epochs; 0 only at the end",
+    )
+    preview_adapter: Path | None = same_as(
+        TrainConfig,
+        "preview_adapter",
+        help="adapter for the DiT that plays the previews",
+        label="Adapter of the DiT in previews",
+        plain="the band's own adapter: the final/ or best/ folder of a run of fixed",
+        when=(),
+    )
 
     adapter_type: str = fixed("lora")
     batch_size: int = fixed(1)
@@ -772,13 +803,8 @@ class TrainLmConfig(TrainConfig):
     offload_encoder: bool = fixed(False)
     swap_blocks: int = fixed(0)
     score: bool = fixed(False)
-    preview_every: int = fixed(0)
-    preview_prompt: str = fixed("")
-    preview_lyrics: str = fixed("")
-    preview_prompts: Path | None = fixed(None)
-    preview_duration: float = fixed(30.0)
-    preview_seed: int = fixed(42)
     preview_variant: tuple[str, ...] = fixed(())
+    preview_think: bool = fixed(True)
 
 
 @dataclass(frozen=True, kw_only=True)

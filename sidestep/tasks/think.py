@@ -17,7 +17,7 @@ from torch import Tensor
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Prompt, hints_of_codes
 from sidestep.acestep.lm.decoding import Composition, Sampling, compose
-from sidestep.acestep.lm.model import choose_language_model, codebook_size, load_language_model
+from sidestep.acestep.lm.model import LanguageModel, choose_language_model, codebook_size, load_language_model
 from sidestep.acestep.lm.prompts import FIELDS
 from sidestep.adapters.attach import adapter_scale, load_adapter
 from sidestep.adapters.read import read_adapter
@@ -84,25 +84,29 @@ def think(
     quantised = "" if thinking.base_precision == "auto" else thinking.base_precision
     lm = load_language_model(folder, codebook_size(checkpoint), device, dtype, quantised)
     model = load_adapter(lm.model.model, adapter, "--lm") if adapter else None
-    songs = []
     with adapter_scale(model, thinking.strength) if model else nullcontext():
-        for request in requests:
-            song = compose(
-                lm,
-                request.caption,
-                request.lyrics,
-                replace(thinking.sampling, seed=request.seed),
-                given_of(request),
-                None if chooses_length else request.duration,
-                [name for name in FIELDS if name != "caption" or thinking.rewrites],
-                LONGEST_SECONDS,
-                partial(LongTask, report, "Composing"),
-            )
-            songs.append(song)
+        return composed(lm, requests, thinking, report, chooses_length)
+
+
+def composed(
+    lm: LanguageModel, requests: Sequence[Prompt], thinking: Thinking, report: Report, chooses_length: bool = False
+) -> list[Thought]:
+    """A thought for each request, by the language model as it is at that moment. Tells what it wrote."""
     thoughts = []
-    for request, song in zip(requests, songs, strict=True):
+    for request in requests:
+        song = compose(
+            lm,
+            request.caption,
+            request.lyrics,
+            replace(thinking.sampling, seed=request.seed),
+            given_of(request),
+            None if chooses_length else request.duration,
+            [name for name in FIELDS if name != "caption" or thinking.rewrites],
+            LONGEST_SECONDS,
+            partial(LongTask, report, "Composing"),
+        )
         told = {
-            "model": folder.name,
+            "model": lm.folder.name,
             "adapter": str(thinking.adapter) if thinking.adapter else None,
             "strength": thinking.strength if thinking.adapter else None,
             **vars(thinking.sampling),
@@ -110,7 +114,7 @@ def think(
             "wrote": song.metadata,
             "codes": list(song.codes),
         }
-        report(written(request, song))
+        report(written(request, song, thinking))
         thoughts.append(Thought(told_to_the_dit(request, song, thinking.rewrites), song.codes, told))
     return thoughts
 
@@ -160,8 +164,9 @@ def described(thinking: Thinking, trained_on: str) -> str:
     return f"{why}; {how}{with_adapter}"
 
 
-def written(request: Prompt, song: Composition) -> Table:
+def written(request: Prompt, song: Composition, thinking: Thinking) -> Table:
     """What the model wrote, for a person."""
     rows = [(name, str(value)) for name, value in song.metadata.items()]
     rows.append(("codes", f"{len(song.codes)}, for {song.seconds:g} s"))
-    return Table(title=f'Composed for "{request.caption[:40]}"', columns=("", "written"), rows=tuple(rows))
+    without = ", without the adapter" if thinking.adapter and not thinking.strength else ""
+    return Table(title=f'Composed for "{request.caption[:40]}"{without}', columns=("", "written"), rows=tuple(rows))

@@ -18,7 +18,7 @@ from transformers import Qwen3ForCausalLM
 
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import COVER, Prompt, encode_texts, hints_of_codes
-from sidestep.acestep.device import GIB
+from sidestep.acestep.device import GIB, GpuMemory
 from sidestep.acestep.lm.decoding import Sampling, write_codes
 from sidestep.acestep.lm.model import LanguageModel
 from sidestep.acestep.lm.prompts import plan_text
@@ -30,13 +30,14 @@ from sidestep.events import Decision, Table, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks import think as module
-from sidestep.tasks.plan.plan import check_sample
+from sidestep.tasks.plan.plan import check_sample, fit_into
 from sidestep.tasks.sample import open_sampler, sample, sampling_for, thinking_of
 from sidestep.tasks.think import hints_for
+from sidestep.tasks.train import train
 from tests.acestep.lm.test_decoding import GREEDY
 from tests.conftest import assert_golden
 from tests.tasks.plan.test_plan import card  # noqa: F401  a fixture
-from tests.tasks.train.test_language import VARIANT
+from tests.tasks.train.test_language import VARIANT, write_songs
 
 CPU = torch.device("cpu")
 MODEL = "acestep-5Hz-lm-0.6B"
@@ -295,6 +296,51 @@ def test_models_that_play_a_song_play_the_same_one_which_is_composed_once(tmp_pa
     assert made[0]["composed"] == made[1]["composed"]
     assert len({path.read_bytes() for path in (tmp_path / "out").glob("*.flac")}) == 2
     assert not torch.equal(*hints)  # each model has its own idea of the codes
+
+
+@pytest.mark.slow
+def test_previews_of_a_training_follow_what_the_composer_wrote_before_it(tmp_path, lm_home, adapters):
+    data = write_songs(tmp_path / "data", 1)
+    values = {"checkpoint_dir": lm_home, "model_variant": VARIANT, "dataset_dir": data, "device": "cpu", "rank": 2}
+    values |= {"epochs": 1, "lr": 1e-2, "log_every": 1, "max_steps": 2}
+    train(TrainConfig(**values, output_dir=tmp_path / "without"), null)
+    heard = {"preview_prompt": "techno", "preview_duration": 1.0, "preview_think": True}
+    told = []
+    run = TrainConfig(**values, output_dir=tmp_path / "run", preview_adapter=adapters["lm"], **heard)
+    train(run, told.append)
+    same = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("without", "run")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[1])
+    assert len([table for table in told if isinstance(table, Table) and "Composed for" in table.title]) == 1
+    asked = config(lm_home, tmp_path / "sample", duration=1.0, steps=None, lm_adapter=adapters["lm"])
+    final = replace(asked, adapter=tmp_path / "run" / "final", strength=(0.0, 1.0))
+    base, now = sample(final, null)
+    folder = tmp_path / "run" / "previews"
+    assert (folder / "base" / "01-techno.flac").read_bytes() == base.read_bytes()
+    [audio] = [path for path in folder.rglob("*.flac") if path.parent.name != "base"]
+    assert audio.read_bytes() == now.read_bytes() != base.read_bytes()
+    said, expected = (json.loads(path.with_suffix(".json").read_text("utf-8")) for path in (audio, now))
+    assert said["composed"] == expected["composed"]
+    assert "What the composer wrote" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_thinking_before_previews_is_refused_where_the_language_model_cannot_fit(tmp_path, lm_home, monkeypatch):
+    planned = TrainConfig(
+        **{"checkpoint_dir": lm_home, "model_variant": VARIANT, "dataset_dir": write_songs(tmp_path, 1)},
+        **{"output_dir": tmp_path / "run", "rank": 2, "preview_prompt": "techno", "preview_think": True},
+    )
+    monkeypatch.setattr("sidestep.tasks.plan.plan.writing_bytes", lambda *_: 9 * GIB)
+    with pytest.raises(UserError, match="--preview-think: the language model needs"):
+        fit_into(GpuMemory(8 * GIB, "a card"), planned, null)
+
+    def reached(*_):
+        raise LookupError
+
+    monkeypatch.setattr("sidestep.tasks.plan.plan.require_ram", reached)  # behind the check; it takes seconds
+    for changes in ({"preview_think": False}, {"preview_prompt": ""}, {"even_if_it_does_not_fit": True}):
+        with pytest.raises(LookupError):
+            fit_into(GpuMemory(8 * GIB, "a card"), replace(planned, **changes), null)
+    with pytest.raises(LookupError):
+        fit_into(GpuMemory(16 * GIB, "a card"), planned, null)
 
 
 def test_a_model_of_other_codes_is_not_given_a_composed_song(tmp_path, lm_home, checkpoints):

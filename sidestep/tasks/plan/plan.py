@@ -33,7 +33,14 @@ from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.advice import Advice, advice_for
-from sidestep.settings.config import EstimateConfig, PlanConfig, SampleConfig, TrainConfig, memory_levers
+from sidestep.settings.config import (
+    EstimateConfig,
+    PlanConfig,
+    SampleConfig,
+    TrainConfig,
+    TrainLmConfig,
+    memory_levers,
+)
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.plan.language import PLAIN_TOKENS, writing_bytes
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
@@ -448,6 +455,14 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadInd
     as_needed, config = config.recompute_as_needed, replace(config, recompute_as_needed=False)
     if (planner := planner_for(config, index)) is None:
         return config
+    if config.preview_think and wants_previews(config):
+        checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+        composing = with_overhead(composing_bytes(checkpoint, "auto", config, planner.dtype))
+        if composing > gpu.bytes and not config.even_if_it_does_not_fit:
+            raise UserError(
+                f"--preview-think: the language model needs {gib(composing)}, and {gpu.source} has {gib(gpu.bytes)}.",
+                "Leave it out, or store the models smaller: --base-precision nf4",
+            )
     if as_needed:
         config = replace(config, recompute_layers=planner.least_recomputation(config, min(gpu.free, gpu.usable)))
         layers = "all" if config.recompute_layers is None else f"{config.recompute_layers} of {planner.layers}"
@@ -536,11 +551,36 @@ def sample_bytes(config: SampleConfig) -> int:
         beside = preview_peak(planner.sizes, making, planner.dtype, FRAMES_PER_SECOND, planner.tokens)
         needed.append(planner.peak(making).weights + beside)
         if config.think:
-            lm = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
-            lm_tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * making.preview_duration)
             sides = 1 + (config.lm_guidance != 1)
-            needed.append(writing_bytes(lm, config.base_precision, lm_tokens, planner.dtype.itemsize, sides))
+            needed.append(composing_bytes(checkpoint, config.lm, making, planner.dtype, sides))
     return max(needed)
+
+
+def composing_bytes(checkpoint: Checkpoint, lm: str, config: TrainConfig, dtype: torch.dtype, sides: int = 2) -> int:
+    """Bytes of tensors while the language model composes a song of `--preview-duration`. sides: 2 under guidance."""
+    sizes = read_config(choose_language_model(checkpoint.layout, lm) / "config.json")
+    tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * config.preview_duration)
+    return writing_bytes(sizes, config.base_precision, tokens, dtype.itemsize, sides)
+
+
+def check_language_previews(config: TrainLmConfig, report: Report) -> None:
+    """Warn where the music of `train-lm`'s previews does not fit; what the language model wrote is there all the same.
+
+    While the DiT plays, the language model waits on the CPU.
+    """
+    gpu = gpu_memory(choose_device(config.device).value)
+    if gpu is None or not wants_previews(config):
+        return
+    shared = ("checkpoint_dir", "model_variant", "device", "precision", "base_precision")
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    values |= {"prompt": config.preview_prompt, "duration": config.preview_duration, "offload_encoder": True}
+    playing = SampleConfig(**values)
+    if (needed := with_overhead(sample_bytes(playing))) > gpu.free:
+        message = (
+            f"The music of a preview needs {needed / GIB:.1f} of the {gib(gpu.free)} that are free: there may be none, "
+            "only what the composer wrote. What helps: --preview-duration 10, --base-precision int8."
+        )
+        report(Notice(message=message, level="warning"))
 
 
 def _players_of_sample(config: SampleConfig) -> Iterator[tuple[Checkpoint, Planner, TrainConfig]]:

@@ -39,7 +39,7 @@ class LanguageCheckpoint(Checkpoint):
 
     def __init__(self, dit: Checkpoint, folder: Path):
         super().__init__(dit.layout, dit.report)
-        self._lm_folder, self._dit = folder, dit
+        self._lm_folder, self.dit = folder, dit
         self.config = read_config(folder / "config.json")
 
     @property
@@ -49,7 +49,7 @@ class LanguageCheckpoint(Checkpoint):
     @property
     def latent_channels(self) -> int:
         """Of the DiT that it goes with: the VAE is that one's."""
-        return self._dit.latent_channels
+        return self.dit.latent_channels
 
     def identity(self, part: str = "transformer") -> str:
         """Fingerprint of the language model's weights, or of another part's."""
@@ -136,7 +136,7 @@ class AnswerObjective:
     """The loss of plan and codes of a song. The only random thing is dropout, by the run's seed, step and slot."""
 
     def __init__(self, config: TrainConfig, language: Language, device: torch.device):
-        self.seed, self.device, self._language = config.seed, device, language
+        self.seed, self.device, self.lm = config.seed, device, language.lm
         self.condition_mask = ConditionMask()
         self._known: dict[str, tuple[list[int], int]] = {}
 
@@ -149,7 +149,7 @@ class AnswerObjective:
         [item] = micro_batch.items
         song = songs[item.song]
         if song.name not in self._known:
-            self._known[song.name] = sequence(self._language.lm, song)
+            self._known[song.name] = sequence(self.lm, song)
         ids, n_prompt = self._known[song.name]
         return TokenBatch(torch.tensor([ids], device=self.device), n_prompt, (song.name,), micro_batch.slots)
 
@@ -164,7 +164,7 @@ class AnswerObjective:
     def loss(self, model: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
         """Mean negative log-likelihood [1] of a song's answer."""
         states = model(input_ids=batch.ids, use_cache=False).last_hidden_state[0]
-        head = self._language.lm.model.lm_head.weight
+        head = self.lm.model.lm_head.weight
         return answer_loss(states.to(head.dtype), head, batch.ids[0], batch.n_prompt)[None]
 
     def grid(self, songs: Sequence[Song]) -> list[MicroBatch]:

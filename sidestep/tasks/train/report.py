@@ -189,21 +189,33 @@ def previews_in(run_folder: Path) -> list[dict[str, Any]]:
             prompt, step, epoch = dict(said["prompt"]), int(said["step"]), int(said["epoch"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        audio = path.with_suffix(".flac")
-        if not audio.is_file():
+        audio, composed = path.with_suffix(".flac"), said.get("composed")
+        is_there = audio.is_file()
+        if not is_there and not composed:
             continue
         player = path.parent.parent.name if path.parent.parent != folder else ""
-        entry = {"prompt": prompt, "model": player.removeprefix("on-"), "base": None, "takes": []}
+        entry = {"prompt": prompt, "model": player.removeprefix("on-"), "base": None, "takes": [], "written": []}
         entry = prompts.setdefault((path.stem, player), entry)
         url = quote(audio.relative_to(run_folder).as_posix())
-        if path.parent.name == BASE:
+        is_base = path.parent.name == BASE
+        label = f"epoch {epoch}" if path.parent.name.startswith("epoch") else f"step {step}"
+        if is_there and is_base:
             entry["base"] = url
-        else:
-            label = f"epoch {epoch}" if path.parent.name.startswith("epoch") else f"step {step}"
+        elif is_there:
             entry["takes"].append({"step": step, "label": label, "src": url})
+        if composed:
+            label = "without the adapter" if is_base else label
+            entry["written"].append({"step": step, "label": label, "text": words_of(composed)})
     for entry in prompts.values():
         entry["takes"].sort(key=lambda take: take["step"])
+        entry["written"].sort(key=lambda take: take["step"])
     return [prompts[key] for key in sorted(prompts)]
+
+
+def words_of(composed: Mapping[str, Any]) -> str:
+    """What the language model wrote for a preview, in a line: `bpm 84 · keyscale D minor · 60 codes`."""
+    wrote = [f"{name} {value}" for name, value in dict(composed.get("wrote", {})).items()]
+    return " · ".join([*wrote, count(len(composed.get("codes", ())), "code")])
 
 
 def settings_of(config: TrainConfig, changed: bool = True) -> list[dict[str, str]]:

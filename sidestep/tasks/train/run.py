@@ -1,7 +1,7 @@
 """A run: what the training loop works with, and what the run remembers of its own course (kept in every save)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from peft import PeftModel
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
@@ -19,6 +20,7 @@ from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Conditions, Prompt
 from sidestep.acestep.device import Choice
 from sidestep.acestep.vae import frames_per_second
+from sidestep.adapters.adapter import Adapter
 from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
 from sidestep.events import Event, LongTask, Notice, Report
@@ -166,25 +168,29 @@ class History:
 class Player:
     """A model that plays the previews, with the prompts' conditions as its own encoder makes them.
 
-    folder: below previews/, empty for the model that is trained.
+    folder: below previews/, empty for the model that is trained. hints: of each prompt that was composed, or None.
     """
 
     checkpoint: Checkpoint
     conditions: list[Conditions]
     sampling: Sampling
     folder: str = ""
+    hints: Sequence[Tensor | None] = ()
 
 
 @dataclass
 class Previews:
     """What is made audible while a run goes on. made_at: optimizer step of the last previews.
 
-    dtype: of the VAE and of another model that plays; vae: is kept from one preview to the next.
+    dtype: of the VAE and of another model that plays; vae: is kept from one preview to the next. composed: what the
+    language model wrote for each prompt. adapter: of the DiT that plays what a language model in training writes.
     """
 
     prompts: list[Prompt]
     players: list[Player]
     dtype: torch.dtype
+    composed: list[dict[str, Any]] = field(default_factory=list)
+    adapter: Adapter | None = None
     vae: OffloadedModule | None = None
     made_at: int = -1
 

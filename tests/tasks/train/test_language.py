@@ -13,20 +13,25 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
-from sidestep.acestep.device import GpuMemory
+from sidestep.acestep.device import GIB, GpuMemory
 from sidestep.acestep.lm.loss import answer_loss
-from sidestep.acestep.lm.prompts import codes_prompt, plan_text
+from sidestep.acestep.lm.prompts import codes_prompt, plan_prompt, plan_text
 from sidestep.cli import commands
 from sidestep.cli.main import main
 from sidestep.data.records import index_records, save_record
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
-from sidestep.events import EpochDone, Finished, StepDone, Validated
-from sidestep.settings.config import HistoryConfig, TrainLmConfig
+from sidestep.events import EpochDone, Finished, Notice, StepDone, Table, Validated, null
+from sidestep.settings.config import HistoryConfig, SampleConfig, TrainLmConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
 from sidestep.tasks.plan.language import check_language_memory
+from sidestep.tasks.plan.plan import check_language_previews
+from sidestep.tasks.sample import sample
 from sidestep.tasks.train import train
 from sidestep.tasks.train.language import Language
+from sidestep.tasks.train.previews import preview_now
+from sidestep.tasks.train.report import previews_in
+from tests.tasks.train.test_previews import state_of
 from tests.training_world import Log, adapter, differing, prepared, record
 
 VARIANT = "acestep-v15-512-codes"
@@ -82,6 +87,7 @@ def test_the_loss_of_a_step_is_that_of_the_whole_answer(tmp_path, lm_home, tiny_
     text = tiny_lm.tokens.text(batch.ids[0])
     assert text.startswith(codes_prompt("song 0", "[Instrumental]", plan) + "<|audio_code_10|>")
     assert text.endswith("<|audio_code_180|><|im_end|>")
+    assert tiny_lm.tokens.text(batch.ids[0, : batch.n_prompt]) == plan_prompt("song 0", "[Instrumental]")
     with torch.inference_mode():
         states = tiny_lm.model.model(input_ids=batch.ids).last_hidden_state[0].clone()
     expected = answer_loss(states, tiny_lm.model.lm_head.weight, batch.ids[0], batch.n_prompt)
@@ -182,6 +188,71 @@ def test_a_quantised_base_learns_too(tmp_path, lm_home, precision):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
+def test_previews_are_what_sample_composes_and_plays_with_the_adapter(tmp_path, lm_home):
+    data = write_songs(tmp_path / "data", 1)
+    run(settings(data, tmp_path / "without", lm_home))
+    log = run(settings(data, tmp_path / "run", lm_home, preview_every=1, preview_duration=1.0))
+    assert not list(differing(adapter(tmp_path / "run" / "final"), adapter(tmp_path / "without" / "final")))
+    folder = tmp_path / "run" / "previews"
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    places = ("base", "epoch_0001", "epoch_0002")
+    assert found == [f"{place}/01-song-0.{kind}" for place in places for kind in ("flac", "json")]
+    asked = SampleConfig(
+        **{"checkpoint_dir": lm_home, "model_variant": VARIANT, "device": "cpu", "prompt": "song 0", "language": "en"},
+        **{"duration": 1.0, "think": True, "strength": (0.0,), "output": tmp_path / "sample"},
+    )
+    for place, lm_adapter in (("base", None), ("epoch_0002", tmp_path / "run" / "final")):
+        [audio] = sample(replace(asked, lm_adapter=lm_adapter), null)
+        said, heard = (
+            json.loads(path.read_text("utf-8"))
+            for path in (audio.with_suffix(".json"), folder / place / "01-song-0.json")
+        )
+        assert heard["composed"]["codes"] == said["composed"]["codes"]
+        assert heard["composed"]["wrote"] == said["composed"]["wrote"]
+        assert "bpm" in heard["composed"]["wrote"]  # which the song has, and the composer is not told
+        assert (folder / place / "01-song-0.flac").read_bytes() == audio.read_bytes()
+    titles = [table.title for table in log.of(Table) if "Composed" in table.title]
+    assert titles.count('Composed for "song 0", without the adapter') == 1
+    assert titles.count('Composed for "song 0"') == 2
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    wrote = json.loads((folder / "epoch_0001" / "01-song-0.json").read_text("utf-8"))["composed"]["wrote"]
+    assert "What the composer wrote" in page
+    assert f"bpm {wrote['bpm']} ·" in page
+
+
+def test_what_was_written_stays_where_it_cannot_be_played(tmp_path, lm_home, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("sidestep.tasks.train.previews.load_model", full)
+    trained = prepared(settings(write_songs(tmp_path / "data", 1), tmp_path / "run", lm_home, preview_duration=1.0))
+    told = []
+    trained.report = told.append
+    before = state_of(trained)
+    preview_now(trained)  # as the key does it, in a run that was set up without previews
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(trained), strict=True))
+    folder = tmp_path / "run" / "previews"
+    assert sorted(path.name for path in folder.rglob("*.*")) == ["01-song-0.json"] * 2
+    assert [e.message for e in told if isinstance(e, Notice)] == ["No previews this time: no room"]
+    [entry] = previews_in(tmp_path / "run")
+    assert (entry["base"], entry["takes"]) == (None, [])
+    assert [take["label"] for take in entry["written"]] == ["without the adapter", "epoch 0"]
+    assert entry["written"][0]["text"].endswith(" · 5 codes")
+
+
+def test_the_gate_warns_of_music_that_will_not_fit(tmp_path, lm_home, monkeypatch):
+    monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda _: GpuMemory(8 * GIB, "a card"))
+    told, asked = [], []
+    monkeypatch.setattr("sidestep.tasks.plan.plan.sample_bytes", lambda config: asked.append(config) or 9 * GIB)
+    config = settings(tmp_path, tmp_path / "run", lm_home, preview_duration=12.0)
+    check_language_previews(config, told.append)
+    assert not told
+    check_language_previews(replace(config, preview_every=5), told.append)
+    assert "only what the composer wrote" in told[0].message
+    assert asked[0].duration == 12.0
+
+
 def test_songs_without_codes_are_refused_with_the_command_that_makes_them(tmp_path, lm_home):
     save_record(tmp_path / "a.pt", record(0, 50))
     with pytest.raises(UserError, match="1 of 1 songs have no codes") as caught:
@@ -256,6 +327,13 @@ def test_the_command_has_no_setting_that_the_language_model_would_not_obey():
         "optimizer_type",
         "output_dir",
         "precision",
+        "preview_adapter",
+        "preview_duration",
+        "preview_every",
+        "preview_lyrics",
+        "preview_prompt",
+        "preview_prompts",
+        "preview_seed",
         "rank",
         "resume_from",
         "run_name",

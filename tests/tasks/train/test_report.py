@@ -89,6 +89,7 @@ def preview(caption: str = "a song", base: str | None = "previews/base/01.flac",
         "base": base,
         "model": "",
         "takes": urls,
+        "written": [],
     }
 
 
