@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.form
 
-About two minutes a seed on one CPU core; writes benchmarks/results/form.{json,md}. A Qwen3 of 2 layers learns from
+About three minutes a seed on one CPU core; writes benchmarks/results/form.{json,md}. A Qwen3 of 2 layers learns from
 scratch: songs of six sections, each a motif of one of five kinds, in an order that is drawn anew for each song. Then
 `train-lm` gets songs whose order is always the same, in 8 keys; the last code of each section is drawn, so that no two
 songs are equal. Held-out songs have this order, too. Written songs are judged by how many of their sections are of the
