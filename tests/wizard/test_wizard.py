@@ -21,8 +21,10 @@ from sidestep.settings.advice import advise
 from sidestep.settings.config import (
     COMMANDS,
     BuildDatasetConfig,
+    CompareConfig,
     DemoConfig,
     PreprocessConfig,
+    ScoreConfig,
     TrainConfig,
     TrainLmConfig,
     command_words,
@@ -38,7 +40,7 @@ from sidestep.wizard.numbered import NumberedAsk
 from sidestep.wizard.prompts import QuestionaryAsk
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
 from sidestep.wizard.review import Knowledge, in_background
-from sidestep.wizard.session import Outside, Wizard
+from sidestep.wizard.session import Outside, Wizard, results_of
 from tests.training_world import record
 from tests.wizard_world import CHECKPOINTS, Screen, Script, World, welcomed
 
@@ -526,6 +528,13 @@ def test_results_are_opened_from_what_comes_next(world):
     assert opened == [done.config.output_dir / "report.html"]
     assert script.names[-2:] == ["next", "next"]
     assert f"Opened {opened[0]}." in screen.text()
+
+
+def test_the_page_of_a_judgement_is_opened_like_the_report_of_a_run(tmp_path):
+    judged = results_of(ScoreConfig(run_folder=tmp_path / "run"))
+    assert judged["the listening page"] == tmp_path / "run" / "score" / "listen.html"
+    compared = results_of(CompareConfig(output=tmp_path / "compared"))
+    assert compared["the listening page"] == tmp_path / "compared" / "listen.html"
 
 
 def offered(world, name: str, flow: str, suggested: object = None, **used) -> list[str]:

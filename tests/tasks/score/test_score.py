@@ -20,6 +20,7 @@ from sidestep.cli.main import main
 from sidestep.settings.config import ScoreConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score import clips as clips_module
+from sidestep.tasks.score import judge as judge_module
 from sidestep.tasks.score import run as module
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.clips import BASE, Clip, Songs, listen
@@ -248,6 +249,24 @@ def test_the_gain_is_that_of_the_loss_that_training_reports(run, monkeypatch):
     history = torch.load(run / "checkpoints" / "epoch_0002" / "training_state.pt", weights_only=True)["history"]
     one, two = (evaluation["loss"] for evaluation in history["evaluations"])
     assert (1 - gains["epoch_0002"]) / (1 - gains["epoch_0001"]) == pytest.approx(two / one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_with_the_memory_levers_of_a_sample_the_same_is_measured(run, tmp_path, monkeypatch, capsys):
+    streamed, quantised = (Path(shutil.copytree(run, tmp_path / name)) for name in ("streamed", "quantised"))
+    assert score(run) == 0
+    swaps = []
+    swap = judge_module.BlockSwap
+    monkeypatch.setattr(judge_module, "BlockSwap", lambda *args: swaps.append(args[1]) or swap(*args))
+    assert score(streamed, "--swap-blocks", "1") == 0
+    assert swaps == [1] * 3  # the base and two checkpoints
+    assert results(streamed) == results(run)
+    assert score(quantised, "--base-precision", "int8") == 0
+    for exact, rounded in zip(results(run)["rows"], results(quantised)["rows"], strict=True):
+        assert rounded["drift"]["value"] != exact["drift"]["value"]
+        assert rounded["drift"]["value"] == pytest.approx(exact["drift"]["value"], rel=0.1)
+    assert score(run, "--swap-blocks", "1", "--base-precision", "int8") == 2
+    assert "quantised weights cannot be streamed" in capsys.readouterr().err
 
 
 def test_each_adapter_is_judged_once_under_all_its_names(run):
