@@ -51,6 +51,10 @@ def test_more_data_narrows_the_spread():
     assert low < many.value < high
 
 
+def test_an_interval_holds_the_middle_95_of_100_draws():
+    assert Figure(0.0, np.linspace(-1, 1, 1001)).interval == pytest.approx((-0.95, 0.95))
+
+
 def test_figures_are_compared_by_their_differences_and_not_by_their_intervals():
     base = np.random.default_rng(1).uniform(0.2, 2.0, 30)  # songs differ much more than adapters do
     a, b = gain(base * 0.90, base), gain(base * 0.88, base)
