@@ -35,6 +35,7 @@ from sidestep.tasks.preprocess import run as running
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.json"
+SHAPES = {"8 songs of 18 s": (8, 18.0), "2 songs of 3 min": (2, 180.0), "1 song of 10 min": (1, 600.0)}
 CHANNELS = 16  # of the VAE's first layer: twice the channels that the tiny checkpoint's model works on
 
 
@@ -194,7 +195,8 @@ def measure_peak(folder: Path, cases: dict[str, tuple[int, float]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("throughput", "tiles", "memory"))
+    parser.add_argument("--only", choices=("throughput", "shapes", "tiles", "memory"))
+    parser.add_argument("--channels", type=int, default=CHANNELS, help="of the VAE's first layer, for throughput")
     asked = parser.parse_args()
     results = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -204,8 +206,16 @@ def main() -> None:
         if asked.only in (None, "throughput"):
             print("Pass 1 against bare vae.encode:", flush=True)
             results["throughput"] = measure_throughput(
-                Path(folder, "throughput"), CHANNELS, songs=8, seconds=18, rounds=asked.rounds
+                Path(folder, "throughput"), asked.channels, songs=8, seconds=18, rounds=asked.rounds
             )
+        if asked.only in (None, "shapes"):
+            results["shapes"] = {}
+            for number, (name, (songs, seconds)) in enumerate(SHAPES.items()):
+                print(f"Pass 1 against bare vae.encode, {name}:", flush=True)
+                found = measure_throughput(
+                    Path(folder, f"shape {number}"), asked.channels, songs, seconds, asked.rounds
+                )
+                results["shapes"][name] = {"channels": asked.channels} | found
         if asked.only in (None, "tiles"):
             print("Tiles against one piece:", flush=True)
             results["tiles"] = measure_tiles(Path(folder, "tiles"), CHANNELS, seconds=40, rounds=asked.rounds)

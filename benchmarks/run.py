@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 import torch
 
-from benchmarks import charts, speed_attention, speed_compile, speed_growth, speed_loop, speed_start
+from benchmarks import charts, speed_attention, speed_compile, speed_growth, speed_loop, speed_model, speed_start
 from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
 from sidestep.acestep.device import choose_device, choose_precision
 
@@ -49,10 +49,12 @@ def main() -> None:
         action="store_true",
         help="count CPU seconds, with --threads 1: for a machine that does other things meanwhile",
     )
+    parser.add_argument("--layers", type=int, default=speed_model.SMALL["num_hidden_layers"], help="of the CPU's model")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.getLogger("sidestep").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
+    speed_model.SMALL["num_hidden_layers"] = options.layers
     device = choose_device(options.device).value
     setting = Setting(
         device,

@@ -246,18 +246,20 @@ def single_songs(setting: Setting) -> Result:
     padded, as_long = "usual", "usual, conditions not padded"
     baselines = {padded: {"batch": 1}, as_long: {"batch": 1, "condition": 0}}
     rows, facts, model = [], {}, ""
-    for recompute, words in ((True, "recomputed"), (False, "kept")):
+    for recompute, words in ((False, "kept"), (True, "recomputed")):
         changes = {"rank": 64, "alpha": 128, "gradient_checkpointing": recompute}
         turns = epochs_in_turns(setting, lengths, rounds, baselines, lyrics=100, **changes)
         rows += turns.rows({"layers": words})
+        print(*rows, sep="\n", flush=True)
         model = turns.model
         for way in baselines:
             name = f"epoch over 14 clips at batch 1, layers {words}, {way} over ours"
             facts[name] = turns.ways[way].over(turns.ways["ours"])
     note = (
-        f"{model}, LoRA rank 64, {len(lengths)} songs, {sum(lengths) / 60:.1f} minutes, conditions of 185 to 215 "
-        f"tokens; all step after four songs; {rounds} epochs of each, after one that does not count. Usual: as above, "
-        f"at batch 1, so that no song is padded; conditions padded to {PADDED_CONDITION}, or as long as ours."
+        f"{model}, {sizes(setting)['num_hidden_layers']} layers, LoRA rank 64, {len(lengths)} songs, "
+        f"{sum(lengths) / 60:.1f} minutes, conditions of 185 to 215 tokens; all step after four songs; "
+        f"{rounds} epochs of each, after one that does not count. Usual: as above, at batch 1, so that no song is "
+        f"padded; conditions padded to {PADDED_CONDITION}, or as long as ours."
     )
     return Result("epoch_single", "A whole epoch over 14 clips, one song at a time", note, rows, facts)
 
