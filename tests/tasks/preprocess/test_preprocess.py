@@ -637,10 +637,10 @@ def test_encoding_reads_nothing_of_the_vaes_decoder(library, tmp_path, monkeypat
     parts: set[str] = set()
     original = Weights.read
 
-    def read(self, keys, *place):
+    def read(self, keys, *place, **how):
         keys = list(keys)
         parts.update(key.partition(".")[0] for key in keys if self.path.name == "vae")
-        return original(self, keys, *place)
+        return original(self, keys, *place, **how)
 
     monkeypatch.setattr(Weights, "read", read)
     preprocess(job(library, tmp_path / "out"), Events())
