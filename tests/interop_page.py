@@ -16,8 +16,8 @@ slider. `inspect` says the same of any file.
 
 ## What Side-Step writes
 
-Which form a program applies [exactly as it was trained](guarantees.md#music), at strength 1. `final/` is the folder that a run leaves; a
-format is one of `export`'s; merged weights sound the same everywhere.
+Which form a program applies [exactly as it was trained](guarantees.md#music), at strength 1. `final/` is the folder
+that a run leaves; a format is one of `export`'s; merged weights sound the same everywhere.
 
 {ways}
 

@@ -67,6 +67,7 @@ class World:
                 "adapter": self.adapter,
                 "init_from": self.adapter,
                 "lm_adapter": self.adapter,
+                "preview_adapter": self.adapter,
                 "base": CHECKPOINTS,
                 "run": self.run,
                 "run_folder": self.run,

@@ -93,6 +93,32 @@ def test_a_song_that_stays_far_above_its_own_history_is_named_once():
     assert watch.named == ["s2"]
 
 
+def test_a_song_that_was_named_is_not_named_again_after_it_had_fit_in():
+    watch = SongWatch()
+    watch.add(visits(6 * 40))
+    far = [("s2", 9.0, 0.5)] * VISITS_ABOVE
+    assert [name for name, _ in watch.add(far)] == ["s2"]
+    watch.add([("s2", 0.96, 0.5)])
+    assert watch.add(far) == []
+
+
+@pytest.mark.parametrize(
+    ("scatter", "above", "is_named"),  # of a song's logarithms: their deviation, and how far they come to lie above
+    [
+        (0.01, math.log(1.45), False),  # many deviations, but not half as much again
+        (0.01, math.log(1.6), True),
+        (0.4, 2.7 * 0.4, False),  # nearly three times, but such a song scatters
+        (0.4, 3.4 * 0.4, True),
+    ],
+)
+def test_far_is_half_as_much_again_and_three_deviations(scatter, above, is_named):
+    watch = SongWatch()
+    others = [("others", 1.0, 0.5)] * 10_000  # what is usual stays so
+    song = [("song", math.exp(scatter if i % 2 else -scatter), 0.5) for i in range(200)]
+    assert watch.add([*others, *song]) == []
+    assert bool(watch.add([("song", math.exp(above), 0.5)] * VISITS_ABOVE)) == is_named
+
+
 def test_a_few_high_losses_name_nobody():
     watch = SongWatch()
     watch.add(visits(6 * 40))
