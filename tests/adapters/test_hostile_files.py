@@ -192,6 +192,7 @@ def test_a_file_with_a_bit_flipped_anywhere_is_read_or_refused(tmp_path):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(files=hostile.folders())
+@pytest.mark.slow
 def test_whatever_the_folder_only_a_refusal_comes_out(files, tmp_path_factory):
     use(files, tmp_path_factory.getbasetemp() / "hostile")
 

@@ -404,6 +404,7 @@ def test_streamed_blocks_make_the_same_audio(checkpoints, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int8", 0.15), ("nf4", 0.6)])
+@pytest.mark.slow
 def test_a_quantised_base_can_be_heard(checkpoints, tmp_path, adapter_folder, precision, error):
     plain, there = (
         np.stack([soundfile.read(path, dtype="float32")[0] for path in sample(asked, null)])

@@ -544,6 +544,7 @@ def test_a_failure_found_by_another_process_is_told_and_not_waited_for(library: 
     assert [(e.path, e.reason) for e in events.of(FileFailed)] == [("a.wav", "no audio")]
 
 
+@pytest.mark.slow
 def test_only_a_few_songs_are_locked_at_a_time(tmp_path: Path, monkeypatch):
     held = []
     release = SongLocks.release

@@ -72,6 +72,7 @@ def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run,
     assert (run / "average" / "README.md").is_file() == (run / "final" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_the_average_stays_among_what_is_judged_and_can_be_kept(run, capsys, monkeypatch):
     assert score(run, "--average-from", "2") == ExitStatus.OK
     monkeypatch.setattr(module, "recommend", lambda rows, _base: module.Verdict(rows[-1], "it is asked for"))
@@ -91,6 +92,7 @@ def test_one_checkpoint_has_no_average(run, capsys, epoch, there):
     assert not (run / "average").exists()
 
 
+@pytest.mark.slow
 def test_mixed_ranks_are_refused_and_what_was_there_stays(run, tmp_path, capsys):
     assert score(run, "--average-from", "1") == ExitStatus.OK
     before = (run / "average" / "adapter_model.safetensors").read_bytes()

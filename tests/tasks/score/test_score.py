@@ -215,6 +215,7 @@ def test_a_comparison_says_what_it_lacks(run, tmp_path, capsys):
     assert "--dataset-dir TENSORS" in err
 
 
+@pytest.mark.slow
 def test_training_ends_with_its_judgement_where_that_is_asked_for(run, tmp_path, capsys, monkeypatch):
     data = write_data(tmp_path / "data", frames=(50, 41, 64, 50))
     monkeypatch.setattr(commands, "ScoreConfig", partial(ScoreConfig, clips=0))
@@ -231,6 +232,7 @@ def test_training_ends_with_its_judgement_where_that_is_asked_for(run, tmp_path,
     assert "one alone can judge" in log.text
 
 
+@pytest.mark.slow
 def test_another_strength_is_measured_and_a_damaged_file_is_measured_again(run, monkeypatch):
     assert score(run) == 0
     first = results(run)["rows"]
@@ -300,6 +302,7 @@ def test_keep_leaves_the_old_best_where_the_new_one_cannot_be_written(run, monke
     assert {path.name: path.read_bytes() for path in (run / "best").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_without_validation_songs_it_says_that_the_gain_is_of_trained_songs(run, capsys):
     path = run / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -166,6 +166,7 @@ def disk_with(free: int):
     return lambda _folder: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
 
 
+@pytest.mark.slow
 def test_a_run_whose_saves_will_not_fit_is_refused_or_told_how_many_do(data, tmp_path, monkeypatch, capsys):
     config = settings(data, tmp_path / "run", epochs=12, save_every=1, keep_checkpoints=0, rank=32)
     monkeypatch.setattr(state.shutil, "disk_usage", disk_with(500_000))

@@ -101,6 +101,7 @@ def test_recomputation_changes_no_gradient(tmp_path, lm_home):
     assert not list(differing(adapter(tmp_path / "with" / "final"), adapter(tmp_path / "without" / "final")))
 
 
+@pytest.mark.slow
 def test_form_is_learnt_and_held_out_songs_show_it(tmp_path, lm_home):
     config = settings(
         write_songs(tmp_path / "data", 6),

@@ -136,6 +136,7 @@ def test_a_run_keeps_the_adapter_of_each_mark_and_makes_it_audible(straight):
     assert "at most 9 marks" in next(e.value for e in log.of(Decision) if e.what == "disk")
 
 
+@pytest.mark.slow
 def test_marks_are_in_the_report_in_history_and_judged_by_score(straight):
     folder, _ = straight
     page = (folder / "report.html").read_text("utf-8")

@@ -98,6 +98,7 @@ def test_a_run_that_is_heard_elsewhere_goes_on_bit_for_bit(home, data, tmp_path)
     assert "on-turbo/epoch_0002/01-techno.flac" in files(tmp_path / "run" / "previews")
 
 
+@pytest.mark.slow
 def test_each_model_plays_as_it_is_played_and_the_report_has_both(heard):
     takes = [f"{take}/01-techno" for take in ("base", "epoch_0001", "epoch_0002")]
     expected = [f"{place}{take}.{kind}" for place in ("", "on-turbo/") for take in takes for kind in ("flac", "json")]

@@ -52,7 +52,13 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
+SLOW_KINDS = ("lokr, both factors decomposed", "loha", "oft")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(c, id=kind, marks=[pytest.mark.slow] if kind in SLOW_KINDS else []) for kind, c in KINDS.items()],
+)
 def test_each_adapter_starts_as_the_identity_learns_saves_loads_and_merges(data, tmp_path, changes):
     config = settings(data, tmp_path, epochs=12, gradient_accumulation=4, dropout=0.0, lr=1e-2, **changes)
     trained = prepared(config)
