@@ -92,8 +92,8 @@ def test_what_leaves_the_range_of_fp16_before_the_dit_keeps_its_conditions(check
     folder, expected = golden
     largest, read, changed = [], Weights.read, []
 
-    def read_large(weights, keys, dtype, device):
-        for key, value in read(weights, keys, dtype, device):
+    def read_large(weights, keys, dtype, device, **how):
+        for key, value in read(weights, keys, dtype, device, **how):
             is_it = key.removeprefix("model.") == tensor
             changed.extend([key] * is_it)
             yield key, value.sign() * 1e7 if is_it else value
