@@ -351,9 +351,9 @@ def test_the_time_left_counts_validations_saves_and_previews():
 def test_of_processes_that_shard_a_model_the_first_alone_reads_it_and_on_the_cpu(data, tmp_path, monkeypatch):
     config, read, places, parts = settings(data, tmp_path, attention="local"), weights.Weights.read, [], []
 
-    def noted(own, keys, dtype, device):
+    def noted(own, keys, dtype, device, **how):
         places.append(device.type)
-        return read(own, keys, dtype, device)
+        return read(own, keys, dtype, device, **how)
 
     monkeypatch.setattr(weights.Weights, "read", noted)
     for index in (0, 1):
