@@ -5,9 +5,12 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Code that a test compiles is there for the next, and not among the caches of whoever runs the tests.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "side-step-tests"))
 
 import numpy as np
 import pytest

@@ -208,6 +208,12 @@ class Variety:
     different: int
     shared: float | None
 
+    @property
+    def told(self) -> str:
+        """What is said of the captions of one song."""
+        shared = "" if self.shared is None else f", {self.shared:.0%} of words in common"
+        return f"{self.captions} captions, {self.different} different{shared}"
+
 
 def words_of(caption: str) -> tuple[str, ...]:
     """The words of a caption in order, in small letters."""
@@ -495,7 +501,7 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
             f"peak {measured.peak_db:.1f} dB",
         ]
     parts += [
-        _captions(variety(captions_of(sample))) if sample.captions else "",
+        variety(captions_of(sample)).told if sample.captions else "",
         f"caption {sample.origins['caption']}" if "caption" in sample.origins else "",
         f"lyrics {sample.origins['lyrics']}" if "lyrics" in sample.origins else "",
         described("bpm", f"{sample.bpm} bpm") if sample.bpm else "",
@@ -515,12 +521,6 @@ def _song(song: Song, metadata: Metadata, flags: Sequence[str], folder: Path) ->
         "waveform": waveform(measured.envelope) if measured else "",
         "length": len(measured.envelope) if measured else 0,
     }
-
-
-def _captions(found: Variety) -> str:
-    """What is said of the captions of one song."""
-    shared = "" if found.shared is None else f", {found.shared:.0%} of words in common"
-    return f"{found.captions} captions, {found.different} different{shared}"
 
 
 def as_json(dataset: Dataset, songs: Sequence[Song], findings: Sequence[Finding]) -> dict[str, Any]:
