@@ -736,6 +736,11 @@ class TrainConfig(ModelConfig):
                 "Leave one of them away: both decide which layers are recomputed.",
             )
 
+    @property
+    def makes_previews(self) -> bool:
+        """Whether a run makes previews without being asked by a key."""
+        return bool(self.preview_every or self.preview_prompt or self.preview_prompts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLmConfig(TrainConfig):
@@ -1461,6 +1466,7 @@ class PlanConfig:
     precision: str = same_as(ModelConfig, "precision")
     attention: str = same_as(ModelConfig, "attention")
     preview_variant: tuple[str, ...] = same_as(TrainConfig, "preview_variant", group="Plan")
+    preview_think: bool = same_as(TrainConfig, "preview_think", group="Plan")
     chunk_duration: float = same_as(TrainConfig, "chunk_duration")
     adapter_type: str = same_as(TrainConfig, "adapter_type")
     rank: int = same_as(TrainConfig, "rank")

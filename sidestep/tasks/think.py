@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.acestep.conditions import Prompt, hints_of_codes
+from sidestep.acestep.layout import Layout
 from sidestep.acestep.lm.decoding import Composition, Sampling, compose
 from sidestep.acestep.lm.model import LanguageModel, choose_language_model, codebook_size, load_language_model
 from sidestep.acestep.lm.prompts import FIELDS
 from sidestep.adapters.attach import adapter_scale, load_adapter
-from sidestep.adapters.read import read_adapter
+from sidestep.adapters.read import Adapter, read_adapter
 from sidestep.errors import UserError
 from sidestep.events import Decision, LongTask, Notice, Report, Table
 from sidestep.variants import DIT_PREFIX
@@ -71,21 +72,32 @@ def think(
     adapter = read_adapter(thinking.adapter) if thinking.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))
-    trained_on = str(adapter.metadata.get("base_model", "")) if adapter else ""
-    if trained_on.startswith(DIT_PREFIX):
-        raise UserError(
-            f"--lm-adapter {thinking.adapter}: was not trained on a language model but on {trained_on}.",
-            f"Hear it with: --adapter {thinking.adapter}",
-        )
-    folder = choose_language_model(
-        checkpoint.layout, trained_on if thinking.lm == "auto" and trained_on else thinking.lm
-    )
-    report(Decision(what="composer", value=folder.name, reason=described(thinking, trained_on)))
+    folder = composer_of(checkpoint.layout, thinking.lm, adapter)
+    report(Decision(what="composer", value=folder.name, reason=described(thinking, base_of(adapter))))
     quantised = "" if thinking.base_precision == "auto" else thinking.base_precision
     lm = load_language_model(folder, codebook_size(checkpoint), device, dtype, quantised)
     model = load_adapter(lm.model.model, adapter, "--lm") if adapter else None
     with adapter_scale(model, thinking.strength) if model else nullcontext():
         return composed(lm, requests, thinking, report, chooses_length)
+
+
+def composer_of(layout: Layout, lm: str, adapter: Adapter | None) -> Path:
+    """The folder of the language model that composes; auto is the one that the adapter was trained on.
+
+    Raises UserError for a missing model and for an adapter of the DiT.
+    """
+    trained_on = base_of(adapter)
+    if adapter and trained_on.startswith(DIT_PREFIX):
+        raise UserError(
+            f"--lm-adapter {adapter.path}: was not trained on a language model but on {trained_on}.",
+            f"Hear it with: --adapter {adapter.path}",
+        )
+    return choose_language_model(layout, trained_on if lm == "auto" and trained_on else lm)
+
+
+def base_of(adapter: Adapter | None) -> str:
+    """The folder's name of the model that an adapter was trained on; empty where that is not known."""
+    return str(adapter.metadata.get("base_model", "")) if adapter else ""
 
 
 def composed(

@@ -343,6 +343,35 @@ def test_thinking_before_previews_is_refused_where_the_language_model_cannot_fit
         fit_into(GpuMemory(16 * GIB, "a card"), planned, null)
 
 
+def test_the_gate_counts_the_size_that_the_adapter_was_trained_on(tmp_path, lm_home, adapters, card, monkeypatch):  # noqa: F811
+    home = tmp_path / "home"
+    shutil.copytree(lm_home, home)
+    own = home / "acestep-5Hz-lm-1.7B"
+    shutil.copytree(home / MODEL, own)
+    said = json.loads((own / "config.json").read_text("utf-8"))
+    (own / "config.json").write_text(json.dumps(said | {"hidden_size": 4711}), "utf-8")
+    widths = []
+    monkeypatch.setattr(
+        "sidestep.tasks.plan.plan.writing_bytes", lambda sizes, *_: widths.append(sizes["hidden_size"]) or 9 * GIB
+    )
+    monkeypatch.setattr("sidestep.tasks.plan.plan.preview_peak", lambda *_: GIB)
+    monkeypatch.setattr("sidestep.tasks.plan.plan.Planner.peak", lambda *_: SimpleNamespace(weights=GIB))
+    card(8 * GIB)
+    planned = TrainConfig(
+        **{"checkpoint_dir": home, "model_variant": VARIANT, "dataset_dir": write_songs(tmp_path / "data", 1)},
+        **{"output_dir": tmp_path / "run", "rank": 2, "preview_prompt": "techno", "preview_think": True},
+    )
+    for adapter in (None, adapters["lm"]):
+        with pytest.raises(UserError, match="would run out of memory"):
+            check_sample(config(home, tmp_path, lm_adapter=adapter), null)
+        with pytest.raises(UserError, match="--preview-think: the language model needs"):
+            fit_into(GpuMemory(8 * GIB, "a card"), replace(planned, preview_adapter=adapter), null)
+    assert widths == [4711, 4711, 64, 64]
+    with pytest.raises(UserError, match="would run out of memory"):
+        check_sample(config(home, tmp_path, lm="1.7B", lm_adapter=adapters["lm"]), null)
+    assert widths[-1] == 4711  # what was typed counts
+
+
 def test_a_model_of_other_codes_is_not_given_a_composed_song(tmp_path, lm_home, checkpoints):
     home = tmp_path / "home"
     shutil.copytree(lm_home, home)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import (
     GIB,
     PRECISIONS,
@@ -22,20 +22,22 @@ from sidestep.acestep.device import (
 from sidestep.acestep.layout import read_config
 from sidestep.acestep.lm.decoding import ANSWER_TOKENS
 from sidestep.acestep.lm.loss import PIECE
-from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model, find_language_models
+from sidestep.acestep.lm.model import CODES_PER_SECOND, SIZES, choose_language_model, find_language_models
 from sidestep.acestep.quantize import quantized_bytes
 from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
-from sidestep.settings.config import BuildDatasetConfig, PlanConfig, TrainLmConfig, memory_levers
+from sidestep.settings.config import BuildDatasetConfig, PlanConfig, TrainConfig, TrainLmConfig, memory_levers
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
 from sidestep.tasks.describe.listener import PART_SECONDS
-from sidestep.tasks.plan.passes import codes_bytes, encoding_peak, vae_bytes
-from sidestep.variants import official_config
+from sidestep.tasks.plan.passes import codes_bytes, encoding_peak, preview_peak, vae_bytes
+from sidestep.tasks.plan.step import Shape, StepModel
+from sidestep.variants import FRAMES_PER_SECOND, official_config
 from sidestep.words import gib
 
 BY_ARITHMETIC = "by arithmetic, not measured"
 PLAIN_TOKENS = 1024  # of a song beside its codes: prompt, caption twice, lyrics
+PLAYED_TOKENS = 512  # lyric and text tokens of a preview
 ACTIVATIONS_PER_LAYER = 18  # widths of hidden states and four of the MLP that one layer's backward pass holds
 
 # Source: lm-facts, section 1.
@@ -84,15 +86,49 @@ def layer_shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def training_bytes(sizes: dict[str, Any], config: TrainLmConfig, tokens: int, bytes_per_value: int) -> int:
     """Peak bytes of a training step on a song of `tokens`, context and slack included."""
     width, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
-    mlp = ("gate_proj", "up_proj", "down_proj") if config.target_mlp else ()
-    adapted = [shape for name, shape in layer_shapes(sizes).items() if name in (*config.target_modules, *mlp)]
-    adapter = layers * config.rank * sum(rows + columns for rows, columns in adapted)
-    states = 4 if config.optimizer_type == "adamw" else 2.5 if config.optimizer_type == "adamw8bit" else 6
+    adapter = adapter_bytes(sizes, config)
     layer = tokens * (ACTIVATIONS_PER_LAYER * width + 4 * inner) * 4
     activations = layers * tokens * width * bytes_per_value + layer if config.gradient_checkpointing else layers * layer
     logits = 3 * min(tokens, PIECE) * sizes["vocab_size"] * 4 + 2 * tokens * width * 4
     weights = weights_bytes(sizes, bytes_per_value, config.base_precision)
-    return with_overhead(round(weights + adapter * 4 * states + max(activations, logits) + layers * tokens * width))
+    trained = adapter + kept_bytes(config, adapter)  # with the gradient
+    return with_overhead(round(weights + trained + max(activations, logits) + layers * tokens * width))
+
+
+def adapter_bytes(sizes: dict[str, Any], config: TrainLmConfig) -> int:
+    """Bytes of the adapter, which is in fp32."""
+    mlp = ("gate_proj", "up_proj", "down_proj") if config.target_mlp else ()
+    adapted = [shape for name, shape in layer_shapes(sizes).items() if name in (*config.target_modules, *mlp)]
+    return 4 * sizes["num_hidden_layers"] * config.rank * sum(rows + columns for rows, columns in adapted)
+
+
+def kept_bytes(config: TrainLmConfig, adapter: int) -> int:
+    """Bytes of the adapter, its average and what the optimizer knows of it, which are there between steps, too."""
+    known = 2 if config.optimizer_type == "adamw" else 0.5 if config.optimizer_type == "adamw8bit" else 4
+    return round(adapter * (1 + bool(config.ema_decay) + known))
+
+
+def preview_bytes(
+    lm: dict[str, Any], dit: dict[str, Any], config: TrainLmConfig, dtype: torch.dtype
+) -> tuple[int, int]:
+    """(peak bytes while the language model writes a preview of `train-lm`, while the DiT plays it), with slack.
+
+    For the DiT the frozen language model leaves the device; what is trained stays. lm, dit: config.json of each.
+    """
+    kept, tokens = kept_bytes(config, adapter_bytes(lm, config)), written_tokens(config.preview_duration)
+    writing = writing_bytes(lm, config.base_precision, tokens, dtype.itemsize, sides=2)
+    folders = {name: getattr(config, name) for name in ("checkpoint_dir", "dataset_dir", "output_dir")}
+    shared = {"base_precision": config.base_precision, "preview_duration": config.preview_duration}
+    making = TrainConfig(**folders, **shared, rank=1, offload_encoder=True)
+    sizes = decoder_sizes(dit)
+    weights = StepModel(sizes, making, Shape(1, 1, PLAYED_TOKENS), dtype).weights(making)
+    beside = preview_peak(sizes, making, dtype, FRAMES_PER_SECOND, PLAYED_TOKENS)
+    return with_overhead(writing + kept), with_overhead(weights + beside + kept)
+
+
+def written_tokens(seconds: float) -> int:
+    """Tokens of a song of so many seconds: prompt, plan and codes."""
+    return PLAIN_TOKENS + round(CODES_PER_SECOND * seconds)
 
 
 def writing_bytes(sizes: dict[str, Any], base_precision: str, tokens: int, bytes_per_value: int, sides: int = 1) -> int:
@@ -180,7 +216,7 @@ def plan_language(config: PlanConfig, report: Report) -> dict[str, Any]:
     folders = {"checkpoint_dir": config.checkpoint_dir or Path(), "dataset_dir": Path(), "output_dir": Path()}
     asked = resolve(TrainLmConfig, shared, folders)
     dtype = PRECISIONS["bf16" if config.precision == "auto" else config.precision]
-    tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * config.song_seconds)
+    tokens = written_tokens(config.song_seconds)
     gpu = (
         GpuMemory(round(config.vram * GIB), f"--vram {config.vram:g}")
         if config.vram
@@ -189,8 +225,10 @@ def plan_language(config: PlanConfig, report: Report) -> dict[str, Any]:
     rows: list[tuple[str, ...]] = []
     found: dict[str, Any] = {"lm": config.lm, "device_bytes": gpu.bytes if gpu else None, "needed_bytes": {}}
     for precision in options_of(TrainLmConfig)["base_precision"].choices:
+        training = replace(asked, base_precision=precision)
         needed = {
-            "train-lm": training_bytes(sizes, replace(asked, base_precision=precision), tokens, dtype.itemsize),
+            "train-lm": training_bytes(sizes, training, tokens, dtype.itemsize),
+            "train-lm --preview-every": max(preview_bytes(sizes, dit, training, dtype)),
             "build-dataset --caption lm": with_overhead(describing_bytes(sizes, dit, precision, dtype)),
             "sample --think": with_overhead(writing_bytes(sizes, precision, tokens, dtype.itemsize, sides=2)),
         }
@@ -207,11 +245,13 @@ def plan_language(config: PlanConfig, report: Report) -> dict[str, Any]:
 
 def sizes_for(config: PlanConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config.json of the language model, of the DiT); those of the official ones are known without files."""
-    official, dit = OFFICIAL_LANGUAGE_MODELS.get(config.lm), official_config(config.model_variant)
+    wanted = config.lm or "auto"
+    official = OFFICIAL_LANGUAGE_MODELS.get(next(iter(SIZES)) if wanted == "auto" else wanted)
+    dit = official_config(config.model_variant)
     if config.checkpoint_dir:
         checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
         if official is None or find_language_models(checkpoint.layout):
-            return read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json"), checkpoint.config
+            return read_config(choose_language_model(checkpoint.layout, wanted) / "config.json"), checkpoint.config
         return official, checkpoint.config
     if official is None:
         raise UserError(

@@ -26,8 +26,9 @@ from sidestep.acestep.device import (
     with_overhead,
 )
 from sidestep.acestep.layout import read_config
-from sidestep.acestep.lm.model import CODES_PER_SECOND, choose_language_model
+from sidestep.acestep.lm.model import choose_language_model
 from sidestep.adapters.attach import check_sizes
+from sidestep.adapters.read import read_adapter
 from sidestep.data.batches import Song
 from sidestep.data.records import ReadIndex, index_records
 from sidestep.errors import UserError
@@ -42,10 +43,10 @@ from sidestep.settings.config import (
     memory_levers,
 )
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
-from sidestep.tasks.plan.language import PLAIN_TOKENS, writing_bytes
+from sidestep.tasks.plan.language import preview_bytes, sizes_for, writing_bytes, written_tokens
 from sidestep.tasks.plan.passes import first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.step import Peak, Shape, StepModel
-from sidestep.tasks.think import LONGEST_SECONDS
+from sidestep.tasks.think import LONGEST_SECONDS, composer_of
 from sidestep.tasks.train.prior import extra_time
 from sidestep.tasks.train.songs import largest_batch, songs_of
 from sidestep.variants import FRAMES_PER_SECOND, OFFICIAL_FOLDERS, official_config
@@ -77,7 +78,8 @@ class Plan:
 
     best: the mildest settings that leave the card its reserve, None when none do. faster: these with as little
     recomputed as then fits, None where that is what they do. ram: what waits there for the GPU.
-    saving: what saves take of it. advice: on training on the songs of a folder.
+    saving: what saves take of it. composing: the language model that writes the previews before the training, None
+    without `--preview-think`. advice: on training on the songs of a folder.
     """
 
     seconds: float
@@ -91,6 +93,7 @@ class Plan:
     preview: int
     ram: int
     saving: int
+    composing: int | None = None
     advice: Advice | None = None
 
     @property
@@ -308,6 +311,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
         preview=planner.preview(asked),
         ram=sum(planner.waiting(asked).values()),
         saving=planner.saving(asked),
+        composing=with_overhead(composing_bytes(sizes_for(config)[0], asked, dtype)) if config.preview_think else None,
         advice=advice_for(vars(asked) | {"dataset_dir": config.dataset_dir}),
     )
     if not config.json:
@@ -375,6 +379,8 @@ def tables(result: Plan) -> Iterator[Table]:
         ("preprocessing, pass 1 and 2", f"{amount(result.first_pass)} and {amount(result.second_pass)}"),
         (f"a preview of {asked.config.preview_duration:g} s{played} while training", amount(result.preview)),
     ]
+    if result.composing:
+        rows.append(("composing the previews, before it", amount(result.composing)))
     if result.ram:
         rows.append(("waits in RAM meanwhile", amount(result.ram)))
     rows.append(("copies in RAM while it saves", amount(result.saving)))
@@ -425,6 +431,7 @@ def as_json(result: Plan) -> dict:
         "first_pass_bytes": result.first_pass,
         "second_pass_bytes": result.second_pass,
         "preview_bytes": result.preview,
+        "composing_bytes": result.composing,
         "ram_bytes": result.ram,
         "saving_bytes": result.saving,
         "advice": asdict(result.advice) if result.advice else None,
@@ -441,7 +448,7 @@ def check_memory(config: TrainConfig, report: Report, index: ReadIndex = index_r
     device = choose_device(config.device).value
     if (gpu := gpu_memory(device)) is not None:
         return fit_into(gpu, config, report, index)
-    hears_others = wants_previews(config) and config.preview_variant
+    hears_others = config.makes_previews and config.preview_variant
     if device.type == "cpu" and hears_others and (planner := planner_for(config, index)):
         require_ram(planner, config, on_cpu=True)
     if config.recompute_as_needed:
@@ -455,9 +462,11 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadInd
     as_needed, config = config.recompute_as_needed, replace(config, recompute_as_needed=False)
     if (planner := planner_for(config, index)) is None:
         return config
-    if config.preview_think and wants_previews(config):
+    if config.preview_think and config.makes_previews:
         checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
-        composing = with_overhead(composing_bytes(checkpoint, "auto", config, planner.dtype))
+        adapter = read_adapter(config.preview_adapter) if config.preview_adapter else None
+        sizes = read_config(composer_of(checkpoint.layout, "auto", adapter) / "config.json")
+        composing = with_overhead(composing_bytes(sizes, config, planner.dtype))
         if composing > gpu.bytes and not config.even_if_it_does_not_fit:
             raise UserError(
                 f"--preview-think: the language model needs {gib(composing)}, and {gpu.source} has {gib(gpu.bytes)}.",
@@ -484,7 +493,7 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadInd
             f"Other programs hold {gib(gpu.taken)} of {gpu.source}: this run may run out of memory while they go on."
         )
         report(Notice(message=message, level="warning"))
-    if wants_previews(config) and (preview := planner.preview(config)) > gpu.free:
+    if config.makes_previews and (preview := planner.preview(config)) > gpu.free:
         shorter = "make them shorter (--preview-duration)"
         shorter += "" if config.offload_encoder else " or add --offload-encoder"
         message = (
@@ -495,11 +504,6 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadInd
     return config
 
 
-def wants_previews(config: TrainConfig) -> bool:
-    """Whether a run makes previews without being asked by a key."""
-    return bool(config.preview_every or config.preview_prompt or config.preview_prompts)
-
-
 def planner_for(config: TrainConfig, index: ReadIndex) -> Planner | None:
     """The planner of a run on the songs of its folders, None without any."""
     index = cache(index)
@@ -508,7 +512,7 @@ def planner_for(config: TrainConfig, index: ReadIndex) -> Planner | None:
         return None
     sizes = open_checkpoint(config.checkpoint_dir, config.model_variant).config
     dtype = choose_precision(config.precision, choose_device(config.device).value).value
-    players = players_of(config, sizes) if wants_previews(config) else ()
+    players = players_of(config, sizes) if config.makes_previews else ()
     songs, seconds = songs_of(config.dataset_dir, index(config.dataset_dir)[0]), frames / FRAMES_PER_SECOND
     return Planner(decoder_sizes(sizes), dtype, seconds, tokens, fsdp_shards(), players, songs)
 
@@ -551,35 +555,38 @@ def sample_bytes(config: SampleConfig) -> int:
         beside = preview_peak(planner.sizes, making, planner.dtype, FRAMES_PER_SECOND, planner.tokens)
         needed.append(planner.peak(making).weights + beside)
         if config.think:
+            adapter = read_adapter(config.lm_adapter) if config.lm_adapter else None
+            sizes = read_config(composer_of(checkpoint.layout, config.lm, adapter) / "config.json")
             sides = 1 + (config.lm_guidance != 1)
-            needed.append(composing_bytes(checkpoint, config.lm, making, planner.dtype, sides))
+            needed.append(composing_bytes(sizes, making, planner.dtype, sides))
     return max(needed)
 
 
-def composing_bytes(checkpoint: Checkpoint, lm: str, config: TrainConfig, dtype: torch.dtype, sides: int = 2) -> int:
-    """Bytes of tensors while the language model composes a song of `--preview-duration`. sides: 2 under guidance."""
-    sizes = read_config(choose_language_model(checkpoint.layout, lm) / "config.json")
-    tokens = PLAIN_TOKENS + round(CODES_PER_SECOND * config.preview_duration)
+def composing_bytes(sizes: dict, config: TrainConfig, dtype: torch.dtype, sides: int = 2) -> int:
+    """Bytes of tensors while a language model alone composes a song of `--preview-duration`.
+
+    sizes: its config.json. sides: 2 under guidance.
+    """
+    tokens = written_tokens(config.preview_duration)
     return writing_bytes(sizes, config.base_precision, tokens, dtype.itemsize, sides)
 
 
 def check_language_previews(config: TrainLmConfig, report: Report) -> None:
-    """Warn where the music of `train-lm`'s previews does not fit; what the language model wrote is there all the same.
-
-    While the DiT plays, the language model waits on the CPU.
-    """
-    gpu = gpu_memory(choose_device(config.device).value)
-    if gpu is None or not wants_previews(config):
+    """Warn where previews of `train-lm` do not fit; what was written is there also where it cannot be played."""
+    device = choose_device(config.device).value
+    gpu = gpu_memory(device)
+    if gpu is None or not config.makes_previews:
         return
-    shared = ("checkpoint_dir", "model_variant", "device", "precision", "base_precision")
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    values |= {"prompt": config.preview_prompt, "duration": config.preview_duration, "offload_encoder": True}
-    playing = SampleConfig(**values)
-    if (needed := with_overhead(sample_bytes(playing))) > gpu.free:
-        message = (
-            f"The music of a preview needs {needed / GIB:.1f} of the {gib(gpu.free)} that are free: there may be none, "
-            "only what the composer wrote. What helps: --preview-duration 10, --base-precision int8."
-        )
+    checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+    sizes = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
+    dtype = choose_precision(config.precision, device).value
+    writing, playing = preview_bytes(sizes, checkpoint.config, config, dtype)
+    what, needed, then = "The music of a preview", playing, "there may be none, only what the composer wrote"
+    if writing > gpu.free:
+        what, needed, then = "Writing a preview", writing, "there may be none"
+    if needed > gpu.free:
+        message = f"{what} needs {needed / GIB:.1f} of the {gib(gpu.free)} that are free: {then}. "
+        message += "What helps: --preview-duration 10, --base-precision int8."
         report(Notice(message=message, level="warning"))
 
 

@@ -274,21 +274,25 @@ class StepModel:
             recomputed = layers if config.recompute_layers is None else min(config.recompute_layers, layers)
         activations = self.segment(recomputed).peak
 
-        frozen = [p for p in self._one_block if not p.requires_grad]
-        block = sum(stored_bytes(p, config.base_precision) for p in frozen)
-        away = max(config.swap_blocks - 2, 0)  # but for the block that computes and the one that is fetched ahead
         trained = [p for p in self._one_block if p.requires_grad]
         adapter = layers * bytes_of(trained)
         if config.gradient_accumulation == 1:
             activations -= adapter  # the gradients that come to be during the step were counted there
         return Peak(
-            weights=bytes_of(self._outside) + (layers - away) * block,
+            weights=self.weights(config),
             adapter=adapter,
             gradients=adapter,
             optimizer=layers * optimizer_bytes(config.optimizer_type, trained),
             average=adapter if config.ema_decay else 0,
             activations=activations,
         )
+
+    def weights(self, config: TrainConfig) -> int:
+        """Bytes of the frozen weights on the device. Runs no step."""
+        frozen = [p for p in self._one_block if not p.requires_grad]
+        block = sum(stored_bytes(p, config.base_precision) for p in frozen)
+        away = max(config.swap_blocks - 2, 0)  # but for the block that computes and the one that is fetched ahead
+        return bytes_of(self._outside) + (len(self.attention) - away) * block
 
     def segment(self, recomputed: int) -> Segment:
         """The step with the first `recomputed` of its layers recomputed. Runs what was not run before."""

@@ -25,7 +25,6 @@ from sidestep.settings.config import HistoryConfig, SampleConfig, TrainLmConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
 from sidestep.tasks.plan.language import check_language_memory
-from sidestep.tasks.plan.plan import check_language_previews
 from sidestep.tasks.sample import sample
 from sidestep.tasks.train import train
 from sidestep.tasks.train.language import Language
@@ -242,16 +241,33 @@ def test_what_was_written_stays_where_it_cannot_be_played(tmp_path, lm_home, mon
     assert entry["written"][0]["text"].endswith(" · 5 codes")
 
 
-def test_the_gate_warns_of_music_that_will_not_fit(tmp_path, lm_home, monkeypatch):
+@pytest.mark.parametrize(
+    ("writing", "playing", "said"),
+    [
+        (7, 9, "The music of a preview needs 9.0 of the 8.0 GiB that are free: there may be none, only what"),
+        (9, 7, "Writing a preview needs 9.0 of the 8.0 GiB that are free: there may be none. What"),
+        (9, 10, "Writing a preview needs 9.0"),
+        (7, 7, None),
+    ],
+)
+def test_the_gate_warns_of_previews_that_will_not_fit(tmp_path, lm_home, monkeypatch, writing, playing, said):
+    monkeypatch.setattr("sidestep.tasks.plan.language.gpu_memory", lambda _: GpuMemory(8 * GIB, "a card"))
     monkeypatch.setattr("sidestep.tasks.plan.plan.gpu_memory", lambda _: GpuMemory(8 * GIB, "a card"))
     told, asked = [], []
-    monkeypatch.setattr("sidestep.tasks.plan.plan.sample_bytes", lambda config: asked.append(config) or 9 * GIB)
-    config = settings(tmp_path, tmp_path / "run", lm_home, preview_duration=12.0)
-    check_language_previews(config, told.append)
-    assert not told
-    check_language_previews(replace(config, preview_every=5), told.append)
-    assert "only what the composer wrote" in told[0].message
-    assert asked[0].duration == 12.0
+    monkeypatch.setattr(
+        "sidestep.tasks.plan.plan.preview_bytes", lambda *of: asked.append(of) or (writing * GIB, playing * GIB)
+    )
+    monkeypatch.setattr("sidestep.tasks.train.train", lambda *_: None)
+    config = settings(write_songs(tmp_path / "data", 1), tmp_path / "run", lm_home, preview_duration=12.0)
+    commands.train_lm(config, told.append)
+    assert not [event for event in told if isinstance(event, Notice)]
+    assert not asked
+    commands.train_lm(replace(config, preview_every=5), told.append)
+    warnings = [event.message for event in told if isinstance(event, Notice)]
+    assert [message[: len(said or "")] for message in warnings] == ([said] if said else [])
+    [(lm, dit, planned, dtype)] = asked
+    assert (lm["model_type"], dit["fsq_input_levels"]) == ("qwen3", [8, 8, 8])
+    assert (planned.preview_duration, dtype) == (12.0, torch.float32)
 
 
 def test_songs_without_codes_are_refused_with_the_command_that_makes_them(tmp_path, lm_home):
