@@ -56,7 +56,7 @@ from sidestep.tasks.train.songs import fingerprints, load_songs, require_hints, 
 from sidestep.words import count, side_step
 
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-LAYER_CLASS = "AceStepTransformerBlock"  # what FSDP gathers at a time
+LAYER_CLASS, LANGUAGE_LAYER_CLASS = "AceStepTransformerBlock", "Qwen3DecoderLayer"  # what FSDP gathers at a time
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
                 f"--preview-variant {' '.join(config.preview_variant)}: under FSDP only the trained model can play.",
                 "Leave it out and listen with sample --preview-variant, or use DDP: torchrun train.py fixed …",
             )
+        if is_language(config) and config.makes_previews:
+            raise UserError(
+                "--preview-every, --preview-prompt(s): under FSDP the language model is in pieces, which cannot write.",
+                "Leave them out and listen with sample --think --lm-adapter, or use DDP: torchrun train.py train-lm …",
+            )
         if not accelerator.is_fsdp2:
             raise UserError(
                 "FSDP 1 is not supported: it cannot shard a frozen base and an adapter together.",
@@ -164,7 +169,8 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
             )
         plugin = accelerator.state.fsdp_plugin
         assert plugin is not None
-        plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [LAYER_CLASS]
+        own = LANGUAGE_LAYER_CLASS if is_language(config) else LAYER_CLASS
+        plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or [own]
         if not is_language(config):
             plugin.cpu_ram_efficient_loading = True  # the first process gives all others their shards
     return accelerator, precision.value

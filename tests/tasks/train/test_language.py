@@ -6,9 +6,11 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
@@ -30,6 +32,7 @@ from sidestep.tasks.train import train
 from sidestep.tasks.train.language import Language
 from sidestep.tasks.train.previews import preview_now
 from sidestep.tasks.train.report import previews_in
+from sidestep.tasks.train.setup import open_accelerator
 from tests.tasks.train.test_previews import state_of
 from tests.training_world import Log, adapter, differing, prepared, record
 
@@ -268,6 +271,47 @@ def test_the_gate_warns_of_previews_that_will_not_fit(tmp_path, lm_home, monkeyp
     [(lm, dit, planned, dtype)] = asked
     assert (lm["model_type"], dit["fsq_input_levels"]) == ("qwen3", [8, 8, 8])
     assert (planned.preview_duration, dtype) == (12.0, torch.float32)
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """What accelerate says in one of two processes under FSDP; its plugin."""
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None, cpu_ram_efficient_loading=False)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP,
+        is_main_process=False,
+        is_fsdp2=True,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    monkeypatch.setattr("sidestep.tasks.train.setup.Accelerator", lambda **_: accelerator)
+    return plugin
+
+
+@pytest.mark.parametrize(
+    "asked", [{"preview_every": 1}, {"preview_prompt": "techno"}, {"preview_prompts": Path("prompts.json")}]
+)
+def test_previews_are_refused_where_the_language_model_is_in_pieces(tmp_path, lm_home, sharded, asked):
+    config = settings(write_songs(tmp_path / "data", 1), tmp_path / "run", lm_home, **asked)
+    with pytest.raises(UserError, match="--preview-every.*under FSDP the language model is in pieces") as caught:
+        train(config, null)
+    assert "torchrun train.py train-lm" in caught.value.fix
+    assert sharded.transformer_cls_names_to_wrap is None
+
+
+def test_a_layer_of_the_language_model_is_what_its_processes_gather(tmp_path, lm_home, sharded, tiny_lm):
+    open_accelerator(settings(tmp_path, tmp_path / "run", lm_home), null)
+    assert sharded.transformer_cls_names_to_wrap == [type(tiny_lm.model.model.layers[0]).__name__]
+
+
+def test_the_key_makes_no_preview_where_the_language_model_is_in_pieces(tmp_path, lm_home, monkeypatch):
+    trained = prepared(settings(write_songs(tmp_path / "data", 1), tmp_path / "run", lm_home))
+    told = []
+    trained.report = told.append
+    monkeypatch.setattr(type(trained.accelerator), "is_fsdp2", True)
+    preview_now(trained)
+    reason = "under FSDP the language model is in pieces, which cannot write."
+    assert [event.message for event in told] == [f"No previews this time: {reason}"]
+    assert not (tmp_path / "run" / "previews").exists()
 
 
 def test_songs_without_codes_are_refused_with_the_command_that_makes_them(tmp_path, lm_home):
