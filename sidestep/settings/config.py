@@ -55,6 +55,11 @@ class ModelConfig:
         holds="checkpoints",
         kept=True,
         plain="where the ACE-Step models are: the folder with acestep-v15-turbo/, vae/ and others, or ComfyUI's file",
+        more=(
+            "These are ACE-Step's own models, which an adapter is made for and plays with. Nothing in the "
+            "folder is changed. Where it is and how to get it stands on the page about installing "
+            "(docs/install.md)."
+        ),
     )
     model_variant: str = option(
         "turbo",
@@ -65,12 +70,22 @@ class ModelConfig:
         depends_on=("checkpoint_dir",),
         offers=models_offered,
         kept=True,
+        more=(
+            "Take the one that you will play with: an adapter of one sounds different on another. Turbo "
+            "makes a song in 8 steps and is what most people use; base and sft take many steps and follow "
+            "guidance; xl needs a card of 12 GB or more."
+        ),
     )
     device: str = option(
         "auto",
         "auto, cuda, cuda:N, mps, xpu or cpu",
         group="Model",
         plain="what computes; auto takes the fastest that this computer has",
+        more=(
+            "auto is right unless there are several graphics cards: cuda:1 is the second. On cpu everything "
+            "works and takes many times as long. The sound is the same on all of them, but for the last "
+            "digits."
+        ),
     )
     precision: str = option(
         "auto",
@@ -78,12 +93,21 @@ class ModelConfig:
         group="Model",
         choices=("auto", "bf16", "fp16", "fp32"),
         plain="how exactly the model's numbers are kept; auto takes what suits the device",
+        more=(
+            "bf16 is usual on cards of the last years, fp32 on a processor. Half precision takes half of "
+            "the memory and is not heard. The adapter itself always learns in fp32."
+        ),
     )
     attention: str = option(
         "auto",
         "how the sliding-window layers attend; all kinds give the same result",
         group="Speed",
         choices=("auto", "sdpa", "local", "flash"),
+        plain="how the model looks at the moments near by: auto takes the fastest; it is not heard",
+        more=(
+            "All of them give the same music, but for the last digits. Leave it at auto; another one is for "
+            "finding out whether a fault lies there."
+        ),
     )
 
 
@@ -92,7 +116,17 @@ class PreprocessConfig(ModelConfig):
     """`preprocess`: audio into training tensors."""
 
     audio_dir: Path | None = option(
-        None, "folder of songs to preprocess", group="Preprocessing", label="Folder of songs", holds="songs", kept=True
+        None,
+        "folder of songs to preprocess",
+        group="Preprocessing",
+        label="Folder of songs",
+        holds="songs",
+        kept=True,
+        plain="the folder with your songs; its subfolders are searched too",
+        more=(
+            "Captions and lyrics are read from text files beside the songs. A list made by List songs holds "
+            "the same and can be edited in one place."
+        ),
     )
     dataset_json: Path | None = option(
         None,
@@ -102,6 +136,10 @@ class PreprocessConfig(ModelConfig):
         plain="the list that List songs made of your songs",
         holds="dataset.json",
         kept=True,
+        more=(
+            "The list names each song with its caption, lyrics, tempo and key. What you changed in it is "
+            "what training reads. Without a list the text files beside the songs are taken."
+        ),
     )
     tensor_output: Path = option(
         MISSING,
@@ -112,6 +150,10 @@ class PreprocessConfig(ModelConfig):
         depends_on=("songs", "audio_dir", "dataset_json"),
         suggest=tensors_for,
         holds="new folder",
+        more=(
+            "A song takes a few megabytes there. Training reads this folder and not your music, so it must "
+            "stay as long as you train. Songs that are in it already are not made again."
+        ),
     )
     normalize: str = option(
         "none",
@@ -131,6 +173,10 @@ class PreprocessConfig(ModelConfig):
         group="Preprocessing",
         minimum=0,
         plain="use only the first so many seconds of each song; 0 uses whole songs",
+        more=(
+            "0 is usual: endings and bridges are worth hearing. A limit of 240 keeps single long songs from "
+            "setting the memory that all need."
+        ),
     )
     regimes: tuple[str, ...] = option(
         ("text2music",),
@@ -138,6 +184,12 @@ class PreprocessConfig(ModelConfig):
         group="Preprocessing",
         choices=("text2music", "hints"),
         advanced=True,
+        plain="what is kept of each song: what is needed to train by caption, or for thinking mode too",
+        more=(
+            "text2music is enough for playing by caption and lyrics. hints also keeps the sketch that the "
+            "app's thinking mode gives the model, so that training can use it. The songs take more room "
+            "then."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -161,6 +213,10 @@ class TrainConfig(ModelConfig):
         plain="your songs as Preprocess has written them",
         holds="tensors",
         kept=True,
+        more=(
+            "Every song that Preprocess has put there is learned. It must have been made for the same "
+            "model: turbo's songs are refused for base."
+        ),
     )
     output_dir: Path = option(
         MISSING,
@@ -171,12 +227,18 @@ class TrainConfig(ModelConfig):
         depends_on=("dataset_dir",),
         suggest=run_for,
         holds="new run",
+        more=(
+            "One folder for each training. The adapter to play is in final/ in it, the best moment in "
+            "best/, and report.html shows how it went. Nothing of another training is written over."
+        ),
     )
     run_name: str = option(
         "",
         "name of the run in TensorBoard and the report; default: the output folder's name",
         group="Data",
         advanced=True,
+        plain="what the run is called in its report; empty: as its folder",
+        more="It is only a name, and changes nothing in the sound. The folder's name is usual.",
     )
     chunk_duration: float = option(
         0.0,
@@ -197,6 +259,11 @@ class TrainConfig(ModelConfig):
         minimum=0,
         maximum=1,
         advanced=True,
+        plain="how often it learns with the sketch of the song beside the caption, as in thinking mode",
+        more=(
+            "0 is usual. If you play with the app's thinking mode, 0.5 lets it learn both ways. The songs "
+            "must have been prepared with hints."
+        ),
     )
     val_split: float = option(
         0.0,
@@ -220,6 +287,11 @@ class TrainConfig(ModelConfig):
         maximum=1,
         plain="how often a song is described by your trigger word alone; 0.1 ties the style to that word",
         advanced=True,
+        more=(
+            "The word then brings the style even where the caption says little else. 0.05 to 0.2 is usual "
+            "where it is used; too much of it, and captions steer less. Without a trigger word the caption "
+            "is simply left out."
+        ),
     )
     tag_dropout: float = option(
         0.0,
@@ -229,6 +301,10 @@ class TrainConfig(ModelConfig):
         maximum=1,
         plain="how often the trigger word is left out, so that the style also comes without it",
         advanced=True,
+        more=(
+            "At 0 the style hangs on the trigger word and can be left off by not writing it. At 0.1 it also "
+            "comes a little without the word."
+        ),
     )
     metadata_dropout: float = option(
         0.0,
@@ -238,6 +314,10 @@ class TrainConfig(ModelConfig):
         maximum=1,
         plain="how often one of tempo, time signature and key is not told, so that the style does not hang on them",
         advanced=True,
+        more=(
+            "At 0 the model may take 120 beats for a part of your style, if all songs have them. 0.1 to 0.3 "
+            "loosens that. It costs no time."
+        ),
     )
     prior_data: Path | None = option(
         None,
@@ -247,6 +327,10 @@ class TrainConfig(ModelConfig):
         plain="other music, prepared like your songs, on which the adapter learns to change nothing; empty: none",
         holds="tensors",
         advanced=True,
+        more=(
+            "It keeps the adapter from changing music that is not yours, such as other styles at the same "
+            "strength. Some dozen songs of many styles are enough. Each step takes longer by their share."
+        ),
     )
     prior_weight: float = option(
         0.2,
@@ -256,6 +340,10 @@ class TrainConfig(ModelConfig):
         maximum=0.9,
         plain="how much of each step goes to the other music: 0.2 is a fifth; more keeps more and learns less",
         advanced=True,
+        more=(
+            "0.2 is where to begin. With 0.5 half of the time goes into keeping what the model could "
+            "already. Judge shows what it brought, as less drift."
+        ),
     )
 
     adapter_type: str = option(
@@ -327,6 +415,10 @@ class TrainConfig(ModelConfig):
         advanced=True,
         plain="go on from an adapter that is there already, of any program",
         holds="adapter",
+        more=(
+            "Good for adding songs to an adapter that you like. To go on with a stopped training take "
+            "Resume instead, which also keeps the learning rate's course."
+        ),
     )
     target_modules: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -334,6 +426,10 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         choices=("q_proj", "k_proj", "v_proj", "o_proj"),
         plain="which parts of the model's listening it may change; all four is usual",
+        more=(
+            "q and k decide what is listened to, v and o what is made of it. All four is usual. Fewer make "
+            "a smaller file that changes less."
+        ),
     )
     attention_type: str = option(
         "both",
@@ -342,6 +438,10 @@ class TrainConfig(ModelConfig):
         choices=("both", "self", "cross"),
         notes=("music and words", "how moments of the music relate", "how caption and lyrics act"),
         plain="what it may change: how moments of the music relate, how caption and lyrics act, or both",
+        more=(
+            "both is usual. self alone takes sound and playing, and leaves what words do. cross alone "
+            "changes how captions and lyrics act, and hardly the sound."
+        ),
     )
     self_target_modules: tuple[str, ...] | None = option(
         None,
@@ -351,6 +451,11 @@ class TrainConfig(ModelConfig):
         depends_on=("target_modules",),
         suggest=its_default,
         advanced=True,
+        plain="parts that may change in how moments of the music relate, where other than above",
+        more=(
+            "Empty is usual: the same as for captions. Name some to let the adapter change one side more "
+            "than the other."
+        ),
     )
     cross_target_modules: tuple[str, ...] | None = option(
         None,
@@ -360,21 +465,43 @@ class TrainConfig(ModelConfig):
         depends_on=("target_modules",),
         suggest=its_default,
         advanced=True,
+        plain="parts that may change in how caption and lyrics act, where other than above",
+        more=(
+            "Empty is usual: the same as for the music. Name some to let the adapter change one side more "
+            "than the other."
+        ),
     )
     target_mlp: bool = option(
         False,
         "adapt the MLP too",
         group="Adapter",
         plain="let the adapter reach more of the model: learns more, and is larger",
+        more=(
+            "The file becomes about twice as large, and training slower. It helps where the sound itself is "
+            "new to the model, and copies songs sooner. Most adapters do without."
+        ),
     )
     ignore_rank_map: bool = option(
-        False, "do not use the rank map that estimate left in --dataset-dir", group="Adapter"
+        False,
+        "do not use the rank map that estimate left in --dataset-dir",
+        group="Adapter",
+        plain="learn with the same rank everywhere, although ranks were measured for these songs",
+        more=(
+            "Measured ranks put what the adapter can learn where your music needs it. Yes compares how it "
+            "sounds without them."
+        ),
     )
     init: str = option(
         "default",
         "start of lora_A: default (random), or gradient (the directions that estimate measured)",
         group="Adapter",
         choices=("default", "gradient"),
+        plain="how it begins: from chance, or in the directions that Measure ranks has found",
+        more=(
+            "default is usual. gradient learned a little more in the same time where it was measured "
+            "(docs/benchmarks.md), and needs a measurement of these songs. Both begin with the sound of the "
+            "model alone."
+        ),
     )
     lokr_factor: int = option(
         -1,
@@ -383,9 +510,17 @@ class TrainConfig(ModelConfig):
         minimum=-1,
         advanced=True,
         when=("adapter_type", "lokr"),
+        plain="LoKr: how the file is divided; -1 makes the smallest",
+        more="-1 is usual. A small factor such as 4 makes a larger file that can learn more.",
     )
     lokr_decompose_both: bool = option(
-        False, "LoKr: low rank on both factors", group="Adapter", advanced=True, when=("adapter_type", "lokr")
+        False,
+        "LoKr: low rank on both factors",
+        group="Adapter",
+        advanced=True,
+        when=("adapter_type", "lokr"),
+        plain="LoKr: an even smaller file that learns less",
+        more="No is usual. Yes keeps both halves at a low rank, for voices or instruments that need little.",
     )
     lokr_weight_decompose: bool = option(
         False,
@@ -393,6 +528,8 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         advanced=True,
         when=("adapter_type", "lokr"),
+        plain="LoKr: learn strength and direction apart, as DoRA does",
+        more="No is usual. Yes is slower, and a little steadier at low ranks. Fewer programs read it.",
     )
 
     epochs: int = option(
@@ -408,7 +545,17 @@ class TrainConfig(ModelConfig):
             "than too few."
         ),
     )
-    max_steps: int = option(0, "stop after N optimizer steps; 0 trains all epochs", group="Training", minimum=0)
+    max_steps: int = option(
+        0,
+        "stop after N optimizer steps; 0 trains all epochs",
+        group="Training",
+        minimum=0,
+        plain="stop after so many steps, wherever the epochs are; 0 goes by the epochs",
+        more=(
+            "0 is usual. A number serves for comparing settings with the same amount of learning. The "
+            "learning rate fades towards that end."
+        ),
+    )
     batch_size: int = option(
         1,
         "songs or windows in a micro-step",
@@ -433,6 +580,10 @@ class TrainConfig(ModelConfig):
         minimum=0,
         maximum=LARGEST_SEED,
         plain="a run with the same seed and settings gives the same adapter",
+        more=(
+            "Another number draws other excerpts and another order, and gives a slightly different adapter. "
+            "It is no knob for quality: 42 is as good as any."
+        ),
     )
     lr: float = option(
         1e-4,
@@ -460,6 +611,10 @@ class TrainConfig(ModelConfig):
             "little memory, slow start",
             "finds the learning rate itself",
         ),
+        more=(
+            "All of them reach much the same sound. adamw is what most people use. prodigy frees you from "
+            "choosing a learning rate, and takes more memory for the adapter."
+        ),
     )
     scheduler_type: str = option(
         "cosine",
@@ -467,6 +622,10 @@ class TrainConfig(ModelConfig):
         group="Training",
         choices=SCHEDULER_TYPES,
         plain="how the learning rate changes during the run; cosine lets it fade to the end",
+        more=(
+            "cosine and linear end gently, which keeps the last epochs from copying. constant is for "
+            "trainings that you stop by ear. cosine is usual."
+        ),
     )
     warmup_steps: int = option(
         100,
@@ -474,6 +633,10 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=0,
         plain="begin with a small learning rate for so many steps",
+        more=(
+            "A slow start keeps the first steps from spoiling what the model can. 100 is usual; short runs "
+            "take at most a tenth of their steps for it."
+        ),
     )
     weight_decay: float = option(
         0.01,
@@ -481,6 +644,10 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=0,
         plain="pulls the adapter gently back to nothing, so that it does not overdo; 0.01 is usual",
+        more=(
+            "Higher values make an adapter that changes less. 0 switches it off. It is heard less than "
+            "rank, epochs and learning rate."
+        ),
     )
     max_grad_norm: float = option(
         1.0,
@@ -488,6 +655,10 @@ class TrainConfig(ModelConfig):
         group="Training",
         minimum=0,
         plain="a limit for single wild steps; 1 is usual",
+        more=(
+            "A song that is unlike all others can pull hard for one step; this holds the pull down. 0 sets "
+            "no limit. There is seldom a reason to change it."
+        ),
     )
     ema_decay: float = option(
         0.0,
@@ -496,6 +667,10 @@ class TrainConfig(ModelConfig):
         minimum=0,
         maximum=0.99999,
         plain="also keep a smoothed average of the adapter; 0.99 is usual, 0 keeps none",
+        more=(
+            "The average is calmer than the last step. It is written beside the adapter, in ema/, to "
+            "compare by ear. It costs no time and some memory."
+        ),
     )
     early_stop_patience: int = option(
         0,
@@ -507,10 +682,25 @@ class TrainConfig(ModelConfig):
     )
 
     loss_weighting: str = option(
-        "none", "weight of a timestep in the loss", group="Flow matching", choices=("none", "min_snr")
+        "none",
+        "weight of a timestep in the loss",
+        group="Flow matching",
+        choices=("none", "min_snr"),
+        plain="which stages of making a song count more; none is as the model itself was taught",
+        more=(
+            "none is usual. min_snr holds back the stages in which nearly nothing is left to do, so that "
+            "more is learned of form and less of the finest sound."
+        ),
     )
     snr_gamma: float = option(
-        5.0, "gamma of min_snr", group="Flow matching", above=0, advanced=True, when=("loss_weighting", "min_snr")
+        5.0,
+        "gamma of min_snr",
+        group="Flow matching",
+        above=0,
+        advanced=True,
+        when=("loss_weighting", "min_snr"),
+        plain="how much min_snr holds back: lower holds back more; 5 is usual",
+        more="It does nothing without min_snr. 5 is the value of the paper; 1 holds back much.",
     )
     timestep_mode: str = option(
         "auto",
@@ -521,6 +711,10 @@ class TrainConfig(ModelConfig):
         label="How the model makes music",
         plain="in 8 fast steps without guidance, as turbo (discrete), or in many steps, as base and sft (logit-normal)",
         advanced=True,
+        more=(
+            "It must be as the model was made: turbo and its merges discrete, base and sft logit-normal. "
+            "auto knows it of ACE-Step's own models. With the wrong one nothing sounds right."
+        ),
     )
     timestep_shift: float | None = option(
         None,
@@ -530,6 +724,10 @@ class TrainConfig(ModelConfig):
         maximum=100,
         advanced=True,
         when=("timestep_mode", "auto", "discrete"),
+        plain="how long a song stays vague before details come; empty: as the model was made",
+        more=(
+            "Empty is right, unless you play with another shift in the app. Then take the same here. 3 is turbo's own."
+        ),
     )
     timestep_mu: float | None = option(
         None,
@@ -537,6 +735,8 @@ class TrainConfig(ModelConfig):
         group="Flow matching",
         advanced=True,
         when=("timestep_mode", "auto", "logit-normal"),
+        plain="which stages of making a song are learned most; empty: as the model was taught",
+        more=("Empty is right for ACE-Step's own models. Higher values learn more of form, lower ones more of detail."),
     )
     timestep_sigma: float | None = option(
         None,
@@ -545,6 +745,8 @@ class TrainConfig(ModelConfig):
         above=0,
         advanced=True,
         when=("timestep_mode", "auto", "logit-normal"),
+        plain="how widely the stages are spread; empty: as the model was taught",
+        more=("Empty is right for ACE-Step's own models. Small values learn one stage well and the others hardly."),
     )
     cfg_ratio: float | None = option(
         None,
@@ -568,6 +770,10 @@ class TrainConfig(ModelConfig):
         notes=("", "also where the flag has no value", "where the steps that are left gain more than compiling takes"),
         bare="on",
         plain="a slow start, then faster steps: for long runs",
+        more=(
+            "The sound is the same. The first steps take minutes, each later one less time, so that hours "
+            "of training gain and a short one loses. auto compares the two."
+        ),
     )
 
     gradient_checkpointing: bool = option(
@@ -575,9 +781,22 @@ class TrainConfig(ModelConfig):
         "recompute layers in the backward pass: less memory, about a third more time",
         group="Memory",
         plain="much less memory for about a third more time",
+        more=(
+            "The adapter is the same either way. Leave it on, unless the card has memory to spare: without "
+            "it training is faster by about a quarter."
+        ),
     )
     recompute_layers: int | None = option(
-        None, "recompute only the first N layers; default: all of them", group="Memory", minimum=0, advanced=True
+        None,
+        "recompute only the first N layers; default: all of them",
+        group="Memory",
+        minimum=0,
+        advanced=True,
+        plain="how many layers save memory so; fewer are faster; empty: all",
+        more=(
+            "It is not heard. Each layer that is not recomputed makes steps faster and takes more of the "
+            "card's memory. Memory, in the menu, says what fits."
+        ),
     )
     recompute_as_needed: bool = option(
         False,
@@ -586,6 +805,11 @@ class TrainConfig(ModelConfig):
         advanced=True,
         depends_on=("gradient_checkpointing", "recompute_layers", "swap_blocks"),
         suggest=its_default,
+        plain="save only as much memory as your card needs, and be as fast as it can",
+        more=(
+            "It is not heard. The number of layers is chosen from the memory that is free at the start. "
+            "Close other programs first, then it is faster."
+        ),
     )
     base_precision: str = option(
         "auto",
@@ -594,6 +818,10 @@ class TrainConfig(ModelConfig):
         choices=("auto", "int8", "nf4"),
         plain="store the model smaller to save memory: int8 halves it, nf4 quarters it",
         notes=("as it is", "half the memory, next to no loss", "a quarter of the memory, a little rougher"),
+        more=(
+            "The adapter learns in full precision all the same. int8 is next to never heard; nf4 is a "
+            "little rougher, and lets a large model into a small card. Play with the usual model afterwards."
+        ),
     )
     offload_activations: bool = option(
         False,
@@ -601,9 +829,21 @@ class TrainConfig(ModelConfig):
         group="Memory",
         advanced=True,
         plain="much less memory on the card, more time: results in between wait in the computer's memory",
+        more=(
+            "It is not heard. It needs free memory of the computer instead, often several GB. Try it before "
+            "smaller excerpts or a lower rank."
+        ),
     )
     even_if_it_does_not_fit: bool = option(
-        False, "train although the memory planner says that the GPU is too small", group="Memory", advanced=True
+        False,
+        "train although the memory planner says that the GPU is too small",
+        group="Memory",
+        advanced=True,
+        plain="start although the memory of the card will not be enough, as far as is known",
+        more=(
+            "The plan is within a few percent of what was measured. If memory runs out, nothing that was "
+            "saved is lost. It is better to take one of the settings that the plan names."
+        ),
     )
     swap_blocks: int = option(
         0,
@@ -612,12 +852,20 @@ class TrainConfig(ModelConfig):
         minimum=0,
         advanced=True,
         plain="the least memory on the card, much more time: so many layers wait in the computer's memory",
+        more=(
+            "It is not heard. 0 is usual; raise it only if nothing else fits. With all layers waiting, a "
+            "step takes several times as long."
+        ),
     )
     offload_encoder: bool = option(
         False,
         "VAE and text encoder live on the CPU between uses",
         group="Memory",
         plain="less memory on the card; previews and preparing take longer",
+        more=(
+            "It is not heard. What reads captions and what makes sound out of numbers leave the card while "
+            "they are not needed. Yes suits small cards."
+        ),
     )
 
     score: bool = option(
@@ -625,6 +873,10 @@ class TrainConfig(ModelConfig):
         "judge all checkpoints at the end, as the command `score` does",
         group="Previews",
         plain="say at the end which checkpoint to take, and why: takes some minutes",
+        more=(
+            "It measures how much of your songs each saved state has learned, and how much else it has "
+            "changed. Judge in the menu does the same afterwards. It is no ear: listen to what it names."
+        ),
     )
     preview_every: int = option(
         0,
@@ -643,15 +895,46 @@ class TrainConfig(ModelConfig):
         "caption to listen to; default with --preview-every: those of the first two songs",
         group="Previews",
         plain="what that music should sound like; empty: as the first two songs",
+        more=(
+            "Write it as you will write captions later, with your trigger word. Something that is none of "
+            "your songs shows best whether the style was learned or the songs."
+        ),
     )
     preview_lyrics: str = option(
-        "[Instrumental]", "lyrics of --preview-prompt; \\n begins a new line", group="Previews"
+        "[Instrumental]",
+        "lyrics of --preview-prompt; \\n begins a new line",
+        group="Previews",
+        plain=r"the words that are sung in it, or [Instrumental]; \n begins a new line",
+        more="Two verses are enough for half a minute. Words show best whether a voice was learned.",
     )
     preview_prompts: Path | None = option(
-        None, "JSON file with a list of prompts to listen to, instead of --preview-prompt", group="Previews"
+        None,
+        "JSON file with a list of prompts to listen to, instead of --preview-prompt",
+        group="Previews",
+        plain="a file with several descriptions to listen to, in place of a single one",
+        more=(
+            "Each of them is played every time, so the wait grows with their number. Three is usual: near "
+            "to your songs, far from them, and without the trigger word."
+        ),
     )
-    preview_duration: float = option(30.0, "seconds of each preview", group="Previews", minimum=1, maximum=600)
-    preview_seed: int = option(42, "seed of the previews' noise", group="Previews", minimum=0, maximum=LARGEST_SEED)
+    preview_duration: float = option(
+        30.0,
+        "seconds of each preview",
+        group="Previews",
+        minimum=1,
+        maximum=600,
+        plain="how many seconds each piece lasts that you hear meanwhile",
+        more=("30 seconds show sound and playing. A whole form needs 120 or more, and takes as much longer to make."),
+    )
+    preview_seed: int = option(
+        42,
+        "seed of the previews' noise",
+        group="Previews",
+        minimum=0,
+        maximum=LARGEST_SEED,
+        plain="the same number makes the same piece each time, so that only the learning is heard",
+        more="Leave it as it is within a training. Another number is another piece.",
+    )
     preview_variant: tuple[str, ...] = option(
         (),
         "models that play the previews, such as turbo, or base turbo for both; default: the one that is trained",
@@ -668,6 +951,11 @@ class TrainConfig(ModelConfig):
         "the language model composes each preview, once and before the training; the DiT follows it in all of them",
         group="Previews",
         plain="previews as the app makes them with thinking on: the composer writes them first",
+        more=(
+            "The sketch is composed once, before the training, so that all previews follow the same one. It "
+            "needs the language model among the checkpoints. Without it previews are made from the caption "
+            "alone."
+        ),
     )
     preview_adapter: Path | None = option(
         None,
@@ -678,6 +966,7 @@ class TrainConfig(ModelConfig):
         holds="adapter",
         when=("preview_think", True),
         kept=True,
+        more=("Empty takes the composer as it is. With it you hear both adapters together, as they will be played."),
     )
 
     save_every: int = option(
@@ -686,6 +975,10 @@ class TrainConfig(ModelConfig):
         group="Saving",
         minimum=1,
         plain="every so many epochs, keep a state to listen to or to go on from",
+        more=(
+            "10 is usual. Less often saves room on the disk, more often gives more moments to choose from. "
+            "The adapter of each can be played and judged."
+        ),
     )
     resume_from: Path | None = option(
         None,
@@ -696,14 +989,32 @@ class TrainConfig(ModelConfig):
         depends_on=("run",),
         offers=states_offered,
         holds="saved state",
+        more=(
+            "The newest is usual. An earlier one goes back to before it began to copy. The run goes on "
+            "exactly as it would have."
+        ),
     )
     save_best: bool = option(
         True,
         "keep the adapter with the lowest validation loss (without --val-split: smoothed training loss) in best/",
         group="Saving",
         plain="also keep the adapter of the moment that was best, in best/",
+        more=(
+            "With a share of the songs kept apart it is the moment before it begins to copy. Without one it "
+            "is the lowest loss of training, which says less. Yes is usual."
+        ),
     )
-    save_best_after: int = option(0, "look for the best only after N epochs", group="Saving", minimum=0)
+    save_best_after: int = option(
+        0,
+        "look for the best only after N epochs",
+        group="Saving",
+        minimum=0,
+        plain="do not look for the best moment before so many epochs",
+        more=(
+            "0 is usual. A number keeps the first epochs from being taken where the loss of the songs kept "
+            "apart is shaky."
+        ),
+    )
     mark_drop: float = option(
         0.0,
         "also keep the adapter, with a preview, whenever the smoothed training loss has dropped by another such share "
@@ -718,11 +1029,34 @@ class TrainConfig(ModelConfig):
             "rounds at the earliest; where chance alone moves the loss more, the steps are wider."
         ),
     )
-    validate_every: int = option(1, "epochs between validations", group="Saving", minimum=1, advanced=True)
-    keep_checkpoints: int = option(
-        10, "newest checkpoints to keep; 0 keeps all", group="Saving", minimum=0, advanced=True
+    validate_every: int = option(
+        1,
+        "epochs between validations",
+        group="Saving",
+        minimum=1,
+        advanced=True,
+        plain="how often the songs kept apart are listened to, in epochs",
+        more="1 is usual. With many songs kept apart, 5 saves time and may miss the best moment by a little.",
     )
-    log_every: int = option(10, "optimizer steps between log lines", group="Saving", minimum=1)
+    keep_checkpoints: int = option(
+        10,
+        "newest checkpoints to keep; 0 keeps all",
+        group="Saving",
+        minimum=0,
+        advanced=True,
+        plain="how many saved states stay on the disk, the newest; 0 keeps all",
+        more=(
+            "Each takes about three times the size of the adapter. Judge compares those that are there. 10 is usual."
+        ),
+    )
+    log_every: int = option(
+        10,
+        "optimizer steps between log lines",
+        group="Saving",
+        minimum=1,
+        plain="after how many steps a line goes into the curves",
+        more="It changes nothing that is learned. 10 is usual; 1 shows every step of a short training.",
+    )
 
     def __post_init__(self) -> None:
         others = {
@@ -751,6 +1085,10 @@ class TrainLmConfig(TrainConfig):
         "language model: 0.6B, 1.7B, 4B, a folder's name or path; auto takes 1.7B where it is there",
         group="Model",
         plain="which language model; auto takes the one that the app has",
+        more=(
+            "An adapter of one size does not fit another, so take the one that you play with. 1.7B is the "
+            "app's usual one; 4B needs more memory, 0.6B less."
+        ),
     )
     rank: int = same_as(TrainConfig, "rank", default=16, kept=False)
     alpha: float = same_as(TrainConfig, "alpha", default=32.0, kept=False)
@@ -772,6 +1110,7 @@ class TrainLmConfig(TrainConfig):
         help="adapter for the DiT that plays the previews",
         label="Adapter of the DiT in previews",
         plain="the band's own adapter: the final/ or best/ folder of a run of fixed",
+        more="Empty takes the band as it is. With it you hear both adapters together, as they will be played.",
         when=(),
     )
 
@@ -824,9 +1163,25 @@ class BuildDatasetConfig:
         plain="the folder with your songs; its subfolders are searched too",
         holds="songs",
         kept=True,
+        more=(
+            "Wav, flac, mp3, ogg, opus and m4a are read, among others. Text beside a song, such as "
+            "song.caption.txt and song.lyrics.txt, is taken for it. Your files are not changed."
+        ),
     )
-    output: Path | None = option(None, "where to write; default: dataset.json in --input", group="Dataset")
-    name: str | None = option(None, "name of the dataset; default: the folder's name", group="Dataset")
+    output: Path | None = option(
+        None,
+        "where to write; default: dataset.json in --input",
+        group="Dataset",
+        plain="where the list goes; empty: dataset.json among the songs",
+        more="Empty is usual. Name another file where the songs lie on a disk that you may not write to.",
+    )
+    name: str | None = option(
+        None,
+        "name of the dataset; default: the folder's name",
+        group="Dataset",
+        plain="what the collection is called; empty: as its folder",
+        more="It is only a name in the list. The folder's name is usual.",
+    )
     tag: str | None = option(
         None,
         "trigger word that every prompt gets",
@@ -839,7 +1194,14 @@ class BuildDatasetConfig:
         ),
     )
     tag_position: str | None = option(
-        None, "where the tag goes; default: prepend", group="Dataset", choices=("prepend", "append", "replace")
+        None,
+        "where the tag goes; default: prepend",
+        group="Dataset",
+        choices=("prepend", "append", "replace"),
+        plain="where the trigger word stands in a caption: before it, after it, or in its place",
+        more=(
+            "In front is usual, and strongest. replace ties the whole style to the word and lets captions steer less."
+        ),
     )
     genre_ratio: int | None = option(
         None,
@@ -847,18 +1209,31 @@ class BuildDatasetConfig:
         group="Dataset",
         minimum=0,
         maximum=100,
+        plain="in how many of a hundred visits only the genre is told; empty: never",
+        more=(
+            "It teaches the style also for short prompts. 10 to 30 is usual where it is used. It needs "
+            "songs that say their genre."
+        ),
     )
     analyze: bool = option(
         False,
         "estimate missing tempo, key and time signature from the audio",
         group="Dataset",
         plain="work out tempo, key and time signature from the audio where they are not known",
+        more=(
+            "What you or the tags say stays. Tempo is right for most music with drums; key is wrong more "
+            "often. It takes a few seconds a song."
+        ),
     )
     audit: bool = option(
         False,
         "listen to every song: report length, level, clipping, duplicates, text that is missing, long or alike",
         group="Dataset",
         plain="listen to every song for what harms training: clipping, silence, doubles, missing text",
+        more=(
+            "It writes a page that shows each song with what deserves a look. One badly recorded song is "
+            "heard in everything, so that it pays. It takes a few seconds a song."
+        ),
     )
     caption: str = option(
         "none",
@@ -866,6 +1241,10 @@ class BuildDatasetConfig:
         group="Describe",
         choices=("none", "lm", "endpoint"),
         plain="let a model listen to the songs and describe those that have no caption; lm runs on this computer",
+        more=(
+            "lm is ACE-Step's own language model and stays on this computer. endpoint sends the music to a "
+            "server that you name. Read what it writes: your own words are better."
+        ),
     )
     lyrics: str = option(
         "none",
@@ -874,6 +1253,10 @@ class BuildDatasetConfig:
         choices=("none", "lm"),
         plain="also let the model write down the lyrics; it often invents them",
         when=("caption", "lm", "endpoint"),
+        more=(
+            "What it wrote is marked in the list. Correct it against the song: words that are not sung "
+            "teach the voice nonsense. none takes songs without lyrics as instrumental."
+        ),
     )
     lm: str = option(
         "auto",
@@ -881,6 +1264,8 @@ class BuildDatasetConfig:
         group="Describe",
         advanced=True,
         when=("caption", "lm"),
+        plain="which language model listens; auto takes the app's usual one",
+        more="1.7B is usual. 4B needs more memory and time, 0.6B less of both.",
     )
     model_variant: str = same_as(
         ModelConfig, "model_variant", group="Describe", when=("caption", "lm"), depends_on=(), offers=None, kept=False
@@ -888,16 +1273,33 @@ class BuildDatasetConfig:
     device: str = same_as(ModelConfig, "device", group="Describe", advanced=True, when=("caption", "lm"))
     precision: str = same_as(ModelConfig, "precision", group="Describe", advanced=True, when=("caption", "lm"))
     base_precision: str = same_as(
-        TrainConfig, "base_precision", group="Describe", advanced=True, when=("caption", "lm"), plain=""
+        TrainConfig,
+        "base_precision",
+        group="Describe",
+        advanced=True,
+        when=("caption", "lm"),
+        plain="read the language model smaller to save memory: int8 halves it, nf4 quarters it",
+        more="auto is best. int8 comes next, then nf4: take the first that fits into the card.",
     )
     endpoint: str = option(
         "",
         "URL of a server that speaks OpenAI's chat format with audio; its key is read from SIDE_STEP_API_KEY",
         group="Describe",
         when=("caption", "endpoint"),
+        plain="the address of a server that listens in place of this computer",
+        more=(
+            "Your music is sent there. It must speak OpenAI's chat format with audio; its key is read from "
+            "SIDE_STEP_API_KEY."
+        ),
     )
     endpoint_model: str = option(
-        "", "name of the server's model", "--model", group="Describe", when=("caption", "endpoint")
+        "",
+        "name of the server's model",
+        "--model",
+        group="Describe",
+        when=("caption", "endpoint"),
+        plain="which of the server's models listens",
+        more="The server's own page lists their names. Only models that hear audio can do it.",
     )
     endpoint_timeout: float = option(
         120.0,
@@ -906,6 +1308,8 @@ class BuildDatasetConfig:
         above=0,
         advanced=True,
         when=("caption", "endpoint"),
+        plain="how many seconds to wait for each song's answer",
+        more=("120 is usual. A song whose answer does not come is named at the end, and the same command asks again."),
     )
     checkpoint_dir: Path | None = option(
         None,
@@ -916,8 +1320,18 @@ class BuildDatasetConfig:
         label="Folder of the checkpoints",
         holds="checkpoints",
         kept=True,
+        more=(
+            "Needed where the language model describes your songs. With it the page of the audit also "
+            "counts how much of a caption the model can read."
+        ),
     )
-    overwrite: bool = option(False, "replace an existing dataset.json, edits included", group="Dataset")
+    overwrite: bool = option(
+        False,
+        "replace an existing dataset.json, edits included",
+        group="Dataset",
+        plain="write the list anew, and lose what was changed in it by hand",
+        more="No keeps your edits and stops. Take Yes after captions or songs have changed on the disk.",
+    )
 
     def __post_init__(self) -> None:
         if self.caption == "none" and self.lyrics != "none":
@@ -942,12 +1356,27 @@ class EstimateConfig(ModelConfig):
 
     dataset_dir: Path = same_as(TrainConfig, "dataset_dir")
     chunk_duration: float = option(
-        0.0, "measure on windows of N seconds; 0 measures on whole songs", group="Data", minimum=0
+        0.0,
+        "measure on windows of N seconds; 0 measures on whole songs",
+        group="Data",
+        minimum=0,
+        plain="measure on excerpts of so many seconds; 0 hears whole songs",
+        more="Take what you will train with. Excerpts need less memory and time.",
     )
     output: Path | None = option(
-        None, "where to write; default: rank_map.json in --dataset-dir, where `fixed` finds it", group="Data"
+        None,
+        "where to write; default: rank_map.json in --dataset-dir, where `fixed` finds it",
+        group="Data",
+        plain="where the measured ranks go; empty: among the songs, where Train finds them",
+        more="Empty is usual. Name another file to compare two measurements.",
     )
-    overwrite: bool = option(False, "replace a rank map that is already there", group="Data")
+    overwrite: bool = option(
+        False,
+        "replace a rank map that is already there",
+        group="Data",
+        plain="measure again, in place of what was measured before",
+        more="Needed after songs were added or changed. The old measurement is gone then.",
+    )
 
     rank: int = option(
         64,
@@ -959,6 +1388,10 @@ class EstimateConfig(ModelConfig):
         maximum=4096,
         plain="how much the adapter can learn on average; the measurement moves it to where it is worth most",
         kept=True,
+        more=(
+            "64 makes a file as large as an adapter of rank 64 without a measurement. Parts of the model "
+            "that your music needs get up to twice that, others as little as 8."
+        ),
     )
     alpha: float = option(
         128.0,
@@ -968,24 +1401,81 @@ class EstimateConfig(ModelConfig):
         depends_on=("rank",),
         suggest=twice_the_rank,
         kept=True,
+        plain="its strength while it learns, the same everywhere: leave it at twice the rank",
+        more="What counts is alpha divided by rank: 2 is usual here. Training takes it from the measurement.",
     )
     rank_min: int = option(
-        8, "a module gets at least this rank; 0 lets the budget leave modules out", group="Ranks", minimum=0, kept=True
+        8,
+        "a module gets at least this rank; 0 lets the budget leave modules out",
+        group="Ranks",
+        minimum=0,
+        kept=True,
+        plain="no part of the model gets less than this; 0 leaves parts out",
+        more=("8 is usual. 0 puts everything where it is worth most, and leaves the rest of the model as it was."),
     )
-    rank_max: int = option(128, "a module gets at most this rank", group="Ranks", minimum=1, kept=True)
+    rank_max: int = option(
+        128,
+        "a module gets at most this rank",
+        group="Ranks",
+        minimum=1,
+        kept=True,
+        plain="no part of the model gets more than this",
+        more=(
+            "Twice the usual rank is usual: 128. A higher limit lets single parts take nearly all, which "
+            "copies songs sooner."
+        ),
+    )
     budget: int | None = option(
-        None, "parameters to spend; default: those of --rank everywhere", group="Ranks", minimum=1
+        None,
+        "parameters to spend; default: those of --rank everywhere",
+        group="Ranks",
+        minimum=1,
+        plain="how many numbers the adapter holds in all; empty: as many as at that rank everywhere",
+        more="Empty is usual. A number makes files of one size, whatever kind of adapter.",
     )
-    include_mlp: bool = option(True, "let the MLP compete for the budget too", group="Ranks")
+    include_mlp: bool = option(
+        True,
+        "let the MLP compete for the budget too",
+        group="Ranks",
+        plain="let all of the model take part, not only its listening",
+        more=("Yes is usual: the measurement finds out whether it is worth it. The file stays as large as before."),
+    )
     focus: str = option(
-        "balanced", "balanced, texture (t below 0.4), structure (t above 0.6), or the timesteps LOW,HIGH", group="Ranks"
+        "balanced",
+        "balanced, texture (t below 0.4), structure (t above 0.6), or the timesteps LOW,HIGH",
+        group="Ranks",
+        plain="what matters most: everything, texture (sound and playing) or structure (form and rhythm)",
+        more=(
+            "balanced is usual. texture suits a voice or an instrument, structure a way of composing. It "
+            "moves ranks, and training still hears everything."
+        ),
     )
 
     batches: str = option(
-        "auto", "measure at least N batches; auto stops when two halves of the songs agree", group="Measuring"
+        "auto",
+        "measure at least N batches; auto stops when two halves of the songs agree",
+        group="Measuring",
+        plain="how much music is listened to at least; auto stops when more changes nothing",
+        more="auto is usual, and takes a few minutes. A number makes it longer or shorter.",
     )
-    batch_size: int = option(1, "songs or windows in a batch", group="Measuring", minimum=1, maximum=1024)
-    seed: int = option(42, "seed of everything random", group="Measuring", minimum=0, maximum=LARGEST_SEED)
+    batch_size: int = option(
+        1,
+        "songs or windows in a batch",
+        group="Measuring",
+        minimum=1,
+        maximum=1024,
+        plain="how many songs are listened to at once",
+        more="1 is usual. More is a little faster, and takes more memory. The result is much the same.",
+    )
+    seed: int = option(
+        42,
+        "seed of everything random",
+        group="Measuring",
+        minimum=0,
+        maximum=LARGEST_SEED,
+        plain="the same number measures the same again",
+        more=("Another number draws other excerpts. If the ranks then differ much, there is too little music to tell."),
+    )
     timestep_mode: str = same_as(TrainConfig, "timestep_mode", group="Measuring")
     timestep_shift: float | None = same_as(TrainConfig, "timestep_shift", group="Measuring")
     sketch_width: int = option(
@@ -994,6 +1484,8 @@ class EstimateConfig(ModelConfig):
         group="Measuring",
         minimum=2,
         advanced=True,
+        plain="how finely is measured: more is finer and takes more memory",
+        more="32 is usual. What lies beyond is estimated from how the measured directions fall off.",
     )
     gradient_checkpointing: bool = same_as(TrainConfig, "gradient_checkpointing")
     recompute_layers: int | None = same_as(TrainConfig, "recompute_layers")
@@ -1046,6 +1538,10 @@ class SampleConfig(ModelConfig):
         plain="the adapter to listen to: the final/ folder of a run, or a file of any program",
         holds="adapter",
         kept=True,
+        more=(
+            "final/ is the end of a training, best/ its best moment, and each epoch_… in checkpoints/ an "
+            "earlier one. Empty plays the model alone."
+        ),
     )
     prompt: str = option(
         MISSING,
@@ -1053,18 +1549,55 @@ class SampleConfig(ModelConfig):
         group="Sample",
         label="Caption of the music",
         plain="what the music should sound like, in a few words: style, instruments, mood",
+        more=(
+            "Begin with your trigger word, then say what one hears. Something that is not among your songs "
+            "shows best what was learned: another voice, another tempo."
+        ),
     )
     lyrics: str = option(
         "[Instrumental]",
         "lyrics; \\n begins a new line",
         group="Sample",
         plain="the words that are sung, or [Instrumental]; \\n begins a new line",
+        more=("Marks such as [verse] and [chorus] tell the parts of a song. Half a minute holds two short verses."),
     )
-    lyrics_file: Path | None = option(None, "text file with the lyrics, instead of --lyrics", group="Sample")
-    language: str = option("unknown", "language code of the lyrics, such as en", group="Sample")
-    bpm: int | None = option(None, "beats per minute", group="Sample", minimum=30, maximum=300)
-    keyscale: str = option("", 'key, such as "A minor"', group="Sample")
-    timesignature: str = option("", "2, 3, 4 or 6", group="Sample")
+    lyrics_file: Path | None = option(
+        None,
+        "text file with the lyrics, instead of --lyrics",
+        group="Sample",
+        plain="a text file with the words that are sung",
+        more="Easier than typing several verses here. It is read as UTF-8 or any usual encoding.",
+    )
+    language: str = option(
+        "unknown",
+        "language code of the lyrics, such as en",
+        group="Sample",
+        plain="in which language is sung, such as en, de or ja",
+        more="unknown lets the model guess from the words. Naming it helps the pronunciation.",
+    )
+    bpm: int | None = option(
+        None,
+        "beats per minute",
+        group="Sample",
+        minimum=30,
+        maximum=300,
+        plain="how fast, in beats per minute; empty: as it comes",
+        more="60 to 180 is usual music. The model keeps to it more or less.",
+    )
+    keyscale: str = option(
+        "",
+        'key, such as "A minor"',
+        group="Sample",
+        plain="in which key, such as A minor; empty: as it comes",
+        more="The model keeps to it more or less. Empty leaves it free.",
+    )
+    timesignature: str = option(
+        "",
+        "2, 3, 4 or 6",
+        group="Sample",
+        plain="how many beats in a bar: 2, 3, 4 or 6; empty: as it comes",
+        more="4 is most music, 3 a waltz. The model keeps to it more or less.",
+    )
     duration: float = option(
         30.0,
         "seconds of audio; 0 with --think: as long as the composer plans it",
@@ -1072,6 +1605,10 @@ class SampleConfig(ModelConfig):
         minimum=0,
         maximum=600,
         plain="how many seconds of music",
+        more=(
+            "30 seconds are quickly made and tell sound and playing. The form of a song needs 120 or more. "
+            "Up to ten minutes are possible."
+        ),
     )
     strength: tuple[float, ...] = option(
         (0.0, 1.0),
@@ -1086,7 +1623,13 @@ class SampleConfig(ModelConfig):
         ),
     )
     steps: int | None = option(
-        None, "denoising steps; default: 8 for turbo, 50 for sft, 32 for base", group="Sample", minimum=1, maximum=1000
+        None,
+        "denoising steps; default: 8 for turbo, 50 for sft, 32 for base",
+        group="Sample",
+        minimum=1,
+        maximum=1000,
+        plain="how long it works on the music; empty: as the model is meant",
+        more="Turbo is made for 8, and more does not help it. base and sft sound rougher below 30.",
     )
     guidance: float | None = option(
         None,
@@ -1094,7 +1637,10 @@ class SampleConfig(ModelConfig):
         group="Sample",
         minimum=1,
         plain="how strictly the caption is followed; 7 is usual, turbo: leave empty",
-        more="High values follow the words and sound pressed; low ones are freer.",
+        more=(
+            "High values follow the words and sound pressed; low ones are freer. Turbo was made without "
+            "guidance. An adapter whose training hid no captions answers badly to it."
+        ),
     )
     shift: float | None = option(
         None,
@@ -1102,6 +1648,8 @@ class SampleConfig(ModelConfig):
         group="Sample",
         above=0,
         advanced=True,
+        plain="how long a song stays vague before details come; empty: as the model is meant",
+        more="Empty is right for most. A higher one cares more for form, a lower one more for detail.",
     )
     timestep_mode: str = same_as(
         TrainConfig,
@@ -1110,7 +1658,13 @@ class SampleConfig(ModelConfig):
         help="sample as turbo (discrete) or as base and sft (logit-normal); auto asks the checkpoint",
     )
     seed: int = option(
-        42, "seed of the noise, and of what the composer writes", group="Sample", minimum=0, maximum=LARGEST_SEED
+        42,
+        "seed of the noise, and of what the composer writes",
+        group="Sample",
+        minimum=0,
+        maximum=LARGEST_SEED,
+        plain="the same number makes the same piece; another number another one",
+        more="Keep it while you compare strengths or adapters. Then try several: one piece says little.",
     )
     think: bool = option(
         False,
@@ -1119,6 +1673,10 @@ class SampleConfig(ModelConfig):
         label="Let the composer think first?",
         plain="let the language model compose first, as the app does with thinking on",
         kept=True,
+        more=(
+            "The music follows a sketch then, with a clearer form. Making it takes longer. An adapter of "
+            "the sound and one of the composer can be played together."
+        ),
     )
     lm: str = option(
         "auto",
@@ -1126,6 +1684,8 @@ class SampleConfig(ModelConfig):
         group="Thinking",
         advanced=True,
         when=("think", True),
+        plain="which language model composes; auto takes the adapter's own, else the app's usual one",
+        more="1.7B is usual. An adapter of the composer fits only the size that it was trained on.",
     )
     lm_adapter: Path | None = option(
         None,
@@ -1135,9 +1695,18 @@ class SampleConfig(ModelConfig):
         holds="adapter",
         when=("think", True),
         kept=True,
+        more="It is what Train the composer leaves. Empty composes with the language model as it is.",
     )
     lm_strength: float = option(
-        1.0, "strength of --lm-adapter", group="Thinking", minimum=-4, maximum=4, advanced=True, when=("think", True)
+        1.0,
+        "strength of --lm-adapter",
+        group="Thinking",
+        minimum=-4,
+        maximum=4,
+        advanced=True,
+        when=("think", True),
+        plain="how strongly the composer's adapter acts: 0 not at all, 1 as it was trained",
+        more="1 is usual. Lower it if everything follows one pattern.",
     )
     rewrite_caption: bool = option(
         False,
@@ -1145,6 +1714,10 @@ class SampleConfig(ModelConfig):
         group="Thinking",
         plain="let the language model say your description in its own words",
         when=("think", True),
+        more=(
+            "Short descriptions gain by it. What you wrote exactly may be lost, your trigger word too, so "
+            "that No is usual with an adapter."
+        ),
     )
     lm_temperature: float = option(
         0.85,
@@ -1154,6 +1727,8 @@ class SampleConfig(ModelConfig):
         maximum=5,
         advanced=True,
         when=("think", True),
+        plain="how freely it composes: 0 always the same, 1 and more surprising",
+        more="0.85 is the app's own. Far above 1 it loses its thread.",
     )
     lm_top_p: float = option(
         0.9,
@@ -1163,6 +1738,8 @@ class SampleConfig(ModelConfig):
         maximum=1,
         advanced=True,
         when=("think", True),
+        plain="which ideas it may take: lower only the likely ones; 0.9 is usual",
+        more="0.9 is the app's own. 1 also takes odd ones.",
     )
     lm_guidance: float = option(
         2.0,
@@ -1172,11 +1749,25 @@ class SampleConfig(ModelConfig):
         maximum=20,
         advanced=True,
         when=("think", True),
+        plain="how strictly the sketch follows the caption; 2 is usual, 1 lets it go free",
+        more="2 is the app's own. High values make pieces that are alike.",
     )
     lm_negative: str = option(
-        "", "what the sketch should not be like", group="Thinking", advanced=True, when=("think", True)
+        "",
+        "what the sketch should not be like",
+        group="Thinking",
+        advanced=True,
+        when=("think", True),
+        plain="what the composer should keep away from, in a few words",
+        more=("Empty is usual. Write it as a caption: slow, sad, solo piano. It acts only with a guidance above 1."),
     )
-    output: Path = option(Path("samples"), "folder for the audio", group="Sample")
+    output: Path = option(
+        Path("samples"),
+        "folder for the audio",
+        group="Sample",
+        plain="where the music goes",
+        more=("Each piece has a name of its own, with its strength in it. Nothing that is there is written over."),
+    )
     preview_variant: tuple[str, ...] = same_as(
         TrainConfig,
         "preview_variant",
@@ -1198,14 +1789,27 @@ class JudgeConfig:
     """What `score` and `compare` share: by what adapters are judged, and on what."""
 
     checkpoint_dir: Path | None = option(
-        None, "folder of the ACE-Step checkpoints; default: that of the run", group="Model", holds="checkpoints"
+        None,
+        "folder of the ACE-Step checkpoints; default: that of the run",
+        group="Model",
+        holds="checkpoints",
+        plain="where the ACE-Step models are; empty: where the run had them",
+        more="Empty is usual. Name it where the models have moved since the training.",
     )
-    model_variant: str = option("", "variant or folder name; default: that of the run", group="Model")
+    model_variant: str = option(
+        "",
+        "variant or folder name; default: that of the run",
+        group="Model",
+        plain="which model to judge on; empty: that of the run",
+        more=("Empty is usual: an adapter is judged where it was trained. Another one says how it does elsewhere."),
+    )
     dataset_dir: Path | None = option(
         None,
         "folder of preprocessed .pt tensors to judge by; default: that of the run",
         group="Data",
         holds="tensors",
+        plain="the songs to judge by; empty: those of the run",
+        more="Empty is usual. Songs that the run did not learn from say more than those that it did.",
     )
     device: str = same_as(ModelConfig, "device")
     precision: str = same_as(ModelConfig, "precision")
@@ -1217,6 +1821,10 @@ class JudgeConfig:
         minimum=-4,
         maximum=4,
         plain="how strongly the adapter acts; several are compared with each other, such as 0.5,0.75,1,1.25",
+        more=(
+            "1 is as it was trained. With several it names the best of them, and takes as much longer. "
+            "Adapters trained a little too long are often best at 0.6 to 0.8."
+        ),
     )
     clips: int = option(
         8,
@@ -1234,6 +1842,7 @@ class JudgeConfig:
         minimum=2,
         maximum=240,
         plain="how many seconds each of these pieces lasts",
+        more="15 seconds tell sound and playing. Longer ones take as much longer to make.",
     )
     steps: int | None = same_as(SampleConfig, "steps", group="Judge")
     guidance: float | None = same_as(SampleConfig, "guidance", group="Judge")
@@ -1254,6 +1863,10 @@ class ScoreConfig(JudgeConfig):
         plain="the folder for the results of a training",
         holds="run",
         kept=True,
+        more=(
+            "All saved states of it are judged: how much of your songs they have learned, and how much else "
+            "they have changed. Nothing in it is changed, unless the recommended one is to be kept."
+        ),
     )
     average_from: int | None = option(
         None,
@@ -1271,6 +1884,7 @@ class ScoreConfig(JudgeConfig):
         "copy the recommended checkpoint to best/ of the run",
         group="Judge",
         plain="put the recommended checkpoint into best/, in place of what is there",
+        more="No only names it. Yes copies it to best/, where you find it again; what was there is gone.",
     )
 
 
@@ -1285,9 +1899,20 @@ class CompareConfig(JudgeConfig):
         group="Judge",
         label="Adapters to compare",
         plain="two or more adapters: the final/ folders of runs, or files of any program",
+        more=(
+            "They may be of different trainings or programs, for the same model. Each is judged on the same "
+            "songs and with the same chance, so that the figures can be compared."
+        ),
     )
     output: Path = option(
-        Path("comparison"), "folder for figures and music", "--output", "-o", group="Judge", kept=True
+        Path("comparison"),
+        "folder for figures and music",
+        "--output",
+        "-o",
+        group="Judge",
+        kept=True,
+        plain="where figures, music and the listening page go",
+        more="A new folder for each comparison keeps them apart. Delete it when you like.",
     )
 
 
@@ -1302,6 +1927,10 @@ class DemoConfig:
         label="Folder for the results",
         plain="where the demo's files go; delete it when you like",
         holds="new folder",
+        more=(
+            "It makes a tiny model and four short songs and takes them all the way. That shows that "
+            "everything works here; the music is noise."
+        ),
     )
 
 
@@ -1342,8 +1971,15 @@ class HistoryConfig:
         label="Folder of runs",
         plain="the folder that your trainings went to; the folders in it are searched too",
         holds="runs",
+        more="Each run is a row: when, which settings, how long, and how well it went. Nothing is changed.",
     )
-    json: bool = option(False, "print one JSON object and nothing else", group="History")
+    json: bool = option(
+        False,
+        "print one JSON object and nothing else",
+        group="History",
+        plain="print it for a program to read",
+        more="For scripts only. A person reads the table more easily.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1367,9 +2003,27 @@ class CleanConfig:
 class DoctorConfig:
     """`doctor`: what this machine offers, for the first run and for bug reports."""
 
-    checkpoint_dir: Path | None = option(None, "also look at the checkpoints in this folder", group="Doctor")
-    paths: bool = option(False, "name folders in full; leave it out of a public bug report", group="Doctor")
-    json: bool = option(False, "print one JSON object and nothing else", group="Doctor")
+    checkpoint_dir: Path | None = option(
+        None,
+        "also look at the checkpoints in this folder",
+        group="Doctor",
+        plain="also say which ACE-Step models are there",
+        more="Useful before a bug report on a model. Empty looks at this computer alone.",
+    )
+    paths: bool = option(
+        False,
+        "name folders in full; leave it out of a public bug report",
+        group="Doctor",
+        plain="name folders in full; No keeps your name out of a bug report",
+        more="No is usual: where things lie seldom matters. Yes helps where a folder is not found.",
+    )
+    json: bool = option(
+        False,
+        "print one JSON object and nothing else",
+        group="Doctor",
+        plain="print it for a program to read",
+        more="For scripts only. A person reads the table more easily.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1384,6 +2038,10 @@ class ExportConfig:
         plain="the adapter to convert: the final/ folder of a run, or a file of any program",
         holds="adapter",
         kept=True,
+        more=(
+            "ACE-Step's app and diffusers read the folder as it is, without an export. For another program "
+            "it is written in that program's form. The adapter itself stays."
+        ),
     )
     format: str = option(
         "peft",
@@ -1391,6 +2049,10 @@ class ExportConfig:
         group="Export",
         choices=("peft", "comfyui", "diffusers", "lycoris", "merged", "merged-lm"),
         plain="the program it is for; merged makes a complete model that needs no adapter",
+        more=(
+            "Take the program that you play with. peft is the form of the app. merged is large, because the "
+            "whole model is in it, and works where no adapter can be loaded."
+        ),
     )
     output: Path = option(
         MISSING,
@@ -1399,27 +2061,67 @@ class ExportConfig:
         plain="the folder, or the .safetensors file, to write",
         depends_on=("adapter", "format"),
         suggest=export_for,
+        more=(
+            "Programs want different things: ComfyUI one file, diffusers a folder. What is suggested suits the form."
+        ),
     )
-    strength: float = option(1.0, "strength at which the adapter is stored", group="Export")
+    strength: float = option(
+        1.0,
+        "strength at which the adapter is stored",
+        group="Export",
+        plain="how strongly it acts where a program plays it at 1",
+        more=(
+            "1 is usual: programs have a knob of their own. Take what you found best in listening, such as "
+            "0.7, for those that have none."
+        ),
+    )
     add: tuple[str, ...] = option(
-        (), "further adapters to combine with it, each as PATH or PATH:STRENGTH", group="Export"
+        (),
+        "further adapters to combine with it, each as PATH or PATH:STRENGTH",
+        group="Export",
+        plain="other adapters to mix into the same file, each with its strength, such as voice:0.5",
+        more="Two at full strength are often too much: begin with 0.5 each. All must be for the same model.",
     )
-    dtype: str = option("keep", "numbers to store", group="Export", choices=("keep", "fp32", "fp16", "bf16"))
+    dtype: str = option(
+        "keep",
+        "numbers to store",
+        group="Export",
+        choices=("keep", "fp32", "fp16", "bf16"),
+        plain="how exactly numbers are stored: fp16 and bf16 halve the file",
+        more="keep is usual. Halving is not heard.",
+    )
     base: Path | None = option(
         None,
         "folder of the ACE-Step checkpoints, where weights of the base are needed",
         group="Export",
         holds="checkpoints",
+        plain="where the ACE-Step models are, where the form needs them",
+        more="Needed for a complete model, and for some kinds of adapter. Nothing in the folder is changed.",
     )
-    model_variant: str = option("turbo", "variant or folder name below --base", group="Export", kept=True)
+    model_variant: str = option(
+        "turbo",
+        "variant or folder name below --base",
+        group="Export",
+        kept=True,
+        plain="which model a complete one is made of: the one that it was trained on",
+        more="turbo is usual. On another model of the same size it works, and sounds different.",
+    )
     lm: str = option(
         "auto",
         "merged-lm: language model below --base (0.6B, 1.7B, 4B, a name or path); auto is the one it was trained on",
         group="Export",
         advanced=True,
         when=("format", "merged-lm"),
+        plain="which language model a complete one is made of; auto: the one that it was trained on",
+        more="auto is right. An adapter of one size does not fit another.",
     )
-    overwrite: bool = option(False, "replace what --output already holds", group="Export")
+    overwrite: bool = option(
+        False,
+        "replace what --output already holds",
+        group="Export",
+        plain="replace what is there already under that name",
+        more=("No stops where something is there. Yes puts the new one in its place whole, or leaves the old one."),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1442,24 +2144,60 @@ class PlanConfig:
         label="Folder of the checkpoints",
         holds="checkpoints",
         kept=True,
+        plain="where the ACE-Step models are; ACE-Step's own are known without",
+        more="Empty is usual. Name it for a fine-tune or a merge.",
     )
     lm: str = option(
         "",
         "plan for the language model instead: 0.6B, 1.7B or 4B, known without files, or one below --checkpoint-dir",
         group="Plan",
         advanced=True,
+        plain="plan for the composer in place of the model of sound; empty: the model of sound",
+        more="0.6B, 1.7B and 4B are known without files. It says what training, listening and composing take.",
     )
     vram: float | None = option(
-        None, "plan for a GPU of so many GiB; default: the GPU of this machine", group="Plan", above=0
+        None,
+        "plan for a GPU of so many GiB; default: the GPU of this machine",
+        group="Plan",
+        above=0,
+        plain="the memory of the card in GB; empty: the card of this computer",
+        more=(
+            "Good before buying or renting one: 8, 12, 16 and 24 are usual. What other programs hold is not counted."
+        ),
     )
     dataset_dir: Path | None = option(
-        None, "folder of tensors: plan for the longest of these songs", group="Plan", label="Folder of tensors"
+        None,
+        "folder of tensors: plan for the longest of these songs",
+        group="Plan",
+        label="Folder of tensors",
+        plain="plan for the longest of these songs; empty: for songs of the length below",
+        more="The longest song sets the memory. Excerpts make all of them short.",
     )
     song_seconds: float = option(
-        240.0, "length of the songs, where no folder is named", group="Plan", minimum=1, maximum=36_000
+        240.0,
+        "length of the songs, where no folder is named",
+        group="Plan",
+        minimum=1,
+        maximum=36_000,
+        plain="how long your songs are, in seconds",
+        more="240 is usual: four minutes. The longest song counts, not the mean.",
     )
-    condition_tokens: int = option(512, "lyric and text tokens of a song", group="Plan", minimum=1, maximum=100_000)
-    json: bool = option(False, "print one JSON object and nothing else", group="Plan")
+    condition_tokens: int = option(
+        512,
+        "lyric and text tokens of a song",
+        group="Plan",
+        minimum=1,
+        maximum=100_000,
+        plain="how long caption and lyrics are; 512 is plenty for a song",
+        more="It matters little beside the length of the music. Very long lyrics come to 1000 and more.",
+    )
+    json: bool = option(
+        False,
+        "print one JSON object and nothing else",
+        group="Plan",
+        plain="print it for a program to read",
+        more="For scripts only. A person reads the table more easily.",
+    )
 
     prior_data: Path | None = same_as(TrainConfig, "prior_data", group="Plan")
     prior_weight: float = same_as(TrainConfig, "prior_weight", group="Plan")

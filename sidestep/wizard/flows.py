@@ -194,6 +194,13 @@ LAST_USED = {  # by what a path holds, or by its name: the settings that left on
     "run": ("run_folder", "output_dir"),
 }
 FOR_ALL_RUNS = ("device", "precision")  # set once, under Settings
+SECTION_MORE = (
+    "No leaves all of them at the values that suit most music. Yes asks for each; the review shows what differs."
+)
+PRESET_MORE = (
+    "They stand by the memory of the graphics card, and Doctor, in the menu, says what yours has. Take recommended if "
+    "in doubt. The memory plan in the review says whether it fits."
+)
 LEFT_TO_PRESET = ("rank", "epochs")  # not asked where the preset sets it
 
 
@@ -235,7 +242,9 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
             continue
         wanted = f"change {section}"
         help = ", ".join(name.replace("_", " ") for name in rest)
-        questions.append(Question(wanted, f"Change {section}?", help, "yes-no", section, lambda _answers: False))
+        questions.append(
+            Question(wanted, f"Change {section}?", help, "yes-no", section, lambda _answers: False, more=SECTION_MORE)
+        )
         for question in (question_of(name, flow, context) for name in rest):
             questions.append(
                 replace(
@@ -418,6 +427,10 @@ SONGS = Option(
     type=Path,
     default=MISSING,
     help="a folder of audio files, or a dataset.json made from one",
+    more=(
+        "A list made by List songs names each song with its caption, lyrics, tempo and key, and what you changed in it "
+        "is what training reads. A folder goes by the text files beside the songs."
+    ),
     flags=(),
     group="Preprocessing",
     holds="songs or dataset.json",
@@ -427,6 +440,10 @@ RUN = Option(
     type=Path,
     default=MISSING,
     help="the output folder of the run to go on with",
+    more=(
+        "It goes on from its newest saved state, exactly as if it had not been stopped. One that is finished can go on "
+        "for more epochs."
+    ),
     flags=(),
     group="Run",
     holds="run",
@@ -460,4 +477,4 @@ def _own_question(name: str, context: Context) -> Question:
     tested = used.get("preset") == "quick_test"  # who saw that all works does not want a test again
     first = next(n for n in ("recommended" if tested else str(used.get("preset")), "recommended", "") if n in names)
     help = "a preset fills in the settings; the review lets you change each"
-    return replace(choose(name, "Preset", offered, default=first, section="Preset"), help=help)
+    return choose(name, "Preset", offered, default=first, section="Preset", help=help, more=PRESET_MORE)

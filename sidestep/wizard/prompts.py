@@ -128,7 +128,8 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
     match prompt.kind:
         case "choice":
             lines = [Line(title(choice), choice.value) for choice in prompt.choices]
-            keys = f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back)"
+            more = ", ?: more" if prompt.more and not prompt.help and not searched else ""
+            keys = f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back{more})"
             return questionary.select(
                 prompt.text,
                 lines,

@@ -106,11 +106,21 @@ def choose(
     default: Any = None,
     section: str = "",
     when: Callable[[Answers], bool] = lambda _answers: True,
+    help: str = "",
+    more: str = "",
 ) -> Question:
     """A question with these choices, by default the first."""
     first = choices[0].value if default is None else default
     return Question(
-        name, text, "", "choice", section, default=lambda _answers: first, choices=lambda _answers: choices, when=when
+        name,
+        text,
+        help,
+        "choice",
+        section,
+        default=lambda _answers: first,
+        choices=lambda _answers: choices,
+        when=when,
+        more=more,
     )
 
 

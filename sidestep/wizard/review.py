@@ -19,6 +19,10 @@ from sidestep.wizard.flows import LEFT_TO_PRESET, Context, Flow, config_of, ques
 from sidestep.wizard.questionnaire import BACK, NEWS, Ask, Move, Question, Questionnaire, ask_one, choose, needed
 
 About = Callable[[Any], list[str]]  # lines on a config that only the outside knows
+REVIEW_MORE = (
+    "Settings with a star differ from the default, which stands beside them. Nothing has run or been written yet. The "
+    "command does the same in a script or on another machine."
+)
 START, CHANGE, ALL, SAVE, CANCEL = "start", "change", "all", "save", "cancel"
 
 
@@ -86,7 +90,7 @@ def review(
             *([Choice(SAVE, "Save as preset", "to use these again")] if config and "preset" in flow.basic else []),
             Choice(CANCEL, "Cancel", "back to the menu"),
         )
-        question = choose("review", "What now?", offered, section="Review")
+        question = choose("review", "What now?", offered, section="Review", more=REVIEW_MORE)
         action = ask_one(ask, question, flow.title, news)
         if action is NEWS:
             for line in lines:
@@ -143,6 +147,7 @@ def _save(ask: Ask, show: Report, config: Any, title: str) -> None:
         "letters, digits, spaces, - and _; folders and files are not kept in it",
         "text",
         "Review",
+        more="It then stands in the list of presets, here and for --preset. Presets, in the menu, exports it.",
     )
     name = ask_one(ask, question, title)
     if name is BACK:
@@ -156,6 +161,11 @@ def _save(ask: Ask, show: Report, config: Any, title: str) -> None:
 
 
 TITLE = "Manage presets"
+PRESETS_MORE = (
+    "A preset is a file of settings, without folders, to use again or to give to others. Those that are built in stay "
+    "as they are; yours can be renamed and deleted."
+)
+GONE = "its file is gone then; runs that were made with it keep their settings"
 
 
 def preset_table(preset: presets.Preset) -> Table:
@@ -229,11 +239,12 @@ def _preset_questions() -> list[Question]:
     def to(answers: Answers, *wanted: str) -> bool:
         return answers.get("action") in wanted and answers.get("name") != ""
 
-    return [
+    questions = [
         choose("action", "What would you like to do?", actions),
         Question(
             "name",
             "Which preset?",
+            "yours, and those that are built in",
             kind="choice",
             default=lambda answers: presets_for(answers)[0].value,
             choices=presets_for,
@@ -242,5 +253,6 @@ def _preset_questions() -> list[Question]:
         words("file", "Which file?", "a preset as .json; nothing in it is ever executed", "path", "import"),
         words("target", "Where to?", "a new .json file, or a folder", "path", "export", "."),
         words("new_name", "New name", "letters, digits, spaces, - and _", "text", "rename"),
-        Question("sure", "Delete it?", kind="yes-no", default=lambda _: False, when=lambda a: to(a, "delete")),
+        Question("sure", "Delete it?", GONE, "yes-no", default=lambda _: False, when=lambda a: to(a, "delete")),
     ]
+    return [replace(question, more=PRESETS_MORE) for question in questions]

@@ -25,6 +25,18 @@ from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, as
 from sidestep.wizard.review import START, Knowledge, manage_presets, review
 from sidestep.words import side_step
 
+# what `?` tells at the questions that stand between the flows
+MENU_MORE = (
+    "The first entries stand in the order of the work, and the pointer at the one that comes next. Each asks a few "
+    "questions and shows a review; nothing runs before you say Start there."
+)
+NEXT_MORE = "What was just made is filled in already in the next step. The menu has everything else."
+FIX_MORE = "The message above says what was wrong. All other answers are kept, and nothing that was saved is lost."
+DEPTH_MORE = (
+    "basic asks what differs from music to music; everything else can be changed in the review by typing a part of its "
+    "name. advanced offers all of it, section by section."
+)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -76,7 +88,9 @@ class Wizard:
                     Choice("advanced", "advanced", "every section is offered"),
                 )
                 last = self.last_used.get("depth")
-                questions = [choose("depth", "How much to ask?", depths, default=last, section="Settings")]
+                questions = [
+                    choose("depth", "How much to ask?", depths, default=last, section="Settings", more=DEPTH_MORE)
+                ]
                 for o in (options_of(ModelConfig)[name] for name in FOR_ALL_RUNS):
                     last = self.last_used.get(o.name, o.default)
                     questions.append(from_option(o, lambda _answers, last=last: last, section="Settings"))
@@ -112,7 +126,7 @@ class Wizard:
         leave = (Choice("", "Back to the menu"), Choice("exit", "Exit"))
         if failed:
             fix = Choice("fix", "Change an answer", "the review of what was tried, with all answers kept")
-            reply = ask_one(self.ask, choose("next", "What next?", (fix, *leave)), "Not done")
+            reply = ask_one(self.ask, choose("next", "What next?", (fix, *leave), more=FIX_MORE), "Not done")
         elif after:
             opened = {f"open {name}": path for name, path in self._results.items() if path.exists()}
             choices = (
@@ -121,7 +135,8 @@ class Wizard:
                 *leave,
             )
             title = f"{self._how}: {FLOWS[after].title}"
-            while (reply := ask_one(self.ask, choose("next", "What next?", choices), title)) in opened:
+            question = choose("next", "What next?", choices, more=NEXT_MORE)
+            while (reply := ask_one(self.ask, question, title)) in opened:
                 self._print(self.outside.open(opened[reply]))
         else:
             choices = (
@@ -130,9 +145,8 @@ class Wizard:
                 Choice("settings", "Settings", "how much is asked; device and precision"),
                 Choice("exit", "Exit"),
             )
-            question = choose(
-                "menu", "What would you like to do?", choices, default=self._left or next_step(self.last_used)
-            )
+            first = self._left or next_step(self.last_used)
+            question = choose("menu", "What would you like to do?", choices, default=first, more=MENU_MORE)
             reply = ask_one(self.ask, question, "Side-Step")
         self._left = "" if reply is BACK else reply
         return self._left
@@ -186,6 +200,10 @@ class Wizard:
             "the whole pipeline on a tiny built-in model, in about a minute; needs no checkpoints",
             "yes-no",
             default=lambda answers: answers.get("checkpoint_dir") is None,
+            more=(
+                "It makes a tiny model and four short songs and takes them all the way, to see that all works here. "
+                "The music is noise. Demo, in the menu, does it at any time."
+            ),
         )
         answers = Questionnaire([checkpoints, demo], title="First run", tell=self._print).forward(self.ask) or {}
         if answers.get("checkpoint_dir"):

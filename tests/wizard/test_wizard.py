@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -888,6 +889,40 @@ def test_what_musicians_puzzle_over_has_a_line_for_the_ear_and_more_behind_it(na
     assert (question.help, question.more) == (o.plain, o.more)
     assert len(o.plain) <= 120
     assert len(o.more.split(". ")) in (2, 3, 4)
+
+
+@pytest.mark.parametrize("key", FLOWS)
+def test_every_question_of_a_flow_has_a_line_in_plain_words_and_more_behind_it(key):
+    for question in questions_of(FLOWS[key], Context(), advanced=True):
+        assert tells_more(question), (question.name, question.more)
+        assert question.help, question.name
+        assert question.name.startswith("change ") or (len(question.help) <= 180 and " --" not in question.help)
+
+
+def tells_more(asked: Prompt | Question) -> bool:
+    return len(re.findall(r"[.!?](?= |$)", asked.more)) in (2, 3, 4)
+
+
+def test_the_questions_between_the_flows_tell_more_too(world):
+    wizard, script, _ = session(
+        world,
+        menu=["presets", "settings", "train", "exit"],
+        action=["export", "back"],
+        target=str(world.root / "preset.json"),
+        checkpoint_dir=str(CHECKPOINTS),
+        dataset_dir=str(world.tensors),
+        output_dir=str(world.root / "runs" / "new"),
+        review=["save", "start"],
+        preset_name="mine",
+        next=["", "exit"],
+    )
+    wizard.last_used["welcomed"] = False
+    request = wizard.next()
+    assert request is not None
+    wizard.finished(request, ok=False)
+    assert wizard.next() is None
+    assert {"try_demo", "menu", "action", "target", "depth", "review", "preset_name", "next"} < set(script.names)
+    assert [prompt.name for prompt in script.asked if not tells_more(prompt)] == []
 
 
 @pytest.mark.parametrize(("keys", "reply"), [("2", "b2"), ("\x1b[B\r", "b2"), ("\r", "a1"), ("9\r", "a1")])

@@ -65,7 +65,7 @@ def test_screens_at_80_columns_are_as_stored(known):
 
 def test_plain_screens_are_ascii_without_escape_sequences_and_as_stored(known):
     with Session(known, "--plain") as session:
-        session.until("(b: back) >")
+        session.until("(b: back, ?: more) >")
         session.keys("3", "enter")
         session.until("Songs (")
         session.keys("nowhere", "enter")
