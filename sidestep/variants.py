@@ -68,8 +68,9 @@ MERGED = {"merge", "merged", "mix", "mixed", "blend", "soup", "ta"}  # what peop
 class Variant:
     """What training needs to know of a checkpoint beyond its sizes.
 
-    shift: by which turbo's eight timesteps are moved towards noise, with the reason. doubt: signs that contradict each
-    other about which law the weights follow; empty when they agree. is_stems: captions have the form for stems.
+    reason: what its config says, whatever law is typed. shift: by which turbo's eight timesteps are moved towards
+    noise, with the reason. doubt: signs that contradict each other about which law the weights follow; empty when they
+    agree. is_stems: captions have the form for stems.
     """
 
     name: str  # turbo, base or sft (with xl- in front), or the version a fine-tune states
@@ -77,6 +78,7 @@ class Variant:
     is_xl: bool
     timestep_mu: float
     timestep_sigma: float
+    reason: str = "its config says nothing"
     shift: float = TURBO_SHIFT
     shift_reason: str = "the shift of turbo"
     doubt: str = ""
@@ -99,10 +101,6 @@ class Variant:
     def cfg_ratio(self) -> float:
         """Share of samples whose condition is dropped; turbo was distilled without guidance."""
         return 0.0 if self.is_turbo else 0.15
-
-    @property
-    def reason(self) -> str:
-        return f"config.json says is_turbo={str(self.is_turbo).lower()}, model_version={self.name!r}"
 
 
 def detect(config: dict, folder: str = "") -> Variant:
@@ -130,6 +128,7 @@ def detect(config: dict, folder: str = "") -> Variant:
         is_xl,
         float(config.get("timestep_mu", -0.4)),
         float(config.get("timestep_sigma", 1.0)),
+        f"config.json says is_turbo={str(is_turbo).lower()}, model_version={name!r}",
         shift,
         shift_reason,
         _doubt_about(config, version, folder),

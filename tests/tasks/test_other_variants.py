@@ -1,22 +1,36 @@
 """Turbo models of other shifts, merges, and models for stems, through the commands that use them."""
 
 import json
+import math
 import shutil
 from html import unescape
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
+import torch
 
 from sidestep.data.records import load_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice
+from sidestep.flow_matching.timesteps import turbo_timesteps
 from sidestep.settings.config import EstimateConfig, SampleConfig
 from sidestep.tasks.estimate import estimate
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
 from sidestep.tasks.train.songs import plan_windows
 from tests.preprocessing import job, make_library
-from tests.training_world import CHECKPOINTS, Log, prepared, run, settings, song, write_data
+from tests.training_world import (
+    CHECKPOINTS,
+    Log,
+    adapter,
+    differing,
+    prepared,
+    run,
+    settings,
+    song,
+    write_data,
+)
 from tests.wizard_world import Script, World
 
 
@@ -101,6 +115,58 @@ def test_a_merge_with_contradictory_signs_is_refused_without_a_mode_and_trained_
     assert prepared(settings(data, tmp_path / "run", timestep_mode="discrete", **changes)).law.cfg_ratio == 0.0
 
 
+def cumulative(t: float) -> float:
+    """The share of the logit-normal law of base and sft up to t: of the larger of two draws."""
+    return NormalDist(-0.4, 1.0).cdf(math.log(t / (1 - t))) ** 2
+
+
+@pytest.mark.parametrize(("shift", "first"), [(None, 0.3), (1.0, 0.125)])
+def test_a_merge_as_turbo_draws_its_eight_timesteps_in_twenty_thousand(named, data, tmp_path, shift, first):
+    changes = {"checkpoint_dir": named(MERGE, is_turbo=False, model_version="base"), "model_variant": MERGE}
+    objective = prepared(settings(data, tmp_path, timestep_mode="discrete", timestep_shift=shift, **changes)).objective
+    drawn = torch.cat([objective.timesteps(step, 4) for step in range(5_000)])
+    found, counts = drawn.unique(return_counts=True)
+    assert found.tolist() == pytest.approx(turbo_timesteps(shift or 3.0).flip(0).tolist())
+    assert found[0].item() == pytest.approx(first)
+    assert max(abs(counts - 2_500)) < 4 * (5_000 / 4) ** 0.5
+    assert not any(objective.drops_all(step, 1) for step in range(1_000))
+
+
+def test_a_merge_as_base_draws_that_law_and_drops_its_share_in_twenty_thousand(named, data, tmp_path):
+    changes = {"checkpoint_dir": named(MERGE), "model_variant": MERGE, "timestep_mode": "logit-normal"}
+    objective = prepared(settings(data, tmp_path, **changes)).objective
+    drawn = torch.cat([objective.timesteps(step, 4) for step in range(5_000)])
+    for t in (0.2, 0.4, 0.5, 0.6, 0.8):
+        # stratified: of the four samples of a step at most one is in doubt, a coin of the share's fractional part
+        share, deviation = cumulative(t), (5_000 * 0.25) ** 0.5
+        assert abs(int((drawn <= t).sum()) - 20_000 * share) < 4 * deviation, t
+    dropped = sum(objective.drops_all(step, 1) for step in range(20_000))
+    assert abs(dropped - 20_000 * 0.15) < 4 * (20_000 * 0.15 * 0.85) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "law"),
+    [
+        ("discrete", "discrete, 8 steps, shift 3; no condition dropout: "),
+        ("logit-normal", "logit-normal, mu -0.4, sigma 1; condition dropped in 15 % of samples: "),
+    ],
+)
+def test_a_merge_goes_on_bit_for_bit_and_the_report_tells_its_law_and_why(named, data, tmp_path, mode, law):
+    changes = {"checkpoint_dir": named(MERGE), "model_variant": MERGE, "timestep_mode": mode, "epochs": 3}
+    changes |= {"gradient_accumulation": 1, "scheduler_type": "constant"}
+    run(settings(data, tmp_path / "whole", **changes))
+    run(settings(data, tmp_path / "cut", max_steps=3, **changes))
+    run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes))
+    assert list(differing(adapter(tmp_path / "whole" / "final"), adapter(tmp_path / "cut" / "final"))) == []
+    page = unescape((tmp_path / "cut" / "report.html").read_text(encoding="utf-8"))
+    assert f"{law}config.json says is_turbo=true" in page
+    assert "; --timestep-mode typed" in page
+    other = {"discrete": "logit-normal", "logit-normal": "discrete"}[mode]
+    with pytest.raises(UserError, match="--timestep-mode"):
+        run(settings(data, tmp_path / "cut", resume_from=Path("latest"), **changes | {"timestep_mode": other}))
+
+
 def test_a_merge_is_sampled_as_its_mode_says_and_warned_of_without(named, tmp_path):
     home = named(MERGE)
     made, log = sampling(home, MERGE, tmp_path / "out")
@@ -108,6 +174,7 @@ def test_a_merge_is_sampled_as_its_mode_says_and_warned_of_without(named, tmp_pa
     assert any("--timestep-mode" in event.message for event in log.of(Notice))
     made, log = sampling(home, MERGE, tmp_path / "out", timestep_mode="logit-normal")
     assert made["guidance"] == 7.0
+    assert "config.json says is_turbo=true" in decisions(log.events)["sampling"][1]  # whatever is typed
     assert not any("--timestep-mode" in event.message for event in log.of(Notice))
 
 

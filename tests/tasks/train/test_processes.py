@@ -105,26 +105,37 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
 
 
 @pytest.mark.parametrize("environment", [None, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_hear_the_other_music_and_the_captions_that_one_would(tmp_path, environment):
+def test_two_processes_hear_the_other_music_the_captions_and_the_timesteps_that_one_would(tmp_path, environment):
     for i, frames in enumerate((30, 44, 70)):
         save_record(tmp_path / "other" / f"other {i}.pt", record(100 + i, frames))
     changes = {"chunk_duration": 1.0, "lr": 1e-3, "prior_data": str(tmp_path / "other"), "prior_weight": 0.4}
     varied = {"custom_tag": "sks", "prompt_caption": "sks, one", "caption": "one", "captions": ["two", "three"]}
     data = write_data(tmp_path / "varied", **varied, genre="techno", genre_ratio=30)
     changes |= {"caption_dropout": 0.3, "tag_dropout": 0.3, "metadata_dropout": 0.3}  # what is told is drawn alike, too
+    merge = "acestep-v15-merge-base-turbo"  # of base's config, trained as turbo of another shift
+    (base_beside_turbo(tmp_path / "models") / "acestep-v15-base").rename(tmp_path / "models" / merge)
+    changes |= {"checkpoint_dir": str(tmp_path / "models"), "model_variant": merge}
+    changes |= {"timestep_mode": "discrete", "timestep_shift": 1.0}
     heard = {}
     if environment is not FSDP:  # under which the trained model alone can play
-        base_beside_turbo(tmp_path / "models")
-        changes |= {"checkpoint_dir": str(tmp_path / "models"), "model_variant": "base"}
         heard = {"preview_every": 2, "preview_prompt": "x", "preview_duration": 1.0, "preview_variant": ["turbo"]}
     finish(start(data, tmp_path / "two", environment, gradient_accumulation=1, **changes, **heard), environment is FSDP)
-    one = changes | {name: Path(changes[name]) for name in ("prior_data", "checkpoint_dir") if name in changes}
+    one = changes | {name: Path(changes[name]) for name in ("prior_data", "checkpoint_dir")}
     log = run(settings(data, tmp_path / "one", gradient_accumulation=2, **one))
     assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
     assert bool(heard) == (tmp_path / "two" / "previews" / "on-turbo" / "epoch_0002" / "01-x.flac").is_file()
-    state, _ = read_checkpoint(complete_checkpoints(tmp_path / "two")[-1])
+    (alone, _), (both, _) = (read_checkpoint(complete_checkpoints(tmp_path / n)[-1]) for n in ("one", "two"))
     drifts = [event.drift for event in log.events if type(event).__name__ == "StepDone"]
-    assert [point["drift"] for point in state["history"]["points"]] == pytest.approx(drifts, rel=1e-3, abs=1e-9)
+    assert [point["drift"] for point in both["history"]["points"]] == pytest.approx(drifts, rel=1e-3, abs=1e-9)
+    drawn = both["history"]["bin_count"]  # tenths of t; of them shift 1 leaves out two, and shift 3 the lowest three
+    assert drawn == alone["history"]["bin_count"]
+    assert drawn[0] == drawn[4] == 0
+    assert drawn[1] + drawn[2] > 0
+    watched, known = (state["history"]["watch"] for state in (both, alone))  # the songs' losses against their history
+    assert watched["counts"] == known["counts"]
+    assert watched["songs"].keys() == known["songs"].keys()
+    for name, entry in known["songs"].items():
+        assert watched["songs"][name] == pytest.approx(entry, rel=1e-2, abs=1e-4), name
 
 
 def test_a_run_of_two_sharded_processes_goes_on_in_one(data, tmp_path):
