@@ -427,7 +427,8 @@ def _stated_scales(
             for name, alpha in alphas.items()
         }, by
     if not lokr.get("full_matrix") and "linear_alpha" in lokr and "linear_dim" in lokr:
-        divisor = _rank(lokr["linear_dim"], "linear_dim", file) ** (0.5 if lokr.get("rs_lora") else 1)
+        # Whatever `rs_lora` beside them says: LyCORIS' `create_lycoris`, through which ACE-Step trains, leaves it away.
+        divisor = _rank(lokr["linear_dim"], "linear_dim", file)
         scale = _number(lokr["linear_alpha"], "linear_alpha", file) / divisor
         return {name: scale for name, factors in modules.items() if lora_rank(factors)}, "lokr_config"
     return {}, ""

@@ -60,6 +60,19 @@ def lost(path: Path) -> str:
     return note
 
 
+def saved_and_heard(network: LycorisNetwork, model: OriginalNames, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """(a network of LyCORIS, changed and saved by itself; the weights that the model computes with under it)."""
+    network.apply_to()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    network.eval()
+    assert len(network.loras) == len(base())
+    network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
+    return tmp_path / "x.safetensors", {name: response(model.get_submodule(name)) for name in base()}
+
+
 def official_lokr(tmp_path: Path, kind: str, frozen: float) -> tuple[Path, dict[str, Tensor]]:
     """(a LoKr as ACE-Step's own trainer saves it, the weights it was trained to)."""
     settings, model = trained(kind, "uniform")
@@ -91,6 +104,7 @@ def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, t
         {"algo": "lokr", "factor": 2, "use_scalar": True},
         {"algo": "lokr", "factor": 2, "rs_lora": True},
         {"algo": "lokr", "factor": 2, "unbalanced_factorization": True},
+        {"algo": "lokr", "factor": 2, "unbalanced_factorization": True, "decompose_both": True, "linear_dim": 1},
         {"algo": "lokr", "factor": 2, "dora_wd": True},
         {"algo": "loha"},
         {"algo": "loha", "rs_lora": True},
@@ -106,27 +120,22 @@ def test_what_lycoris_itself_saves_is_read_as_it_computes(options, tmp_path):
     model = OriginalNames(turbo())
     LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": ["Linear"]})
     network = create_lycoris(model, 1.0, **{"linear_dim": 2, "linear_alpha": 1.0, **options})
-    network.apply_to()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    network.eval()
-    expected = {name: response(model.get_submodule(name)) for name in base()}
-    assert len(network.loras) == len(base())
-    network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
-    close(own_weights(tmp_path / "x.safetensors"), expected)
+    file, expected = saved_and_heard(network, model, tmp_path)
+    close(own_weights(file), expected)
     if options["algo"] == "lokr":  # as ACE-Step's trainer leaves it
         said = {key: options.get(key, False) for key in LOKR_SWITCHES} | {"weight_decompose": "dora_wd" in options}
         said |= {"linear_dim": options.get("linear_dim", 2), "linear_alpha": 1.0, "factor": options.get("factor", -1)}
         header = {"lokr_config": json.dumps(said | {"target_modules": list(base())})}
-        tensors, official = load_file(tmp_path / "x.safetensors"), tmp_path / "official.safetensors"
+        tensors, official = load_file(file), tmp_path / "official.safetensors"
         save_file(tensors, official, header)
         close(app_lokr_weights(turbo(), official, json.loads(header["lokr_config"])), expected)
         for name, shape in FROZEN.items():
             flat = f"lycoris_{name.replace('.', '_')}"
             tensors |= {f"{flat}.lokr_w1": torch.ones(2, 2), f"{flat}.lokr_w2": torch.zeros(shape)}
         save_file(tensors, official, header)
+        close(own_weights(official), expected)
+        # Without alpha tensors the header alone says the strength, of whole matrices none.
+        save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}, official, header)
         close(own_weights(official), expected)
 
 
@@ -301,15 +310,16 @@ def test_wrappers_in_a_name_are_taken_off(wrapped, tmp_path):
     assert read_adapter(tmp_path / "wrapped.safetensors").notes == ()
 
 
-def test_a_rank_stabilised_lokr_is_read_at_alpha_over_the_root_of_its_rank(tmp_path):
-    settings, model = trained("lokr low rank", "self")
-    save_final(model, tmp_path / "final", settings)
-    tensors = load_file(tmp_path / "final" / "lokr_weights.safetensors")
-    header = {"lokr_config": '{"linear_dim": 4, "linear_alpha": 8, "rs_lora": true}'}
-    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
-    save_file(kept, tmp_path / "lokr_weights.safetensors", header)
-    found = find_adapter(tmp_path / "lokr_weights.safetensors")
-    assert {found.scale(name) for name in found.modules} == {4.0}
+@pytest.mark.parametrize("algo", ["lokr", "loha"])
+def test_a_rank_stabilised_network_is_read_at_alpha_over_the_root_of_its_rank(algo, tmp_path):
+    """As LyCORIS' route for kohya's trainers makes it; `create_lycoris` of ACE-Step's trainer drops the wish."""
+    LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": ["Linear"]})
+    options = {"lora_dim": 2, "alpha": 1.0, "network_module": algo, "factor": 2, "rs_lora": True}
+    model = OriginalNames(turbo())
+    network = LycorisNetwork(model, 1.0, **options)
+    assert {round(module.scale, 4) for module in network.loras} == {round(0.5**0.5, 4)}
+    file, expected = saved_and_heard(network, model, tmp_path)
+    close(own_weights(file), expected)
 
 
 def test_export_and_inspect_say_what_is_left_out(tmp_path):
