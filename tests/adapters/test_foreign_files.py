@@ -104,7 +104,8 @@ def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, t
         {"algo": "lokr", "factor": 2, "use_scalar": True},
         {"algo": "lokr", "factor": 2, "rs_lora": True},
         {"algo": "lokr", "factor": 2, "unbalanced_factorization": True},
-        {"algo": "lokr", "factor": 2, "unbalanced_factorization": True, "decompose_both": True, "linear_dim": 1},
+        {"algo": "lokr", "factor": 2, "unbalanced_factorization": True, "decompose_both": True, "linear_dim": 8},
+        {"algo": "lokr", "factor": 2, "linear_dim": 64},
         {"algo": "lokr", "factor": 2, "dora_wd": True},
         {"algo": "loha"},
         {"algo": "loha", "rs_lora": True},
@@ -119,12 +120,12 @@ def test_identities_that_ace_steps_trainer_leaves_in_a_lokr_are_left_out(kind, t
 def test_what_lycoris_itself_saves_is_read_as_it_computes(options, tmp_path):
     model = OriginalNames(turbo())
     LycorisNetwork.apply_preset({"target_module": ["Linear"], "unet_target_module": ["Linear"]})
-    network = create_lycoris(model, 1.0, **{"linear_dim": 2, "linear_alpha": 1.0, **options})
+    network = create_lycoris(model, 1.0, **{"linear_dim": 2, "linear_alpha": 1.5, **options})
     file, expected = saved_and_heard(network, model, tmp_path)
     close(own_weights(file), expected)
     if options["algo"] == "lokr":  # as ACE-Step's trainer leaves it
         said = {key: options.get(key, False) for key in LOKR_SWITCHES} | {"weight_decompose": "dora_wd" in options}
-        said |= {"linear_dim": options.get("linear_dim", 2), "linear_alpha": 1.0, "factor": options.get("factor", -1)}
+        said |= {"linear_dim": options.get("linear_dim", 2), "linear_alpha": 1.5, "factor": options.get("factor", -1)}
         header = {"lokr_config": json.dumps(said | {"target_modules": list(base())})}
         tensors, official = load_file(file), tmp_path / "official.safetensors"
         save_file(tensors, official, header)
