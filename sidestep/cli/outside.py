@@ -21,8 +21,6 @@ from sidestep.wizard.session import Outside
 from sidestep.words import clock, count, side_step
 
 COUNT_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
-WAIT_SECONDS = 40  # for an answer that needs torch; without it the wizard goes on
-BESIDE_SECONDS = 180  # for one that comes while a question is read
 FORESEEN = ("steps", "time", "memory", "disk")  # of what a dry run says
 SHOWN = ("device", "device memory", "precision", "checkpoints", "free disk")  # of the doctor's findings
 
@@ -95,9 +93,9 @@ def foreseen(config: Any) -> list[str]:
     if not isinstance(config, TrainConfig):
         return []
     words = (*command_words(config), "--dry-run-as-json")
-    lines = json_of(*words, seconds=BESIDE_SECONDS)
+    lines = json_of(*words)
     if not isinstance(lines, list):
-        return [f"Memory: not worked out in time; this tells it: {side_step(*words[:-1], '--dry-run')}"]
+        return [f"Memory: not worked out here; this tells it: {side_step(*words[:-1], '--dry-run')}"]
     return [f"{line['what'].capitalize()}: {line['value']}" for line in lines if line["what"] in FORESEEN]
 
 
@@ -120,8 +118,11 @@ def open_file(path: Path) -> str:
 
 
 @lru_cache(maxsize=8)  # a review that is shown again has the same answer
-def json_of(*words: str, seconds: float = WAIT_SECONDS) -> Any:
-    """What a command of ours prints as JSON, or None: the wizard goes on without it. Ctrl-C skips the wait."""
+def json_of(*words: str) -> Any:
+    """What a command of ours prints as JSON, or None: the wizard goes on without it.
+
+    It takes as long as the machine needs; Ctrl-C skips the wait.
+    """
     # -P keeps the user's folder, where a file may be called like a module, out of the search; ours is put into it.
     command = [sys.executable, "-P", "-m", "sidestep.cli", *words]
     home = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -131,7 +132,6 @@ def json_of(*words: str, seconds: float = WAIT_SECONDS) -> Any:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=seconds,
             check=True,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(home)},

@@ -208,9 +208,9 @@ class Wizard:
         answers = Questionnaire([checkpoints, demo], title="First run", tell=self._print).forward(self.ask) or {}
         if answers.get("checkpoint_dir"):
             self._keep({"checkpoint_dir": answers["checkpoint_dir"]})
-        self._print("Looking at this machine (a few seconds; Ctrl-C: skip) ...")
+        self._print("Looking at this machine (seconds, on a busy one a minute; Ctrl-C: skip) ...")
         machine = self.outside.machine(answers.get("checkpoint_dir"))
-        self.show(machine or Notice(message=f"Not found out in time; this tells it: {side_step('doctor')}"))
+        self.show(machine or Notice(message=f"Not found out here; this tells it: {side_step('doctor')}"))
         self._keep({"welcomed": True})
         return self._run_flow(FLOWS["demo"], follows_on=False) if answers.get("try_demo") else None
 

@@ -524,6 +524,16 @@ def test_the_wizard_asks_this_program_for_what_needs_torch_from_any_folder(tmp_p
     assert outside.json_of("history", str(tmp_path / "none"), "--json") is None
 
 
+def test_the_wizard_waits_for_a_machine_that_is_a_thousand_times_slower(monkeypatch, tmp_path):
+    real = subprocess.run
+
+    def slower(*words, timeout=None, **more):
+        return real(*words, timeout=timeout and timeout / 1000, **more)
+
+    monkeypatch.setattr(subprocess, "run", slower)
+    assert outside.json_of("history", str(tmp_path), "--json") == {"runs": []}
+
+
 def test_a_missing_torch_prints_the_command_that_installs_it():
     code = "import sys; sys.modules['torch'] = None; from sidestep.cli.main import main; sys.exit(main(['doctor']))"
     done = python(code)
