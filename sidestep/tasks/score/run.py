@@ -53,7 +53,7 @@ from sidestep.tasks.train.checkpoints import (
     write_folder,
 )
 from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective
-from sidestep.tasks.train.report import link_listening_page
+from sidestep.tasks.train.report import tell_what_was_judged
 from sidestep.words import count, side_step
 
 FOLDER = "score"
@@ -83,13 +83,14 @@ class Measured:
 def score(config: ScoreConfig, report: Report) -> Verdict:
     """Judge the checkpoints of a run and recommend one. Raises UserError and JobError."""
     training = training_of(config, config.run_folder)
-    averaged = write_average(config.run_folder, config.average_from, report) if config.average_from is not None else ()
+    if config.average_from is not None:
+        write_average(config.run_folder, config.average_from, report)
     candidates = candidates_of(config.run_folder)
     report(Notice(message=f"{count(len(candidates), 'checkpoint')} of {config.run_folder}"))
     with one_writer(config.run_folder / FOLDER):
         judge = prepare(config, training, config.run_folder / FOLDER, report)
         title = training.run_name or config.run_folder.resolve().name
-        verdict = judge_all(judge, candidates, title, averaged=averaged)
+        verdict = judge_all(judge, candidates, title)
     link_page(config.run_folder, report)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     path, strength = taken.path, verdict.row.strength
@@ -101,9 +102,9 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
 
 
 def link_page(run: Path, report: Report) -> None:
-    """Link the listening page in the report of the run."""
+    """Link the listening page in the report of the run, and tell there what its average of checkpoints did."""
     try:
-        link_listening_page(run)
+        tell_what_was_judged(run)
     except OSError as error:
         message = f"{run}: its report was not linked with the listening page ({error.strerror or error})."
         report(Notice(message=message, level="warning"))
@@ -138,8 +139,8 @@ def keep(taken: Candidate, strength: float, best: Path, report: Report) -> None:
     report(Saved(what="best", path=str(best)))
 
 
-def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
-    """Write `average/`, one adapter of the checkpoints from an epoch on; the names of these.
+def write_average(run: Path, epoch: int, report: Report) -> None:
+    """Write `average/`, one adapter of the checkpoints from an epoch on.
 
     Raises UserError where there are fewer than two, where they differ in kind or rank, and while the run is trained;
     JobError when the disk refuses.
@@ -171,7 +172,23 @@ def write_average(run: Path, epoch: int, report: Report) -> tuple[str, ...]:
                 f"{run / AVERAGE}: cannot be written ({error.strerror or error}).", "Free some space on that disk."
             ) from None
     report(Saved(what="average", path=str(run / AVERAGE)))
-    return names
+
+
+def average_told(judge: Judge, candidates: Sequence[Candidate], measured: dict[Place, Measured]) -> str:
+    """What `average/` came to, by the loss of the checkpoints that it was made of; empty where one of them is gone."""
+    own = {name: c for c in candidates for name in (c.name, *c.also)}
+    names = own[AVERAGE].adapter.metadata.get("averaged") if AVERAGE in own else None
+    averaged = [str(name) for name in names] if isinstance(names, list) else []
+    if not averaged or not own.keys() >= set(averaged):
+        return ""
+    at = judge.config.strength[0]
+    loss = {name: fmean(measured[own[name].name, at].losses) for name in (AVERAGE, *averaged)}
+    first, last, best = averaged[0], averaged[-1], min(averaged, key=lambda name: loss[name])
+    lowest = f"; the lowest of them is {best} ({loss[best]:.4f})" if best != last else ""
+    return (
+        f"average/ is made of {first} to {last}. Loss on {judge.what}: average {loss[AVERAGE]:.4f}, "
+        f"{loss[AVERAGE] / loss[last] - 1:+.2%} against {last} ({loss[last]:.4f}){lowest}"
+    )
 
 
 def tell_verdict(judge: Judge, verdict: Verdict, adapter: Path, strength: float) -> None:
@@ -205,28 +222,14 @@ def other_music(judge: Judge) -> list[tuple[Prompt, Tensor]]:
     return [(prompt, c.states) for prompt, c in zip(CAPTIONS, conditions, strict=True)]
 
 
-def judge_all(
-    judge: Judge,
-    candidates: Sequence[Candidate],
-    title: str,
-    others: OtherMusic = other_music,
-    averaged: Sequence[str] = (),
-) -> Verdict:
+def judge_all(judge: Judge, candidates: Sequence[Candidate], title: str, others: OtherMusic = other_music) -> Verdict:
     """Measure what is not measured yet, the cheap figures first, and report tables, verdict and listening page.
 
-    title: of that page. averaged: names of the checkpoints that `average/` was made of, which is compared with them.
+    title: of that page.
     """
     base, measured = measure_all(judge, candidates, others)
-    if averaged:
-        own = {name: c.name for c in candidates for name in (c.name, *c.also)}
-        at = judge.config.strength[0]
-        loss = {name: fmean(measured[own[name], at].losses) for name in (AVERAGE, *averaged)}
-        last, best = averaged[-1], min(averaged, key=lambda name: loss[name])
-        message = f"Loss on {judge.what}: average {loss[AVERAGE]:.4f}, {loss[AVERAGE] / loss[last] - 1:+.2%} against "
-        message += f"{last} ({loss[last]:.4f})" + (
-            f"; the lowest of them is {best} ({loss[best]:.4f})" * (best != last)
-        )
-        judge.report(Notice(message=message))
+    if average_says := average_told(judge, candidates, measured):
+        judge.report(Notice(message=average_says))
     heard, copies, requests = {}, [], []
     figures = figures_of(base, {(BASE, 0.0): base, **measured})
     base_row, *rows = (Row(name, strength, *figures[name, strength]) for name, strength in figures)
@@ -250,7 +253,8 @@ def judge_all(
     verdict = recommend(rows, base_row.copying)
     for doubt in verdict.doubts:
         judge.report(Notice(message=f"{verdict.row.title}: {doubt}.", level="warning"))
-    write_text(judge.folder / "results.json", json.dumps(results(base_row, rows, verdict, judge.what), indent=1) + "\n")
+    found = results(base_row, rows, verdict, judge.what) | {"average": average_says or None}
+    write_text(judge.folder / "results.json", json.dumps(found, indent=1) + "\n")
     judge.report(Saved(what="figures", path=str(judge.folder / "results.json")))
     clips = {place: found.clips for place, found in heard.items()}
     text = page(title, judge.what, judge.folder, base_row, rows, verdict, requests, clips, copies)

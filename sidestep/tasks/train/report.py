@@ -5,8 +5,10 @@ Plain values are taken from the run in memory and from the previews on disk; the
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,8 +32,8 @@ from sidestep.words import count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
 LISTENING = "score/listen.html"  # the page of `score`, beside the report
-LINK = f'<p><a href="{LISTENING}">Listen to the checkpoints side by side</a></p>'
-PLACE = "<!-- judged -->"  # of the link, in a report that was written before
+FIGURES = "score/results.json"  # of `score`
+PLACE = "<!-- judged -->"  # what a report has to say of them stands in the line behind it
 KINDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT"}
 
 
@@ -77,7 +79,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "settings": settings_of(config),
         "defaults": settings_of(config, changed=False),
         "command": command_line(config),
-        "is_judged": (config.output_dir / LISTENING).is_file(),
+        "judged": judged(config.output_dir),
     }
 
 
@@ -269,7 +271,6 @@ def page(values: Mapping[str, Any]) -> str:
         "peak_memory": memory,
         "rank_columns": rank_columns,
         "rank_rows": rank_rows,
-        "judged": LINK if values["is_judged"] else PLACE,
     }
     return render("report.html.j2", **{**values, **own})
 
@@ -307,11 +308,24 @@ def write_report(run: Run, finished: bool = False) -> None:
         run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
 
 
-def link_listening_page(run_folder: Path) -> None:
-    """Link the listening page in a report that was written before it, if there is one. Raises OSError."""
+def judged(run_folder: Path) -> str:
+    """The line of the page about `score`: its listening page, and what an average of checkpoints did to the loss."""
+    if not (run_folder / LISTENING).is_file():
+        return PLACE
+    try:
+        average = json.loads((run_folder / FIGURES).read_text(encoding="utf-8"))["average"]
+    except (OSError, ValueError, LookupError, TypeError):  # it is of a version before, or was changed by hand
+        average = None
+    told = f'<p class="quiet">{escape(average)}</p>' if isinstance(average, str) else ""
+    return f'{PLACE}<p><a href="{LISTENING}">Listen to the checkpoints side by side</a></p>{told}'
+
+
+def tell_what_was_judged(run_folder: Path) -> None:
+    """Put `judged` into a report that was written before, if there is one. Raises OSError."""
     report = run_folder / NAME
     if report.is_file():
-        write_text(report, report.read_text(encoding="utf-8").replace(PLACE, LINK))
+        text = report.read_text(encoding="utf-8")
+        write_text(report, re.sub(f"{PLACE}.*", lambda _: judged(run_folder), text, count=1))
 
 
 def add_ranks(run: Run) -> None:

@@ -56,6 +56,10 @@ def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run,
         r"Loss on 2 validation songs: average ([\d.]+), ([+-][\d.]+)% against epoch_0004 \(([\d.]+)\)", out
     )
     assert said, out
+    [line] = [line for line in (run / "report.html").read_text("utf-8").splitlines() if "listen.html" in line]
+    told = json.loads((run / "score" / "results.json").read_text("utf-8"))["average"]
+    assert told.startswith(f"average/ is made of epoch_0003 to epoch_0004. {said[0]}")
+    assert f"<p>{told}</p>".replace("<p>", '<p class="quiet">') in line
     measured, last = float(said[1]), float(said[3])
     assert last == pytest.approx(losses(run)["epoch_0004"], rel=1e-4)
     assert float(said[2]) == pytest.approx(100 * (measured / last - 1), abs=0.02)
@@ -75,8 +79,13 @@ def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run,
 @pytest.mark.slow
 def test_the_average_stays_among_what_is_judged_and_can_be_kept(run, capsys, monkeypatch):
     assert score(run, "--average-from", "2") == ExitStatus.OK
+    assert "average/ is made of epoch_0002 to epoch_0004. Loss" in (run / "report.html").read_text("utf-8")
+    shutil.rmtree(run / "checkpoints" / "epoch_0003")  # what it was made of is no longer all there
     monkeypatch.setattr(module, "recommend", lambda rows, _base: module.Verdict(rows[-1], "it is asked for"))
     assert score(run, "--keep") == ExitStatus.OK
+    page = (run / "report.html").read_text("utf-8")
+    assert "average/ is made of" not in page
+    assert page.count("score/listen.html") == 1
     assert "Recommended: average" in capsys.readouterr().out
     kept, made = (read_adapter(run / name) for name in ("best", "average"))
     assert all(torch.equal(kept.modules[n][k], t) for n, f in made.modules.items() for k, t in f.items())

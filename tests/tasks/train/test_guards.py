@@ -10,7 +10,7 @@ import torch
 
 from sidestep.errors import JobError
 from sidestep.events import Notice
-from sidestep.tasks.train.guards import VISITS_ABOVE, SongWatch
+from sidestep.tasks.train.guards import VISITS_ABOVE, SongWatch, require_gradients
 from sidestep.tasks.train.loop import run_loop
 from sidestep.tasks.train.run import History
 from tests.training_world import prepared, settings, write_data
@@ -64,6 +64,29 @@ def test_a_tensor_without_a_gradient_stops_the_run_with_its_modules_name(data, t
     assert "cross_attn.to_k" in stopped.value.problem
     assert run.position.step == at
     assert not (tmp_path / "final").exists()
+
+
+class Together:
+    """A run's processes, of which the other one has seen what `other` makes of this one's flags."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def sum(self, flags: list[float]) -> list[float]:
+        return [a + b for a, b in zip(flags, self.other(flags), strict=True)]
+
+
+def test_a_tensor_that_learns_on_one_of_two_processes_learns(data, tmp_path):
+    run = prepared(settings(data, tmp_path))
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            is_dead = "layers.1.cross_attn.to_k" in name and "lora_B" in name
+            parameter.grad = torch.zeros_like(parameter) if is_dead else torch.ones_like(parameter)
+    require_gradients(run.model, Together(lambda flags: [1.0] * len(flags)), 1)
+    with pytest.raises(
+        JobError, match=r"layers\.1\.cross_attn\.k_proj: its adapter gets no gradient at optimizer step 1"
+    ):
+        require_gradients(run.model, Together(lambda flags: flags), 1)
 
 
 def test_a_step_that_drops_every_condition_is_not_judged(data, tmp_path):

@@ -22,7 +22,17 @@ from sidestep.pages.charts import by_layer
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.train import loop, train
-from sidestep.tasks.train.report import MOST_POINTS, curve, page, previews_in, ranks_of, write_report
+from sidestep.tasks.train.report import (
+    MOST_POINTS,
+    PLACE,
+    curve,
+    judged,
+    page,
+    previews_in,
+    ranks_of,
+    tell_what_was_judged,
+    write_report,
+)
 from sidestep.tasks.train.run import Evaluation, Point
 from sidestep.terminal.terminal import as_lines
 from tests.adapters.test_adapters import config as adapter_settings
@@ -72,7 +82,7 @@ def values(**changes) -> dict:
         "bins": [{"samples": 4 * i, "loss": i / 10 if i else None} for i in range(10)],
         "ranks": {"layers.0.self_attn.q_proj": 8, "layers.0.mlp.up_proj": 64, "layers.1.self_attn.q_proj": 32},
         "previews": [],
-        "is_judged": False,
+        "judged": "",
         "settings": [{"flag": "--rank", "value": "32", "default": "64", "help": "LoRA rank"}],
         "defaults": [{"flag": "--lr", "value": "0.0001", "default": "0.0001", "help": "learning rate"}],
         "command": "uv run train.py fixed --rank 32",
@@ -231,6 +241,24 @@ def test_the_curves_stay_in_the_runs_folder_whatever_the_run_is_called(tensors, 
     assert curves[0].parent == tmp_path / "run" / "runs"
     assert curves[0].name == portable(name)
     assert not set(curves[0].name) & set('<>:"|?*/\\')
+
+
+def test_the_page_tells_what_was_judged_and_of_an_average_each_time_anew(tmp_path):
+    assert judged(tmp_path) == PLACE
+    (tmp_path / "report.html").write_text(page(values(judged=PLACE)), encoding="utf-8")
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "listen.html").touch()
+    lines = []
+    for found in ("", "[]", "{}", '{"average": null}', '{"average": "-1 % <b>"}', '{"average": "-2 % \\\\1"}'):
+        (tmp_path / "score" / "results.json").write_text(found, encoding="utf-8")
+        tell_what_was_judged(tmp_path)
+        [line] = [line for line in (tmp_path / "report.html").read_text("utf-8").splitlines() if PLACE in line]
+        assert line.count("score/listen.html") == 1
+        assert line == judged(tmp_path)
+        assert line in page(values(judged=judged(tmp_path)))  # as a run that goes on writes it
+        lines.append(line.partition("</p>")[2])
+    told = ("-1 % &lt;b&gt;", "-2 % \\1")
+    assert lines == [*[""] * 4, *(f'<p class="quiet">{words}</p>' for words in told)]
 
 
 def test_nothing_is_loaded_but_the_previews_themselves():
