@@ -33,7 +33,7 @@ def request(case: dict) -> tuple[str, str, str]:
 
 def test_greedy_plans_are_those_of_the_original(lm_golden, tiny_lm):
     cases = [case for case in lm_golden["greedy"] if case["kind"].startswith("plan") and case["stop_at_think_end"]]
-    assert len(cases) >= 3
+    assert len(cases) == 3
     for case in cases:
         settings = case["settings"]
         left_out = {name for name in ("caption", "language") if settings.get(f"skip_{name}")}
@@ -46,7 +46,7 @@ def test_greedy_plans_are_those_of_the_original(lm_golden, tiny_lm):
 
 def test_greedy_codes_are_those_of_the_original(lm_golden, tiny_lm):
     cases = [case for case in lm_golden["greedy"] if case["kind"].startswith("codes")]
-    assert len(cases) >= 5
+    assert len(cases) == 5
     for case in cases:
         settings = case["settings"]
         sampling = Sampling(temperature=0, guidance=settings["cfg_scale"], negative=settings.get("negative_prompt", ""))
@@ -59,13 +59,22 @@ def test_greedy_codes_are_those_of_the_original(lm_golden, tiny_lm):
 def test_what_is_heard_is_what_the_original_hears(lm_golden, tiny_lm):
     cases = [case for case in lm_golden["greedy"] if case["kind"].startswith("understand")]
     heard = [(case, next(u for u in lm_golden["understand"] if u["prompt"] == case["prompt"])) for case in cases]
-    assert heard
+    assert len(heard) == 2
     for case, question in heard:
         answer, raw = understand(tiny_lm, question["codes"], GREEDY)
         assert raw == case["raw"]
         assert (answer.metadata, answer.lyrics) == (case["metadata"], case["lyrics"])
         without, _ = understand(tiny_lm, question["codes"], GREEDY, with_lyrics=False)
         assert (without.metadata, without.lyrics) == (case["metadata"], "")
+
+
+def test_both_phases_are_those_of_the_original(lm_golden, tiny_lm):
+    [case] = [case for case in lm_golden["greedy"] if case["kind"].startswith("two phases")]
+    request = next(song for song in lm_golden["plan"] if song["name"] == "full")
+    song = compose(tiny_lm, request["caption"], request["lyrics"], Sampling(temperature=0), case["metadata"], 10.0)
+    assert code_text(song.codes) == case["audio_codes"]
+    assert (song.metadata, song.seconds) == (case["metadata"], 10.0)
+    assert len(lm_golden["greedy"]) == 3 + 5 + 2 + 1  # plans, codes, what is heard and this: no case is left out
 
 
 def test_what_the_user_has_said_makes_a_plan_needless(lm_golden, tiny_lm):
@@ -135,6 +144,22 @@ def test_a_caption_without_an_end_is_ended(tiny_lm):
     assert re.search(r"\ncaption:z{512}\n<\|im_end\|>$", raw)
 
 
+def after(tiny_lm, grammar, written: str) -> torch.Tensor:
+    """Which tokens [V] a grammar allows when so much is written."""
+    ids = torch.tensor([[0]])
+    for token in tiny_lm.tokens.ids(written):
+        grammar(ids, torch.zeros(1, 1059))
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    return torch.isfinite(grammar(ids, torch.zeros(1, 1059))[0])
+
+
+def test_a_caption_is_any_text_but_marks_and_backticks(tiny_lm):
+    allowed = after(tiny_lm, PlanGrammar(tiny_lm.tokens, 1059, names=["caption"]), "<think>\ncaption:")
+    backticks = {id_ for id_ in range(1059) if "`" in tiny_lm.tokens.text([id_])}
+    assert backticks
+    assert set((~allowed).nonzero().flatten().tolist()) == backticks | tiny_lm.tokens.added_ids
+
+
 def test_the_likeliest_first_token_is_not_left_to_chance(tiny_lm):
     logits = torch.tensor([0.0, 1.0, 0.5, 3.0, 2.0])
     value = OneOf([[1, 2], [4, 2], [4, 3]], likeliest_first=True)
@@ -143,12 +168,7 @@ def test_the_likeliest_first_token_is_not_left_to_chance(tiny_lm):
     assert value.allowed(logits) == [2, 3]
     assert OneOf([[1, 2], [4, 2]]).allowed(logits) == [1, 4]
     grammar = PlanGrammar(tiny_lm.tokens, 1059, names=["language"])
-    forced = tiny_lm.tokens.ids("<think>\nlanguage:")
-    ids = torch.tensor([[0]])
-    for token in forced:
-        grammar(ids, torch.zeros(1, 1059))
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    assert int(torch.isfinite(grammar(ids, torch.zeros(1, 1059))).sum()) == 1
+    assert int(after(tiny_lm, grammar, "<think>\nlanguage:").sum()) == 1
 
 
 def test_codes_are_counted_and_nothing_else_is_allowed(tiny_lm):

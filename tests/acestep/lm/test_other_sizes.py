@@ -1,15 +1,29 @@
-"""The language model in other sizes and of other seeds, against transformers' own class and a computation by hand."""
+"""The language model in other sizes, of other seeds, vocabularies and codebooks.
 
+Against transformers' own class and computations by hand.
+"""
+
+import json
+import math
+import random
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from sidestep.acestep.lm.decoding import Sampling, write_codes
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.conditions import hints_of_codes
+from sidestep.acestep.lm import decoding
+from sidestep.acestep.lm.decoding import KEYSCALES, Sampling, understand, write_codes, write_plan
 from sidestep.acestep.lm.loss import answer_loss
-from sidestep.acestep.lm.model import load_language_model
-from sidestep.acestep.lm.prompts import codes_prompt, negative_prompt, plan_text
+from sidestep.acestep.lm.model import codebook_size, load_language_model
+from sidestep.acestep.lm.prompts import code_text, codes_prompt, negative_prompt, plan_prompt, plan_text
+from sidestep.metadata import LANGUAGES
+from tests.acestep.lm.test_decoding import GREEDY
+from tests.acestep.lm.test_decoding import request as asked
+from tests.conftest import assert_golden
 
 SIZES = [(0, 64, 96, 1, 4, 4, 16), (1, 48, 80, 3, 6, 2, 8), (2, 32, 128, 2, 2, 1, 32)]
 
@@ -70,3 +84,123 @@ def test_greedy_codes_are_those_of_a_loop_without_cache(both, scale):
             token = int(ours.tokens.code_ids[code])
             with_caption, without = [*with_caption, token], [*without, token]
     assert found == expected
+
+
+def test_greedy_plans_are_those_of_a_loop_without_cache(both, monkeypatch):
+    """Each field's values stand in a list, which is searched anew for every token."""
+    monkeypatch.setattr(decoding, "CAPTION_TOKENS", 6)
+    ours, theirs = both
+    tokens, ids = ours.tokens, ours.tokens.ids(plan_prompt("techno", "la la"))
+    begin = len(ids)
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return theirs(torch.tensor([ids])).logits[0, -1]
+
+    def likeliest(among: list[int], scores: torch.Tensor) -> int:
+        return max(among, key=lambda token: float(scores[token]))
+
+    def choose(values: list[str]) -> None:
+        written, left = [], [tokens.ids(f" {value}\n") for value in values]
+        while any(len(value) > len(written) for value in left):
+            after = sorted({value[len(written)] for value in left if len(value) > len(written)})
+            token = likeliest(after, logits())
+            written.append(token)
+            ids.append(token)
+            left = [value for value in left if value[: len(written)] == written]
+
+    ids += tokens.ids("<think>\nbpm:")
+    choose([str(bpm) for bpm in range(30, 301)])
+    ids += tokens.ids("caption:")
+    vocabulary = tokens.tokenizer.get_vocab()
+    marks = tokens.tokenizer.get_added_vocab()
+    is_text = [id_ for text, id_ in vocabulary.items() if text not in marks and "`" not in text]
+    ended = False
+    for _ in range(6):
+        scores = logits()
+        if ids[-1] in tokens.ids("\n") and int(scores.argmax()) not in tokens.ids(" "):
+            ended = True
+            break
+        ids.append(likeliest(is_text, scores))
+    ids += [] if ended else tokens.ids("\n")
+    for name, values in {
+        "duration": [str(seconds) for seconds in range(10, 241)],
+        "keyscale": list(KEYSCALES),
+        "language": [*LANGUAGES, "unknown"],
+        "timesignature": ["2", "3", "4", "6"],
+    }.items():
+        ids += tokens.ids(f"{name}:")
+        choose(values)
+    assert write_plan(ours, "techno", "la la", GREEDY, longest_seconds=240) == tokens.text(ids[begin:])
+
+
+def test_where_the_codes_stand_in_the_vocabulary_is_the_tokenizer_s_matter(tmp_path, lm_checkpoints, lm_golden):
+    """The same model with its code tokens in another order writes and hears the same."""
+    folder = tmp_path / "acestep-5Hz-lm-0.6B"
+    shutil.copytree(lm_checkpoints / folder.name, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    codes = [token for token in tokenizer["added_tokens"] if token["content"].startswith("<|audio_code_")]
+    before = {token["content"]: token["id"] for token in codes}
+    names = list(before)
+    random.Random(0).shuffle(names)
+    for token, name in zip(codes, names, strict=True):
+        token["content"] = name
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    moved = embedding.clone()
+    for token in codes:
+        moved[token["id"]] = embedding[before[token["content"]]]
+    save_file(weights | {"model.embed_tokens.weight": moved}, folder / "model.safetensors")
+    lm = load_language_model(folder, 512)
+    assert lm.tokens.code_ids.tolist() != sorted(lm.tokens.code_ids.tolist())
+    learnt = [case for case in lm_golden["greedy"] if case["margin"] > 1]  # no matter of the order of sums
+    written = [case for case in learnt if case["kind"].startswith("codes")]
+    heard = [case for case in learnt if case["kind"].startswith("understand")]
+    assert (len(written), len(heard)) == (2, 2)
+    for case in written:
+        sampling = Sampling(temperature=0, guidance=case["settings"]["cfg_scale"])
+        assert code_text(write_codes(lm, *asked(case), 10.0, sampling)) == case["audio_codes"]
+    for case in heard:
+        question = next(u for u in lm_golden["understand"] if u["prompt"] == case["prompt"])
+        assert understand(lm, question["codes"], GREEDY)[1] == case["raw"]
+
+
+def test_a_code_that_the_dit_does_not_know_is_not_written(lm_checkpoints, lm_golden):
+    """Real tokenizers have 65,535 codes, real DiTs 64,000."""
+    lm = load_language_model(lm_checkpoints / "acestep-5Hz-lm-0.6B", 60)
+    [case, *_] = [case for case in lm_golden["greedy"] if case["kind"].startswith("codes")]
+    codes = write_codes(lm, *asked(case), 10.0, GREEDY)
+    assert len(codes) == 50
+    assert max(codes) < 60 < len(lm.tokens.all_code_ids)
+
+
+@pytest.mark.parametrize("levels", [(8, 8, 8, 5, 5, 5), (5, 4, 3), (7, 2)])
+def test_codes_of_any_codebook_become_hints_by_the_formula(levels, tmp_path, lm_home):
+    name = "acestep-v15-512-codes"
+    for part in (name, "vae", "Qwen3-Embedding-0.6B"):
+        shutil.copytree(lm_home / part, tmp_path / part)
+    said = json.loads((tmp_path / name / "config.json").read_text("utf-8")) | {"fsq_input_levels": list(levels)}
+    (tmp_path / name / "config.json").write_text(json.dumps(said), "utf-8")
+    weights, generator = load_file(tmp_path / name / "model.safetensors"), torch.Generator().manual_seed(len(levels))
+    projections = {"project_in.weight": (len(levels), 32), "project_in.bias": (len(levels),)}
+    projections["project_out.weight"] = (32, len(levels))
+    for part, shape in projections.items():
+        weights[f"tokenizer.quantizer.{part}"] = torch.randn(shape, generator=generator)
+    save_file(weights, tmp_path / name / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path, name)
+    number = math.prod(levels)
+    assert codebook_size(checkpoint) == number
+    tokenizer, detokenizer = checkpoint.load_audio_tokenizer(), checkpoint.load_audio_detokenizer()
+    codes = [0, 1, number // 2, number - 2, number - 1]
+    values = []
+    for code in codes:
+        digits = [code // math.prod(levels[:k]) % level for k, level in enumerate(levels)]
+        values.append([2 * digit / (level - 1) - 1 for digit, level in zip(digits, levels, strict=True)])
+    out, bias = weights["tokenizer.quantizer.project_out.weight"], weights["tokenizer.quantizer.project_out.bias"]
+    quantized = torch.tensor(values) @ out.T + bias
+    with torch.inference_mode():
+        assert_golden(hints_of_codes(tokenizer, detokenizer, codes), detokenizer(quantized[None]))
+    alone = [hints_of_codes(tokenizer, detokenizer, [code]) for code in codes]
+    assert_golden(hints_of_codes(tokenizer, detokenizer, codes), torch.cat(alone, dim=1))
+    assert torch.equal(hints_of_codes(tokenizer, detokenizer, [number + 9]), alone[-1])

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -48,9 +49,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         server = self.server
         server.requests.append((self.path, dict(self.headers), json.loads(body)))
-        time.sleep(server.delay)
         number = min(len(server.requests), len(server.answers)) - 1
         status, content, headers = server.answers[number]
+        time.sleep(float(headers.get("Delay", server.delay)))
         if server.largest and len(body) > server.largest:
             status, content, headers = 413, b"audio too large", {}
         self.send_response(status)
@@ -214,7 +215,7 @@ def test_a_song_that_the_server_refuses_costs_no_other(server, song, client):
 
 def test_the_key_is_nowhere_but_in_the_request(server, song, client, monkeypatch, capfd):
     server.answers = [(500, f"your key {KEY} is fine".encode(), {}), *server.answers]
-    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    monkeypatch.setattr("sidestep.tasks.describe.run.Endpoint", partial(Endpoint, wait=lambda _: None))
     folder = song.parent
     typed = ["--caption", "endpoint", "--endpoint", server.url, "--model", "ears-1"]
     assert main(["build-dataset", "--input", str(folder), *typed]) == ExitStatus.OK
@@ -224,6 +225,44 @@ def test_the_key_is_nowhere_but_in_the_request(server, song, client, monkeypatch
     kept = [path for path in folder.rglob("*") if path.is_file()]
     assert len(kept) >= 3
     assert not any(KEY.encode() in path.read_bytes() for path in kept)
+
+
+NAMES = [f"song {i}.wav" for i in range(3)]
+ANSWERED = (200, chat(json.dumps(GOOD)), {})
+WITHOUT_SECOND = [NAMES[0], NAMES[2]]
+TROUBLES = {  # what the server does to the second song: which songs are described then, and how the command ends
+    "busy": ([(429, b"busy", {}), ANSWERED], NAMES, ExitStatus.OK),
+    "broken for a moment": ([(500, b"no", {}), ANSWERED], NAMES, ExitStatus.OK),
+    "broken for ever": ([(500, b"no", {})] * TRIES, [], ExitStatus.FAILED),
+    "slow for ever": ([(200, b"", {"Delay": "2"})] * TRIES, [], ExitStatus.FAILED),
+    "broken JSON": ([(200, b"<html>", {})] * 2 + [ANSWERED], WITHOUT_SECOND, ExitStatus.SOME_FAILED),
+    "too large": ([(413, b"too large", {}), ANSWERED], WITHOUT_SECOND, ExitStatus.SOME_FAILED),
+    "refused": ([(400, b"no audio", {}), ANSWERED], WITHOUT_SECOND, ExitStatus.SOME_FAILED),
+    "without the model": ([(404, b"?", {})], [], ExitStatus.USAGE),
+}
+
+
+@pytest.mark.parametrize(
+    "trouble", [pytest.param(name, marks=pytest.mark.slow if "slow" in name else ()) for name in TROUBLES]
+)
+def test_what_happens_at_one_song_costs_no_other_and_the_same_command_goes_on(server, tmp_path, monkeypatch, trouble):
+    answers, described, status = TROUBLES[trouble]
+    for i, name in enumerate(NAMES):
+        write_sndfile(tmp_path / name, tone(300 + 50 * i, 1.0), 48_000)
+    monkeypatch.setattr("sidestep.tasks.describe.run.Endpoint", partial(Endpoint, wait=lambda _: None))
+    typed = ["--caption", "endpoint", "--endpoint", server.url, "--model", "ears-1"]
+    typed += ["--endpoint-timeout", "1"] if "slow" in trouble else []
+
+    def call() -> tuple[ExitStatus, list[str]]:
+        ended = main(["build-dataset", "--input", str(tmp_path), *typed])
+        samples = read(tmp_path / "dataset.json").samples
+        return ended, [sample.filename for sample in samples if sample.origins["caption"] == "by ears-1"]
+
+    server.answers = [ANSWERED, *answers]
+    assert call() == (status, described)
+    server.answers, asked = [ANSWERED], len(server.requests)
+    assert call() == (ExitStatus.OK, NAMES)
+    assert len(server.requests) - asked == len(NAMES) - (len(described) or 1)  # no song is paid for twice
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://", "http://me:pw@host/v1"])

@@ -13,7 +13,7 @@ import torch
 from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from sidestep.acestep.device import GIB, GpuMemory
 from sidestep.acestep.lm.loss import answer_loss
@@ -33,6 +33,7 @@ from sidestep.tasks.train.language import Language
 from sidestep.tasks.train.previews import preview_now
 from sidestep.tasks.train.report import previews_in
 from sidestep.tasks.train.setup import open_accelerator
+from tests.acestep.lm.test_model import store
 from tests.tasks.train.test_previews import state_of
 from tests.training_world import Log, adapter, differing, prepared, record
 
@@ -135,20 +136,33 @@ def test_the_folder_loads_in_peft_without_our_code(tmp_path, lm_home, tiny_lm):
     assert (plain - adapted).abs().max() > 1e-3
 
 
-def test_a_merged_folder_loads_in_transformers_and_says_the_same(tmp_path, lm_home, tiny_lm):
-    run(settings(write_songs(tmp_path / "data"), tmp_path / "run", lm_home))
+@pytest.mark.parametrize("form", ["", "bare names in two shards", "with a head of its own"])
+def test_a_merged_folder_loads_in_transformers_and_says_the_same(tmp_path, lm_home, tiny_lm, form):
+    home = lm_home
+    if form:  # as other sizes are stored
+        home = tmp_path / "home"
+        shutil.copytree(lm_home, home)
+        store(home / "acestep-5Hz-lm-0.6B", form)
+    run(settings(write_songs(tmp_path / "data"), tmp_path / "run", home))
     final = tmp_path / "run" / "final"
-    command = ["export", str(final), "--format", "merged-lm", "--base", str(lm_home), "--model-variant", VARIANT]
+    command = ["export", str(final), "--format", "merged-lm", "--base", str(home), "--model-variant", VARIANT]
     assert main([*command, "--output", str(tmp_path / "waltz"), "--dtype", "fp32"]) == ExitStatus.OK
     merged = tmp_path / "acestep-5Hz-lm-0.6B-waltz"
     names = {path.name for path in (lm_home / "acestep-5Hz-lm-0.6B").iterdir()}
     assert {path.name for path in merged.iterdir()} == names
+    keys = [set(load_file(folder / "model.safetensors")) for folder in (merged, lm_home / "acestep-5Hz-lm-0.6B")]
+    assert keys[0] == keys[1]  # with `model.`, as transformers writes them and other programs want them
     base = Qwen3ForCausalLM.from_pretrained(lm_home / "acestep-5Hz-lm-0.6B", dtype=torch.float32)
-    whole = Qwen3ForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    ids = torch.tensor([tiny_lm.tokens.ids("<|im_start|>user\nx")])
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    prompt = codes_prompt("song 0", "[Instrumental]", plan_text({"bpm": 100})) + "<|audio_code_10|>"
+    ids = AutoTokenizer.from_pretrained(merged)(prompt, return_tensors="pt").input_ids
+    assert ids.tolist() == [tiny_lm.tokens.ids(prompt)]
     with torch.inference_mode():
+        plain = base(ids).logits
         expected = PeftModel.from_pretrained(base, final)(ids).logits
         torch.testing.assert_close(whole(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3
+    assert type(whole) is Qwen3ForCausalLM
     assert whole.config.vocab_size == 1059
     assert main([*command, "--output", str(tmp_path / "waltz")]) != ExitStatus.OK  # it is there already
 
