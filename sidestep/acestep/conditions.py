@@ -225,13 +225,8 @@ class Prompt:
     duration: float = 30.0
     seed: int = 42
 
-    @property
-    def text(self) -> Text:
-        """What the model is told of it."""
-        return self.text_for(is_stems=False)
-
     def text_for(self, is_stems: bool, instruction: str = TEXT2MUSIC) -> Text:
-        """The same for a model whose captions may have the form for stems. instruction: COVER where hints are there."""
+        """What a model is told of it, whose captions may have the form for stems. instruction: COVER with hints."""
         prompt = text_prompt(
             stems_caption(self.caption) if is_stems else self.caption,
             bpm=self.bpm,

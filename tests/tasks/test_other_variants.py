@@ -6,10 +6,13 @@ import shutil
 from html import unescape
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.conditions import encode_texts
 from sidestep.data.records import load_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice
@@ -18,6 +21,8 @@ from sidestep.settings.config import EstimateConfig, SampleConfig
 from sidestep.tasks.estimate import estimate
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
+from sidestep.tasks.score import run as score
+from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.train.songs import plan_windows
 from tests.preprocessing import job, make_library
 from tests.training_world import (
@@ -214,3 +219,16 @@ def test_a_model_for_stems_gets_captions_in_its_own_form_everywhere(named, tmp_p
     described = song("a", made.target_latents, made.encoder_hidden_states, metadata=made.metadata)
     window = plan_windows(described, 5, 25.0, 5, settings(Path(), Path()), is_stems=True).texts[0]
     assert "Local: song 0\nMask Control: false" in window.prompt
+
+
+@pytest.mark.parametrize("is_stems", [False, True])
+def test_a_model_for_stems_is_judged_on_other_music_in_its_own_form(named, monkeypatch, is_stems):
+    monkeypatch.setattr(score, "CAPTIONS", CAPTIONS[:1])
+    model = open_checkpoint(named("acestep-v15-stems", is_lego_sft=is_stems), "acestep-v15-stems")
+    place = torch.device("cpu"), torch.float32
+    [(prompt, states)] = score.other_music(SimpleNamespace(checkpoint=model, device=place[0], dtype=place[1]))
+    own, other = (
+        next(encode_texts(model, [prompt.text_for(form)], *place)).states for form in (is_stems, not is_stems)
+    )
+    torch.testing.assert_close(states, own)
+    assert states.shape != other.shape

@@ -63,7 +63,7 @@ def checkpoint(name: str = "turbo") -> Checkpoint:
 
 @cache
 def states(name: str = "turbo") -> torch.Tensor:
-    return next(encode_texts(checkpoint(name), [PROMPT.text], CPU, torch.float32)).states
+    return next(encode_texts(checkpoint(name), [PROMPT.text_for(is_stems=False)], CPU, torch.float32)).states
 
 
 @cache
@@ -140,7 +140,7 @@ def test_conditions_latents_and_audio_equal_those_of_diffusers_own_pipeline(name
     ck = open_checkpoint(base_checkpoints, "turbo") if name == "base" else checkpoint(name)
     model = ck.load_decoder()
     ours = open_sampler(ck, model, CPU, torch.float32, sampling, offload=False)
-    [conditions] = encode_texts(ck, [PROMPT.text], CPU, torch.float32)
+    [conditions] = encode_texts(ck, [PROMPT.text_for(is_stems=False)], CPU, torch.float32)
     text_encoder, tokenizer = ck.load_text_encoder()
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
     theirs = AceStepPipeline(ck.load_vae(), text_encoder, tokenizer, model, ck.load_condition_encoder(), scheduler)

@@ -217,7 +217,7 @@ def compare(config: CompareConfig, report: Report) -> Verdict:
 
 def other_music(judge: Judge) -> list[tuple[Prompt, Tensor]]:
     """The built-in captions with their conditions."""
-    texts = [prompt.text for prompt in CAPTIONS]
+    texts = [prompt.text_for(judge.checkpoint.variant.is_stems) for prompt in CAPTIONS]
     conditions = encode_texts(judge.checkpoint, texts, judge.device, judge.dtype)
     return [(prompt, c.states) for prompt, c in zip(CAPTIONS, conditions, strict=True)]
 
@@ -273,7 +273,7 @@ def measure_all(
     strengths = tuple(dict.fromkeys(judge.config.strength))
     songs, training = fingerprint(judge.judged), judge.training
     grid_of = [songs, training.chunk_duration, training.hints_ratio == 1, training.batch_size]
-    captions = [asdict(prompt) for prompt in CAPTIONS]
+    captions = [asdict(prompt) for prompt in CAPTIONS] + ["for stems"] * judge.checkpoint.variant.is_stems
 
     def kept_at(digest: str, strength: float) -> Path:
         return judge.folder / "measured" / f"{judge.key('loss', digest, strength, grid_of, captions)}.json"
