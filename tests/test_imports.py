@@ -2,16 +2,26 @@
 
 import gc
 import importlib.util
+import io
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from sidestep import imports
+from sidestep.acestep import layout
+from sidestep.acestep.layout import read_ahead
 from sidestep.cli import commands
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
+from sidestep.errors import ExitStatus
+from sidestep.events import null
+from sidestep.settings.config import COMMANDS
+from sidestep.terminal.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = """
@@ -99,6 +109,52 @@ def test_commands_on_models_load_them_first(command, loaded, monkeypatch, tmp_pa
         monkeypatch.setattr(commands, task, lambda *_: order.append("task"))
     main(command)
     assert order == (["libraries", "task"] if loaded else [])
+
+
+@pytest.mark.parametrize("command", ["fixed", "estimate", "sample", "score", "plan"])
+def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, tmp_path):
+    order = []
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(commands, "load_libraries", lambda: order.append("libraries"))
+    does = SimpleNamespace(**{COMMANDS[command].run.split(":")[1]: lambda *_: order.append("task") or ExitStatus.OK})
+    does.read_ahead = lambda *model: order.append(model)
+    monkeypatch.setattr(commands, "import_module", lambda _: does)
+    kind = COMMANDS[command].config
+    needed = {f.name: tmp_path for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    config = kind(**needed | {"checkpoint_dir": tmp_path, "model_variant": "base"})
+    assert commands.run(config, null, Terminal()) == ExitStatus.OK
+    assert order == [(tmp_path, "base"), "libraries", "task"][command == "plan" :]
+
+
+class Counting(io.FileIO):
+    """A file that notes how many of its bytes were read."""
+
+    bytes_read = 0
+
+    def __init__(self, path, *_, **__):
+        super().__init__(path)
+
+    def readinto(self, block):
+        count = super().readinto(block)
+        Counting.bytes_read += count
+        return count
+
+
+def test_read_ahead_reads_all_of_the_weights_and_leaves_it_to_others_to_say_what_is_wrong(checkpoints, monkeypatch):
+    size = (checkpoints / "acestep-v15-turbo" / "model.safetensors").stat().st_size
+    read = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, *how, **more: Counting(path) if more.get("buffering") == 0 else read(path, *how, **more),
+    )
+    monkeypatch.setattr(Counting, "bytes_read", 0)
+    monkeypatch.setattr(layout, "READ_AHEAD_BYTES", 1000)  # in many pieces
+    read_ahead(checkpoints, "turbo").join()
+    assert Counting.bytes_read == size
+    assert read_ahead(checkpoints, "no-such-model") is None
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size - 2))
+    assert read_ahead(checkpoints, "turbo") is None
 
 
 def test_leaving_looks_for_no_garbage(monkeypatch):

@@ -1,8 +1,13 @@
 """Where the parts of a checkpoint are on disk, in the original and the diffusers layout, and how its keys are named."""
 
 import json
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from sidestep.errors import UserError
 from sidestep.variants import OFFICIAL_FOLDERS, official_config
@@ -11,6 +16,7 @@ from sidestep.words import did_you_mean
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
 SILENCE_LATENT = "silence_latent.pt"
 DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
+READ_AHEAD_BYTES = 4 * 1024**2
 
 # original name -> diffusers name, inside a key
 RENAMES = (
@@ -111,6 +117,31 @@ def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
     roots = (folder.parent if folder != checkpoint_dir else checkpoint_dir, checkpoint_dir, checkpoint_dir.parent)
     vae, text_encoder = _beside(roots, "vae"), _beside(roots, TEXT_ENCODER_FOLDER)
     return Layout("original", folder, vae, text_encoder, text_encoder, config, silence)
+
+
+def read_ahead(checkpoint_dir: Path, model_variant: str) -> threading.Thread | None:
+    """Have the system read a model's weights into its file cache, in the background, while libraries are loaded.
+
+    Nothing where they would take more than half of the memory that is free. What is missing or broken is said by
+    whoever reads it in earnest.
+    """
+    with suppress(UserError, OSError):
+        layout = find_layout(checkpoint_dir, model_variant)
+        place = layout.part("transformer")
+        files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+        if sum(file.stat().st_size for file in files) <= psutil.virtual_memory().available // 2:
+            reading = threading.Thread(target=_read_into_the_cache, args=(files,), name="read-ahead", daemon=True)
+            reading.start()
+            return reading
+    return None
+
+
+def _read_into_the_cache(files: Iterable[Path]) -> None:
+    block = bytearray(READ_AHEAD_BYTES)
+    for file in files:
+        with suppress(OSError), file.open("rb", buffering=0) as opened:
+            while opened.readinto(block):
+                pass
 
 
 def _single_file(file: Path, model_variant: str) -> Layout:

@@ -63,6 +63,8 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
 
     try:
         if type(config) in NEED_TORCH:
+            if isinstance(config, READ_THE_DECODER) and "torch" not in sys.modules:
+                import_module("sidestep.acestep.layout").read_ahead(config.checkpoint_dir, config.model_variant)
             load_libraries()
         result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     except (MemoryError, RuntimeError) as error:
@@ -89,6 +91,8 @@ NEED_TORCH = (
     *(TrainConfig, TrainLmConfig, PreprocessConfig, EstimateConfig, PlanConfig, SampleConfig, ScoreConfig),
     *(CompareConfig, ExportConfig, DemoConfig),
 )
+# They read all of the model's weights as soon as that is loaded.
+READ_THE_DECODER = (TrainConfig, EstimateConfig, SampleConfig, ScoreConfig)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
