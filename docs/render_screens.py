@@ -51,18 +51,22 @@ def picture(screen: pyte.HistoryScreen, title: str, last: int | None = None) -> 
 def _line(row: dict, columns: int) -> Text:
     """A row of the emulator's screen, neighbours of one style as one piece."""
     text = Text()
-    for style, cells in groupby((row[x] for x in range(columns)), key=lambda char: (char.fg, char.bold, char.reverse)):
+    for style, cells in groupby(
+        (row[x] for x in range(columns)), key=lambda char: (char.fg, char.bg, char.bold, char.reverse)
+    ):
         text.append("".join(char.data for char in cells), _style(*style))
     text.rstrip()
     return text
 
 
-def _style(colour: str, bold: bool, reverse: bool) -> Style:
-    if len(colour) == 6 and set(colour) <= set(hexdigits):
-        colour = f"#{colour}"
-    elif colour.startswith("bright"):
-        colour = colour.replace("bright", "bright_")
-    return Style(color=COLOURS.get(colour, colour), bold=bold, reverse=reverse)
+def _style(letters: str, ground: str, bold: bool, reverse: bool) -> Style:
+    return Style(color=_colour(letters), bgcolor=_colour(ground), bold=bold, reverse=reverse)
+
+
+def _colour(name: str) -> str | None:
+    if len(name) == 6 and set(name) <= set(hexdigits):
+        return f"#{name}"
+    return COLOURS.get(name, name.replace("bright", "bright_"))
 
 
 def wizard(folder: Path) -> None:

@@ -22,7 +22,7 @@ from sidestep.words import clock, count, side_step
 
 COUNT_SECONDS = 1.5  # a library of thousands is not read to its end for one line of text
 FORESEEN = ("steps", "time", "memory", "disk")  # of what a dry run says
-SHOWN = ("device", "device memory", "precision", "checkpoints", "free disk")  # of the doctor's findings
+SHOWN = ("device", "device memory", "training", "precision", "checkpoints", "free disk")  # of the doctor's findings
 
 
 def outside(terminal: Terminal, here: Path = Path()) -> Outside:

@@ -15,10 +15,11 @@ from diffusers.models.transformers.ace_step_transformer import AceStepTransforme
 from sidestep import __version__
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import decoder_sizes
-from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.acestep.device import GIB, choose_device, choose_precision, precision_name
 from sidestep.errors import JobError, UserError
 from sidestep.events import Report, Table
 from sidestep.files import config_folder, state_folder
+from sidestep.settings import presets
 from sidestep.settings.config import DoctorConfig
 from sidestep.settings.path_checks import DOWNLOAD, find_models, verify
 from sidestep.variants import CONFIG_2B
@@ -52,7 +53,8 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         free, total = torch.cuda.mem_get_info(device.value)
         device_memory = Finding("device memory", gib(total), f"{gib(free)} free")
     else:
-        device_memory = Finding("device memory", gib(memory.total), "shared with the rest of the system")
+        total = memory.total
+        device_memory = Finding("device memory", gib(total), "shared with the rest of the system")
     sizes = decoder_sizes(CONFIG_2B | {"num_hidden_layers": 1})  # attention is tried on one layer of the official sizes
     parameters = inspect.signature(AceStepTransformer1DModel.__init__).parameters
     with torch.device("meta"):
@@ -61,6 +63,7 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     findings = [
         Finding("device", str(device.value), device.reason),
         device_memory,
+        training_here(device.value.type, total),
         Finding("precision", precision_name(precision.value), precision.reason),
         Finding("attention", attention.value, attention.reason),
     ]
@@ -90,3 +93,15 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
         problem = f"--checkpoint-dir {config.checkpoint_dir}: none of its models can be used."
         raise JobError(problem, f"Download again: {DOWNLOAD}")
     return findings
+
+
+def training_here(device: str, memory: int) -> Finding:
+    """What a device of a kind (cpu, cuda, …) with so many bytes means for who wants to train."""
+    if device == "cpu":
+        return Finding("training", "the demo", "real music wants a graphics card of 8 GB or more; listening works")
+    if device != "cuda":
+        return Finding("training", "not tried yet", f"nobody has reported how fast it is on {device}")
+    name = presets.profile_for(memory / GIB, is_xl=False)
+    if memory / GIB < presets.USABLE * presets.PROFILES[name]:
+        return Finding("training", f"preset {name}", "the card is smaller than what that is made for")
+    return Finding("training", f"preset {name}", presets.find(name).description)

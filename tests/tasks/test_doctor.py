@@ -6,7 +6,7 @@ from sidestep.cli.main import main
 from sidestep.errors import ExitStatus
 from sidestep.events import Table
 from sidestep.settings.config import DoctorConfig
-from sidestep.tasks.doctor import doctor
+from sidestep.tasks.doctor import doctor, training_here
 
 
 def test_it_reports_what_a_bug_report_needs(checkpoints):
@@ -15,6 +15,7 @@ def test_it_reports_what_a_bug_report_needs(checkpoints):
     assert {
         "device",
         "device memory",
+        "training",
         "precision",
         "attention",
         "main memory",
@@ -30,6 +31,23 @@ def test_it_reports_what_a_bug_report_needs(checkpoints):
     assert "acestep-v15-turbo (turbo" in found["checkpoints"].value
     assert type(events[0]) is Table
     assert len(events) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "value", "note"),
+    [
+        ("cpu", 64, "the demo", "graphics card of 8 GB"),
+        ("mps", 64, "not tried yet", "mps"),
+        ("cuda", 79.2, "preset comfortable", "24 GB and more"),
+        ("cuda", 11.9, "preset tight", "12 to 16 GB"),
+        ("cuda", 7.8, "preset minimal", "8 to 12 GB"),
+        ("cuda", 5.9, "preset minimal", "smaller than"),
+    ],
+)
+def test_it_says_what_a_device_means_for_who_wants_to_train(device, gib, value, note):
+    finding = training_here(device, int(gib * 2**30))
+    assert finding.value == value
+    assert note in finding.note
 
 
 def test_it_names_no_private_folder_unless_asked(checkpoints, monkeypatch, tmp_path):
