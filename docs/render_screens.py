@@ -45,6 +45,7 @@ def picture(screen: pyte.HistoryScreen, title: str, last: int | None = None) -> 
     console = Console(record=True, width=screen.columns, file=io.StringIO(), force_terminal=True)
     for line in lines[-(last or 0) :]:
         console.print(line, no_wrap=True, crop=True)
+    console.print()  # the drawing cuts what hangs below its last line, such as _
     return console.export_svg(title=title, code_format=FORMAT)
 
 
@@ -90,14 +91,14 @@ def wizard(folder: Path) -> None:
         session.asks("What next?", seconds=600)
         session.choose("Train")
         session.asks("Preset")
-        draw(session, "chain", "The next step, filled in", last=34)
+        draw(session, "chain", "The next step, filled in", last=30)
         session.choose("quick_test")
         session.asks("Kind of adapter")
         session.keys("enter")
         session.asks("What now?")
         session.until("for the longest song", seconds=300)
         session.asks("What now?")
-        draw(session, "review", "Review", last=34)
+        draw(session, "review", "Review", last=37)
         session.keys("ctrl-c")
         session.end()
 
@@ -108,7 +109,9 @@ def training(folder: Path) -> None:
     files = ("--checkpoint-dir", "checkpoints", "--dataset-dir", "learnable", "--output-dir", "runs/learnable")
     settings = ("--rank", "16", "--lr", "0.01", "--epochs", "40", "--warmup-steps", "0", "--log-every", "1")
     with Session(folder, "fixed", *files, *settings, columns=COLUMNS, lines=44) as session:
-        session.until("80/80", seconds=600)
+        session.until("checkpoints/epoch_0030", seconds=600)
+        for _ in range(3):  # until the panel below is drawn
+            session.read()
         draw(session, "training", "uv run train.py fixed …", last=16)
         session.end(seconds=60)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,12 @@ def machine(checkpoint_dir: Path | None) -> Table | None:
     findings = json_of(*command_words(DoctorConfig(json=True, checkpoint_dir=checkpoint_dir)))
     if not isinstance(findings, list):
         return None
-    rows = tuple((f["what"], f["value"], f["note"]) for f in findings if f["what"] in SHOWN)
+    rows = tuple(
+        ("" if model else f["what"], value, "" if model else f["note"])
+        for f in findings
+        if f["what"] in SHOWN
+        for model, value in enumerate(re.split(r"(?<=\)), ", f["value"]))  # one below the other
+    )
     return Table(title="This machine", columns=("what", "value", "note"), rows=rows)
 
 

@@ -534,6 +534,22 @@ def test_the_wizard_waits_for_a_machine_that_is_a_thousand_times_slower(monkeypa
     assert outside.json_of("history", str(tmp_path), "--json") == {"runs": []}
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="xdg-open is Linux' own")
+def test_a_result_is_opened_with_the_systems_program_for_it_and_without_a_screen_named(tmp_path, monkeypatch):
+    opened = tmp_path / "opened"
+    os.mkfifo(opened)  # reading it waits for the program
+    (tmp_path / "xdg-open").write_text(f'#!/bin/sh\nprintf %s "$1" > "{opened}"\n', encoding="utf-8")
+    (tmp_path / "xdg-open").chmod(0o755)
+    music = tmp_path / "my song.flac"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert outside.open_file(music) == f"Opened {music}."
+    assert opened.read_text(encoding="utf-8") == str(music)
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert outside.open_file(music) == f"No screen to show it on; it is here: {music}"
+
+
 def test_a_missing_torch_prints_the_command_that_installs_it():
     code = "import sys; sys.modules['torch'] = None; from sidestep.cli.main import main; sys.exit(main(['doctor']))"
     done = python(code)
