@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -62,12 +63,41 @@ def test_what_was_read_holds_no_file(tmp_path):
     assert torch.equal(held[2].target_latents, record.target_latents)
 
 
+def watch(monkeypatch) -> list[int]:
+    """The threads that compute each of the decoder's forwards from now on."""
+    forward, threads = AceStepTransformer1DModel.forward, []
+
+    def counted(*args, **named):
+        threads.append(torch.get_num_threads())
+        return forward(*args, **named)
+
+    monkeypatch.setattr(AceStepTransformer1DModel, "forward", counted)
+    return threads
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("mandatory_locks")
-def test_the_demo(tmp_path, capsys):
+def test_the_demo(tmp_path, capsys, monkeypatch):
     assert main(["--plain", "--yes", "demo", "--output-dir", str(tmp_path / "demo")]) == 0, capsys.readouterr()
     assert main(["--plain", "history", str(tmp_path / "demo")]) == 0
     assert "finished, 20 steps" in capsys.readouterr().out
+    judged = watch(monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["--plain", "score", str(tmp_path / "demo" / "run")]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert "Recommended: epoch_0020." in capsys.readouterr().out
+    assert (tmp_path / "demo" / "run" / "score" / "listen.html").is_file()
+    captions, passes, clips = (
+        24 * (8 + 1),
+        2 * (24 + 32),
+        2 * 8 * 8,
+    )  # the base's ways, its and the adapter's, the music
+    assert len(judged) <= captions + passes + clips  # about 15 s of processor time, half of it libraries
+    assert set(judged) == {1}  # thread: two would take as many seconds again to meet
 
 
 @pytest.mark.slow

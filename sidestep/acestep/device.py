@@ -4,6 +4,8 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ CONTEXT_BYTES = round(0.5 * GIB)
 SLACK = 0.06
 # Left free by all advice, whichever is more.
 RESERVE_BYTES, RESERVE = round(0.8 * GIB), 0.08
+SMALL_WIDTH = 64  # as the demo's model: real ones are 2048 wide and more
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
 
@@ -30,6 +33,17 @@ class Choice:
 
     value: Any
     reason: str
+
+
+@contextmanager
+def threads_for(width: int) -> Iterator[None]:
+    """The CPU threads that a model's hidden size is worth: a small one computes faster alone than threads meet."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if width <= SMALL_WIDTH else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_device(request: str = "auto") -> Choice:

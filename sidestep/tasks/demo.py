@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from sidestep.acestep.checkpoint import accepted
+from sidestep.acestep.device import threads_for
 from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
 from sidestep.acestep.vae import encode_mean
 from sidestep.audio.io import SAMPLE_RATE
@@ -65,7 +66,8 @@ def demo(config: DemoConfig, report: Report) -> None:
                 f"Delete it, or choose another folder: {side_step('demo', '--output-dir', f'{home}-2')}",
             )
         write_text(home / UNFINISHED, "")
-        songs = run_pipeline(home, report)
+        with threads_for(WIDTH):
+            songs = run_pipeline(home, report)
         (home / UNFINISHED).unlink()
     listing, *others = OWN_SONGS
     report(
@@ -82,56 +84,51 @@ def demo(config: DemoConfig, report: Report) -> None:
 
 def run_pipeline(home: Path, report: Report) -> int:
     """Every step from nothing to a sample, in a folder. Returns how many songs there were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model computes faster alone than threads take to meet
-    try:
-        report(Notice(message=f"1/5 A tiny model with random weights and four short songs, in {home}"))
-        checkpoints = write_tiny_checkpoint(home / "checkpoints")
-        songs = write_music(home / "songs")
+    report(Notice(message=f"1/5 A tiny model with random weights and four short songs, in {home}"))
+    checkpoints = write_tiny_checkpoint(home / "checkpoints")
+    songs = write_music(home / "songs")
 
-        report(Notice(message="2/5 build-dataset: what is known of each song"))
-        dataset = home / "songs" / "dataset.json"
-        build_dataset(BuildDatasetConfig(input=home / "songs", output=dataset, tag="sidestep demo"), report)
+    report(Notice(message="2/5 build-dataset: what is known of each song"))
+    dataset = home / "songs" / "dataset.json"
+    build_dataset(BuildDatasetConfig(input=home / "songs", output=dataset, tag="sidestep demo"), report)
 
-        report(Notice(message="3/5 preprocess: audio into training tensors"))
-        tensors = home / "tensors"
-        preprocess(
-            PreprocessConfig(checkpoint_dir=checkpoints, device="cpu", dataset_json=dataset, tensor_output=tensors),
-            report,
-        )
+    report(Notice(message="3/5 preprocess: audio into training tensors"))
+    tensors = home / "tensors"
+    preprocess(
+        PreprocessConfig(checkpoint_dir=checkpoints, device="cpu", dataset_json=dataset, tensor_output=tensors),
+        report,
+    )
 
-        report(Notice(message="4/5 train: train a LoRA"))
-        run = TrainConfig(
+    report(Notice(message="4/5 train: train a LoRA"))
+    run = TrainConfig(
+        checkpoint_dir=checkpoints,
+        device="cpu",
+        dataset_dir=tensors,
+        output_dir=home / "run",
+        rank=4,
+        alpha=8,
+        epochs=EPOCHS,
+        lr=3e-3,
+        log_every=5,
+        save_every=EPOCHS,
+    )
+    log = EventLog(run.output_dir / "events.jsonl", report)
+    adapter = train(run, tee(log, report)).final
+    log.close()
+
+    report(Notice(message="5/5 sample: the model without and with the adapter"))
+    prompt = "sidestep demo, bright plucked arpeggios"
+    sample(
+        SampleConfig(
             checkpoint_dir=checkpoints,
             device="cpu",
-            dataset_dir=tensors,
-            output_dir=home / "run",
-            rank=4,
-            alpha=8,
-            epochs=EPOCHS,
-            lr=3e-3,
-            log_every=5,
-            save_every=EPOCHS,
-        )
-        log = EventLog(run.output_dir / "events.jsonl", report)
-        adapter = train(run, tee(log, report)).final
-        log.close()
-
-        report(Notice(message="5/5 sample: the model without and with the adapter"))
-        prompt = "sidestep demo, bright plucked arpeggios"
-        sample(
-            SampleConfig(
-                checkpoint_dir=checkpoints,
-                device="cpu",
-                adapter=adapter,
-                prompt=prompt,
-                duration=4.0,
-                output=home / "samples",
-            ),
-            report,
-        )
-    finally:
-        torch.set_num_threads(threads)
+            adapter=adapter,
+            prompt=prompt,
+            duration=4.0,
+            output=home / "samples",
+        ),
+        report,
+    )
     return len(songs)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sidestep.acestep.conditions import Prompt, encode_texts
+from sidestep.acestep.device import threads_for
 from sidestep.adapters.adapter import with_strength
 from sidestep.adapters.attach import adapter_scale
 from sidestep.adapters.average import average
@@ -90,7 +91,8 @@ def score(config: ScoreConfig, report: Report) -> Verdict:
     with one_writer(config.run_folder / FOLDER):
         judge = prepare(config, training, config.run_folder / FOLDER, report)
         title = training.run_name or config.run_folder.resolve().name
-        verdict = judge_all(judge, candidates, title)
+        with threads_for(judge.checkpoint.config["hidden_size"]):
+            verdict = judge_all(judge, candidates, title)
     link_page(config.run_folder, report)
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     path, strength = taken.path, verdict.row.strength
@@ -209,7 +211,8 @@ def compare(config: CompareConfig, report: Report) -> Verdict:
             report(Notice(message=note, level="warning"))
     with one_writer(config.output):
         judge = prepare(config, training, config.output, report)
-        verdict = judge_all(judge, candidates, " and ".join(candidate.name for candidate in candidates))
+        with threads_for(judge.checkpoint.config["hidden_size"]):
+            verdict = judge_all(judge, candidates, " and ".join(candidate.name for candidate in candidates))
     taken = next(candidate for candidate in candidates if candidate.name == verdict.row.name)
     tell_verdict(judge, verdict, taken.path, verdict.row.strength)
     return verdict
