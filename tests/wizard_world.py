@@ -37,6 +37,8 @@ class World:
         )
         (self.tensors / "one.pt").write_bytes(b"")
         (self.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+        self.foreign = root / "from elsewhere.safetensors"
+        self.foreign.write_bytes(b"")
         (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text(
             '{"position": {"step": 10}}', encoding="utf-8"
         )
@@ -65,6 +67,8 @@ class World:
                 "output_dir": self.root / "runs" / "new",
                 "tensor_output": self.root / "tensors" / "new",
                 "adapter": self.adapter,
+                "other_adapter": self.foreign,
+                "third_adapter": "",
                 "init_from": self.adapter,
                 "lm_adapter": self.adapter,
                 "preview_adapter": self.adapter,

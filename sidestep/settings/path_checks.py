@@ -163,6 +163,12 @@ def read_run(folder: Path) -> FoundRun | None:
     )
 
 
+def run_of(adapter: Path) -> Path | None:
+    """The output folder of the run that an adapter lies in, or None."""
+    path = adapter.resolve()
+    return next((folder for folder in (path, *path.parents) if read_run(folder)), None)
+
+
 def has_language_model(answers: Answers) -> bool:
     """Whether a language model that composes lies beside the models."""
     folder = answers.get("checkpoint_dir")

@@ -13,6 +13,7 @@ from sidestep.settings import presets
 from sidestep.settings.advice import SUGGESTED, Advice, advice_for
 from sidestep.settings.config import (
     BuildDatasetConfig,
+    CompareConfig,
     DemoConfig,
     DoctorConfig,
     EstimateConfig,
@@ -36,6 +37,7 @@ from sidestep.settings.path_checks import (
     is_in_doubt,
     likely_checkpoint_dirs,
     read_run,
+    run_of,
     songs_near,
     tensors_near,
 )
@@ -58,6 +60,8 @@ class Flow:
     reviewed: bool = True  # false for what only looks, and starts without a review
 
 
+COMPARED = ("adapter", "other_adapter", "third_adapter")  # one question each, where the command takes a list
+JUDGED_BY = ("checkpoint_dir", "model_variant", "dataset_dir")  # asked where no run of a compared adapter says it
 FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
     flow.key: flow
     for flow in (
@@ -130,7 +134,7 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             config_class=ScoreConfig,
             basic=("run_folder",),
             shown=("strength",),
-            then=("sample", "export"),
+            then=("sample", "export", "compare"),
         ),
         Flow(
             key="export",
@@ -138,6 +142,16 @@ FLOWS = {  # the menu, in the order of work; a flow that is added here is in it
             note="an adapter for another program",
             config_class=ExportConfig,
             basic=("adapter", "format"),
+        ),
+        Flow(
+            key="compare",
+            title="Compare",
+            note="judge adapters of different runs or programs",
+            config_class=CompareConfig,
+            basic=COMPARED,
+            covered=("adapters", *JUDGED_BY),
+            shown=("strength", "output"),
+            then=("sample", "export"),
         ),
         Flow(
             key="resume",
@@ -236,6 +250,12 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
             else question
             for question in questions
         ]
+    if flow.config_class is CompareConfig:
+        as_in_training = replace(flow, config_class=TrainConfig)
+        questions += [
+            replace(question_of(name, as_in_training, context), when=lies_in_no_run, depends_on=COMPARED)
+            for name in JUDGED_BY
+        ]
     for section, names in sections_of(flow.config_class).items() if advanced else ():
         rest = [name for name in names if name not in (*basic, *flow.covered)]
         if not rest:
@@ -256,6 +276,11 @@ def questions_of(flow: Flow, context: Context, advanced: bool = False) -> list[Q
     return questions
 
 
+def lies_in_no_run(answers: Answers) -> bool:
+    """Whether none of the adapters to compare lies in a run, which would say what to judge by."""
+    return not any(run_of(Path(answers[name])) for name in COMPARED if answers.get(name))
+
+
 def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
     """The config that the answers make: what holds for all runs, then the preset, the answers. Raises UserError."""
     options = options_of(flow.config_class)
@@ -270,6 +295,8 @@ def config_of(flow: Flow, answers: Answers, context: Context) -> Any:
     if "songs" in answers and not set(flow.covered) & set(answered):
         songs = answers["songs"]
         answered["dataset_json" if songs.suffix.lower() == ".json" else "audio_dir"] = songs
+    if flow.config_class is CompareConfig:
+        answered["adapters"] = tuple(answers[name] for name in COMPARED if answers.get(name))
     return resolve(flow.config_class, base, preset, answered)
 
 
@@ -315,7 +342,7 @@ def question_of(name: str, flow: Flow, context: Context, current: Mapping[str, A
     """The question for a setting of a flow, or one of its own. Suggested is its `current` value, where it has one."""
     options = options_of(flow.config_class)
     if name not in options:
-        return _own_question(name, context)
+        return _compared_question(name, context) if name in COMPARED else _own_question(name, context)
     o = replace(options[name], holds=flow.holds.get(name, options[name].holds))
 
     def default(answers: Answers) -> Any:
@@ -448,6 +475,37 @@ RUN = Option(
     group="Run",
     holds="run",
 )
+
+
+def _compared_question(name: str, context: Context) -> Question:
+    """The question for one of the adapters to compare; those that were named before it are not offered again."""
+    labels = dict(zip(COMPARED, ("First adapter", "Second adapter", "Third adapter"), strict=True))
+    o = replace(
+        options_of(ExportConfig)["adapter"],
+        name=name,
+        label=labels[name],
+        plain="the final/ or best/ folder of a run, a checkpoint, or a file of any program",
+        group="Judge",
+    )
+    if name == COMPARED[2]:
+        o = replace(o, plain="a third one to compare them with; empty: none", default=None, optional=True)
+
+    def near(answers: Answers) -> list[Choice]:
+        named = [Path(answers[other]).absolute() for other in COMPARED if answers.get(other)]
+        return [c for c in paths_offered(o, None, context) if Path(c.value).absolute() not in named]
+
+    def default(answers: Answers) -> Any:
+        return "" if o.optional or not near(answers) else near(answers)[0].value
+
+    def choices(answers: Answers) -> tuple[Choice, ...]:
+        return tuple(choice for choice in near(answers) if choice.value != default(answers))
+
+    def verify(value: Path | None, answers: Answers) -> str:
+        if value and any(value.resolve() == Path(answers[n]).resolve() for n in COMPARED if answers.get(n)):
+            raise UserError("That one was named before.")
+        return context.check(o.holds, value) if value else ""
+
+    return from_option(o, default, context.check, choices=choices, verify=verify, on_disk=False)
 
 
 def _own_question(name: str, context: Context) -> Question:

@@ -128,7 +128,9 @@ def _change(flow: Flow, answers: dict[str, Any], config: Any, ask: Ask, show: Re
     options = options_of(flow.config_class)
     current = answers | ({name: getattr(config, name) for name in options} if config else {})
     settings = tuple(
-        Choice(name, o.title, as_typed(current[name]) if name in current else "") for name, o in options.items()
+        Choice(name, o.title, as_typed(current[name]) if name in current else "")
+        for name, o in options.items()
+        if not (o.many and o.type is Path)  # asked one by one before: names may hold spaces
     )
     name = ask_one(ask, choose("setting", "Which setting?", settings, section="Review"), flow.title)
     if name is BACK:

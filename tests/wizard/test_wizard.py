@@ -36,7 +36,7 @@ from sidestep.settings.presets import PROFILES
 from sidestep.terminal.rich_terminal import RichTerminal
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard import flows
-from sidestep.wizard.flows import FLOWS, Context, question_of, questions_of
+from sidestep.wizard.flows import COMPARED, FLOWS, Context, question_of, questions_of
 from sidestep.wizard.numbered import NumberedAsk
 from sidestep.wizard.prompts import QuestionaryAsk
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
@@ -144,13 +144,14 @@ START = {
     "sample": (COMMANDS["sample"].config, {"checkpoint_dir": str(CHECKPOINTS), "prompt": "warm piano"}),
     "export": (COMMANDS["export"].config, {"output": "x"}),
     "score": (COMMANDS["score"].config, {}),
+    "compare": (COMMANDS["compare"].config, {}),
 }
 
 
 def paths(world) -> dict[str, str]:
     return {
         name: world.path_for(name)
-        for name in ("checkpoint_dir", "songs", "input", "dataset_dir", "adapter", "run", "run_folder")
+        for name in ("checkpoint_dir", "songs", "input", "dataset_dir", "adapter", "other_adapter", "run", "run_folder")
     }
 
 
@@ -245,7 +246,8 @@ def test_in_the_advanced_depth_every_setting_can_be_reached():
         if flow.key in ("resume", "preprocess"):
             continue
         names = {question.name for question in questions_of(flow, Context(), advanced=True)}
-        assert set(options_of(flow.config_class)) <= names
+        one_by_one = {"adapters"} if set(COMPARED) <= names else set()
+        assert set(options_of(flow.config_class)) <= names | one_by_one
 
 
 def test_songs_in_place_of_tensors_get_the_advice_to_preprocess(world):
@@ -536,6 +538,37 @@ def test_the_page_of_a_judgement_is_opened_like_the_report_of_a_run(tmp_path):
     assert judged["the listening page"] == tmp_path / "run" / "score" / "listen.html"
     compared = results_of(CompareConfig(output=tmp_path / "compared"))
     assert compared["the listening page"] == tmp_path / "compared" / "listen.html"
+
+
+def test_adapters_are_compared_by_their_run_and_without_one_it_is_asked_what_to_judge_by(world):
+    wizard, script, _ = session(world, menu="compare", **paths(world))
+    config = wizard.next().config
+    assert config.adapters == (world.adapter, world.foreign)  # a name with a space is one name
+    assert (config.checkpoint_dir, config.dataset_dir) == (None, None)
+    assert script.names == ["menu", "adapter", "other_adapter", "third_adapter", "review"]
+    asked = {prompt.name: prompt for prompt in script.asked}
+    assert asked["adapter"].default == str(world.adapter)
+    assert asked["other_adapter"].default == ""  # the only one that lies near was named
+
+    voice, band = (world.root / f"{name}.safetensors" for name in ("voice", "band"))
+    voice.touch()
+    band.touch()
+    named = {"adapter": str(voice), "other_adapter": [str(voice), str(band)], "third_adapter": str(world.foreign)}
+    wizard, script, _ = session(world, menu="compare", **paths(world) | named)
+    config = wizard.next().config
+    assert config.adapters == (voice, band, world.foreign)
+    assert (config.checkpoint_dir, config.model_variant) == (CHECKPOINTS, "turbo")
+    assert config.dataset_dir == world.tensors
+    refused = [prompt.error for prompt in script.asked if prompt.name == "other_adapter"]
+    assert refused == ["", "That one was named before."]
+
+
+def test_adapters_to_compare_are_no_line_to_type_in_the_review(world):
+    wizard, script, _ = session(world, menu="compare", review=["change", "start"], setting=BACK, **paths(world))
+    wizard.next()
+    setting = next(prompt for prompt in script.asked if prompt.name == "setting")
+    assert "adapters" not in [choice.value for choice in setting.choices]
+    assert {"strength", "clips", "dataset_dir"} <= {choice.value for choice in setting.choices}
 
 
 def offered(world, name: str, flow: str, suggested: object = None, **used) -> list[str]:

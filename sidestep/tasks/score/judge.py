@@ -19,7 +19,7 @@ from sidestep.errors import UserError
 from sidestep.events import Notice, Report
 from sidestep.settings.config import CompareConfig, JudgeConfig, TrainConfig, check_streaming
 from sidestep.settings.option import options_of, resolve
-from sidestep.settings.path_checks import read_run
+from sidestep.settings.path_checks import read_run, run_of
 from sidestep.tasks.sample import Sampler, Sampling, open_sampler, sampling_for
 from sidestep.tasks.train.checkpoints import MARKS, complete_checkpoints
 from sidestep.tasks.train.objective import Objective, training_law
@@ -130,10 +130,8 @@ def training_of_comparison(config: CompareConfig) -> TrainConfig:
 
     Raises UserError where neither says what model and songs to judge by.
     """
-    for path in config.adapters:
-        for folder in path.resolve().parents if path.is_file() else (path.resolve(), *path.resolve().parents):
-            if read_run(folder) is not None:
-                return training_of(config, folder)
+    if run := next(filter(None, map(run_of, config.adapters)), None):
+        return training_of(config, run)
     needed = {"--checkpoint-dir": config.checkpoint_dir, "--dataset-dir": config.dataset_dir}
     if missing := [flag for flag, value in needed.items() if value is None]:
         raise UserError(
