@@ -71,7 +71,9 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         if not is_out_of_memory(error):
             raise
         first = str(error).strip().split("\n")[0] or type(error).__name__
-        fix = ", ".join(memory_levers(config)) or "a smaller model variant, or --device cpu"
+        fix = ", ".join(memory_levers(config)) or (
+            "a smaller model variant, or --device cpu" if hasattr(config, "device") else "to close other programs"
+        )
         raise JobError(f"Out of memory: {first}", f"What helps: {fix}.") from None
     if isinstance(result, ExitStatus):
         return result

@@ -2317,13 +2317,14 @@ def check_streaming(config: Any) -> None:
 def memory_levers(config: Any) -> list[str]:
     """Flags of the config's command with which it takes less memory and which are not on, cheapest first."""
     batch = getattr(config, "batch_size", 1)
+    runs = not isinstance(config, ExportConfig)  # there the size is that of the adapter
     fixed_base = bool(getattr(config, "swap_blocks", 0)) or getattr(config, "base_precision", "auto") != "auto"
     table = {
         "gradient_checkpointing": (True, not getattr(config, "gradient_checkpointing", True)),
         "batch_size": ("1 (with more --gradient-accumulation)", batch > 1),
         "offload_encoder": (True, not getattr(config, "offload_encoder", True)),
         "optimizer_type": ("adamw8bit", getattr(config, "optimizer_type", "") in ("adamw", "prodigy")),
-        "lm": ("0.6B", getattr(config, "think", True) and getattr(config, "lm", "") != "0.6B"),
+        "lm": ("0.6B", getattr(config, "think", True) and getattr(config, "lm", "") != "0.6B" and runs),
         "base_precision": ("int8", not fixed_base),
         "offload_activations": (True, not getattr(config, "offload_activations", True)),
         "swap_blocks": ("16", not fixed_base),

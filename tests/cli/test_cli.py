@@ -625,6 +625,50 @@ def test_only_what_is_not_on_yet_is_offered_against_a_lack_of_memory(tmp_path):
     assert memory_levers(replace(config, **frugal, offload_encoder=True, chunk_duration=60.0)) == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fixed --dataset-dir . --output-dir out --batch-size 2 --no-gradient-checkpointing",
+        "train-lm --dataset-dir . --output-dir out --rank 32",
+        "preprocess --audio-dir . --tensor-output out",
+        "build-dataset --input . --caption lm",
+        "estimate --dataset-dir . --output map.json",
+        "sample --prompt x --think --duration 120",
+        "score run",
+        "compare a b",
+        "export final --output out --format merged --base .",
+    ],
+    ids=lambda line: line.split()[0],
+)
+def test_each_lever_offered_when_memory_runs_out_is_one_of_the_command_and_is_on_then(
+    line, monkeypatch, capsys, tmp_path
+):
+    """Wherever in the command it ran out: in loading, in a validation, while sampling."""
+    configs = []
+
+    def fails(config, report):
+        configs.append(config)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command, *words = line.split()
+    module, function = COMMANDS[command].run.split(":")
+    monkeypatch.setattr(import_module(f"sidestep.{module}"), function, fails)
+    if "--base" not in words:
+        words += ["--checkpoint-dir", "."]
+    assert main([command, *words]) == ExitStatus.FAILED
+    (offered,) = re.findall(r"What helps: (.*)\.", " ".join(capsys.readouterr().err.split()))
+    levers = memory_levers(configs[0])
+    nothing_left = {"export": "to close other programs", "preprocess": "a smaller model variant, or --device cpu"}
+    assert offered == (nothing_left.get(command) or ", ".join(levers))
+    for lever in levers:
+        flags = lever.replace(" (with more --gradient-accumulation)", "").split()
+        main([command, *words, *flags])
+        assert lever not in memory_levers(configs[-1]), lever
+    assert bool(levers) != (command in nothing_left)
+
+
 def test_a_command_says_at_once_that_its_code_takes_a_while_to_load(monkeypatch, capsys):
     monkeypatch.setattr("sidestep.tasks.sample.sample", lambda config, report: report(Notice(message="Sampled.")))
     monkeypatch.setattr("sidestep.tasks.history.history", lambda config, report: report(Notice(message="Listed.")))
