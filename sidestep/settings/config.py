@@ -329,7 +329,7 @@ class TrainConfig(ModelConfig):
         advanced=True,
         more=(
             "It keeps the adapter from changing music that is not yours, such as other styles at the same "
-            "strength. Some dozen songs of many styles are enough. Each step takes longer by their share."
+            "strength. A few dozen songs of many styles are where to begin. Each step takes longer by their share."
         ),
     )
     prior_weight: float = option(
@@ -477,8 +477,8 @@ class TrainConfig(ModelConfig):
         group="Adapter",
         plain="let the adapter reach more of the model: learns more, and is larger",
         more=(
-            "The file becomes about twice as large, and training slower. It helps where the sound itself is "
-            "new to the model, and copies songs sooner. Most adapters do without."
+            "The file becomes about twice as large, and training slower. Of two adapters of the same size the one "
+            "with these parts learned more where it was measured (docs/benchmarks.md); most adapters do without."
         ),
     )
     ignore_rank_map: bool = option(
@@ -529,7 +529,7 @@ class TrainConfig(ModelConfig):
         advanced=True,
         when=("adapter_type", "lokr"),
         plain="LoKr: learn strength and direction apart, as DoRA does",
-        more="No is usual. Yes is slower, and a little steadier at low ranks. Fewer programs read it.",
+        more="No is usual. Yes is slower, and fewer programs read it. What it gains was not measured here.",
     )
 
     epochs: int = option(
