@@ -129,14 +129,15 @@ def asked(prompt: Prompt, typed: str, width: int) -> questionary.Question:
         case "choice":
             lines = [Line(title(choice), choice.value) for choice in prompt.choices]
             more = ", ?: more" if prompt.more and not prompt.help and not searched else ""
-            keys = f"({'type to search' if searched else 'number, or arrows'}, Enter, Esc: back{more})"
+            choosing = ("type to search, Enter",) if searched else ("number, or arrows, Enter", "number")
+            keys = (f"({first}, Esc: back{more})" for first in choosing)
             return questionary.select(
                 prompt.text,
                 lines,
                 default=next((line for line in lines if line.value == prompt.default), None),
                 use_jk_keys=not searched,
                 use_search_filter=searched,
-                instruction=keys if len(prompt.text) + len(keys) + 4 < width else "",
+                instruction=next((line for line in keys if len(prompt.text) + len(line) + 4 < width), " "),
                 pointer=">",
                 style=STYLE,
             )

@@ -11,8 +11,10 @@ from threading import Event, Timer
 
 import pytest
 from prompt_toolkit.application import create_app_session
+from prompt_toolkit.data_structures import Size
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.output.vt100 import Vt100_Output
 
 from sidestep.data.records import index_records, save_record
 from sidestep.errors import UserError
@@ -38,7 +40,7 @@ from sidestep.terminal.terminal import Terminal
 from sidestep.wizard import flows
 from sidestep.wizard.flows import COMPARED, FLOWS, Context, question_of, questions_of
 from sidestep.wizard.numbered import NumberedAsk
-from sidestep.wizard.prompts import QuestionaryAsk
+from sidestep.wizard.prompts import QuestionaryAsk, asked
 from sidestep.wizard.questionnaire import BACK, NEWS, Prompt, Question, Questionnaire
 from sidestep.wizard.review import Knowledge, in_background
 from sidestep.wizard.session import Outside, Wizard, results_of
@@ -934,6 +936,27 @@ def test_every_question_of_a_flow_has_a_line_in_plain_words_and_more_behind_it(k
 
 def tells_more(asked: Prompt | Question) -> bool:
     return len(re.findall(r"[.!?](?= |$)", asked.more)) in (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "keys"),
+    [
+        (80, "(number, or arrows, Enter, Esc: back, ?: more)"),
+        (60, "(number, Esc: back, ?: more)"),
+        (40, ""),
+    ],
+)
+def test_a_menu_names_the_keys_that_fit_into_its_line(width, keys):
+    menu = replace(prompt("choice", "a1", ("a1", "b2")), text="What would you like to do?", help="", more="More.")
+    out = io.StringIO()
+    with (
+        create_pipe_input() as pipe,
+        create_app_session(input=pipe, output=Vt100_Output(out, lambda: Size(24, width))),
+    ):
+        pipe.send_text("\r")
+        assert asked(menu, "", width).unsafe_ask() == "a1"
+    assert keys in out.getvalue()
+    assert "arrow keys" not in out.getvalue()  # the library's own words
 
 
 def test_the_questions_between_the_flows_tell_more_too(world):
