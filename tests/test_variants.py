@@ -20,6 +20,7 @@ TURBO, BASE = {"is_turbo": True, "model_version": "turbo"}, {"is_turbo": False, 
         ({"is_turbo": True, "model_version": "turbo-shift1"}, "acestep-v15-turbo-shift3", 1, "model_version is"),
         ({"is_turbo": True, "model_version": "turbo-continuous"}, "renamed", 3, "model_version is"),
         (TURBO, "gearshift", 3, "turbo's own"),
+        (TURBO, "ACE-Step-Turbo-CONTINUOUS", 3, "any shift from 1 to 5"),
     ],
 )
 def test_the_shift_is_what_the_config_names_else_the_folder(config, folder, shift, why):
@@ -56,3 +57,17 @@ def test_a_typed_mode_settles_a_doubt_and_leaves_a_clear_variant_alone():
     assert merged.settled("logit-normal").cfg_ratio == 0.15
     assert not merged.settled("discrete").doubt
     assert detect(TURBO, "turbo").settled("logit-normal").timestep_mode == "discrete"
+
+
+@pytest.mark.parametrize("word", ["merge", "merged", "mix", "mixed", "blend", "soup", "ta"])
+def test_what_people_call_a_merge_is_one_and_names_of_songs_are_none(word):
+    assert detect(TURBO, f"acestep-v15-base-{word}").doubt
+    assert not detect(TURBO, f"acestep-v15-base-{word}s-of-mine").doubt
+
+
+def test_the_law_of_a_model_without_shifts_has_the_figures_of_its_config():
+    told = detect(BASE | {"timestep_mu": 0.25, "timestep_sigma": 1.5})
+    assert (told.timestep_mu, told.timestep_sigma) == (0.25, 1.5)
+    assert (detect(BASE).timestep_mu, detect(BASE).timestep_sigma) == (-0.4, 1.0)
+    assert detect(TURBO, "x").reason == "config.json says is_turbo=true, model_version='turbo'"
+    assert detect(TURBO, "base-turbo").settled("logit-normal").reason == detect(TURBO, "base-turbo").reason

@@ -28,6 +28,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "better-adapters.md"
         (100, 400, True, 32, 800, 64, 0.0),
         (1, 60, True, 1239, 1239, 32, 60.0),  # one long recording counts as several songs
         (20, 240, True, 124, 620, 64, 60.0),  # longer than the model makes songs
+        (20, 200, True, 113, 565, 64, 0.0),  # as long as it does
+        (2, 4, True, 226, 226, 16, 60.0),  # twice as long as a window
+        (5, 20, True, 143, 286, 16, 60.0),
+        (20, 90, True, 75, 375, 32, 0.0),
+        (1, 7, True, 453, 453, 16, 60.0),  # nearly two pieces
     ],
 )
 def test_advice_follows_songs_minutes_and_variant(songs, minutes, is_turbo, epochs, steps, rank, window):
@@ -54,6 +59,8 @@ def test_short_songs_are_heard_whole_and_the_reason_tells_what_it_counted():
     assert "8 songs, 8 minutes" in advice.reason
     assert "1.5 times turbo's" in advice.reason
     assert advice.flags.startswith("--rank 16 --alpha 32 --epochs")
+    assert "few songs are copied later" in advise(3, 12, True).reason
+    assert "the model makes no longer songs" in advise(20, 240, True).reason
 
 
 @pytest.fixture
@@ -79,8 +86,11 @@ def test_the_index_of_a_folder_says_how_much_music_it_holds_until_it_holds_no_mo
 def test_answers_so_far_make_the_same_advice(tensors, model, mode, times):
     index_records(tensors)
     answers = {"checkpoint_dir": CHECKPOINTS, "model_variant": model, "dataset_dir": tensors}
-    advice = advice_for(answers | {"timestep_mode": mode, "gradient_accumulation": 1})
-    assert advice == advise(3, 5.0, times == 1, samples=1)
+    asked = answers | {"timestep_mode": mode, "gradient_accumulation": 1}
+    assert advice_for(asked) == advise(3, 5.0, times == 1, samples=1)
+    more = advice_for(asked | {"batch_size": 2, "adapter_type": "lokr"})
+    assert more == advise(3, 5.0, times == 1, samples=2, adapter_type="lokr") != advice_for(asked)
+    assert advice_for(answers | {"timestep_mode": mode}) == advise(3, 5.0, times == 1)
     assert advice_for({"dataset_dir": tensors}) is None
 
 

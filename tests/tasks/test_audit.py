@@ -30,6 +30,7 @@ from sidestep.tasks.audit import (
     Song,
     Variety,
     audit,
+    captions_told,
     find,
     guess,
     measure,
@@ -147,6 +148,24 @@ def test_a_sound_data_set_has_no_findings_and_the_table_says_so(tmp_path):
 )
 def test_the_variety_of_captions_is_counted_by_their_words(captions, found):
     assert variety(captions) == Variety(*found)
+
+
+def sample_of(*captions: str, genre: str = "") -> Sample:
+    return Sample(audio_path=Path("a.wav"), id="a", caption=captions[0], captions=captions[1:], genre=genre)
+
+
+def test_what_is_said_of_captions_follows_how_many_there_are():
+    assert captions_told([]) == captions_told([sample_of("slow jazz")]) == {}
+    assert captions_told([sample_of("slow jazz"), sample_of("", genre="jazz")]) == {  # its genre is its caption
+        "songs with several captions": "0 of 2",
+        "different captions": "2 of 2",
+        "words in common, songs": "67%",
+    }
+    assert captions_told([sample_of("slow jazz", "slow night")]) == {
+        "songs with several captions": "1 of 1",
+        "different captions": "2 of 2",
+        "words in common, captions of a song": "50% (50% to 50%)",
+    }
 
 
 def test_page_terminal_and_json_say_how_varied_the_captions_are(tmp_path, monkeypatch, capsys):

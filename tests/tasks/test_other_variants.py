@@ -18,11 +18,13 @@ from sidestep.errors import UserError
 from sidestep.events import Decision, Notice
 from sidestep.flow_matching.timesteps import turbo_timesteps
 from sidestep.settings.config import EstimateConfig, SampleConfig
+from sidestep.tasks import sample as sampling_module
 from sidestep.tasks.estimate import estimate
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
 from sidestep.tasks.score import run as score
 from sidestep.tasks.score.captions import CAPTIONS
+from sidestep.tasks.train import previews, songs
 from sidestep.tasks.train.songs import plan_windows
 from tests.preprocessing import job, make_library
 from tests.training_world import (
@@ -219,6 +221,30 @@ def test_a_model_for_stems_gets_captions_in_its_own_form_everywhere(named, tmp_p
     described = song("a", made.target_latents, made.encoder_hidden_states, metadata=made.metadata)
     window = plan_windows(described, 5, 25.0, 5, settings(Path(), Path()), is_stems=True).texts[0]
     assert "Local: song 0\nMask Control: false" in window.prompt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_stems", [False, True])
+def test_windows_previews_and_sample_tell_a_model_for_stems_their_captions_in_its_form(
+    named, data, tmp_path, monkeypatch, is_stems
+):
+    home, name, told = named("acestep-v15-stems", is_lego_sft=is_stems), "acestep-v15-stems", []
+    for module in (songs, previews, sampling_module):
+
+        def encode(checkpoint, texts, *place, real=module.encode_texts):
+            told.extend(text.prompt for text in texts)
+            return real(checkpoint, texts, *place)
+
+        monkeypatch.setattr(module, "encode_texts", encode)
+    changes = {"checkpoint_dir": home, "model_variant": name, "chunk_duration": 1.0, "max_steps": 1}
+    run(settings(data, tmp_path / "run", preview_prompt="techno", preview_duration=1.0, **changes))
+    sampling(home, name, tmp_path / "out", prompt="a walk")
+    expected = {"song 0", "song 1", "techno", "a walk"}
+    assert {line for prompt in told for line in prompt.splitlines() if line in expected} == (
+        set() if is_stems else expected
+    )
+    form = {f"Global: \nLocal: {caption}\nMask Control: false\n" for caption in expected}
+    assert {caption for caption in form if any(caption in prompt for prompt in told)} == (form if is_stems else set())
 
 
 @pytest.mark.parametrize("is_stems", [False, True])

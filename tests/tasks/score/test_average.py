@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sidestep.adapters.adapter import change_of
+from sidestep.adapters.adapter import Adapter, change_of
 from sidestep.adapters.average import average
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_folder
@@ -17,8 +19,10 @@ from sidestep.errors import ExitStatus
 from sidestep.files import one_writer
 from sidestep.tasks.score import run as module
 from sidestep.tasks.score.captions import CAPTIONS
+from sidestep.tasks.score.judge import Candidate
+from sidestep.tasks.score.run import Measured
+from tests.training_world import Log, settings, write_data
 from tests.training_world import run as train
-from tests.training_world import settings, write_data
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_the_average_of_the_last_checkpoints_is_judged_beside_them_and_told(run,
     assert float(said[2]) == pytest.approx(100 * (measured / last - 1), abs=0.02)
     gains = {row["name"]: row["gain"]["value"] for row in rows}
     assert (1 - gains["average"]) / (1 - gains["epoch_0004"]) == pytest.approx(measured / last, rel=1e-3)
-    assert re.search(r"average/ is the mean of the products B·A; [\d.]+% of their mean change is lost to the rank", out)
+    assert "average/ is the mean of the products B·A; " in out
 
     found = read_adapter(run / "average")
     each = [read_adapter(run / "checkpoints" / f"epoch_000{n}") for n in (3, 4)]
@@ -89,6 +93,38 @@ def test_the_average_stays_among_what_is_judged_and_can_be_kept(run, capsys, mon
     assert "Recommended: average" in capsys.readouterr().out
     kept, made = (read_adapter(run / name) for name in ("best", "average"))
     assert all(torch.equal(kept.modules[n][k], t) for n, f in made.modules.items() for k, t in f.items())
+
+
+NAMES = ["epoch_0002", "epoch_0003", "epoch_0004"]
+AVERAGES = [  # (losses of the checkpoints, of the average) → what is said behind the names
+    ((1.0, 0.9, 0.8), 0.7, "average 0.7000, -12.50% against epoch_0004 (0.8000)"),
+    (
+        (0.6, 0.5, 0.8),
+        0.88,
+        "average 0.8800, +10.00% against epoch_0004 (0.8000); the lowest of them is epoch_0003 (0.5000)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("losses", "own", "said"), AVERAGES)
+def test_an_average_is_told_against_the_last_checkpoint_and_the_lowest(losses, own, said):
+    def candidate(name: str, *also: str, averaged: object = None) -> Candidate:
+        return Candidate(name, Path(name), Adapter("lora", {}, {}, {"averaged": averaged}), name, also)
+
+    def told(averaged: object, strength: tuple[float, ...] = (1.0, 0.5)) -> str:
+        # best/ has the tensors of the last one; at another strength all losses are others
+        found = [candidate("epoch_0002"), candidate("epoch_0003"), candidate("best", "epoch_0004")]
+        found.append(candidate("average", averaged=averaged))
+        values = dict(zip(("epoch_0002", "epoch_0003", "best", "average"), (*losses, own), strict=True))
+        measured = {
+            (n, s): Measured(["a", "b"], [s * v - 0.1, s * v + 0.1], []) for n, v in values.items() for s in strength
+        }
+        judge = SimpleNamespace(config=SimpleNamespace(strength=strength), what="2 songs")
+        return module.average_told(judge, found, measured)
+
+    assert told(NAMES) == f"average/ is made of epoch_0002 to epoch_0004. Loss on 2 songs: {said}"
+    for averaged in (None, [], "epoch_0002", [*NAMES, "epoch_0005"]):
+        assert told(averaged) == ""
 
 
 @pytest.mark.parametrize(("epoch", "there"), [("4", 1), ("5", 0)])
@@ -119,6 +155,13 @@ def test_mixed_ranks_are_refused_and_what_was_there_stays(run, tmp_path, capsys)
     assert "epoch_0003 and epoch_0001 cannot be averaged:" in err
     assert "has rank 2 in one and 4 in the other" in err
     assert (run / "average" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_the_rank_loses_is_told_beside_what_the_factors_would_have_lost(run, monkeypatch):
+    real, log = module.average, Log()
+    monkeypatch.setattr(module, "average", lambda *of: replace(real(*of), distance=0.25, by_factors=0.5))
+    module.write_average(run, 3, log)
+    assert "25.00% of their mean change is lost to the rank (50.00%, had the factors been averaged)" in log.text
 
 
 def test_no_average_is_written_while_the_run_is_trained(run, capsys):
