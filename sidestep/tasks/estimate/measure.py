@@ -292,6 +292,7 @@ def one_round(measurement: Measurement, meter: "Meter", stop: StopRequest, repor
     None when asked to stop: what was not whole is dropped.
     """
     plan, taken = [measure_round(batches) for batches in measurement.streams], []
+    meter.limit = max(meter.limit, meter.done + sum(map(len, plan)))  # a round is measured whole
     for number, micro_batches in enumerate(plan):
         for micro_batch in micro_batches:
             if stop.requested:
@@ -323,15 +324,14 @@ class Meter:
         current = (
             "" if self.agreement is None else f"agreement of two halves {self.agreement:.2f}, enough above {AGREED:g}"
         )
-        left = max(0, self.limit - self.done)
         self.report(
             Progress(
                 task="estimate",
-                done=min(self.done, self.limit),
+                done=self.done,
                 total=self.limit,
                 current=current,
                 rate=rate,
                 unit="batches",
-                eta_seconds=left / rate,
+                eta_seconds=(self.limit - self.done) / rate,
             )
         )

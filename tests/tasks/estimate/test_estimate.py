@@ -198,6 +198,13 @@ def test_the_same_seed_gives_the_same_map(config, tmp_path):
     assert first.modules == second.modules
 
 
+def test_a_round_is_measured_whole_and_counted_to_its_end(config):
+    events = []
+    assert estimate(replace(config, batches="4"), events.append).batches == 32
+    counted = [(e.done, e.total, e.eta_seconds > 0) for e in events if isinstance(e, Progress) and e.task == "estimate"]
+    assert counted == [(number, 32, number < 32) for number in range(1, 33)]
+
+
 @pytest.mark.slow
 def test_another_seed_gives_another_measurement(config, measured):
     assert estimate(replace(config, seed=7), null).modules != measured[1].modules
