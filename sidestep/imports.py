@@ -6,6 +6,7 @@ Libraries import some packages only because they are installed. For them such a 
 
 import gc
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -20,8 +21,8 @@ ABSENT_WHILE_LOADING = ("scipy",)  # transformers has it for a loss, diffusers f
 ABSENT = ("bitsandbytes",)  # peft looks for it at each layer that it adapts
 
 
-def load_libraries() -> None:
-    """Import what all commands on models need. In a process that has torch already nothing changes.
+def load_libraries(done: Callable[[], object] = lambda: None) -> None:
+    """Import what all commands on models need, `done` after each. In a process that has torch already nothing changes.
 
     Collections of garbage look at everything imported so far, again and again, and find nothing; afterwards what is
     there by now is left out of them for good.
@@ -35,6 +36,7 @@ def load_libraries() -> None:
     try:
         for name in LIBRARIES:
             import_module(name)
+            done()
     finally:
         for name in hidden:
             if name not in ABSENT:

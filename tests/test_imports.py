@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import io
+import itertools
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -12,16 +13,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from sidestep import imports
+from sidestep import events, imports
 from sidestep.acestep import layout
 from sidestep.acestep.layout import read_ahead
 from sidestep.cli import commands
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
-from sidestep.errors import ExitStatus
 from sidestep.events import null
-from sidestep.settings.config import COMMANDS
-from sidestep.terminal.terminal import Terminal
+from sidestep.settings.config import COMMANDS, PlanConfig
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = """
@@ -96,15 +95,16 @@ def test_a_process_that_has_torch_is_left_alone(packages):
     ("command", "loaded"),
     [
         (["plan", "--checkpoint-dir", "."], True),
+        (["plan", "--checkpoint-dir", ".", "--json"], True),
         (["sample", "--prompt", "x", "--checkpoint-dir", "."], True),
         (["presets", "list"], False),
     ],
-    ids=["plan", "sample", "presets"],
+    ids=["plan", "plan as JSON", "sample", "presets"],
 )
 def test_commands_on_models_load_them_first(command, loaded, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path))
     order = []
-    monkeypatch.setattr(commands, "load_libraries", lambda: order.append("libraries"))
+    monkeypatch.setattr(commands, "load_libraries", lambda _: order.append("libraries"))
     for task in ("plan", "sample"):
         monkeypatch.setattr(commands, task, lambda *_: order.append("task"))
     main(command)
@@ -115,15 +115,27 @@ def test_commands_on_models_load_them_first(command, loaded, monkeypatch, tmp_pa
 def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, tmp_path):
     order = []
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(commands, "load_libraries", lambda: order.append("libraries"))
-    does = SimpleNamespace(**{COMMANDS[command].run.split(":")[1]: lambda *_: order.append("task") or ExitStatus.OK})
-    does.read_ahead = lambda *model: order.append(model)
-    monkeypatch.setattr(commands, "import_module", lambda _: does)
+    monkeypatch.setattr(commands, "load_libraries", lambda _: order.append("libraries"))
+    monkeypatch.setattr(layout, "read_ahead", lambda *model: order.append(model))
     kind = COMMANDS[command].config
     needed = {f.name: tmp_path for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     config = kind(**needed | {"checkpoint_dir": tmp_path, "model_variant": "base"})
-    assert commands.run(config, null, Terminal()) == ExitStatus.OK
-    assert order == [(tmp_path, "base"), "libraries", "task"][command == "plan" :]
+    commands.load_what_it_needs(config, null)
+    assert order == [(tmp_path, "base"), "libraries"][command == "plan" :]
+
+
+def test_a_slow_machine_tells_how_far_loading_is(monkeypatch):
+    told, seconds = [], itertools.count(step=4)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(events.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(imports, "import_module", id)
+    monkeypatch.setattr(imports, "ABSENT_WHILE_LOADING", ())
+    monkeypatch.setattr(imports, "ABSENT", ())
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    commands.load_what_it_needs(PlanConfig(), told.append)
+    first, *rest = told
+    assert first.message == "Loading PyTorch."
+    assert [(event.done, event.total) for event in rest] == [(n, 5) for n in range(1, 6)]
 
 
 class Counting(io.FileIO):

@@ -18,9 +18,9 @@ import shtab
 
 from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus, JobError
-from sidestep.events import Event, FileFailed, Notice, Report, Saved, Table
+from sidestep.events import Event, FileFailed, LongTask, Notice, Report, Saved, Table
 from sidestep.files import expand
-from sidestep.imports import load_libraries
+from sidestep.imports import LIBRARIES, load_libraries
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
     COMMANDS,
@@ -62,10 +62,6 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         report(event)
 
     try:
-        if type(config) in NEED_TORCH:
-            if isinstance(config, READ_THE_DECODER) and "torch" not in sys.modules:
-                import_module("sidestep.acestep.layout").read_ahead(config.checkpoint_dir, config.model_variant)
-            load_libraries()
         result = getattr(import_module(f"sidestep.{module}"), function)(config, watched)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -86,6 +82,17 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         terminal.out.write(json.dumps(result, default=lambda v: asdict(v) if is_dataclass(v) else str(v)) + "\n")
     terminal.out.flush()
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
+
+
+def load_what_it_needs(config: Any, report: Report) -> None:
+    """Load the libraries of commands on models, while the weights are read ahead. The first time in a process."""
+    if type(config) not in NEED_TORCH:
+        return
+    if "torch" not in sys.modules:
+        report(Notice(message="Loading PyTorch."))
+        if isinstance(config, READ_THE_DECODER):
+            import_module("sidestep.acestep.layout").read_ahead(config.checkpoint_dir, config.model_variant)
+    load_libraries(LongTask(report, "Loading libraries", len(LIBRARIES)))
 
 
 # Their code takes seconds to load, before the task can say a word.

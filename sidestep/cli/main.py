@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
-from sidestep.cli.commands import NEED_TORCH, run
+from sidestep.cli.commands import load_what_it_needs, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
@@ -163,14 +163,14 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = (), in_
     """
     one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
+        load_what_it_needs(config, null)
         return run(config, null, terminal)
     with ExitStack() as stack:
         folder = output_folder(config)
         if isinstance(config, TrainConfig):
             stack.enter_context(one_writer(config.output_dir))
         report = stack.enter_context(showing(terminal, in_wizard))
-        if "torch" not in sys.modules and type(config) in NEED_TORCH:
-            report(Notice(message="Loading PyTorch."))  # not in the log, which would be made by it
+        load_what_it_needs(config, report)  # told, but not in the log, which would be made by it
         if folder is not None:
             log = EventLog(folder / "events.jsonl", report)
             stack.callback(log.close)

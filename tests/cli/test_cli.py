@@ -302,7 +302,7 @@ def test_that_torch_is_loaded_is_said_and_leaves_nothing_in_the_folder_of_result
 
     task(job, config_class)
     monkeypatch.delitem(sys.modules, "torch")  # as in a process that has just begun
-    monkeypatch.setattr(commands, "load_libraries", lambda: None)  # it takes no second torch in one process
+    monkeypatch.setattr(commands, "load_libraries", lambda _: None)  # it takes no second torch in one process
     argv = {DemoConfig: ["demo", "--output-dir", "out"], TrainConfig: TRAIN, PreprocessConfig: BOTH[:8]}
     assert main(argv[config_class]) == 2
     assert "Loading PyTorch." in capsys.readouterr().out
@@ -673,7 +673,7 @@ def test_a_command_says_at_once_that_its_code_takes_a_while_to_load(monkeypatch,
     monkeypatch.setattr("sidestep.tasks.sample.sample", lambda config, report: report(Notice(message="Sampled.")))
     monkeypatch.setattr("sidestep.tasks.history.history", lambda config, report: report(Notice(message="Listed.")))
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(commands, "load_libraries", lambda: None)
+    monkeypatch.setattr(commands, "load_libraries", lambda _: None)
     assert main(["sample", "--prompt", "x", "--checkpoint-dir", "."]) == 0
     assert main(["history"]) == 0
     assert capsys.readouterr().out.split("\n") == ["Loading PyTorch.", "Sampled.", "Listed.", ""]
