@@ -208,15 +208,19 @@ def test_a_quantised_base_learns_too(tmp_path, lm_home, precision):
 @pytest.mark.slow
 def test_previews_are_what_sample_composes_and_plays_with_the_adapter(tmp_path, lm_home):
     data = write_songs(tmp_path / "data", 1)
+    home = tmp_path / "home"
+    shutil.copytree(lm_home, home)  # with a DiT that is told captions in a form of its own
+    config = home / VARIANT / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"is_lego_sft": True}), encoding="utf-8")
     run(settings(data, tmp_path / "without", lm_home))
-    log = run(settings(data, tmp_path / "run", lm_home, preview_every=1, preview_duration=1.0))
+    log = run(settings(data, tmp_path / "run", home, preview_every=1, preview_duration=1.0))
     assert not list(differing(adapter(tmp_path / "run" / "final"), adapter(tmp_path / "without" / "final")))
     folder = tmp_path / "run" / "previews"
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
     places = ("base", "epoch_0001", "epoch_0002")
     assert found == [f"{place}/01-song-0.{kind}" for place in places for kind in ("flac", "json")]
     asked = SampleConfig(
-        **{"checkpoint_dir": lm_home, "model_variant": VARIANT, "device": "cpu", "prompt": "song 0", "language": "en"},
+        **{"checkpoint_dir": home, "model_variant": VARIANT, "device": "cpu", "prompt": "song 0", "language": "en"},
         **{"duration": 1.0, "think": True, "strength": (0.0,), "output": tmp_path / "sample"},
     )
     for place, lm_adapter in (("base", None), ("epoch_0002", tmp_path / "run" / "final")):
