@@ -26,7 +26,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
     "font-family: Fira Code, monospace", "font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 )
 OUT = Path(__file__).parent / "screens"
-COLUMNS = 92
+COLUMNS = 96
 COLOURS = {"default": None, "brown": "yellow"}  # pyte's names where Rich's differ
 
 
@@ -78,7 +78,7 @@ def wizard(folder: Path) -> None:
         session.asks("Try the demo first?")
         session.keys("enter")
         session.asks("What would you like to do?", seconds=120)
-        draw(session, "first-run", "uv run train.py", last=44)
+        draw(session, "first-run", "uv run train.py", last=50)
         session.choose("Preprocess")
         session.asks("Songs")
         session.keys("clear", "songs", "enter")
