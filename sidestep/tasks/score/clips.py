@@ -50,6 +50,7 @@ from sidestep.words import clock, count
 
 BASE = "base"
 PIECE_SECONDS = 4.0  # of what is looked for in the songs: long enough to be nobody else's, short enough to be found
+PIECES = 4  # of a clip, at least: who plays back a song joins parts of it, so whole clips are hardly ever copies
 MOST_PARTS = 48  # of the songs, whose distances from other songs are what is usual
 WINDOWS_OF_A_SONG = 8  # at most, whose features say how songs sound
 Place = tuple[str, float]  # a candidate's name and its strength
@@ -131,7 +132,7 @@ def songs_of(judge: Judge) -> Songs:
         recordings=[str(song.metadata.get("content") or song.name) for song in every],
         trained=len(judge.trained),
         clip_frames=clip,
-        piece_frames=min(round(PIECE_SECONDS * rate), clip, max(shortest, round(rate))),
+        piece_frames=min(round(PIECE_SECONDS * rate), max(clip // PIECES, 1), max(shortest, round(rate))),
     )
 
 

@@ -169,8 +169,11 @@ def between_songs(
 
 
 def too_near(usual: Sequence[float]) -> float:
-    """The distance below which a clip counts as a copy: only one of twenty of the usual distances is smaller."""
-    return float(np.quantile(np.asarray(usual), TOO_NEAR))
+    """The distance below which a clip counts as a copy: at most one of twenty of the usual distances is smaller.
+
+    So of fewer than twenty none is.
+    """
+    return float(np.quantile(np.asarray(usual), TOO_NEAR, method="lower"))
 
 
 def copying(distances: Sequence[float], limit: float) -> Figure:

@@ -1,6 +1,7 @@
 """The listening page: safe whatever things are called, equally loud, and alive in a real browser."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +39,18 @@ def example(
     prompts: int = 2,
     caption: str = "a slow song",
     loudness: float | None = -14.0,
+    louder: float = 0.0,
 ) -> str:
-    """A page whose clips need not be there. The second name is recommended, and the last one copies."""
+    """A page whose clips need not be there. The second name is recommended, and the last one copies.
+
+    louder: by how many dB the base model's clips are.
+    """
     base = Row(BASE, 0.0, figure(0, 0), figure(0, 0), figure(1, 0.2), figure(0, 0))
     rows = [row(name, strength, n) for n, name in enumerate(names, 1) for strength in strengths]
     clips = {
         (one.name, one.strength): [
-            Clip(torch.zeros(1, 1), folder / "clips" / f"{n}-{prompt}.flac", loudness) for prompt in range(prompts)
+            Clip(torch.zeros(1, 1), folder / "clips" / f"{n}-{prompt}.flac", loudness and loudness + louder * (n == 0))
+            for prompt in range(prompts)
         ]
         for n, one in enumerate([base, *rows])
     }
@@ -75,6 +81,13 @@ def test_the_page_shows_every_figure_its_interval_and_what_is_recommended_and_wh
     assert text.count('class="dot marked"') == 4
     assert "final, prompt 2" in text
     assert "from 0:00, like a slow song.pt from 1:02" in text
+
+
+def test_the_page_plays_a_louder_clip_softer_and_no_other(tmp_path):
+    page = example(tmp_path, loudness=-18.0, louder=4.0)
+    volumes_of_clips = [float(volume) for volume in re.findall(r'data-src="[^"]*" data-volume="([^"]*)"', page)]
+    softer = 10 ** (-4 / 20)
+    assert volumes_of_clips == pytest.approx([softer, softer] + [1.0] * 6, abs=1e-4)  # two prompts, the base first
 
 
 def test_what_things_are_called_is_text_and_nothing_else(tmp_path):

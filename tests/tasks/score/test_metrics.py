@@ -144,6 +144,14 @@ def test_songs_are_compared_with_others_and_not_with_what_is_of_the_same_recordi
     assert len(between_songs(twins, ["a", "a", "b"], 100, 50, most=3)) == 3
 
 
+@pytest.mark.parametrize("count", [2, 8, 20, 21, 48, 100])
+def test_at_most_one_of_twenty_usual_distances_counts_as_a_copy_however_few_there_are(count):
+    usual = np.random.default_rng(count).uniform(1.0, 1.4, count).tolist()
+    near = copying(usual, too_near(usual)).value
+    assert near <= 0.05
+    assert near > 0.05 - 1 / count - 1e-9  # and not far fewer
+
+
 def test_a_song_shorter_than_a_piece_has_no_window():
     with pytest.raises(ValueError, match="no song has a window of 50 frames"):
         nearest_window(music(0, 50), [music(1, 20)], 50)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_diffusers
 from sidestep.cli import commands
 from sidestep.cli.main import main
+from sidestep.events import null
 from sidestep.settings.config import ScoreConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score import clips as clips_module
 from sidestep.tasks.score import judge as judge_module
 from sidestep.tasks.score import run as module
 from sidestep.tasks.score.captions import CAPTIONS
-from sidestep.tasks.score.clips import BASE, Clip, Songs, listen
+from sidestep.tasks.score.clips import BASE, Clip, Songs, listen, songs_of
+from sidestep.tasks.score.judge import prepare, training_of
 from sidestep.tasks.score.metrics import UNRELATED
 from sidestep.tasks.score.run import candidates_of
 from tests.dying import Dies
@@ -179,6 +182,60 @@ def test_a_song_that_is_played_back_is_a_copy_and_noise_is_none(trained):
     heard, limit = listen(alone, places)  # no other song to compare with: the base's clips say what is usual
     assert heard["late", 1.0].copying.value == 1
     assert heard[BASE, 0.0].copying.value <= 0.5
+
+
+def test_what_is_joined_from_parts_of_a_song_is_a_copy(run):
+    config = ScoreConfig(run_folder=run, device="cpu", clip_seconds=2.0)
+    songs = songs_of(prepare(config, training_of(config, run), run / "score", null))
+    song, piece = songs.latents[0], songs.piece_frames
+    assert 4 * piece <= songs.clip_frames
+    joined = torch.cat([song[start : start + piece] for start in (20, 0, 25, 7)])
+    assert songs.nearest(joined).distance == pytest.approx(0, abs=1e-3)
+    assert replace(songs, piece_frames=4 * piece).nearest(joined).distance > 0.5  # as a whole it is nowhere
+
+
+def test_what_is_kept_goes_by_the_tensors_of_an_adapter_and_not_by_its_name(run, monkeypatch):
+    calls, measure = [], module.measure
+    monkeypatch.setattr(module, "measure", lambda *args: calls.append(args) or measure(*args))
+    for name in ("best", "final"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    first, second = (run / "checkpoints" / name for name in ("epoch_0001", "epoch_0002"))
+
+    def drift_of_first() -> float:
+        assert score(run) == 0
+        return next(row["drift"]["value"] for row in results(run)["rows"] if row["name"] == first.name)
+
+    away = second.rename(run / "away")
+    own = drift_of_first()
+    assert len(calls) == 2  # the base too
+    tensors = "adapter_model.safetensors"
+    shutil.copy(first / tensors, run / tensors)
+    shutil.copy(away / tensors, first / tensors)
+    other = drift_of_first()
+    assert (len(calls), other == own) == (3, False)
+    away.rename(second)
+    shutil.move(run / tensors, first / tensors)
+    assert drift_of_first() == own
+    assert next(row["drift"]["value"] for row in results(run)["rows"] if row["name"] == second.name) == other
+    assert len(calls) == 3  # both were known, one of them by another name
+
+
+@pytest.mark.slow
+def test_music_is_kept_by_the_tensors_of_an_adapter_and_not_by_its_name(run, monkeypatch):
+    made, latents = [], Sampler.latents
+    monkeypatch.setattr(Sampler, "latents", lambda *args: made.append(args) or latents(*args))
+    for name in ("best", "final"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    first, second = (run / "checkpoints" / name for name in ("epoch_0001", "epoch_0002"))
+    away = second.rename(run / "away")
+    assert score(run, clips=1) == 0
+    assert len(made) == 2  # the base's and its own
+    shutil.copy(away / "adapter_model.safetensors", first)
+    assert score(run, clips=1) == 0
+    assert len(made) == 3
+    first.rename(second)
+    assert score(run, clips=1) == 0
+    assert len(made) == 3
 
 
 def compare(output: Path, *words: object) -> int:
