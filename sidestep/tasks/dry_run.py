@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -40,7 +41,7 @@ from sidestep.settings.path_checks import SHORT_SECONDS, find_runs, read_run
 from sidestep.tasks.build_dataset import output_path
 from sidestep.tasks.clean import clean
 from sidestep.tasks.estimate.run import as_training
-from sidestep.tasks.plan.language import language_memory
+from sidestep.tasks.plan.language import BY_ARITHMETIC, language_memory, listening_memory
 from sidestep.tasks.plan.passes import first_pass_peak, second_pass_peak
 from sidestep.tasks.plan.plan import FRAMES_PER_SECOND, Planner, fsdp_shards, players_of, sample_bytes
 from sidestep.tasks.preprocess.job import free_bytes
@@ -60,7 +61,7 @@ SAME_PACE = (  # runs with these alike take equally long for a step
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that would happen: reads, writes, songs, steps, time, memory or disk; and how much of it."""
+    """One thing that would happen: reads, writes, sends, songs, steps, time, memory or disk; and how much of it."""
 
     what: str
     value: str
@@ -197,6 +198,12 @@ def of_listing(config: BuildDatasetConfig) -> Iterable[Line]:
     if config.audit:
         for suffix in (".html", ".json"):
             yield Line("writes", _target(output.with_name(f"{output.stem}-audit{suffix}")))
+    if config.caption == "lm":
+        folder, needed = listening_memory(config)
+        yield Line("reads", f"the model {folder}, which listens")
+        yield Line("memory", f"{_against_card(needed, choose_device(config.device).value)}; {BY_ARITHMETIC}")
+    elif config.caption == "endpoint":
+        yield Line("sends", f"each song that lacks something to {urlsplit(config.endpoint).hostname}")
 
 
 def of_measuring(config: EstimateConfig) -> Iterable[Line]:

@@ -8,12 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from sidestep.acestep.device import GIB, GpuMemory, with_overhead
+from sidestep.acestep.layout import read_config
 from sidestep.cli.main import main
 from sidestep.events import null
-from sidestep.settings.config import COMMANDS, PreprocessConfig, SampleConfig, command_words
+from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, SampleConfig, command_words
 from sidestep.tasks.dry_run import dry_run
+from sidestep.tasks.plan.language import describing_bytes
 from sidestep.tasks.train import train
+from sidestep.words import gib
 from tests.training_world import CHECKPOINTS, Log, settings, write_data
 from tests.wizard.walk import write_songs
 
@@ -118,8 +123,6 @@ def test_short_songs_and_files_that_cannot_be_read_are_said_before_preprocessing
 
 @pytest.mark.slow
 def test_memory_is_told_against_the_card(work, monkeypatch):
-    from sidestep.acestep.device import GIB, GpuMemory
-
     card = GpuMemory(8 * GIB, "a card")
     monkeypatch.setattr("sidestep.tasks.dry_run.gpu_memory", lambda _device: card)
     fits = [line.value for line in dry_run(settings(work / "tensors", work / "next"), null) if line.what == "memory"]
@@ -129,6 +132,27 @@ def test_memory_is_told_against_the_card(work, monkeypatch):
     assert "DOES NOT FIT" in none[0]
     sample = SampleConfig(checkpoint_dir=CHECKPOINTS, prompt="x")
     assert any("DOES NOT FIT" in line.value for line in dry_run(sample, null) if line.what == "memory")
+
+
+def test_who_listens_and_what_it_takes_is_told_before_songs_are_described(work, lm_home, monkeypatch):
+    card = GpuMemory(8 * GIB, "a card")
+    monkeypatch.setattr("sidestep.tasks.dry_run.gpu_memory", lambda _device: card)
+    asked = BuildDatasetConfig(
+        **{"input": work / "songs", "caption": "lm", "checkpoint_dir": lm_home, "device": "cpu"},
+        model_variant="acestep-v15-512-codes",
+    )
+    folder = lm_home / "acestep-5Hz-lm-0.6B"
+    for lyrics in ("none", "lm"):
+        config = replace(asked, lyrics=lyrics)
+        lines = {line.what: line.value for line in dry_run(config, null)}
+        sizes, dit = (read_config(path / "config.json") for path in (folder, lm_home / "acestep-v15-512-codes"))
+        needed = with_overhead(describing_bytes(sizes, dit, "auto", torch.float32, lyrics == "lm"))
+        assert lines["reads"] == f"the model {folder}, which listens"
+        assert lines["memory"].startswith(f"{gib(needed)} of 8.0 GiB (a card), fits")
+    elsewhere = replace(asked, caption="endpoint", endpoint="http://me.example:80/v1", endpoint_model="ears")
+    lines = {line.what: line.value for line in dry_run(elsewhere, null)}
+    assert lines["sends"] == "each song that lacks something to me.example"
+    assert "memory" not in lines
 
 
 def test_a_program_gets_json_alone(work, capsys, monkeypatch):

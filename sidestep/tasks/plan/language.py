@@ -157,17 +157,22 @@ def describing_bytes(
     return between + max(lm_alone + encoding, writing + vae_bytes(dtype))
 
 
-def check_description(config: BuildDatasetConfig, report: Report) -> None:
-    """Say what listening takes on this GPU. Raises UserError where it cannot fit."""
+def listening_memory(config: BuildDatasetConfig) -> tuple[Path, int]:
+    """(the language model that listens, bytes that it takes with context and slack)."""
     assert config.checkpoint_dir is not None
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
-    sizes = read_config(choose_language_model(checkpoint.layout, config.lm) / "config.json")
-    device = choose_device(config.device).value
-    if (gpu := gpu_memory(device)) is None:
-        return
-    dtype = choose_precision(config.precision, device).value
-    needed = describing_bytes(sizes, checkpoint.config, config.base_precision, dtype, config.lyrics != "none")
-    require_language_room(with_overhead(needed), gpu, config, report)
+    folder = choose_language_model(checkpoint.layout, config.lm)
+    dtype = choose_precision(config.precision, choose_device(config.device).value).value
+    sizes, with_lyrics = read_config(folder / "config.json"), config.lyrics != "none"
+    needed = describing_bytes(sizes, checkpoint.config, config.base_precision, dtype, with_lyrics)
+    return folder, with_overhead(needed)
+
+
+def check_description(config: BuildDatasetConfig, report: Report) -> None:
+    """Say what listening takes on this GPU. Raises UserError where it cannot fit."""
+    _, needed = listening_memory(config)
+    if (gpu := gpu_memory(choose_device(config.device).value)) is not None:
+        require_language_room(needed, gpu, config, report)
 
 
 def language_memory(config: TrainLmConfig, index: ReadIndex) -> tuple[int, str]:
