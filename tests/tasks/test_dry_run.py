@@ -142,13 +142,15 @@ def test_who_listens_and_what_it_takes_is_told_before_songs_are_described(work, 
         model_variant="acestep-v15-512-codes",
     )
     folder = lm_home / "acestep-5Hz-lm-0.6B"
-    for lyrics in ("none", "lm"):
-        config = replace(asked, lyrics=lyrics)
-        lines = {line.what: line.value for line in dry_run(config, null)}
-        sizes, dit = (read_config(path / "config.json") for path in (folder, lm_home / "acestep-v15-512-codes"))
-        needed = with_overhead(describing_bytes(sizes, dit, "auto", torch.float32, lyrics == "lm"))
-        assert lines["reads"] == f"the model {folder}, which listens"
-        assert lines["memory"].startswith(f"{gib(needed)} of 8.0 GiB (a card), fits")
+    lines = {line.what: line.value for line in dry_run(asked, null)}
+    sizes, dit = (read_config(path / "config.json") for path in (folder, lm_home / "acestep-v15-512-codes"))
+    needed = with_overhead(describing_bytes(sizes, dit, "auto", torch.float32))
+    assert lines["reads"] == f"the model {folder}, which listens"
+    assert lines["memory"].startswith(f"{gib(needed)} of 8.0 GiB (a card), fits")
+    monkeypatch.setattr("sidestep.tasks.plan.language.describing_bytes", lambda *of: (9 if of[-1] else 2) * GIB)
+    for lyrics, verdict in (("none", "fits"), ("lm", "DOES NOT FIT")):
+        lines = {line.what: line.value for line in dry_run(replace(asked, lyrics=lyrics), null)}
+        assert f"(a card), {verdict};" in lines["memory"]
     elsewhere = replace(asked, caption="endpoint", endpoint="http://me.example:80/v1", endpoint_model="ears")
     lines = {line.what: line.value for line in dry_run(elsewhere, null)}
     assert lines["sends"] == "each song that lacks something to me.example"
