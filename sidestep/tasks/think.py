@@ -25,6 +25,7 @@ from sidestep.adapters.read import Adapter, read_adapter
 from sidestep.errors import UserError
 from sidestep.events import Decision, LongTask, Notice, Report, Table
 from sidestep.variants import DIT_PREFIX
+from sidestep.words import side_step
 
 LONGEST_SECONDS = 240  # that the model may choose by itself, as the app allows it on most cards
 
@@ -33,11 +34,12 @@ LONGEST_SECONDS = 240  # that the model may choose by itself, as the app allows 
 class Thinking:
     """Which language model composes, and how. rewrites: the DiT gets the model's caption; off in the app's page.
 
-    adapter: of `train-lm`, at `strength`. base_precision: auto, int8 or nf4.
+    adapter: of `train-lm`, at `strength`, and the flag that names it. base_precision: auto, int8 or nf4.
     """
 
     lm: str = "auto"
     adapter: Path | None = None
+    flag: str = "--lm-adapter"
     strength: float = 1.0
     rewrites: bool = False
     base_precision: str = "auto"
@@ -72,7 +74,7 @@ def think(
     adapter = read_adapter(thinking.adapter) if thinking.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))
-    folder = composer_of(checkpoint.layout, thinking.lm, adapter)
+    folder = composer_of(checkpoint.layout, thinking.lm, adapter, thinking.flag)
     report(Decision(what="composer", value=folder.name, reason=described(thinking, base_of(adapter))))
     quantised = "" if thinking.base_precision == "auto" else thinking.base_precision
     lm = load_language_model(folder, codebook_size(checkpoint), device, dtype, quantised)
@@ -81,16 +83,17 @@ def think(
         return composed(lm, requests, thinking, report, chooses_length)
 
 
-def composer_of(layout: Layout, lm: str, adapter: Adapter | None) -> Path:
+def composer_of(layout: Layout, lm: str, adapter: Adapter | None, flag: str = "--lm-adapter") -> Path:
     """The folder of the language model that composes; auto is the one that the adapter was trained on.
 
-    Raises UserError for a missing model and for an adapter of the DiT.
+    flag: what names the adapter. Raises UserError for a missing model and for an adapter of the DiT.
     """
     trained_on = base_of(adapter)
     if adapter and trained_on.startswith(DIT_PREFIX):
         raise UserError(
-            f"--lm-adapter {adapter.path}: was not trained on a language model but on {trained_on}.",
-            f"Hear it with: --adapter {adapter.path}",
+            f"{flag} {adapter.path}: was not trained on a language model but on {trained_on}.",
+            f"Name an adapter of train-lm there. This one is heard with: "
+            f"{side_step('sample', '--adapter', str(adapter.path))}",
         )
     return choose_language_model(layout, trained_on if lm == "auto" and trained_on else lm)
 

@@ -34,6 +34,7 @@ from sidestep.tasks.plan.plan import check_sample, fit_into
 from sidestep.tasks.sample import open_sampler, sample, sampling_for, thinking_of
 from sidestep.tasks.think import hints_for
 from sidestep.tasks.train import train
+from sidestep.tasks.train.previews import previews_for
 from tests.acestep.lm.test_decoding import GREEDY
 from tests.conftest import assert_golden
 from tests.tasks.plan.test_plan import card  # noqa: F401  a fixture
@@ -244,6 +245,18 @@ def test_adapters_in_each_other_s_place_are_told_apart(tmp_path, lm_home, adapte
     assert "--think --lm-adapter" in caught.value.fix
     with pytest.raises(UserError, match=f"--lm-adapter .*: was not trained on a language model but on {VARIANT}"):
         sample(config(lm_home, tmp_path, lm_adapter=adapters["dit"]), null)
+    training = TrainConfig(
+        checkpoint_dir=lm_home,
+        model_variant=VARIANT,
+        dataset_dir=tmp_path,
+        output_dir=tmp_path,
+        preview_prompt="x",
+        preview_think=True,
+        preview_adapter=adapters["dit"],
+    )
+    device = torch.device("cpu")
+    with pytest.raises(UserError, match="--preview-adapter .*: was not trained on a language model"):
+        previews_for(training, open_checkpoint(lm_home, VARIANT), (), device, torch.float32, null)
 
 
 def test_the_command_thinks(tmp_path, lm_home, capsys):

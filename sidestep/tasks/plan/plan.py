@@ -465,7 +465,7 @@ def fit_into(gpu: GpuMemory, config: TrainConfig, report: Report, index: ReadInd
     if config.preview_think and config.makes_previews:
         checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
         adapter = read_adapter(config.preview_adapter) if config.preview_adapter else None
-        sizes = read_config(composer_of(checkpoint.layout, "auto", adapter) / "config.json")
+        sizes = read_config(composer_of(checkpoint.layout, "auto", adapter, "--preview-adapter") / "config.json")
         composing = with_overhead(composing_bytes(sizes, config, planner.dtype))
         if composing > gpu.bytes and not config.even_if_it_does_not_fit:
             raise UserError(

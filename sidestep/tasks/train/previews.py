@@ -86,7 +86,9 @@ def previews_for(
         return Previews(prompts, [], dtype, adapter=adapter)
     thoughts: list[Thought] = []
     if config.preview_think:
-        thinking = Thinking(adapter=config.preview_adapter, base_precision=config.base_precision)
+        thinking = Thinking(
+            adapter=config.preview_adapter, flag="--preview-adapter", base_precision=config.base_precision
+        )
         thoughts = think(checkpoint, prompts, thinking, device, dtype, report)
         prompts = [thought.prompt for thought in thoughts]
         release_memory(device)
