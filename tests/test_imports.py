@@ -20,7 +20,7 @@ from sidestep.cli import commands
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
 from sidestep.events import null
-from sidestep.settings.config import COMMANDS, PlanConfig
+from sidestep.settings.config import COMMANDS, PlanConfig, ScoreConfig
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = """
@@ -122,6 +122,14 @@ def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, tmp
     config = kind(**needed | {"checkpoint_dir": tmp_path, "model_variant": "base"})
     commands.load_what_it_needs(config, null)
     assert order == [(tmp_path, "base"), "libraries"][command == "plan" :]
+
+
+def test_where_the_run_says_which_model_none_is_read_ahead(monkeypatch):
+    loaded = []
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(commands, "load_libraries", lambda _: loaded.append("libraries"))
+    commands.load_what_it_needs(ScoreConfig(run_folder=Path("run")), null)
+    assert loaded == ["libraries"]
 
 
 def test_a_slow_machine_tells_how_far_loading_is(monkeypatch):

@@ -90,7 +90,7 @@ def load_what_it_needs(config: Any, report: Report) -> None:
         return
     if "torch" not in sys.modules:
         report(Notice(message="Loading PyTorch."))
-        if isinstance(config, READ_THE_DECODER):
+        if isinstance(config, READ_THE_DECODER) and config.checkpoint_dir and config.model_variant:  # else a run's own
             import_module("sidestep.acestep.layout").read_ahead(config.checkpoint_dir, config.model_variant)
     load_libraries(LongTask(report, "Loading libraries", len(LIBRARIES)))
 
