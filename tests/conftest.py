@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny: threads would only wait for each other, here and in each process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Code that a test compiles is there for the next, and not among the caches of whoever runs the tests.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "side-step-tests"))
 
@@ -25,7 +27,7 @@ for _name in ("SIGTERM", "SIGHUP"):
     if hasattr(signal, _name):
         signal.signal(getattr(signal, _name), signal.SIG_DFL)
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+torch.set_num_threads(1)  # also where the environment says otherwise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
