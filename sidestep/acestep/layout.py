@@ -125,23 +125,23 @@ def read_ahead(checkpoint_dir: Path, model_variant: str) -> threading.Thread | N
     Nothing where they would take more than half of the memory that is free. What is missing or broken is said by
     whoever reads it in earnest.
     """
+
+    def read(files: Iterable[Path]) -> None:
+        block = bytearray(READ_AHEAD_BYTES)
+        for file in files:
+            with suppress(OSError), file.open("rb", buffering=0) as opened:
+                while opened.readinto(block):
+                    pass
+
     with suppress(UserError, OSError):
         layout = find_layout(checkpoint_dir, model_variant)
         place = layout.part("transformer")
         files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
         if sum(file.stat().st_size for file in files) <= psutil.virtual_memory().available // 2:
-            reading = threading.Thread(target=_read_into_the_cache, args=(files,), name="read-ahead", daemon=True)
+            reading = threading.Thread(target=read, args=(files,), name="read-ahead", daemon=True)
             reading.start()
             return reading
     return None
-
-
-def _read_into_the_cache(files: Iterable[Path]) -> None:
-    block = bytearray(READ_AHEAD_BYTES)
-    for file in files:
-        with suppress(OSError), file.open("rb", buffering=0) as opened:
-            while opened.readinto(block):
-                pass
 
 
 def _single_file(file: Path, model_variant: str) -> Layout:

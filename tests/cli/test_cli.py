@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -536,14 +537,17 @@ def test_the_wizard_waits_for_a_machine_that_is_a_thousand_times_slower(monkeypa
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="xdg-open is Linux' own")
 def test_a_result_is_opened_with_the_systems_program_for_it_and_without_a_screen_named(tmp_path, monkeypatch):
-    opened = tmp_path / "opened"
-    os.mkfifo(opened)  # reading it waits for the program
-    (tmp_path / "xdg-open").write_text(f'#!/bin/sh\nprintf %s "$1" > "{opened}"\n', encoding="utf-8")
+    opened, writing = tmp_path / "opened", tmp_path / "writing"
+    script = f'#!/bin/sh\nprintf %s "$1" > "{writing}"\nmv "{writing}" "{opened}"\n'
+    (tmp_path / "xdg-open").write_text(script, encoding="utf-8")
     (tmp_path / "xdg-open").chmod(0o755)
     music = tmp_path / "my song.flac"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("DISPLAY", ":0")
     assert outside.open_file(music) == f"Opened {music}."
+    deadline = time.monotonic() + 60
+    while not opened.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert opened.read_text(encoding="utf-8") == str(music)
     monkeypatch.delenv("DISPLAY")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
