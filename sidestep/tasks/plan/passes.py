@@ -4,6 +4,7 @@ Without gradients a layer leaves nothing behind: few layers show the peak of man
 """
 
 import functools
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_oobleck import AutoencoderOobleck
@@ -14,6 +15,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepConditionEncoder,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3Model
 
 from sidestep.acestep.attention import use_attention
@@ -26,7 +28,6 @@ from sidestep.acestep.vae import (
     DECODER_TILE_FRAMES,
     ENCODER_HALO_FRAMES,
     TILE_FRAMES,
-    decode,
     encode_mean,
     samples_per_frame,
 )
@@ -66,8 +67,8 @@ def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_
         text_encoder = Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS}))
     _freeze(text_encoder, wide(dtype))
     others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
-    with fake_mode():
-        reading = _loaded(text_encoder)
+    with fake_mode() as mode:
+        reading = _loaded(text_encoder, mode)
         with reading:
             encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
     return max(encoding, reading.peak + others)
@@ -76,16 +77,23 @@ def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_
 @functools.cache
 def encoding_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_FRAMES, whole: bool = False) -> int:
     """Peak bytes of the VAE that encodes a song of so many seconds, tile by tile. whole: its decoder is there, too."""
-    vae = _vae(dtype)
-    if not whole:
-        del vae.decoder
+    vae, encoding = _vae(dtype), LiveBytes()
     samples = round(seconds * VAE["sampling_rate"])
     tile_samples = samples_per_frame(VAE) * (tile_frames + 2 * ENCODER_HALO_FRAMES)
-    with fake_mode():
-        encoding = _loaded(vae)
-        with encoding:
-            encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples), dtype=dtype), 0)
+    encoding.count(list((vae if whole else vae.encoder).parameters()))
+    with encoding:
+        encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples), dtype=dtype, device="meta"), 0)
     return encoding.peak
+
+
+@functools.cache
+def decoding_peak(dtype: torch.dtype, frames: int) -> int:
+    """Peak bytes of the VAE that makes music of a tile of so many latent frames, as `vae.decode` does on the device."""
+    vae, decoding = _vae(dtype), LiveBytes()
+    decoding.count(list(vae.parameters()))
+    with decoding, torch.inference_mode():
+        vae.decode(torch.empty(1, VAE["decoder_input_channels"], frames, dtype=dtype, device="meta")).sample.float()
+    return decoding.peak
 
 
 def vae_bytes(dtype: torch.dtype) -> int:
@@ -115,8 +123,8 @@ def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
     _freeze(encoder, dtype)
     others = _other_layers(encoder.lyric_encoder.layers, whole["num_lyric_encoder_hidden_layers"])
     others += _other_layers(encoder.timbre_encoder.layers, whole["num_timbre_encoder_hidden_layers"])
-    with fake_mode():
-        memory = _loaded(encoder)
+    with fake_mode() as mode:
+        memory = _loaded(encoder, mode)
         text, lyrics = (torch.empty(1, n, sizes["text_hidden_dim"], dtype=dtype) for n in (TEXT_TOKENS, LYRIC_TOKENS))
         # the original counts references on the host, which fake tensors cannot; here there is one
         # pyrefly: ignore[bad-assignment] (its arguments have names, by which nobody calls it)
@@ -135,7 +143,8 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
     # but for turbo, guidance denoises with and without the condition at once
     few = sizes | {"num_hidden_layers": FEW_LAYERS, "layer_types": ["sliding_attention", "full_attention"]}
     batch, frames = 1 if detect(sizes).is_turbo else 2, round(config.preview_duration * frames_per_second)
-    vae = _vae(dtype)
+    decoding = decoding_peak(dtype, min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES))
+    waiting = 0 if config.offload_encoder else bytes_of(_vae(dtype).parameters())
     with torch.device("meta"):
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few))
         _freeze(decoder, dtype)
@@ -144,12 +153,8 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
     use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":
         unpack_weights(model, dtype)
-    with fake_mode():
-        decoding, waiting = _loaded(vae), 0 if config.offload_encoder else bytes_of(vae.parameters())
-        tile = min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES)
-        with decoding:
-            decode(vae, torch.empty(1, tile, VAE["decoder_input_channels"], dtype=dtype), 0)
-        denoising = _loaded(model)
+    with fake_mode() as mode:
+        denoising = _loaded(model, mode)
         loaded = denoising.now
         latents = torch.empty(batch, frames, sizes["audio_acoustic_hidden_dim"], dtype=dtype)
         t = torch.empty(batch, dtype=dtype)
@@ -157,15 +162,20 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
         with denoising, torch.no_grad():
             denoising.count([latents, conditions])
             decoder(latents, t, t, conditions, torch.cat([latents, latents], dim=-1), return_dict=False)
-    return max(decoding.peak, waiting + denoising.peak - loaded)
+    return max(decoding, waiting + denoising.peak - loaded)
 
 
-def _vae(dtype: torch.dtype) -> AutoencoderOobleck:
-    """The VAE on `meta`."""
-    with torch.device("meta"):
-        vae = AutoencoderOobleck(**VAE)
+def _vae(dtype: torch.dtype) -> Any:
+    """The VAE on `meta`, where it computes; one for all, as it takes longer to make than to run."""
+    vae = _any_vae()
     _freeze(vae, dtype)
     return vae
+
+
+@functools.cache
+def _any_vae() -> AutoencoderOobleck:
+    with torch.device("meta"):
+        return AutoencoderOobleck(**VAE)
 
 
 def _freeze(model: nn.Module, dtype: torch.dtype) -> None:
@@ -179,9 +189,9 @@ def _other_layers(layers: nn.ModuleList, count: int) -> int:
     return (count - len(layers)) * bytes_of(layers[0].parameters())
 
 
-def _loaded(model: nn.Module) -> LiveBytes:
+def _loaded(model: nn.Module, mode: FakeTensorMode) -> LiveBytes:
     """A counter that has counted a model's weights, with fake tensors in the place of those on `meta`."""
     memory = LiveBytes()
-    make_fake(model)
+    make_fake(model, mode)
     memory.count([*model.parameters(), *model.buffers()])
     return memory

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -86,6 +87,9 @@ class LiveBytes(TorchDispatchMode):
             func = _VIEW  # shares the storage all the same, and the cache of fake tensors knows it
         if func is _ITEM and isinstance(args[0], FakeTensor):
             return True  # LoHa draws whether a layer's adapter takes part; the peak is that of a step in which it does
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:  # in parts, as they are outside of inference mode; those the cache of fake tensors knows
+                return func.decompose(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         self.count(result)
         return result
@@ -93,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
     def count(self, tensors: object) -> int:
         """Add the storages of nested tensors that are not counted yet, and return their bytes."""
         before = self.now
-        for tensor in tree_leaves(tensors):
+        for tensor in (tensors,) if isinstance(tensors, Tensor) else tree_leaves(tensors):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
             known = self._alive.get(id(storage))
             if storage is None or (known is not None and known() is storage):
@@ -131,17 +135,15 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def make_fake(module: nn.Module) -> nn.Module:
-    """Replace a module's `meta` parameters and buffers by fake CPU tensors. Call it inside `fake_mode()`."""
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Replace a module's `meta` parameters and buffers by fake CPU tensors of a mode."""
     for part in module.modules():
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is None or isinstance(tensor, FakeTensor):
-                continue
-            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            if name in part._parameters:
-                part._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            else:
-                part._buffers[name] = fake
+        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in kinds:
+            for name, tensor in tensors.items():
+                if tensor is not None and not isinstance(tensor, FakeTensor):
+                    with no_dispatch():  # through the mode each would cost as much as an operation of the step
+                        tensors[name] = FakeTensor(mode, tensor.detach(), CPU).requires_grad_(tensor.requires_grad)
     return module
 
 
@@ -343,8 +345,8 @@ def run_step(
     use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":
         unpack_weights(model, dtype)
-    with fake_mode():
-        make_fake(model)
+    with fake_mode() as mode:
+        make_fake(model, mode)
         silence, null = _constants(sizes, shape.frames, dtype, "cpu")
         latents = torch.empty(shape.batch, shape.frames, silence.shape[-1])
         conditions = torch.empty(shape.batch, shape.tokens, null.shape[-1], dtype=dtype)
