@@ -126,7 +126,9 @@ def write_song(folder: Path, name: str, seconds: float) -> None:
     (folder / f"{name}.lyrics.txt").write_text("[Verse]\n" + "and so on and on it goes\n" * 20, encoding="utf-8")
 
 
+LENGTHS = (5, 60, 240)  # seconds of the songs
 LEVERS = {
+    "240 s": "",
     "60 s": "",
     "5 s": "",
     "5 s int8": "--base-precision int8",
@@ -139,9 +141,9 @@ TRAIN = "fixed --dataset-dir tensors --output-dir run --gradient-accumulation 1 
 def phases() -> dict[str, str]:
     """Every command by the name of its row, with words that stand for folders.
 
-    The long song is trained whole, the levers are tried on the short one.
+    The long songs are trained whole, the levers are tried on the short one.
     """
-    found = {f"preprocess {s} s": "preprocess --audio-dir songs --tensor-output tensors" for s in (5, 60)}
+    found = {f"preprocess {s} s": "preprocess --audio-dir songs --tensor-output tensors" for s in LENGTHS}
     found |= {f"train {name}": f"{TRAIN} --epochs 2 {lever}" for name, lever in LEVERS.items()}
     return found | {
         "resume 5 s": f"{TRAIN} --epochs 3 --resume-from latest",
@@ -153,7 +155,7 @@ def phases() -> dict[str, str]:
 
 def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
     """The words of a phase's command, folders put in."""
-    seconds = "60" if " 60 s" in name else "5"
+    seconds = next((s for s in LENGTHS if f" {s} s" in name), 5)
     run = folder / f"run {name.partition(' ')[2] if name.startswith('train') else '5 s'} {size}"
     places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {size}", "run": run}
     places |= {"final": run / "final", "map": run / "map.json", "into": run / "merged"}
@@ -166,8 +168,9 @@ def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
 
 def planned_bytes(folder: Path, size: str, name: str) -> int:
     """Bytes of a phase's tensors at their peak, copies for saves included, as the planner says; 0 where it does not."""
-    if name == "preprocess 60 s":
-        passes = first_pass_peak(torch.bfloat16, 60.0), second_pass_peak(SIZES[size][1], torch.bfloat16)
+    if name in ("preprocess 60 s", "preprocess 240 s"):
+        seconds = float(name.split()[1])
+        passes = first_pass_peak(torch.bfloat16, seconds), second_pass_peak(SIZES[size][1], torch.bfloat16)
         return max(passes)
     if not name.startswith(("train", "resume")):
         return 0
@@ -261,7 +264,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     write_checkpoint(options.folder / "checkpoints", options.size)
-    for seconds in (5, 60):
+    for seconds in LENGTHS:
         write_song(options.folder / f"songs {seconds} s", f"song of {seconds} s", seconds)
     stored = options.output / "full_size.json"
     tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}

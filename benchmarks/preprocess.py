@@ -35,8 +35,14 @@ from sidestep.tasks.preprocess import run as running
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "fixtures" / "checkpoints"
 RESULT = ROOT / "benchmarks" / "results" / "preprocess.json"
-SHAPES = {"8 songs of 18 s": (8, 18.0), "2 songs of 3 min": (2, 180.0), "1 song of 10 min": (1, 600.0)}
 CHANNELS = 16  # of the VAE's first layer: twice the channels that the tiny checkpoint's model works on
+ALL_CHANNELS = 128  # of the real VAE
+SHAPES = {  # songs, seconds of each, channels
+    "8 songs of 18 s": (8, 18.0, CHANNELS),
+    "2 songs of 3 min": (2, 180.0, CHANNELS),
+    "1 song of 10 min": (1, 600.0, CHANNELS),
+    "4 songs of 9 s, all channels": (4, 9.0, ALL_CHANNELS),
+}
 
 
 def make_checkpoints(folder: Path, encoder_channels: int) -> Path:
@@ -196,8 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("throughput", "shapes", "tiles", "memory"))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--channels", type=int, default=CHANNELS, help="of the VAE's first layer, for throughput")
     asked = parser.parse_args()
+    # parts that are not run keep their figures
+    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     results = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "vae_channels": CHANNELS,
@@ -209,13 +218,12 @@ def main() -> None:
                 Path(folder, "throughput"), asked.channels, songs=8, seconds=18, rounds=asked.rounds
             )
         if asked.only in (None, "shapes"):
-            results["shapes"] = {}
-            for number, (name, (songs, seconds)) in enumerate(SHAPES.items()):
+            results["shapes"] = stored.get("shapes", {})
+            for number, name in enumerate(asked.shapes):
+                songs, seconds, channels = SHAPES[name]
                 print(f"Pass 1 against bare vae.encode, {name}:", flush=True)
-                found = measure_throughput(
-                    Path(folder, f"shape {number}"), asked.channels, songs, seconds, asked.rounds
-                )
-                results["shapes"][name] = {"channels": asked.channels} | found
+                found = measure_throughput(Path(folder, f"shape {number}"), channels, songs, seconds, asked.rounds)
+                results["shapes"][name] = {"channels": channels} | found
         if asked.only in (None, "tiles"):
             print("Tiles against one piece:", flush=True)
             results["tiles"] = measure_tiles(Path(folder, "tiles"), CHANNELS, seconds=40, rounds=asked.rounds)
@@ -229,8 +237,6 @@ def main() -> None:
             }
             results["memory"] = measure_peak(Path(folder, "memory"), cases)
     RESULT.parent.mkdir(exist_ok=True)
-    # parts that were not run keep their figures
-    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     RESULT.write_text(json.dumps(stored | results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=2))
 
