@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,7 +42,7 @@ from sidestep.data.fields import FieldError, parse_field
 from sidestep.data.sidecars import MAX_BYTES
 from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
-from sidestep.events import Decision, Finished, Notice, Progress, Report, Saved
+from sidestep.events import Decision, Finished, LongTask, Notice, Progress, Report, Saved
 from sidestep.files import portable, write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
@@ -162,10 +162,16 @@ class Sampler:
         )[0]
 
     @torch.no_grad()
-    def latents(self, prompt: Prompt, states: Tensor, hints: Tensor | None = None) -> Tensor:
+    def latents(
+        self,
+        prompt: Prompt,
+        states: Tensor,
+        hints: Tensor | None = None,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Tensor:
         """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random.
 
-        hints: see `velocity`.
+        hints: see `velocity`. on_step is called after each step of the sampler.
         """
         noise, conditions = (x.to(self.null_condition) for x in (self.noise(prompt), states))
 
@@ -175,7 +181,7 @@ class Sampler:
         scale = self.sampling.guidance
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
         timesteps = sampling_timesteps(self.sampling.steps, self.sampling.shift)
-        latents = sample_euler(field, noise, timesteps)
+        latents = sample_euler(field, noise, timesteps, on_step)
         if noise.dtype == torch.float16 and not bool(torch.isfinite(latents).all()):
             with name_what_overflows(self.decoder):
                 sample_euler(field, noise, timesteps)
@@ -356,8 +362,9 @@ def play(
     sampler = open_sampler(checkpoint, decoder, device, dtype, sampling, config.offload_encoder)
     files = []
     for number, strength in enumerate(strengths):
+        stepped = LongTask(report, "Making music", sampling.steps)
         with adapter_scale(model, strength) if model else nullcontext():
-            latents = sampler.latents(prompt, conditions.states, hints)
+            latents = sampler.latents(prompt, conditions.states, hints, stepped)
         path = config.output / f"{stem}-strength{strength:g}.flac"
         metadata = {
             "strength": strength,

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import threading
-from functools import cache
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
 from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
-from sidestep.events import Event, Notice, null
+from sidestep.events import Event, LongTask, Notice, Progress, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import Sampling, not_obeyed, open_sampler, prompt_of, sample, sampling_for, slug
 from tests.conftest import FIXTURES
@@ -420,3 +421,13 @@ def test_a_quantised_base_can_be_heard(checkpoints, tmp_path, adapter_folder, pr
 def test_quantised_blocks_are_not_streamed(checkpoints, tmp_path):
     with pytest.raises(UserError, match="--swap-blocks 1 with --base-precision int8"):
         sample(sample_config(checkpoints, tmp_path, swap_blocks=1, base_precision="int8"), null)
+
+
+def test_each_step_of_the_music_is_told_where_it_takes_its_time(checkpoints, tmp_path, monkeypatch):
+    """A preview or a take of minutes is no silence: the sampler's steps are told as they end."""
+    monkeypatch.setattr("sidestep.tasks.sample.LongTask", partial(LongTask, quiet_seconds=0.0))
+    monkeypatch.setattr("sidestep.events.time.monotonic", map(float, count()).__next__)  # a second later each time
+    told = []
+    sample(sample_config(checkpoints, tmp_path, steps=3), told.append)
+    steps = [e for e in told if isinstance(e, Progress) and e.task == "Making music"]
+    assert [(e.done, e.total) for e in steps] == [(0, 3), (1, 3), (2, 3), (3, 3)]
