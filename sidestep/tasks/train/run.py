@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
+from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.acestep.blocks import OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint
@@ -198,10 +199,9 @@ class TensorBoard:
     """The run's curves for TensorBoard. Every method does nothing on all processes but the first.
 
     Nor does it after a write has failed, which it tells: TensorBoard's own writer cannot go on after that.
-    writer: a `SummaryWriter`, whose module takes a while to load and is needed by runs alone.
     """
 
-    def __init__(self, writer: Any, report: Report) -> None:
+    def __init__(self, writer: SummaryWriter | None, report: Report) -> None:
         self._writer, self._report = writer, report
 
     def __getattr__(self, name: str) -> Callable[..., None]:

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
@@ -277,8 +278,6 @@ def set_up(
         silence = checkpoint.silence_latent()[:, :longest].to(device)
         null = checkpoint.load_null_condition(device, precision)
         objective = Objective(config, law, silence, null, mask)
-    from torch.utils.tensorboard import SummaryWriter  # here, as others import this module to plan a run
-
     curves = config.output_dir / "runs" / portable(config.run_name or config.output_dir.absolute().name or "run")
     # what a killed run had written beyond the step it is resumed at disappears
     purge_step = saved.position.step + 1 if saved else None

@@ -235,7 +235,7 @@ def test_tensorboard_gets_the_timestep_histogram_and_the_ranks(run):
 @pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "C:\\elsewhere", "What? 3:15", "CON", "a/b."])
 def test_the_curves_stay_in_the_runs_folder_whatever_the_run_is_called(tensors, tmp_path, monkeypatch, name):
     curves = []
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda folder, **_: curves.append(folder))
+    monkeypatch.setattr("sidestep.tasks.train.setup.SummaryWriter", lambda folder, **_: curves.append(folder))
     with contextlib.suppress(AttributeError):  # the run ends where it would write the first curve
         prepared(replace(config(tensors, tmp_path / "run"), run_name=name))
     assert curves[0].parent == tmp_path / "run" / "runs"
