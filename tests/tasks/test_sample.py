@@ -424,7 +424,7 @@ def test_quantised_blocks_are_not_streamed(checkpoints, tmp_path):
 
 
 def test_each_step_of_the_music_is_told_where_it_takes_its_time(checkpoints, tmp_path, monkeypatch):
-    """A preview or a take of minutes is no silence: the sampler's steps are told as they end."""
+    """A take of minutes is no silence: the sampler's steps are told as they end."""
     monkeypatch.setattr("sidestep.tasks.sample.LongTask", partial(LongTask, quiet_seconds=0.0))
     monkeypatch.setattr("sidestep.events.time.monotonic", map(float, count()).__next__)  # a second later each time
     told = []

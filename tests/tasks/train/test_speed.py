@@ -116,7 +116,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(data, tmp_path, monkeypat
         )
         losses[name] = [event.loss for event in log.events if isinstance(event, StepDone)]
     assert counters["stats"]["unique_graphs"]
-    assert not counters["aot_autograd"]["autograd_cache_bypass"]  # the next run finds all of it on disk
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]  # torch refuses to keep none of it on disk
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
 
 
