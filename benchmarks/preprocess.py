@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -77,10 +78,10 @@ def timed(work) -> float:
 
 
 def measure_throughput(folder: Path, channels: int, songs: int, seconds: float, rounds: int) -> dict:
-    """Pass 1 over audio (decoding, resampling, loudness, tiles, writing) against nothing but `vae.encode`, in turns."""
+    """Pass 1 over audio (decoding, resampling, loudness, tiles, writing) against diffusers' `vae.encode`, in turns."""
     checkpoints = make_checkpoints(folder / "checkpoints", channels)
     library = make_songs(folder / "songs", songs, seconds)
-    vae = Checkpoint.load_vae(running.open_job(config_of(checkpoints, library, folder / "none"), null).checkpoint)
+    vae: Any = AutoencoderOobleck.from_pretrained(checkpoints / "vae").eval().requires_grad_(False)
     decoded = [torch.from_numpy(decode(path))[None] for path in sorted(library.glob("*.mp3"))]
     real_encode, real_load = running.encode_songs, Checkpoint.load_vae
     spent, loading = [], []

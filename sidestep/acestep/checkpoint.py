@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from sidestep.acestep.fp16 import wide
-from sidestep.acestep.fused import fuse_layers
+from sidestep.acestep.fused import fuse_layers, fuse_vae
 from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
 from sidestep.acestep.weights import CPU, Weights, fill, quiet_seconds
@@ -171,7 +171,9 @@ class Checkpoint:
     ) -> AutoencoderOobleck:
         """The audio codec, 48 kHz stereo. to_encode: without its decoder, which is half of it and is not read then."""
         without = ("decoder",) if to_encode else ()
-        return self._load(AutoencoderOobleck, "vae", "", self.vae_config(), device, dtype, without=without)
+        vae = self._load(AutoencoderOobleck, "vae", "", self.vae_config(), device, dtype, without=without)
+        fuse_vae(vae)
+        return vae
 
     def vae_config(self) -> dict:
         """config.json of the VAE: sampling rate, down-sampling ratios. Raises UserError where it is another model's."""

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,7 +42,7 @@ from sidestep.data.fields import FieldError, parse_field
 from sidestep.data.sidecars import MAX_BYTES
 from sidestep.data.text import read_text
 from sidestep.errors import JobError, UserError
-from sidestep.events import Decision, Finished, LongTask, Notice, Progress, Report, Saved
+from sidestep.events import Decision, Finished, LongTask, Notice, Progress, Report, Saved, null
 from sidestep.files import portable, write_text
 from sidestep.flow_matching.guidance import guided
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
@@ -117,7 +117,7 @@ def not_obeyed(variant: Variant, sampling: Sampling) -> list[str]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Makes audio with a decoder as it is at that moment, adapter included.
+    """Makes audio with a decoder as it is at that moment, adapter included, and tells where that takes its time.
 
     silence: [1, T0, D] and null_condition: [1, 1, C], on the device that computes; the latter in the base's dtype.
     """
@@ -129,6 +129,7 @@ class Sampler:
     sampling: Sampling
     frames_per_second: float
     sample_rate: int
+    report: Report = null
 
     def frames(self, prompt: Prompt) -> int:
         """The latent frames that a prompt asks for."""
@@ -162,16 +163,10 @@ class Sampler:
         )[0]
 
     @torch.no_grad()
-    def latents(
-        self,
-        prompt: Prompt,
-        states: Tensor,
-        hints: Tensor | None = None,
-        on_step: Callable[[], object] = lambda: None,
-    ) -> Tensor:
+    def latents(self, prompt: Prompt, states: Tensor, hints: Tensor | None = None) -> Tensor:
         """Latents [1, T, D] of a prompt whose conditions are `states` [1, L, C]. Only the noise is random.
 
-        hints: see `velocity`. on_step is called after each step of the sampler.
+        hints: see `velocity`.
         """
         noise, conditions = (x.to(self.null_condition) for x in (self.noise(prompt), states))
 
@@ -181,7 +176,7 @@ class Sampler:
         scale = self.sampling.guidance
         field = guided(velocity, conditions, self.null_condition, scale) if scale > 1 else velocity
         timesteps = sampling_timesteps(self.sampling.steps, self.sampling.shift)
-        latents = sample_euler(field, noise, timesteps, on_step)
+        latents = sample_euler(field, noise, timesteps, LongTask(self.report, "Making music", self.sampling.steps))
         if noise.dtype == torch.float16 and not bool(torch.isfinite(latents).all()):
             with name_what_overflows(self.decoder):
                 sample_euler(field, noise, timesteps)
@@ -193,7 +188,7 @@ class Sampler:
         Raises JobError when the model made values that are no numbers.
         """
         with self.vae.in_use() as vae:
-            audio = decode(vae, latents)[0]
+            audio = decode(vae, latents, on_tile=LongTask(self.report, "Decoding the music", latents.shape[1]))[0]
         if prompt:
             audio = audio[:, : self.frames(prompt) * audio.shape[1] // latents.shape[1]]
         if not bool(torch.isfinite(audio).all()):
@@ -222,6 +217,7 @@ def open_sampler(
         sampling,
         frames_per_second(vae_config),
         int(vae_config["sampling_rate"]),
+        checkpoint.report,
     )
 
 
@@ -362,9 +358,8 @@ def play(
     sampler = open_sampler(checkpoint, decoder, device, dtype, sampling, config.offload_encoder)
     files = []
     for number, strength in enumerate(strengths):
-        stepped = LongTask(report, "Making music", sampling.steps)
         with adapter_scale(model, strength) if model else nullcontext():
-            latents = sampler.latents(prompt, conditions.states, hints, stepped)
+            latents = sampler.latents(prompt, conditions.states, hints)
         path = config.output / f"{stem}-strength{strength:g}.flac"
         metadata = {
             "strength": strength,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sidestep.acestep import weights
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision
+from sidestep.acestep.fused import FusedResidualUnit, FusedSnake
 from sidestep.acestep.layout import diffusers_key, original_key
 from sidestep.errors import UserError
 from sidestep.variants import detect, official_config
@@ -438,6 +439,7 @@ def test_a_vae_of_another_models_channels_is_refused(broken, field, value):
 
 def test_a_vae_that_only_encodes_has_the_same_encoder_and_no_decoder(checkpoints):
     whole, half = (open_checkpoint(checkpoints, "turbo").load_vae(to_encode=choice) for choice in (False, True))
+    assert {FusedSnake, FusedResidualUnit} <= {type(module) for module in half.modules()}
     encoder = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("encoder.")}
     assert half.state_dict().keys() == encoder.keys()
     assert all(torch.equal(tensor, encoder[name]) for name, tensor in half.state_dict().items())

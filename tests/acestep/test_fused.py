@@ -1,4 +1,4 @@
-"""The DiT's fused layers and the LoRA in one function compute what diffusers' and peft's own classes do."""
+"""The DiT's fused layers, the VAE's and the LoRA in one function compute what diffusers' and peft's own classes do."""
 
 import copy
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AceStepTransformer1DModel
+from diffusers import AceStepTransformer1DModel, AutoencoderOobleck
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformerBlock
@@ -21,10 +21,11 @@ from benchmarks.launches import count, undo
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute_layers
 from sidestep.acestep.checkpoint import open_checkpoint
-from sidestep.acestep.fused import FusedAttention, FusedBlock, FusedNorm, fuse_layers, rotate
+from sidestep.acestep.fused import FusedAttention, FusedBlock, FusedNorm, fuse_layers, fuse_vae, rotate
 from sidestep.adapters.attach import attach
 from sidestep.adapters.layers import LowRankLinear
 from sidestep.settings.config import TrainConfig
+from sidestep.tasks.plan.step import LiveBytes
 
 SIZES = {
     "hidden_size": 32,
@@ -288,3 +289,30 @@ def test_what_a_lora_keeps_can_wait_on_the_cpu():
     with torch.autograd.graph.saved_tensors_hooks(to_cpu, lambda tensor: tensor):
         layer(x).sum().backward()
     assert 0 < sum(tensor.nbytes for tensor in left) < x.nbytes / 4  # the small A·x alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_vae_gives_the_same_bits_from_less_memory(dtype):
+    torch.manual_seed(0)
+    vae: Any = AutoencoderOobleck(encoder_hidden_size=16, decoder_input_channels=8, decoder_channels=8)
+    vae = vae.to(dtype).eval().requires_grad_(False)
+    randomise(vae)
+    audio, latents = (0.3 * torch.randn(1, *shape).to(dtype) for shape in ((2, 48000), (8, 25)))
+    before = audio.clone(), latents.clone()
+
+    def there_and_back() -> list[tuple[torch.Tensor, int]]:
+        results = []
+        for work in (lambda: vae.encode(audio).latent_dist.mode(), lambda: vae.decode(latents).sample):
+            with LiveBytes() as memory, torch.no_grad():
+                results.append((work(), memory.peak))
+        return results
+
+    plain = there_and_back()
+    fuse_vae(vae)
+    assert not any(name.endswith(("weight_g", "weight_v")) for name, _ in vae.named_parameters())
+    assert not any(p.requires_grad for p in vae.parameters())
+    for (exact, most), (found, least) in zip(plain, there_and_back(), strict=True):
+        assert torch.equal(found, exact)
+        assert least < 0.85 * most
+    assert torch.equal(audio, before[0])
+    assert torch.equal(latents, before[1])

@@ -39,6 +39,16 @@ def test_vae_mean_equals_the_original_in_tiles_and_in_one_piece(vae, golden, gol
     assert_golden(encode_mean(vae, audio, tile_frames), golden[1][f"{case}.latent_mean"])
 
 
+@pytest.mark.parametrize(("device", "tiles"), [("cpu", [132, 139, 57]), ("meta", [300])])
+def test_a_cpu_encodes_in_smaller_tiles(checkpoints, device, tiles, monkeypatch):
+    """Of 125 frames and 7 of each neighbour; elsewhere 500 frames are one."""
+    vae, heard = open_checkpoint(checkpoints, "turbo").load_vae().to(device), []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda audio: (heard.append(audio.shape[-1] // 1920), encode(audio))[1])
+    encode_mean(vae, torch.zeros(1, 2, 300 * 1920, device=device))
+    assert heard == tiles
+
+
 def test_decoding_in_tiles_equals_decoding_in_one_piece(vae):
     latents = torch.randn(1, 90, vae.config.decoder_input_channels, generator=torch.Generator().manual_seed(0))
     assert_golden(decode(vae, latents, 20), decode(vae, latents, 0))

@@ -20,6 +20,7 @@ from diffusers import AceStepPipeline, FlowMatchEulerDiscreteScheduler
 from sidestep.acestep.blocks import BlockSwap, OffloadedModule
 from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Prompt, encode_texts
+from sidestep.acestep.vae import decode
 from sidestep.adapters.adapter import changed_weight
 from sidestep.adapters.attach import adapter_scale, attach, load_adapter
 from sidestep.adapters.names import to_diffusers
@@ -427,7 +428,12 @@ def test_each_step_of_the_music_is_told_where_it_takes_its_time(checkpoints, tmp
     """A take of minutes is no silence: the sampler's steps are told as they end."""
     monkeypatch.setattr("sidestep.tasks.sample.LongTask", partial(LongTask, quiet_seconds=0.0))
     monkeypatch.setattr("sidestep.events.time.monotonic", map(float, count()).__next__)  # a second later each time
+    monkeypatch.setattr("sidestep.tasks.sample.decode", partial(decode, tile_frames=50))
     told = []
     sample(sample_config(checkpoints, tmp_path, steps=3), told.append)
-    steps = [e for e in told if isinstance(e, Progress) and e.task == "Making music"]
-    assert [(e.done, e.total) for e in steps] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    steps, frames = (
+        [(e.done, e.total) for e in told if isinstance(e, Progress) and e.task == task]
+        for task in ("Making music", "Decoding the music")
+    )
+    assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert frames == [(0, 128), (50, 128), (100, 128), (128, 128)]

@@ -22,7 +22,7 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import accepted, encoder_sizes
 from sidestep.acestep.conditions import LYRIC_TOKENS, TEXT_TOKENS, encode_conditions, encode_text
 from sidestep.acestep.fp16 import wide
-from sidestep.acestep.fused import fuse_layers
+from sidestep.acestep.fused import fuse_layers, fuse_vae
 from sidestep.acestep.vae import (
     DECODER_HALO_FRAMES,
     DECODER_TILE_FRAMES,
@@ -175,7 +175,9 @@ def _vae(dtype: torch.dtype) -> Any:
 @functools.cache
 def _any_vae() -> AutoencoderOobleck:
     with torch.device("meta"):
-        return AutoencoderOobleck(**VAE)
+        vae = AutoencoderOobleck(**VAE)
+        fuse_vae(vae)
+        return vae
 
 
 def _freeze(model: nn.Module, dtype: torch.dtype) -> None:

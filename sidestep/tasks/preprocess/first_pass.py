@@ -20,7 +20,7 @@ import torch
 
 from sidestep.acestep.conditions import COVER, LYRIC_TOKENS, TEXT_TOKENS, embed_lyrics, encode_text, token_ids
 from sidestep.acestep.device import give_back_memory
-from sidestep.acestep.vae import ENCODER_HALO_FRAMES, TILE_FRAMES, encode_mean, samples_per_frame
+from sidestep.acestep.vae import ENCODER_HALO_FRAMES, TILE_FRAMES, encode_mean, samples_per_frame, tile_frames_for
 from sidestep.audio.io import SAMPLE_RATE, AudioError, content_hash, is_cut_short, probe, stream
 from sidestep.audio.signals import LevelMeter
 from sidestep.errors import JobError
@@ -217,7 +217,7 @@ class _AudioEncoder:
     """The VAE, loaded when the first song needs it; tiles shrink when the device runs out of memory."""
 
     def __init__(self, job: Job):
-        self.job, self.tile_frames = job, TILE_FRAMES
+        self.job, self.tile_frames = job, tile_frames_for(job.device)
         self.vae: Any = None
 
     def encode(self, song: Decoded, tell: Callable[[float], None]) -> torch.Tensor | None:

@@ -184,7 +184,7 @@ def make_all(
         sampler, _, model = judge.open(adapters.get(name), sampling)
         for place in places:
             for number in missing[place]:
-                judge.report(Progress(task="Making music", done=total - left + made, total=total, current=name))
+                judge.report(Progress(task="Clips", done=total - left + made, total=total, current=name))
                 with adapter_scale(model, place[1]) if model else nullcontext():
                     latents = sampler.latents(requests[number].prompt, requests[number].conditions)
                 latents = latents[:, : sampler.frames(requests[number].prompt)]
@@ -198,7 +198,7 @@ def make_all(
                         Notice(message=f"The other {left - 1:,} take about {clock(rest)}; --clips says how many")
                     )
     if left:
-        judge.report(Progress(task="Making music", done=total, total=total))
+        judge.report(Progress(task="Clips", done=total, total=total))
     return {place: [clip for clip in some if clip] for place, some in clips.items()}
 
 

@@ -163,7 +163,7 @@ def prepare(config: JudgeConfig, training: TrainConfig, folder: Path, report: Re
     """Songs, device and base of a comparison. Raises UserError and JobError."""
     check_streaming(config)
     accelerator, dtype = open_accelerator(training, report)
-    checkpoint = open_checkpoint(training.checkpoint_dir, training.model_variant)
+    checkpoint = open_checkpoint(training.checkpoint_dir, training.model_variant, report)
     songs = load_songs(training, checkpoint, report)
     trained, held_out = split(songs, training)
     processes = Processes(accelerator)

@@ -97,7 +97,7 @@ def test_leaving_early_stops_what_has_not_begun():
 
 
 def test_a_long_song_says_how_far_it_is_also_across_its_segments(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_pass, "TILE_FRAMES", 20)
+    monkeypatch.setattr(first_pass, "tile_frames_for", lambda _: 20)
     monkeypatch.setattr(first_pass, "SEGMENT_FRAMES", 60)
     library, events = make_library(tmp_path / "lib", ["a.wav"], seconds=6.0), Events()  # 150 frames
     preprocess(job(library, tmp_path / "out"), events)

@@ -112,7 +112,7 @@ def test_latents_codes_and_hints_equal_the_original_models(golden, tmp_path: Pat
 def test_latents_in_tiles_equal_latents_in_one_piece(tmp_path: Path, monkeypatch):
     make_library(tmp_path / "lib", ["a.wav"], seconds=2.0)
     preprocess(job(tmp_path / "lib", tmp_path / "whole"), null)
-    monkeypatch.setattr(latents, "TILE_FRAMES", 11)
+    monkeypatch.setattr(latents, "tile_frames_for", lambda _: 11)
     preprocess(job(tmp_path / "lib", tmp_path / "tiles"), null)
     whole, tiles = (load_record(tmp_path / name / "a.wav.pt").target_latents for name in ("whole", "tiles"))
     torch.testing.assert_close(tiles, whole, atol=1e-5, rtol=0)

@@ -18,7 +18,7 @@ from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_diffusers
 from sidestep.cli import commands
 from sidestep.cli.main import main
-from sidestep.events import null
+from sidestep.events import LongTask, null
 from sidestep.settings.config import ScoreConfig
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score import clips as clips_module
@@ -115,8 +115,11 @@ def test_a_second_call_measures_nothing_and_a_stopped_one_goes_on(run, monkeypat
 @pytest.mark.slow
 def test_music_is_made_judged_and_kept(run, monkeypatch, capsys):
     monkeypatch.setattr(clips_module, "too_near", lambda _usual: UNRELATED)  # whatever it made counts as a copy
+    monkeypatch.setattr("sidestep.tasks.sample.LongTask", partial(LongTask, quiet_seconds=0.0))
     assert score(run, "--strength", "0,1", clips=2) == 0
     out = capsys.readouterr().out
+    ended = re.findall(r"(Making|Decoding the) music .*\(100%\)", out)
+    assert ended == ["Making", "Decoding the"] * 10
     assert out.index("drift on 3") < out.index("10 clips of ")  # what needs no music comes first
     assert "The other 9 take about" in out
     found = results(run)

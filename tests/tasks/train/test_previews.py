@@ -5,6 +5,7 @@ import json
 import os
 import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import Prompt
 from sidestep.data.records import Record, save_record
 from sidestep.errors import UserError
-from sidestep.events import Event, Notice, Saved, null
+from sidestep.events import Event, LongTask, Notice, Progress, Saved, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import open_sampler, sample, sampling_for
 from sidestep.tasks.train import train
@@ -235,6 +236,15 @@ def test_previews_that_cannot_be_written_cost_a_warning_and_not_the_run(tensors,
     warnings = [e.message for e in events if isinstance(e, Notice) and e.level == "warning"]
     assert len(warnings) == 1
     assert warnings[0].startswith("No previews this time:")
+
+
+def test_a_preview_that_takes_its_time_tells_its_steps(tensors, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep.tasks.sample.LongTask", partial(LongTask, quiet_seconds=0.0))
+    events: list[Event] = []
+    train(config(tensors, tmp_path, max_steps=1, preview_prompt="x"), events.append)
+    told = [(e.task, e.done) for e in events if isinstance(e, Progress) and e.task.endswith("music")]
+    take = [("Making music", 0), ("Making music", 8), ("Decoding the music", 0), ("Decoding the music", 128)]
+    assert told == 2 * take  # the base's and the adapter's
 
 
 def test_a_run_that_ends_inside_an_epoch_names_its_previews_by_the_step(tensors, tmp_path):
