@@ -47,10 +47,9 @@ from sidestep.events import Event, Validated, null
 from sidestep.seeding import seed_for
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.path_checks import safetensors_parameters
-from sidestep.tasks.train import train
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
 from sidestep.tasks.train.evaluation import grid_loss
-from sidestep.tasks.train.setup import open_accelerator, set_up
+from sidestep.tasks.train.setup import open_accelerator, set_up, train
 
 RESULTS = Path(__file__).parent / "results"
 BASE_STEPS, EPOCHS, LR = 1500, 4, 1e-3

@@ -33,8 +33,8 @@ from sidestep.data.batches import Song
 from sidestep.data.records import Record, save_record
 from sidestep.events import Event, Validated
 from sidestep.settings.config import TrainLmConfig
-from sidestep.tasks.train import train
 from sidestep.tasks.train.language import sequence
+from sidestep.tasks.train.setup import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ROOT / "tests" / "fixtures"

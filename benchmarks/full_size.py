@@ -43,6 +43,7 @@ from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
 from sidestep.acestep.checkpoint import accepted, decoder_sizes, encoder_sizes
 from sidestep.acestep.device import GIB
 from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
+from sidestep.acestep.vae import CPU_TILE_FRAMES
 from sidestep.files import write_text
 from sidestep.tasks.demo import write_tokenizer
 from sidestep.tasks.plan.passes import TEXT_ENCODER, VAE, first_pass_peak, second_pass_peak
@@ -170,7 +171,8 @@ def planned_bytes(folder: Path, size: str, name: str) -> int:
     """Bytes of a phase's tensors at their peak, copies for saves included, as the planner says; 0 where it does not."""
     if name in ("preprocess 60 s", "preprocess 240 s"):
         seconds = float(name.split()[1])
-        passes = first_pass_peak(torch.bfloat16, seconds), second_pass_peak(SIZES[size][1], torch.bfloat16)
+        first = first_pass_peak(torch.bfloat16, seconds, CPU_TILE_FRAMES)
+        passes = first, second_pass_peak(SIZES[size][1], torch.bfloat16)
         return max(passes)
     if not name.startswith(("train", "resume")):
         return 0

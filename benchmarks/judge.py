@@ -39,7 +39,7 @@ from sidestep.tasks.score.judge import Judge, candidates_of, prepare, training_o
 from sidestep.tasks.score.metrics import Figure, gain
 from sidestep.tasks.score.recommend import Verdict, copies
 from sidestep.tasks.score.run import Measured, judge_all, measure_all
-from sidestep.tasks.train import train
+from sidestep.tasks.train.setup import train
 
 SEEDS, BASE_STEPS, EPOCHS, TIMES, CAPTIONS = 5, 250, 4, 240, 12  # TIMES: how often the one song is heard
 SECONDS, STEPS, CLIPS = WINDOW / 25, 12, options_of(ScoreConfig)["clips"].default

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sidestep.events import as_json
-from sidestep.tasks.train import train
+from sidestep.tasks.train.setup import train
 from tests.training_world import settings
 
 if __name__ == "__main__":

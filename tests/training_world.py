@@ -12,9 +12,8 @@ from sidestep.data.batches import Song
 from sidestep.data.records import Record, save_record
 from sidestep.events import Event
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.train import train
 from sidestep.tasks.train.run import Run
-from sidestep.tasks.train.setup import open_accelerator, set_up
+from sidestep.tasks.train.setup import open_accelerator, set_up, train
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 CHANNELS, WIDTH = 8, 32

@@ -125,7 +125,7 @@ def train(config: TrainConfig, report: Report) -> None:
     """`fixed`: train, if it fits into memory, and judge what was trained if asked to."""
     from sidestep.data.records import index_records
     from sidestep.tasks.plan.plan import check_memory
-    from sidestep.tasks.train import train
+    from sidestep.tasks.train.setup import train
 
     index = cache(partial(index_records, report=report))
     train(check_memory(config, report, index), report, index)
@@ -168,7 +168,7 @@ def train_lm(config: TrainLmConfig, report: Report) -> None:
     from sidestep.data.records import index_records
     from sidestep.tasks.plan.language import check_language_memory
     from sidestep.tasks.plan.plan import check_language_previews
-    from sidestep.tasks.train import train
+    from sidestep.tasks.train.setup import train
 
     index = cache(partial(index_records, report=report))
     check_language_memory(config, report, index)

@@ -34,7 +34,7 @@ from sidestep.settings.config import BuildDatasetConfig, DemoConfig, PreprocessC
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
-from sidestep.tasks.train import train
+from sidestep.tasks.train.setup import train
 from sidestep.variants import CONFIG_2B, OFFICIAL_FOLDERS
 from sidestep.words import side_step
 

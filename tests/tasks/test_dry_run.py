@@ -17,7 +17,7 @@ from sidestep.events import null
 from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, SampleConfig, command_words
 from sidestep.tasks.dry_run import dry_run
 from sidestep.tasks.plan.language import describing_bytes
-from sidestep.tasks.train import train
+from sidestep.tasks.train.setup import train
 from sidestep.words import gib
 from tests.training_world import CHECKPOINTS, Log, settings, write_data
 from tests.wizard.walk import write_songs

@@ -33,8 +33,8 @@ from sidestep.tasks import think as module
 from sidestep.tasks.plan.plan import check_sample, fit_into
 from sidestep.tasks.sample import open_sampler, sample, sampling_for, thinking_of
 from sidestep.tasks.think import hints_for
-from sidestep.tasks.train import train
 from sidestep.tasks.train.previews import previews_for
+from sidestep.tasks.train.setup import train
 from tests.acestep.lm.test_decoding import GREEDY
 from tests.conftest import assert_golden
 from tests.tasks.plan.test_plan import card  # noqa: F401  a fixture

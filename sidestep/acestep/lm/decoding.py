@@ -40,6 +40,7 @@ KEYSCALES = tuple(
     f"{note}{sign} {mode}" for note in "ABCDEFG" for sign in ("", "#", "b", "♯", "♭") for mode in ("major", "minor")
 )
 SHORTEST_SECONDS, LONGEST_SECONDS = 10, 600
+HEARD_SECONDS = 240  # of a song, at once
 CAPTION_TOKENS = 512
 ANSWER_TOKENS = 2048  # of a description with lyrics
 NEWLINE, BLANK, TAB = "Ċ", "Ġ", "ĉ"  # in the alphabet in which a byte-level vocabulary writes bytes

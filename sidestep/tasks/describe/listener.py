@@ -11,7 +11,7 @@ import torch
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.conditions import cover_hints
 from sidestep.acestep.device import choose_device, choose_precision, precision_name
-from sidestep.acestep.lm.decoding import Sampling, understand
+from sidestep.acestep.lm.decoding import HEARD_SECONDS, Sampling, understand
 from sidestep.acestep.lm.model import choose_language_model, codebook_size, load_language_model
 from sidestep.acestep.lm.prompts import unquoted
 from sidestep.acestep.vae import encode_mean, samples_per_frame
@@ -21,7 +21,6 @@ from sidestep.errors import UserError
 from sidestep.events import Decision, Report
 from sidestep.settings.config import BuildDatasetConfig
 
-PART_SECONDS = 240  # heard at once; of a longer song the parts are put together
 LEAST_SECONDS = 10  # a last part that is shorter says little
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, guidance=1)  # as the app's labeller
 VERSION = 1  # raise it when the same model would answer otherwise
@@ -32,7 +31,7 @@ class LanguageModelListener:
 
     def __init__(self, config: BuildDatasetConfig, report: Report):
         assert config.checkpoint_dir is not None
-        checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
+        checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant, report)
         folder = choose_language_model(checkpoint.layout, config.lm)
         device = choose_device(config.device)
         precision = choose_precision(config.precision, device.value)
@@ -69,15 +68,15 @@ class LanguageModelListener:
 
 
 def parts_of(path: Path) -> Iterator[np.ndarray]:
-    """Audio [2, S] in parts of `PART_SECONDS`, one in memory at a time; a last one that is short is left out."""
+    """Audio [2, S] in parts of `HEARD_SECONDS`, one in memory at a time; a last one that is short is left out."""
     held, samples, number = [], 0, 0
     for piece in stream(path):
         held.append(piece)
         samples += piece.shape[1]
-        while samples >= PART_SECONDS * SAMPLE_RATE:
+        while samples >= HEARD_SECONDS * SAMPLE_RATE:
             audio = np.concatenate(held, axis=1)
-            yield audio[:, : PART_SECONDS * SAMPLE_RATE]
-            held, number = [audio[:, PART_SECONDS * SAMPLE_RATE :].copy()], number + 1
+            yield audio[:, : HEARD_SECONDS * SAMPLE_RATE]
+            held, number = [audio[:, HEARD_SECONDS * SAMPLE_RATE :].copy()], number + 1
             samples = held[0].shape[1]
     if not number or samples >= LEAST_SECONDS * SAMPLE_RATE:
         yield np.concatenate(held, axis=1)

@@ -20,7 +20,7 @@ from sidestep.acestep.device import (
     with_overhead,
 )
 from sidestep.acestep.layout import read_config
-from sidestep.acestep.lm.decoding import ANSWER_TOKENS
+from sidestep.acestep.lm.decoding import ANSWER_TOKENS, HEARD_SECONDS
 from sidestep.acestep.lm.loss import PIECE
 from sidestep.acestep.lm.model import CODES_PER_SECOND, SIZES, choose_language_model, find_language_models
 from sidestep.acestep.quantize import quantized_bytes
@@ -29,7 +29,6 @@ from sidestep.errors import UserError
 from sidestep.events import Decision, Notice, Report, Table
 from sidestep.settings.config import BuildDatasetConfig, PlanConfig, TrainConfig, TrainLmConfig, memory_levers
 from sidestep.settings.option import changed_from_defaults, options_of, resolve
-from sidestep.tasks.describe.listener import PART_SECONDS
 from sidestep.tasks.plan.passes import codes_bytes, encoding_peak, preview_peak, vae_bytes
 from sidestep.tasks.plan.step import Shape, StepModel
 from sidestep.variants import FRAMES_PER_SECOND, official_config
@@ -149,9 +148,9 @@ def describing_bytes(
 
     lm, dit: config.json of each.
     """
-    tokens = round(CODES_PER_SECOND * PART_SECONDS) + PLAIN_TOKENS + (ANSWER_TOKENS if with_lyrics else 0)
+    tokens = round(CODES_PER_SECOND * HEARD_SECONDS) + PLAIN_TOKENS + (ANSWER_TOKENS if with_lyrics else 0)
     writing = writing_bytes(lm, base_precision, tokens, dtype.itemsize)
-    encoding = encoding_peak(dtype, PART_SECONDS, whole=True)
+    encoding = encoding_peak(dtype, HEARD_SECONDS, whole=True)
     between = codes_bytes(dit, dtype)
     lm_alone = weights_bytes(lm, dtype.itemsize, base_precision)
     return between + max(lm_alone + encoding, writing + vae_bytes(dtype))

@@ -200,7 +200,7 @@ def test_half_a_line_of_a_killed_run_costs_one_song(tmp_path, saying, torn):
 
 
 def test_a_long_song_is_heard_in_parts_and_says_so(tmp_path, lm_home, monkeypatch):
-    monkeypatch.setattr(listener, "PART_SECONDS", 1)
+    monkeypatch.setattr(listener, "HEARD_SECONDS", 1)
     monkeypatch.setattr(listener, "LEAST_SECONDS", 0.4)
     write_sndfile(tmp_path / "song 0.wav", tone(300, 2.5), 48_000)
     ([sample], _) = described(tmp_path, lm_home)
@@ -209,7 +209,7 @@ def test_a_long_song_is_heard_in_parts_and_says_so(tmp_path, lm_home, monkeypatc
 
 @pytest.mark.parametrize(("seconds", "lengths"), [(0.5, [0.5]), (1.0, [1.0]), (2.25, [1, 1]), (2.5, [1, 1, 0.5])])
 def test_parts_hold_the_song_but_for_a_short_rest(tmp_path, monkeypatch, seconds, lengths):
-    monkeypatch.setattr(listener, "PART_SECONDS", 1)
+    monkeypatch.setattr(listener, "HEARD_SECONDS", 1)
     monkeypatch.setattr(listener, "LEAST_SECONDS", 0.4)
     audio = tone(300, seconds)
     write_sndfile(tmp_path / "a.wav", audio, SAMPLE_RATE, subtype="FLOAT")

@@ -287,7 +287,7 @@ def test_training_ends_with_its_judgement_where_that_is_asked_for(run, tmp_path,
     assert main([*words[:-4], "--output-dir", str(tmp_path / "other"), "--epochs", "1"]) == 0
     assert not (tmp_path / "other" / "score").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("sidestep.tasks.train.train", lambda *_: None)
+    monkeypatch.setattr("sidestep.tasks.train.setup.train", lambda *_: None)
     commands.train(settings(data, tmp_path / "many", score=True), (log := Log()))
     assert "one alone can judge" in log.text
 

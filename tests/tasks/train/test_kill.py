@@ -17,8 +17,8 @@ from sidestep.errors import ExitStatus
 from sidestep.events import StepDone
 from sidestep.settings.option import as_arguments
 from sidestep.tasks.train import checkpoints as state
-from sidestep.tasks.train import train
 from sidestep.tasks.train.checkpoints import complete_checkpoints, positions
+from sidestep.tasks.train.setup import train
 from tests.training_world import adapter, differing, run, settings, write_data
 
 pytestmark = [

@@ -28,11 +28,10 @@ from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
 from sidestep.tasks.plan.language import check_language_memory
 from sidestep.tasks.sample import sample
-from sidestep.tasks.train import train
 from sidestep.tasks.train.language import Language
 from sidestep.tasks.train.previews import preview_now
 from sidestep.tasks.train.report import previews_in
-from sidestep.tasks.train.setup import open_accelerator
+from sidestep.tasks.train.setup import open_accelerator, train
 from tests.acestep.lm.test_model import store
 from tests.tasks.train.test_previews import state_of
 from tests.training_world import Log, adapter, differing, prepared, record
@@ -278,7 +277,7 @@ def test_the_gate_warns_of_previews_that_will_not_fit(tmp_path, lm_home, monkeyp
     monkeypatch.setattr(
         "sidestep.tasks.plan.plan.preview_bytes", lambda *of: asked.append(of) or (writing * GIB, playing * GIB)
     )
-    monkeypatch.setattr("sidestep.tasks.train.train", lambda *_: None)
+    monkeypatch.setattr("sidestep.tasks.train.setup.train", lambda *_: None)
     config = settings(write_songs(tmp_path / "data", 1), tmp_path / "run", lm_home, preview_duration=12.0)
     commands.train_lm(config, told.append)
     assert not [event for event in told if isinstance(event, Notice)]

@@ -24,9 +24,8 @@ from sidestep.errors import UserError
 from sidestep.events import Event, LongTask, Notice, Progress, Saved, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.tasks.sample import open_sampler, sample, sampling_for
-from sidestep.tasks.train import train
 from sidestep.tasks.train.previews import make_previews, previews_for, prompts_for
-from sidestep.tasks.train.setup import open_accelerator, set_up
+from sidestep.tasks.train.setup import open_accelerator, set_up, train
 from tests.conftest import FIXTURES
 from tests.tasks.test_sample import filled_up
 from tests.tasks.train.test_processes import FSDP, finish, start

@@ -21,7 +21,7 @@ from sidestep.files import portable
 from sidestep.pages.charts import by_layer
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import options_of
-from sidestep.tasks.train import loop, train
+from sidestep.tasks.train import loop
 from sidestep.tasks.train.report import (
     MOST_POINTS,
     PLACE,
@@ -34,6 +34,7 @@ from sidestep.tasks.train.report import (
     write_report,
 )
 from sidestep.tasks.train.run import Evaluation, Point
+from sidestep.tasks.train.setup import train
 from sidestep.terminal.terminal import as_lines
 from tests.adapters.test_adapters import config as adapter_settings
 from tests.adapters.test_adapters import turbo

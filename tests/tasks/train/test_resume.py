@@ -11,8 +11,8 @@ import torch
 from sidestep.data.records import save_record
 from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import EpochDone, StepDone
-from sidestep.tasks.train import train
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.tasks.train.setup import train
 from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
 
 LATEST = Path("latest")
