@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import charts, speed_attention, speed_loop, speed_model, usual_way
 from benchmarks.measure import ROOT, Result, Setting, Times, machine
-from benchmarks.run import PAGE, PARTS, as_markdown, report, with_ratios
+from benchmarks.run import CHARTS, PAGE, PARTS, as_markdown, report, with_ratios
 
 CPU = torch.device("cpu")
 STORED = Path(ROOT, "benchmarks", "results", "speed.json")
@@ -69,3 +69,11 @@ def test_every_part_runs_on_a_tiny_model(part, monkeypatch, tmp_path):
     assert report(json.loads(json.dumps(tables)))
     for chart in charts.draw({name: table["rows"] for name, table in tables.items()}, tmp_path):
         assert chart.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_the_chart_of_epochs_shows_the_stored_ratios():
+    tables = json.loads(STORED.read_text(encoding="utf-8"))
+    chart = (CHARTS / "epochs.svg").read_text(encoding="utf-8")
+    for name in ("epoch_clips", "epoch_joined"):
+        for row in tables[name]["rows"]:
+            assert f"{row['usual over ours']:.2f} ×" in chart, "run: benchmarks/run.py"
