@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestep.acestep import blocks
 from sidestep.events import Decision, EpochDone, StepDone
-from sidestep.tasks.train import setup, train
+from sidestep.tasks.train import setup
 from sidestep.tasks.train.loop import Metrics, optimizer_step
+from sidestep.tasks.train.setup import train
 from tests.training_world import Log, prepared, settings, write_data
 
 # what makes the host wait for a device, by the operators that torch runs for it
