@@ -115,7 +115,8 @@ class LiveView:
                 self.tasks[task] = event
                 if total and done >= total:
                     del self.tasks[task]
-                    self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
+                    if not self.tasks:  # a part of another task leaves no line
+                        self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
             case TrainingStarted():
                 self.started, self.step, self.began = event, None, time.monotonic()
                 self.losses.clear()
@@ -124,7 +125,7 @@ class LiveView:
                     self.stack.enter_context(reading_keys(self.keyboard, ask_job))
             case StepDone(loss=loss):
                 self.step = event
-                self.tasks.pop(STEP_TASK, None)
+                self.tasks.clear()  # no task goes on across a step; one that failed has no end
                 self.losses.append(loss)
             case EpochDone():
                 self.epoch = event

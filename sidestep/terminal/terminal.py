@@ -139,22 +139,30 @@ def table_lines(event: Table) -> list[str]:
 
 
 class PlainView:
-    """Shows events as lines. Progress, steps and epochs come at most every few seconds; the last one always does.
+    """Shows events as lines. Progress, steps and epochs come at most every few seconds.
 
-    That a training wrote a better best/ comes at most every minute: its end says which one it is.
+    The last one always comes, but for that of a task inside another. That a training wrote a better best/ comes at
+    most every minute: its end says which one it is.
     """
 
     def __init__(self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic):
         self._show, self._now = show, now
         self._last: dict[str, float] = {}
+        self._under_way: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         kind, is_last, pause = "", True, SECONDS_BETWEEN_LINES
         match event:
             case Progress():
-                kind, is_last = f"progress {event.task}", event.done >= event.total
+                kind = f"progress {event.task}"
+                if event.done < event.total:
+                    self._under_way.add(event.task)
+                else:
+                    self._under_way.discard(event.task)
+                is_last = event.done >= event.total and not self._under_way
             case StepDone():
                 kind, is_last = "step", event.step >= event.total_steps
+                self._under_way.clear()  # no task goes on across a step; one that failed has no end
             case EpochDone():
                 kind, is_last = "epoch", event.epoch >= event.total_epochs
             case Saved(what="best") if event.note:

@@ -148,6 +148,46 @@ def test_two_tasks_do_not_silence_each_other():
     assert len(lines) == 2
 
 
+NESTED = [  # two clips, each with its steps, then a task of its own
+    Progress(task="Clips", done=0, total=2),
+    *(Progress(task="Making music", done=done, total=8) for done in (4, 8)),
+    Progress(task="Clips", done=1, total=2),
+    *(Progress(task="Making music", done=done, total=8) for done in (4, 8)),
+    Progress(task="Clips", done=2, total=2),
+    Progress(task="Validation", done=3, total=3),
+]
+
+
+def test_a_task_inside_another_leaves_no_line_at_its_end():
+    lines: list[str] = []
+    view = PlainView(lines.append, lambda: 0.0)
+    for event in NESTED:
+        view(event)
+    ends = [line for line in lines if "100%" in line]
+    assert [line.split()[0] for line in ends] == ["Clips", "Validation"]
+    out = io.StringIO()
+    with LiveView(Console(file=out)) as live:
+        for event in NESTED:
+            live(event)
+    assert [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("done ")] == [
+        "Clips",
+        "Validation",
+    ]
+
+
+def test_a_task_that_failed_silences_no_other_after_the_next_step():
+    validation, lines = [Progress(task="Validation", done=done, total=3) for done in (1, 3)], []
+    given = (Progress(task="Previews", done=1, total=4), STEP, *validation)
+    plain, out = PlainView(lines.append, lambda: 0.0), io.StringIO()
+    with LiveView(Console(file=out)) as live:
+        for event in given:
+            plain(event)
+            live(event)
+        assert live.tasks == {}
+    assert "Validation 3/3 (100%)" in lines
+    assert "done Validation" in out.getvalue()
+
+
 class Tty(io.StringIO):
     encoding = "utf-8"
 
