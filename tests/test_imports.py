@@ -195,7 +195,9 @@ main(["--version"])
 from sidestep.imports import load_libraries
 load_libraries()
 assert not [name for name in sys.modules if name.split(".")[0] in ("scipy", "kernels") and sys.modules[name]]
-import sidestep.tasks.train.setup, sidestep.tasks.plan.plan
+import sidestep.tasks.plan.plan
+assert not {"tensorboard", "sidestep.tasks.train.setup", "sidestep.tasks.describe"} & sys.modules.keys()
+import sidestep.tasks.train.setup
 assert "scipy" not in sys.modules
 from peft.import_utils import is_bnb_available
 assert not is_bnb_available() and sys.modules["bitsandbytes"] is None

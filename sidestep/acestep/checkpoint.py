@@ -4,7 +4,6 @@ No Python that a checkpoint brings along is run. Key map and XL timbre token: sp
 """
 
 import inspect
-import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +27,9 @@ from sidestep.acestep.fp16 import wide
 from sidestep.acestep.fused import fuse_layers, fuse_vae
 from sidestep.acestep.layout import DOWNLOAD_AGAIN, Layout, diffusers_key, find_layout, read_config
 from sidestep.acestep.quantize import make_quantizable
-from sidestep.acestep.weights import CPU, Weights, fill, quiet_seconds
+from sidestep.acestep.weights import CPU, Weights, fill, loading
 from sidestep.errors import UserError
-from sidestep.events import LongTask, Report, null
+from sidestep.events import Report, null
 from sidestep.variants import Variant, detect
 
 M = TypeVar("M", bound=nn.Module)
@@ -257,9 +256,7 @@ class Checkpoint:
             keys = {k.removeprefix("model."): k for k in weights.shapes if k not in extra and k != "lm_head.weight"}
         keys = {name: key for name, key in keys.items() if name.partition(".")[0] not in without}
         what = part.replace("_", " ")
-        nbytes = sum(math.prod(weights.shapes[key]) for key in keys.values()) * dtype.itemsize
-        task = f"Loading the {what}" + (f" and packing it in {quantize}" if quantize else "")
-        done = LongTask(self.report, task, nbytes, unit="bytes", quiet_seconds=quiet_seconds(nbytes))
+        done = loading(self.report, what, weights, keys, dtype, quantize)
         with init_empty_weights(include_buffers=False):
             model = model_class(**accepted(model_class, sizes))
             if quantize:

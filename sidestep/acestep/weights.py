@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -134,6 +135,15 @@ def tensor_digests(file: Path, report: Report = null) -> dict[str, str]:
 def quiet_seconds(nbytes: int) -> float:
     """How long reading so many bytes may go on without a word: not at all where that takes longer than a moment."""
     return 0.0 if nbytes > UNKEPT_BYTES else SECONDS_OF_SILENCE
+
+
+def loading(
+    report: Report, what: str, weights: Weights, keys: Mapping[str, str], dtype: torch.dtype, quantize: str = ""
+) -> LongTask:
+    """The task of loading a model, in bytes, to be called by `fill`."""
+    nbytes = sum(math.prod(weights.shapes[key]) for key in keys.values()) * dtype.itemsize
+    task = f"Loading the {what}" + (f" and packing it in {quantize}" if quantize else "")
+    return LongTask(report, task, nbytes, unit="bytes", quiet_seconds=quiet_seconds(nbytes))
 
 
 def _digest(file: Path, origin: int, entry: dict) -> str:

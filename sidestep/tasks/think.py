@@ -77,7 +77,7 @@ def think(
     folder = composer_of(checkpoint.layout, thinking.lm, adapter, thinking.flag)
     report(Decision(what="composer", value=folder.name, reason=described(thinking, base_of(adapter))))
     quantised = "" if thinking.base_precision == "auto" else thinking.base_precision
-    lm = load_language_model(folder, codebook_size(checkpoint), device, dtype, quantised)
+    lm = load_language_model(folder, codebook_size(checkpoint), device, dtype, quantised, report)
     model = load_adapter(lm.model.model, adapter, "--lm") if adapter else None
     with adapter_scale(model, thinking.strength) if model else nullcontext():
         return composed(lm, requests, thinking, report, chooses_length)

@@ -14,7 +14,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from sidestep.events import (
-    STEP_TASK,
     Decision,
     EpochDone,
     Event,
@@ -129,7 +128,7 @@ class LiveView:
                 self.losses.append(loss)
             case EpochDone():
                 self.epoch = event
-                self.tasks.pop(STEP_TASK, None)
+                self.tasks.clear()
             case Validated():
                 self.validated = event
             case Saved(what="best") if event.note:  # with almost every epoch; the panel has the last one

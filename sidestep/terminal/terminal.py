@@ -165,6 +165,7 @@ class PlainView:
                 self._under_way.clear()  # no task goes on across a step; one that failed has no end
             case EpochDone():
                 kind, is_last = "epoch", event.epoch >= event.total_epochs
+                self._under_way.clear()
             case Saved(what="best") if event.note:
                 kind, is_last, pause = "best", False, SECONDS_BETWEEN_BESTS
         now = self._now()

@@ -26,7 +26,7 @@ from sidestep.adapters.attach import attach
 from sidestep.adapters.write import Card, save_final, save_language_adapter
 from sidestep.cli.main import main
 from sidestep.errors import ExitStatus, UserError
-from sidestep.events import Decision, Table, null
+from sidestep.events import Decision, Progress, Table, null
 from sidestep.settings.config import SampleConfig, TrainConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks import think as module
@@ -257,6 +257,14 @@ def test_adapters_in_each_other_s_place_are_told_apart(tmp_path, lm_home, adapte
     device = torch.device("cpu")
     with pytest.raises(UserError, match="--preview-adapter .*: was not trained on a language model"):
         previews_for(training, open_checkpoint(lm_home, VARIANT), (), device, torch.float32, null)
+
+
+def test_loading_the_language_model_is_told(tmp_path, lm_home, monkeypatch):
+    monkeypatch.setattr("sidestep.acestep.weights.quiet_seconds", lambda _: 0.0)
+    told = []
+    made(config(lm_home, tmp_path), told.append)
+    loaded = [e for e in told if isinstance(e, Progress) and e.task == "Loading the language model"]
+    assert [loaded[0].done, loaded[-1].done] == [0, loaded[-1].total]
 
 
 def test_the_command_thinks(tmp_path, lm_home, capsys):

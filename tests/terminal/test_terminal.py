@@ -175,9 +175,10 @@ def test_a_task_inside_another_leaves_no_line_at_its_end():
     ]
 
 
-def test_a_task_that_failed_silences_no_other_after_the_next_step():
+@pytest.mark.parametrize("ending", [STEP, EpochDone(epoch=1, total_epochs=9, loss=0.5, seconds=61)])
+def test_a_task_that_failed_silences_no_other_after_the_next_step(ending):
     validation, lines = [Progress(task="Validation", done=done, total=3) for done in (1, 3)], []
-    given = (Progress(task="Previews", done=1, total=4), STEP, *validation)
+    given = (Progress(task="Previews", done=1, total=4), ending, *validation)
     plain, out = PlainView(lines.append, lambda: 0.0), io.StringIO()
     with LiveView(Console(file=out)) as live:
         for event in given:

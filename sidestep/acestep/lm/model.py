@@ -20,8 +20,9 @@ from sidestep.acestep.checkpoint import END_OF_TEXT, QWEN3_FIELDS, Checkpoint
 from sidestep.acestep.layout import Layout, read_config
 from sidestep.acestep.lm.prompts import END_OF_TURN
 from sidestep.acestep.quantize import make_quantizable
-from sidestep.acestep.weights import CPU, Weights, fill
+from sidestep.acestep.weights import CPU, Weights, fill, loading
 from sidestep.errors import UserError
+from sidestep.events import Report, null
 
 PREFIX = "acestep-5Hz-lm-"
 SIZES = {"1.7B": "3.7 GB", "0.6B": "1.3 GB", "4B": "8.4 GB"}  # what to take first, and the size of its download
@@ -143,16 +144,19 @@ def load_language_model(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     quantize: str = "",
+    report: Report = null,
 ) -> LanguageModel:
     """A language model in evaluation mode, frozen. quantize: int8 or nf4 for the layers' matrices.
 
     Raises UserError for a broken folder and for a tokenizer without the DiT's codes.
     """
     tokens = Tokens(folder, codebook)
-    return LanguageModel(folder, load_qwen3(folder, device, dtype, quantize), tokens)
+    return LanguageModel(folder, load_qwen3(folder, device, dtype, quantize, report), tokens)
 
 
-def load_qwen3(folder: Path, device: torch.device, dtype: torch.dtype, quantize: str = "") -> Qwen3ForCausalLM:
+def load_qwen3(
+    folder: Path, device: torch.device, dtype: torch.dtype, quantize: str = "", report: Report = null
+) -> Qwen3ForCausalLM:
     """The weights of a folder in transformers' class. The three ways in which their keys are named are all read."""
     read = read_config(folder / "config.json")
     if read.get("model_type") != "qwen3":
@@ -167,6 +171,7 @@ def load_qwen3(folder: Path, device: torch.device, dtype: torch.dtype, quantize:
             make_quantizable(model.model, quantize, dtype)
             model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantize == "int8", quantize == "nf4"
     keys = {key.removeprefix("model."): key for key in weights.shapes if key != "lm_head.weight"}
-    fill(model.model, weights, keys, dtype, device, "language model")
+    done = loading(report, "language model", weights, keys, dtype, quantize)
+    fill(model.model, weights, keys, dtype, device, "language model", done=done)
     model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval().requires_grad_(False)

@@ -43,7 +43,7 @@ class LanguageModelListener:
             raise UserError(f"{checkpoint.layout.vae}: a VAE of another sample rate than {SAMPLE_RATE} Hz.")
         quantised = "" if config.base_precision == "auto" else config.base_precision
         codebook = codebook_size(checkpoint)
-        self._lm = load_language_model(folder, codebook, device.value, precision.value, quantised)
+        self._lm = load_language_model(folder, codebook, device.value, precision.value, quantised, report)
         self._vae = checkpoint.load_vae(device.value, precision.value, to_encode=True)
         self._tokenizer = checkpoint.load_audio_tokenizer(device.value, precision.value)
         self._detokenizer = checkpoint.load_audio_detokenizer(device.value, precision.value)

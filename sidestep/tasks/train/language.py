@@ -99,7 +99,7 @@ def open_language(
     reason = "the app's own size" if config.lm == "auto" and "1.7B" in folder.name else f"--lm {config.lm}"
     report(Decision(what="language model", value=folder.name, reason=reason))
     quantised = "" if config.base_precision == "auto" else config.base_precision
-    lm = load_language_model(folder, codebook_size(checkpoint), device, precision, quantised)
+    lm = load_language_model(folder, codebook_size(checkpoint), device, precision, quantised, report)
     if config.gradient_checkpointing:
         lm.model.model.gradient_checkpointing_enable({"use_reentrant": False})
     else:

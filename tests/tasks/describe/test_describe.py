@@ -199,6 +199,14 @@ def test_half_a_line_of_a_killed_run_costs_one_song(tmp_path, saying, torn):
     assert heard.heard == []
 
 
+def test_loading_what_hears_is_told(tmp_path, lm_home, monkeypatch):
+    monkeypatch.setattr("sidestep.acestep.weights.quiet_seconds", lambda _: 0.0)
+    write_sndfile(tmp_path / "song 0.wav", tone(300, 0.5), 48_000)
+    _, events = described(tmp_path, lm_home)
+    told = {event.task for event in events if isinstance(event, Progress)}
+    assert {"Loading the vae", "Loading the language model"} <= told
+
+
 def test_a_long_song_is_heard_in_parts_and_says_so(tmp_path, lm_home, monkeypatch):
     monkeypatch.setattr(listener, "HEARD_SECONDS", 1)
     monkeypatch.setattr(listener, "LEAST_SECONDS", 0.4)

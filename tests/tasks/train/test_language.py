@@ -22,7 +22,7 @@ from sidestep.cli import commands
 from sidestep.cli.main import main
 from sidestep.data.records import index_records, save_record
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
-from sidestep.events import EpochDone, Finished, Notice, StepDone, Table, Validated, null
+from sidestep.events import EpochDone, Finished, Notice, Progress, StepDone, Table, Validated, null
 from sidestep.settings.config import HistoryConfig, SampleConfig, TrainLmConfig
 from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
@@ -94,6 +94,12 @@ def test_the_loss_of_a_step_is_that_of_the_whole_answer(tmp_path, lm_home, tiny_
         states = tiny_lm.model.model(input_ids=batch.ids).last_hidden_state[0].clone()
     expected = answer_loss(states, tiny_lm.model.lm_head.weight, batch.ids[0], batch.n_prompt)
     torch.testing.assert_close(run.objective.grid_loss(run.wrapped, run.songs, micro_batch)[0].detach(), expected)
+
+
+def test_loading_the_language_model_is_told(tmp_path, lm_home, monkeypatch):
+    monkeypatch.setattr("sidestep.acestep.weights.quiet_seconds", lambda _: 0.0)
+    log = run(settings(write_songs(tmp_path / "data"), tmp_path / "run", lm_home, max_steps=1))
+    assert "Loading the language model" in {event.task for event in log.of(Progress)}
 
 
 def test_recomputation_changes_no_gradient(tmp_path, lm_home):
