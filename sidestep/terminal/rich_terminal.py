@@ -32,7 +32,7 @@ from sidestep.events import (
 )
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
 from sidestep.terminal.keys import reading_keys
-from sidestep.terminal.terminal import Terminal, after_a_moment, as_lines, done_of, is_tty, rate
+from sidestep.terminal.terminal import Terminal, UnderWay, after_a_moment, as_lines, done_of, is_tty, rate
 from sidestep.words import clock, gib, visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -84,7 +84,7 @@ class LiveView:
         self.stack = ExitStack()
         self.started: TrainingStarted | None = None
         self.unicode = shows_unicode(console)
-        self.tasks: dict[str, Progress] = {}
+        self.tasks = UnderWay()
         self.losses: deque[float] = deque(maxlen=20_000)
         self.step: StepDone | None = None
         self.epoch: EpochDone | None = None
@@ -110,12 +110,10 @@ class LiveView:
     def __call__(self, event: Event) -> None:
         event = visible_event(event)
         match event:
-            case Progress(task=task, done=done, total=total):
-                self.tasks[task] = event
-                if total and done >= total:
-                    del self.tasks[task]
-                    if not self.tasks:  # a part of another task leaves no line
-                        self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
+            case Progress(task=task):
+                self.tasks.take(event)
+                if not self.tasks:  # a part of another task leaves no line
+                    self.console.print(Text.assemble(("done ", "green"), task, (f"  {done_of(event)}", "dim")))
             case TrainingStarted():
                 self.started, self.step, self.began = event, None, time.monotonic()
                 self.losses.clear()

@@ -138,28 +138,41 @@ def table_lines(event: Table) -> list[str]:
     return [event.title, *(f"  {line}" for line in lines)] if event.title else lines
 
 
+class UnderWay(dict[str, Progress]):
+    """The last word of each task that goes on, in the order in which they began: each is a part of those before it.
+
+    A part that failed has no end of its own: it goes with the next word of what it was a part of.
+    """
+
+    def take(self, event: Progress) -> None:
+        """Keep the last word of a task; at its end, drop it."""
+        if event.task in self:
+            for task in list(self)[list(self).index(event.task) :]:
+                del self[task]
+        if event.done < event.total:
+            self[event.task] = event
+
+
 class PlainView:
     """Shows events as lines. Progress, steps and epochs come at most every few seconds.
 
-    The last one always comes, but for that of a task inside another. That a training wrote a better best/ comes at
-    most every minute: its end says which one it is.
+    The last one always comes, but for that of a task inside another, which never does. That a training wrote a better
+    best/ comes at most every minute: its end says which one it is.
     """
 
     def __init__(self, show: Callable[[str], None], now: Callable[[], float] = time.monotonic):
         self._show, self._now = show, now
         self._last: dict[str, float] = {}
-        self._under_way: set[str] = set()
+        self._under_way = UnderWay()
 
     def __call__(self, event: Event) -> None:
         kind, is_last, pause = "", True, SECONDS_BETWEEN_LINES
         match event:
             case Progress():
-                kind = f"progress {event.task}"
-                if event.done < event.total:
-                    self._under_way.add(event.task)
-                else:
-                    self._under_way.discard(event.task)
-                is_last = event.done >= event.total and not self._under_way
+                kind, is_last = f"progress {event.task}", event.done >= event.total
+                self._under_way.take(event)
+                if is_last and self._under_way:
+                    return
             case StepDone():
                 kind, is_last = "step", event.step >= event.total_steps
                 self._under_way.clear()  # no task goes on across a step; one that failed has no end

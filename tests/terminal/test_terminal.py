@@ -160,7 +160,7 @@ NESTED = [  # two clips, each with its steps, then a task of its own
 
 def test_a_task_inside_another_leaves_no_line_at_its_end():
     lines: list[str] = []
-    view = PlainView(lines.append, lambda: 0.0)
+    view = PlainView(lines.append, iter(range(0, 999, 10)).__next__)  # even where its line would be due
     for event in NESTED:
         view(event)
     ends = [line for line in lines if "100%" in line]
@@ -173,6 +173,19 @@ def test_a_task_inside_another_leaves_no_line_at_its_end():
         "Clips",
         "Validation",
     ]
+
+
+def test_a_part_that_failed_does_not_silence_the_end_of_the_whole():
+    lines: list[str] = []
+    given = (*NESTED[:2], Progress(task="Clips", done=1, total=2), Progress(task="Clips", done=2, total=2))
+    plain, out = PlainView(lines.append, lambda: 0.0), io.StringIO()
+    with LiveView(Console(file=out)) as live:
+        for event, under_way in zip(given, (["Clips"], ["Clips", "Making music"], ["Clips"], []), strict=True):
+            plain(event)
+            live(event)
+            assert list(live.tasks) == under_way
+    assert "Clips 2/2 (100%)" in lines
+    assert "done Clips" in out.getvalue()
 
 
 @pytest.mark.parametrize("ending", [STEP, EpochDone(epoch=1, total_epochs=9, loss=0.5, seconds=61)])

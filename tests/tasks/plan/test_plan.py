@@ -564,7 +564,8 @@ def test_estimate_and_sample_are_refused_before_anything_is_loaded(small_run, ca
 )
 def test_what_would_wait_in_ram_is_compared_with_what_is_there(small_run, card, monkeypatch, command, changes, flags):
     began = []
-    monkeypatch.setattr(f"sidestep.tasks.{command}.{command}", lambda config, *_: began.append(config))
+    module = "train.setup" if command == "train" else command
+    monkeypatch.setattr(f"sidestep.tasks.{module}.{command}", lambda config, *_: began.append(config))
     monkeypatch.setattr(plans, "preview_peak", lambda *_: 0)
     card(8 * GIB)
     shared = {"checkpoint_dir": small_run.checkpoint_dir, "device": "cuda", **changes}
