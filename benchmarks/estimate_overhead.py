@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AceStepTransformer1DModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidestep.acestep.attention import use_attention
 from sidestep.tasks.estimate.sketch import Layout, Sketch, linear_shapes, watch
-from sidestep.tasks.plan.step import LiveBytes
+from sidestep.tasks.plan.unfilled import UnfilledBytes
 from sidestep.variants import CONFIG_2B
 
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "down_proj")
@@ -76,14 +75,13 @@ def watched(model: torch.nn.Module, targets: list[str], width: int):
 
 def peak_memory(recompute: bool, mlp: bool, watching: bool, seconds: int = 240) -> int:
     """Peak bytes of a pass through the 2B decoder in bf16 with one song of `seconds`."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with UnfilledBytes() as alive:
         model = decoder_of(CONFIG_2B, torch.bfloat16)
         use_attention(model, "local", torch.device("cpu"), torch.bfloat16)
         if recompute:
             model.enable_gradient_checkpointing()
-        alive = LiveBytes()
-        alive.count([parameter.data for parameter in model.parameters()])
-        with alive, watched(model, names(model, mlp), 32) if watching else nullcontext():
+        alive.peak = alive.now
+        with watched(model, names(model, mlp), 32) if watching else nullcontext():
             one_pass(model, seconds * 25, 1000, torch.bfloat16)
         return alive.peak
 

@@ -1,14 +1,23 @@
 """The heavy libraries, loaded in less time: without collecting garbage, and without what nothing here asks for.
 
 Libraries import some packages only because they are installed. For them such a package is absent, which in
-`sys.modules` is a None; whoever needs one himself imports it by `asked_for`.
+`sys.modules` is a None; whoever needs one himself imports it by `asked_for`. What they find out about files that do not
+change between two starts is kept.
 """
 
+import functools
 import gc
+import json
 import sys
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from sidestep.files import cache_folder, short_digest, write_text
 
 LIBRARIES = (
     "torch",
@@ -19,6 +28,7 @@ LIBRARIES = (
 )
 ABSENT_WHILE_LOADING = ("scipy",)  # transformers has it for a loss, diffusers for samplers; we use it ourselves
 ABSENT = ("bitsandbytes",)  # peft looks for it at each layer that it adapts
+SCANNER = "transformers.utils.import_utils"
 
 
 def load_libraries(done: Callable[[], object] = lambda: None) -> None:
@@ -34,9 +44,10 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
     gc.disable()
     sys.modules.update(dict.fromkeys(hidden))  # pyrefly: ignore[no-matching-overload]  None: not to be imported
     try:
-        for name in LIBRARIES:
-            import_module(name)
-            done()
+        with packages_looked_up_once(), model_names_kept():
+            for name in LIBRARIES:
+                import_module(name)
+                done()
     finally:
         for name in hidden:
             if name not in ABSENT:
@@ -44,6 +55,90 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
         if collecting:
             gc.enable()
     gc.freeze()
+
+
+@contextmanager
+def packages_looked_up_once() -> Iterator[None]:
+    """While entered: which distribution a package is of is read from all of them once, not once a library."""
+    look_up = metadata.packages_distributions
+    metadata.packages_distributions = functools.cache(look_up)
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = look_up
+
+
+@contextmanager
+def model_names_kept() -> Iterator[None]:
+    """While entered: transformers, once it is imported, takes the names of its models from our folder of caches.
+
+    It reads its 2,500 files of models twice to learn which names are in them.
+    """
+    finder = AfterImport(SCANNER, keep_model_names)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # it goes with its module
+            sys.meta_path.remove(finder)
+
+
+class AfterImport:
+    """A finder of one module, which is found as ever and handed to `then` once it was executed."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]):
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, *_: object) -> Any:
+        """The spec of the module that is waited for; None of any other, which the next finder finds."""
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self._then(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def keep_model_names(scanner: Any) -> None:
+    """Let transformers' `define_import_structure` keep what it finds in the folder of all models.
+
+    It gives the names in each module, by the libraries that these need. They are scanned again for another version, or
+    where something came into the folder or left it.
+    """
+    scan = getattr(scanner, "define_import_structure", None)
+    if scan is None:
+        return
+
+    def define(path: str | Path, *how: object, **named: object) -> dict[frozenset[str], dict[str, set[str]]]:
+        folder = Path(path).parent if Path(path).suffix else Path(path)
+        if folder.name != "models":
+            return scan(path, *how, **named)
+        state = f"{metadata.version('transformers')} {folder} {folder.stat().st_mtime_ns}"
+        file = cache_folder() / f"transformers-models-{short_digest(repr((Path(path).suffix, how, named)))}.json"
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["state"] == state:
+                return {
+                    frozenset(needed): {module: set(names) for module, names in modules.items()}
+                    for needed, modules in kept["names"]
+                }
+        found = scan(path, *how, **named)
+        with suppress(OSError, TypeError):
+            names = [
+                [sorted(needed), {module: sorted(names) for module, names in modules.items()}]
+                for needed, modules in found.items()
+            ]
+            write_text(file, json.dumps({"state": state, "names": names}))
+        return found
+
+    scanner.define_import_structure = define
 
 
 def asked_for(name: str) -> ModuleType:

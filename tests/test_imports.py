@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import io
 import itertools
+import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -184,6 +185,108 @@ def test_leaving_looks_for_no_garbage(monkeypatch):
     with pytest.raises(SystemExit) as left:
         cli_main.entry()
     assert (left.value.code, frozen) == (3, [True])
+
+
+@pytest.fixture
+def scanner(tmp_path, monkeypatch):
+    """A module that scans a folder of models as transformers' does, and says which it scanned."""
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    (tmp_path / "models").mkdir()
+
+    def scan(path, prefix=None):
+        scanner.scanned.append(path)
+        dot = f"{prefix}." if prefix else ""
+        dot += "" if str(path).endswith(".py") else "folder."
+        return {frozenset({"torch", "vision"}): {f"{dot}a.modeling_a": {"A", "B"}}, frozenset(): {f"{dot}a": {"C"}}}
+
+    scanner = SimpleNamespace(define_import_structure=scan, scanned=[], scan=scan)
+    return scanner
+
+
+def test_the_names_of_models_are_scanned_once_for_each_state_of_their_folder(scanner, tmp_path, monkeypatch):
+    models, home = tmp_path / "models", tmp_path / "home"
+    calls = [(models, "models"), (models, "others"), (models,), (str(models / "__init__.py"),)]
+    expected = [scanner.scan(*call) for call in calls]
+    imports.keep_model_names(scanner)
+
+    def scanned() -> int:
+        scanner.scanned.clear()
+        assert [scanner.define_import_structure(*call) for call in calls] == expected
+        return len(scanner.scanned)
+
+    assert (scanned(), scanned()) == (4, 0)
+    (models / "another").mkdir()
+    os.utime(models, ns=(1, 1))  # whatever the clock's grain
+    assert (scanned(), scanned()) == (4, 0)
+    monkeypatch.setattr(imports.metadata, "version", lambda _: "0.0")
+    assert (scanned(), scanned()) == (4, 0)
+    for broken in ("", "[]", '{"state": 0}', '{"names": 3}'):
+        for file in home.iterdir():
+            file.write_text(broken, encoding="utf-8")
+        assert (scanned(), scanned()) == (4, 0)
+    assert len(list(home.iterdir())) == 4  # nothing piles up
+    monkeypatch.setattr(imports, "cache_folder", lambda: models / "__init__.py" / "cannot be")
+    (models / "__init__.py").touch()
+    assert (scanned(), scanned()) == (4, 4)
+
+
+def test_only_the_folder_of_all_models_is_kept_and_a_library_without_the_scan_is_left_alone(scanner, tmp_path):
+    imports.keep_model_names(scanner)
+    for _ in range(2):
+        scanner.define_import_structure(tmp_path / "models" / "a" / "__init__.py")
+    assert len(scanner.scanned) == 2
+    assert not (tmp_path / "home").exists()
+    imports.keep_model_names(other := SimpleNamespace())
+    assert vars(other) == {}
+
+
+def test_a_module_is_handed_over_after_it_was_imported_and_the_finder_goes(packages, tmp_path, monkeypatch):
+    without_torch(monkeypatch)
+    seen = []
+    monkeypatch.setattr(imports, "SCANNER", "a_library")
+    monkeypatch.setattr(imports, "keep_model_names", lambda module: seen.append(module.seen["absent"]))
+    before = list(sys.meta_path)
+    imports.load_libraries()
+    assert seen == [True]
+    assert sys.meta_path == before
+    sys.modules.pop("a_library")
+    monkeypatch.setattr(imports, "SCANNER", "never imported")
+    imports.load_libraries()
+    assert sys.meta_path == before
+
+
+def test_packages_are_looked_up_once_and_as_before_afterwards(packages, tmp_path, monkeypatch):
+    without_torch(monkeypatch)
+    calls, code = [], "from importlib import metadata\nseen = [metadata.packages_distributions() for _ in range(2)]\n"
+    monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {"x": ["y"]})
+    before = imports.metadata.packages_distributions
+    (tmp_path / "a_library.py").write_text(code, encoding="utf-8")
+    imports.load_libraries()
+    assert (sys.modules["a_library"].seen, calls) == ([{"x": ["y"]}] * 2, [1])
+    assert imports.metadata.packages_distributions is before
+
+
+@pytest.mark.slow
+def test_a_second_start_reads_no_model_of_transformers_that_it_does_not_use(tmp_path):
+    code = """
+import sys
+read = set()
+sys.addaudithook(lambda event, what: read.add(str(what[0])) if event == "open" else None)
+from sidestep.imports import load_libraries
+load_libraries()
+import transformers
+print(len([path for path in read if "transformers/models/" in path.replace(chr(92), "/") and path.endswith(".py")]))
+assert transformers.BertConfig().model_type == "bert"
+"""
+    environment = os.environ | {"SIDE_STEP_HOME": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+        for _ in range(2)
+    ]
+    assert [(run.returncode, run.stderr) for run in runs] == [(0, "")] * 2
+    first, second = (int(run.stdout) for run in runs)
+    assert first > 1000
+    assert second < 100
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from sidestep.acestep.fused import FusedAttention, FusedBlock, FusedNorm, fuse_l
 from sidestep.adapters.attach import attach
 from sidestep.adapters.layers import LowRankLinear
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.plan.step import LiveBytes
+from sidestep.tasks.plan.unfilled import LiveBytes
 
 SIZES = {
     "hidden_size": 32,

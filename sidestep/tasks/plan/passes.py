@@ -1,4 +1,4 @@
-"""Memory of the two preprocessing passes and of a preview, on fake tensors like the training step.
+"""Memory of the two preprocessing passes and of a preview, on unfilled tensors like the training step.
 
 Without gradients a layer leaves nothing behind: few layers show the peak of many, the weights of the others are added.
 """
@@ -15,7 +15,6 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepConditionEncoder,
 )
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3Config, Qwen3Model
 
 from sidestep.acestep.attention import use_attention
@@ -33,7 +32,8 @@ from sidestep.acestep.vae import (
 )
 from sidestep.adapters.attach import attach
 from sidestep.settings.config import TrainConfig
-from sidestep.tasks.plan.step import CPU, LiveBytes, bytes_of, fake_mode, make_fake, unpack_weights
+from sidestep.tasks.plan.step import unpack_weights
+from sidestep.tasks.plan.unfilled import CPU, META, UnfilledBytes, bytes_of, unfill
 from sidestep.variants import detect
 
 FEW_LAYERS = 2
@@ -63,36 +63,34 @@ def first_pass_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_
     both.
     """
     encoding = encoding_peak(torch.float32, seconds, tile_frames)
-    with torch.device("meta"):
+    with META:
         text_encoder = Qwen3Model(Qwen3Config.from_dict(TEXT_ENCODER | {"num_hidden_layers": FEW_LAYERS}))
     _freeze(text_encoder, wide(dtype))
     others = _other_layers(text_encoder.layers, TEXT_ENCODER["num_hidden_layers"])
-    with fake_mode() as mode:
-        reading = _loaded(text_encoder, mode)
-        with reading:
-            encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
+    with _loaded(text_encoder) as reading:
+        encode_text(text_encoder, torch.zeros(1, TEXT_TOKENS, dtype=torch.long))
     return max(encoding, reading.peak + others)
 
 
 @functools.cache
 def encoding_peak(dtype: torch.dtype, seconds: float, tile_frames: int = TILE_FRAMES, whole: bool = False) -> int:
     """Peak bytes of the VAE that encodes a song of so many seconds, tile by tile. whole: its decoder is there, too."""
-    vae, encoding = _vae(dtype), LiveBytes()
+    vae, encoding = _vae(dtype), UnfilledBytes()
     samples = round(seconds * VAE["sampling_rate"])
     tile_samples = samples_per_frame(VAE) * (tile_frames + 2 * ENCODER_HALO_FRAMES)
     encoding.count(list((vae if whole else vae.encoder).parameters()))
     with encoding:
-        encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples), dtype=dtype, device="meta"), 0)
+        encode_mean(vae, torch.empty(1, 2, min(samples, tile_samples), dtype=dtype), 0)
     return encoding.peak
 
 
 @functools.cache
 def decoding_peak(dtype: torch.dtype, frames: int) -> int:
     """Peak bytes of the VAE that makes music of a tile of so many latent frames, as `vae.decode` does on the device."""
-    vae, decoding = _vae(dtype), LiveBytes()
+    vae, decoding = _vae(dtype), UnfilledBytes()
     decoding.count(list(vae.parameters()))
     with decoding, torch.inference_mode():
-        vae.decode(torch.empty(1, VAE["decoder_input_channels"], frames, dtype=dtype, device="meta")).sample.float()
+        vae.decode(torch.empty(1, VAE["decoder_input_channels"], frames, dtype=dtype)).sample.float()
     return decoding.peak
 
 
@@ -104,7 +102,7 @@ def vae_bytes(dtype: torch.dtype) -> int:
 def codes_bytes(sizes: dict, dtype: torch.dtype) -> int:
     """Bytes of the weights between latents and codes, there and back. sizes: the DiT's config."""
     whole = encoder_sizes(sizes)
-    with torch.device("meta"):
+    with META:
         parts = [kind(**accepted(kind, whole)) for kind in (AceStepAudioTokenizer, AceStepAudioTokenDetokenizer)]
     return sum(parameter.numel() for part in parts for parameter in part.parameters()) * dtype.itemsize
 
@@ -117,21 +115,19 @@ def second_pass_peak(sizes: dict, dtype: torch.dtype) -> int:
         for name, count in whole.items()
         if name in ("num_lyric_encoder_hidden_layers", "num_timbre_encoder_hidden_layers")
     }
-    with torch.device("meta"):
+    with META:
         encoder = AceStepConditionEncoder(**accepted(AceStepConditionEncoder, whole | few))
     dtype = wide(dtype)
     _freeze(encoder, dtype)
     others = _other_layers(encoder.lyric_encoder.layers, whole["num_lyric_encoder_hidden_layers"])
     others += _other_layers(encoder.timbre_encoder.layers, whole["num_timbre_encoder_hidden_layers"])
-    with fake_mode() as mode:
-        memory = _loaded(encoder, mode)
+    # the original counts references on the host, which unfilled tensors cannot; here there is one
+    # pyrefly: ignore[bad-assignment] (its arguments have names, by which nobody calls it)
+    encoder.timbre_encoder.unpack_timbre_embeddings = lambda packed, _: (packed[:, None], torch.ones(1, 1).bool())
+    with _loaded(encoder) as memory:
         text, lyrics = (torch.empty(1, n, sizes["text_hidden_dim"], dtype=dtype) for n in (TEXT_TOKENS, LYRIC_TOKENS))
-        # the original counts references on the host, which fake tensors cannot; here there is one
-        # pyrefly: ignore[bad-assignment] (its arguments have names, by which nobody calls it)
-        encoder.timbre_encoder.unpack_timbre_embeddings = lambda packed, _: (packed[:, None], torch.ones(1, 1).bool())
         timbre = torch.empty(1, sizes.get("timbre_fix_frame", 750), sizes["timbre_hidden_dim"], dtype=dtype)
-        with memory:
-            encode_conditions(encoder, text, lyrics, timbre)
+        encode_conditions(encoder, text, lyrics, timbre)
     return memory.peak + others
 
 
@@ -145,7 +141,7 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
     batch, frames = 1 if detect(sizes).is_turbo else 2, round(config.preview_duration * frames_per_second)
     decoding = decoding_peak(dtype, min(frames, DECODER_TILE_FRAMES + 2 * DECODER_HALO_FRAMES))
     waiting = 0 if config.offload_encoder else bytes_of(_vae(dtype).parameters())
-    with torch.device("meta"):
+    with META:
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, few))
         _freeze(decoder, dtype)
         fuse_layers(decoder)
@@ -153,15 +149,12 @@ def preview_peak(sizes: dict, config: TrainConfig, dtype: torch.dtype, frames_pe
     use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":
         unpack_weights(model, dtype)
-    with fake_mode() as mode:
-        denoising = _loaded(model, mode)
+    with _loaded(model) as denoising, torch.no_grad():
         loaded = denoising.now
         latents = torch.empty(batch, frames, sizes["audio_acoustic_hidden_dim"], dtype=dtype)
         t = torch.empty(batch, dtype=dtype)
         conditions = torch.empty(batch, tokens, sizes.get("encoder_hidden_size") or sizes["hidden_size"], dtype=dtype)
-        with denoising, torch.no_grad():
-            denoising.count([latents, conditions])
-            decoder(latents, t, t, conditions, torch.cat([latents, latents], dim=-1), return_dict=False)
+        decoder(latents, t, t, conditions, torch.cat([latents, latents], dim=-1), return_dict=False)
     return max(decoding, waiting + denoising.peak - loaded)
 
 
@@ -174,7 +167,7 @@ def _vae(dtype: torch.dtype) -> Any:
 
 @functools.cache
 def _any_vae() -> AutoencoderOobleck:
-    with torch.device("meta"):
+    with META:
         vae = AutoencoderOobleck(**VAE)
         fuse_vae(vae)
         return vae
@@ -191,9 +184,9 @@ def _other_layers(layers: nn.ModuleList, count: int) -> int:
     return (count - len(layers)) * bytes_of(layers[0].parameters())
 
 
-def _loaded(model: nn.Module, mode: FakeTensorMode) -> LiveBytes:
-    """A counter that has counted a model's weights, with fake tensors in the place of those on `meta`."""
-    memory = LiveBytes()
-    make_fake(model, mode)
+def _loaded(model: nn.Module) -> UnfilledBytes:
+    """A counter that has counted a model's weights, unfilled tensors in the place of those on `meta`."""
+    memory = UnfilledBytes()
+    unfill(model)
     memory.count([*model.parameters(), *model.buffers()])
     return memory

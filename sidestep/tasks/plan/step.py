@@ -1,15 +1,11 @@
 """Memory of a training step, from the step itself run on tensors that have shapes and no bytes.
 
-`LiveBytes` counts storages while code runs. Models are built on `meta` and given fake CPU tensors, which take autocast,
-attention and optimizer kernels through the same code as real ones, on a machine with no GPU at all.
-
 Running all layers of a model takes some 3 s of computing, and a plan asks for ten to twenty steps (measured: 2.4 to
 4.8 s each for 24 to 32 layers, a whole plan 30 to 60 s). Blocks of one kind are alike, so `StepModel` runs one of each
 kind, cuts the step into segments at the blocks' edges and puts it together again for any number of them: 1.6 s for a
 plan, to within 1 % of all layers.
 """
 
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,11 +15,7 @@ import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute
@@ -34,20 +26,16 @@ from sidestep.adapters.attach import attach
 from sidestep.data.batches import Batch
 from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig
+from sidestep.tasks.plan.unfilled import CPU, META, UnfilledBytes, allocated, bytes_of, unfill
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import detect
 
-CPU = torch.device("cpu")
-ALLOCATION_BYTES = 512  # what CUDA's caching allocator rounds every tensor up to
 SILENCE_FRAMES = 15000  # that a checkpoint has; a run keeps as many as its longest window
 
 ELSEWHERE = (  # what `offload_activations` leaves on the device: no activation until the backward pass asks for it
     lambda tensor: tensor if tensor.is_leaf else (tensor.shape, tensor.stride(), tensor.dtype),
     lambda kept: kept if isinstance(kept, Tensor) else torch.empty_strided(kept[0], kept[1], dtype=kept[2]),
 )
-_DEVICE_OF = torch.ops.prim.device.default
-_ITEM = torch.ops.aten._local_scalar_dense.default
-_UNSAFE_VIEW, _VIEW = torch.ops.aten._unsafe_view.default, torch.ops.aten.view.default
 
 
 @dataclass(frozen=True)
@@ -65,86 +53,6 @@ def joined(segments: Iterable[Segment]) -> Segment:
         peak = max(peak, rise + segment.peak)
         rise += segment.rise
     return Segment(rise, peak)
-
-
-class LiveBytes(TorchDispatchMode):
-    """While entered: `now` and `peak` bytes of the tensors that exist.
-
-    A storage counts once, from the operation that made it until nothing holds it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._cut_at = 0
-        self._alive: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # two thirds of all calls on fake tensors; the mode would ask its cache first
-        if func is _UNSAFE_VIEW and isinstance(args[0], FakeTensor):
-            func = _VIEW  # shares the storage all the same, and the cache of fake tensors knows it
-        if func is _ITEM and isinstance(args[0], FakeTensor):
-            return True  # LoHa draws whether a layer's adapter takes part; the peak is that of a step in which it does
-        if torch.is_inference_mode_enabled() and func._can_decompose():
-            with self:  # in parts, as they are outside of inference mode; those the cache of fake tensors knows
-                return func.decompose(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        self.count(result)
-        return result
-
-    def count(self, tensors: object) -> int:
-        """Add the storages of nested tensors that are not counted yet, and return their bytes."""
-        before = self.now
-        for tensor in (tensors,) if isinstance(tensors, Tensor) else tree_leaves(tensors):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            known = self._alive.get(id(storage))
-            if storage is None or (known is not None and known() is storage):
-                continue
-            key, size = id(storage), allocated(storage.nbytes())
-
-            def freed(_: object, key: int = key, size: int = size) -> None:
-                if self._alive.pop(key, None) is not None:
-                    self.now -= size
-
-            self._alive[key] = weakref.ref(storage, freed)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        return self.now - before
-
-    def cut(self) -> Segment:
-        """The segment from the last cut to here. The next peak is counted from now on."""
-        segment = Segment(self.now - self._cut_at, self.peak - self._cut_at)
-        self._cut_at = self.peak = self.now
-        return segment
-
-
-def allocated(nbytes: int) -> int:
-    """What the device's allocator gives to a tensor of so many bytes."""
-    return -(-nbytes // ALLOCATION_BYTES) * ALLOCATION_BYTES
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages, each rounded up as the device's allocator does."""
-    return LiveBytes().count(list(tensors))
-
-
-def fake_mode() -> FakeTensorMode:
-    """The mode in which fake tensors compute; numbers such as seeds may stay real."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def make_fake(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Replace a module's `meta` parameters and buffers by fake CPU tensors of a mode."""
-    for part in module.modules():
-        kinds: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for tensors in kinds:
-            for name, tensor in tensors.items():
-                if tensor is not None and not isinstance(tensor, FakeTensor):
-                    with no_dispatch():  # through the mode each would cost as much as an operation of the step
-                        tensors[name] = FakeTensor(mode, tensor.detach(), CPU).requires_grad_(tensor.requires_grad)
-    return module
 
 
 class Unpacked(nn.Module):
@@ -266,7 +174,8 @@ class StepModel:
         model = _on_meta(sizes, config, dtype, [("full_attention", False)])
         self._one_block = [p for name, p in model.named_parameters() if ".layers." in name]
         outside = [p for name, p in model.named_parameters() if ".layers." not in name]
-        self._outside = [*outside, *model.buffers(), *_constants(sizes, shape.frames, dtype, "meta")]
+        with META:
+            self._outside = [*outside, *model.buffers(), *_constants(sizes, shape.frames, dtype)]
 
     def peak(self, config: TrainConfig) -> Peak:
         """Peak with the recomputation, swapping, quantisation and optimizer of `config`; all else as it was."""
@@ -317,7 +226,7 @@ def stored_bytes(weight: Tensor, base_precision: str) -> int:
 def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[BlockKind]) -> PeftModel:
     """The decoder with so many blocks and its adapter, on `meta`."""
     sizes = sizes | {"num_hidden_layers": len(kinds), "layer_types": [attention for attention, _ in kinds]}
-    with torch.device("meta"):
+    with META:
         decoder = AceStepTransformer1DModel(**accepted(AceStepTransformer1DModel, sizes))
         for parameter in decoder.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -325,11 +234,10 @@ def _on_meta(sizes: dict, config: TrainConfig, dtype: torch.dtype, kinds: list[B
         return attach(decoder, config).train()
 
 
-def _constants(sizes: dict, frames: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def _constants(sizes: dict, frames: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The silence latent and the null condition, which a run holds on the device."""
     width, channels = sizes.get("encoder_hidden_size") or sizes["hidden_size"], sizes["audio_acoustic_hidden_dim"]
-    silence = torch.empty(1, min(frames, SILENCE_FRAMES), channels, device=device)
-    return silence, torch.empty(1, 1, width, dtype=dtype, device=device)
+    return torch.empty(1, min(frames, SILENCE_FRAMES), channels), torch.empty(1, 1, width, dtype=dtype)
 
 
 def run_step(
@@ -345,40 +253,37 @@ def run_step(
     use_attention(decoder, config.attention, CPU, dtype)
     if config.base_precision != "auto":
         unpack_weights(model, dtype)
-    with fake_mode() as mode:
-        make_fake(model, mode)
-        silence, null = _constants(sizes, shape.frames, dtype, "cpu")
-        latents = torch.empty(shape.batch, shape.frames, silence.shape[-1])
-        conditions = torch.empty(shape.batch, shape.tokens, null.shape[-1], dtype=dtype)
-        batch = Batch(latents, conditions, None, None, ("",) * shape.batch, tuple(range(shape.batch)))
+    unfill(model)
+    memory = UnfilledBytes()
+    memory.count([*model.parameters(), *model.buffers()])
+    with memory:
+        silence, null = _constants(sizes, shape.frames, dtype)
         law = TrainingLaw(detect(sizes).name, lambda u: torch.full_like(u, 0.5), 0.0, "")
         objective = Objective(replace(config, offload_activations=False), law, silence, null, mask)
         trained = [p for p in model.parameters() if p.requires_grad]
         if config.gradient_accumulation > 1:  # a later micro-step finds the gradients of those before
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        memory = LiveBytes()
-        memory.count([*model.parameters(), *model.buffers(), *(p.grad for p in trained), silence, null])
-        with memory:
-            calls = [recompute if recomputed else nn.Module.__call__ for _, recomputed in kinds]
-            watch = StepWatch(memory, decoder, calls)
-            memory.count([latents, conditions])
-            with (
-                torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-                saved_tensors_hooks(*ELSEWHERE) if config.offload_activations else nullcontext(),
-            ):
-                weighted, _, _ = objective(model, batch, 0, shape.batch)
-            weighted.sum().backward()
-            del weighted
-            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
-            return watch.result()
+        watch = StepWatch(memory, decoder, [recompute if again else nn.Module.__call__ for _, again in kinds])
+        latents = torch.empty(shape.batch, shape.frames, silence.shape[-1])
+        conditions = torch.empty(shape.batch, shape.tokens, null.shape[-1], dtype=dtype)
+        batch = Batch(latents, conditions, None, None, ("",) * shape.batch, tuple(range(shape.batch)))
+        with (
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+            saved_tensors_hooks(*ELSEWHERE) if config.offload_activations else nullcontext(),
+        ):
+            weighted, _, _ = objective(model, batch, 0, shape.batch)
+        weighted.sum().backward()
+        del weighted
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
+        return watch.result()
 
 
 class StepWatch:
     """Cuts a step at the edges of the decoder's blocks. calls: how each block is called, in their order."""
 
-    def __init__(self, memory: LiveBytes, decoder: Any, calls: list[Callable[..., Tensor]]):
-        self._memory, self._calls = memory, dict(zip(decoder.layers, calls, strict=True))
+    def __init__(self, memory: UnfilledBytes, decoder: Any, calls: list[Callable[..., Tensor]]):
+        self._memory, self._calls, self._cut_at = memory, dict(zip(decoder.layers, calls, strict=True)), memory.now
         # before the blocks, each block, to the model's end, autocast's copies; the loss, each block from the last on
         self._cuts: list[Segment] = []
         # what all blocks read; it is freed with the last of them, which is no part of that block
@@ -386,11 +291,13 @@ class StepWatch:
         decoder.enable_gradient_checkpointing(self.call_block)
         decoder.norm_out.register_forward_pre_hook(self.end_blocks)
         decoder.register_forward_hook(self.end_model)
-        memory.cut()
+        memory.peak = memory.now
 
     def cut(self, *_: object) -> None:
-        """End a segment here; as a hook at a gradient, too."""
-        self._cuts.append(self._memory.cut())
+        """End a segment here, from where the next peak is counted; as a hook at a gradient, too."""
+        memory, start = self._memory, self._cut_at
+        self._cuts.append(Segment(memory.now - start, memory.peak - start))
+        self._cut_at = memory.peak = memory.now
 
     def call_block(self, layer: nn.Module, hidden: Tensor, *rest: Tensor | None) -> Tensor:
         """Call a block, with a cut before it in both directions."""
