@@ -5,7 +5,6 @@ Libraries import some packages only because they are installed. For them such a 
 change between two starts is kept.
 """
 
-import functools
 import gc
 import json
 import sys
@@ -44,7 +43,7 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
     gc.disable()
     sys.modules.update(dict.fromkeys(hidden))  # pyrefly: ignore[no-matching-overload]  None: not to be imported
     try:
-        with packages_looked_up_once(), model_names_kept():
+        with packages_kept(), model_names_kept():
             for name in LIBRARIES:
                 import_module(name)
                 done()
@@ -57,11 +56,33 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
     gc.freeze()
 
 
+def kept(name: str, state: object, find: Callable[[], Any]) -> Any:
+    """What `find` gives, as JSON has it: from our folder of caches where it was found in the same state before."""
+    file, state = cache_folder() / f"{name}.json", repr(state)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["state"] == state:
+            return before["found"]
+    found = find()
+    with suppress(OSError, TypeError):
+        write_text(file, json.dumps({"state": state, "found": found}))
+    return found
+
+
 @contextmanager
-def packages_looked_up_once() -> Iterator[None]:
-    """While entered: which distribution a package is of is read from all of them once, not once a library."""
+def packages_kept() -> Iterator[None]:
+    """While entered: which distribution a package is of is not found out again until something is installed or removed.
+
+    That takes reading the lists of files of all distributions, which each library does anew.
+    """
     look_up = metadata.packages_distributions
-    metadata.packages_distributions = functools.cache(look_up)
+
+    def look_up_kept() -> dict[str, list[str]]:
+        folders = [Path(entry or ".") for entry in sys.path]
+        state = [(str(folder.absolute()), folder.stat().st_mtime_ns) for folder in folders if folder.is_dir()]
+        return kept("packages", state, lambda: dict(look_up()))
+
+    metadata.packages_distributions = look_up_kept
     try:
         yield
     finally:
@@ -116,27 +137,25 @@ def keep_model_names(scanner: Any) -> None:
     if scan is None:
         return
 
-    def define(path: str | Path, *how: object, **named: object) -> dict[frozenset[str], dict[str, set[str]]]:
+    def define(path: str | Path, *how: object, **named: object) -> Any:
         folder = Path(path).parent if Path(path).suffix else Path(path)
         if folder.name != "models":
             return scan(path, *how, **named)
-        state = f"{metadata.version('transformers')} {folder} {folder.stat().st_mtime_ns}"
-        file = cache_folder() / f"transformers-models-{short_digest(repr((Path(path).suffix, how, named)))}.json"
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["state"] == state:
-                return {
-                    frozenset(needed): {module: set(names) for module, names in modules.items()}
-                    for needed, modules in kept["names"]
-                }
-        found = scan(path, *how, **named)
-        with suppress(OSError, TypeError):
-            names = [
-                [sorted(needed), {module: sorted(names) for module, names in modules.items()}]
-                for needed, modules in found.items()
-            ]
-            write_text(file, json.dumps({"state": state, "names": names}))
-        return found
+        try:
+            names = kept(
+                f"transformers-models-{short_digest(repr((Path(path).suffix, how, named)))}",
+                (metadata.version("transformers"), str(folder), folder.stat().st_mtime_ns),
+                lambda: [
+                    [sorted(needed), {module: sorted(names) for module, names in modules.items()}]
+                    for needed, modules in scan(path, *how, **named).items()
+                ],
+            )
+            return {
+                frozenset(needed): {module: set(names) for module, names in modules.items()}
+                for needed, modules in names
+            }
+        except (AttributeError, TypeError, ValueError):  # a version that says it in another form
+            return scan(path, *how, **named)
 
     scanner.define_import_structure = define
 

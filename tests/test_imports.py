@@ -220,7 +220,7 @@ def test_the_names_of_models_are_scanned_once_for_each_state_of_their_folder(sca
     assert (scanned(), scanned()) == (4, 0)
     monkeypatch.setattr(imports.metadata, "version", lambda _: "0.0")
     assert (scanned(), scanned()) == (4, 0)
-    for broken in ("", "[]", '{"state": 0}', '{"names": 3}'):
+    for broken in ("", "[]", "3", '{"state": 0}', '{"found": 3}'):
         for file in home.iterdir():
             file.write_text(broken, encoding="utf-8")
         assert (scanned(), scanned()) == (4, 0)
@@ -240,6 +240,14 @@ def test_only_the_folder_of_all_models_is_kept_and_a_library_without_the_scan_is
     assert vars(other) == {}
 
 
+@pytest.mark.parametrize("form", [["a"], {"a": 3}, {frozenset(): {"a": [1, "b"]}}])
+def test_names_of_models_in_another_form_are_left_as_they_are(scanner, tmp_path, form):
+    scanner.define_import_structure = lambda _: form
+    imports.keep_model_names(scanner)
+    for _ in range(2):
+        assert scanner.define_import_structure(tmp_path / "models") == form
+
+
 def test_a_module_is_handed_over_after_it_was_imported_and_the_finder_goes(packages, tmp_path, monkeypatch):
     without_torch(monkeypatch)
     seen = []
@@ -255,8 +263,12 @@ def test_a_module_is_handed_over_after_it_was_imported_and_the_finder_goes(packa
     assert sys.meta_path == before
 
 
-def test_packages_are_looked_up_once_and_as_before_afterwards(packages, tmp_path, monkeypatch):
+def test_packages_are_looked_up_once_until_one_is_installed_and_as_before_afterwards(packages, tmp_path, monkeypatch):
     without_torch(monkeypatch)
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "site" / "home"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "site" / "home").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
     calls, code = [], "from importlib import metadata\nseen = [metadata.packages_distributions() for _ in range(2)]\n"
     monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {"x": ["y"]})
     before = imports.metadata.packages_distributions
@@ -264,6 +276,12 @@ def test_packages_are_looked_up_once_and_as_before_afterwards(packages, tmp_path
     imports.load_libraries()
     assert (sys.modules["a_library"].seen, calls) == ([{"x": ["y"]}] * 2, [1])
     assert imports.metadata.packages_distributions is before
+    for change, times in ((None, 1), ((1, 1), 2), (None, 2), ((2, 2), 3)):
+        sys.modules.pop("a_library")
+        if change:
+            os.utime(tmp_path / "site", ns=change)
+        imports.load_libraries()
+        assert (sys.modules["a_library"].seen, len(calls)) == ([{"x": ["y"]}] * 2, times)
 
 
 @pytest.mark.slow
