@@ -49,6 +49,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.files import replacing, write_text
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import as_json_values
+from sidestep.words import clock
 
 PLACEHOLDER = "layers.0.self_attn.q_proj"
 PRIVATE = (
@@ -339,12 +340,12 @@ def model_card(adapter: Adapter, card: Card) -> str:
     ranks = sorted(set(adapter.ranks.values()))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
     base = card.base_model or "ACE-Step 1.5"
-    minutes = f", {card.audio_seconds / 60:.0f} minutes" if card.audio_seconds else ""
+    music = f", {clock(card.audio_seconds)} of music" if card.audio_seconds else ""
     rows = [("adapter", f"{adapter.title}, {len(adapter.modules)} modules, {rank}")]
     if card.tag:
         rows.append(("trigger tag", f"`{_line(card.tag)}`"))
     if card.songs:
-        rows.append(("data", f"{card.songs} songs{minutes}"))
+        rows.append(("data", f"{card.songs} songs{music}"))
     if card.steps:
         rows.append(("training", f"{card.steps} optimizer steps{f', {card.epochs} epochs' if card.epochs else ''}"))
     if card.hints_ratio:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sidestep.settings.path_checks import RECORDS_INDEX, count_tensors, variant_of
 from sidestep.variants import FRAMES_PER_SECOND
-from sidestep.words import count
+from sidestep.words import clock, count
 
 VISITS = 320  # of all songs together, times the square root of their number: a hundred each for ten songs, 32 for 100
 PIECE_MINUTES = 4.0  # a longer song counts as several
@@ -69,7 +69,7 @@ def advise(songs: int, minutes: float, is_turbo: bool, samples: int = 4, adapter
     mean = 60 * minutes / songs
     few, long = songs < FEW_SONGS and mean >= 2 * WINDOW_SECONDS, mean > LONGEST_SECONDS
     window = WINDOW_SECONDS if few or long else 0.0
-    reasons = [f"{count(songs, 'song')}, {minutes:.0f} minutes", f"each is heard {count(epochs, 'time')}"]
+    reasons = [f"{count(songs, 'song')}, {clock(60 * minutes)} of music", f"each is heard {count(epochs, 'time')}"]
     reasons.append("turbo learns eight timesteps" if is_turbo else f"{OTHER_LAWS:g} times turbo's, for all timesteps")
     if window:
         later = "few songs are copied later where every round hears another part of them"

@@ -325,7 +325,7 @@ def test_the_model_card_says_what_the_run_knows_and_quotes_what_it_was_given(tmp
     for words in (
         "# Ba/nd",
         "zzt'ag",
-        "12 songs, 30 minutes",
+        "12 songs, 30:00 of music",
         "300 optimizer steps, 5 epochs",
         "25% of the steps",
         "ComfyUI",

@@ -56,7 +56,7 @@ def test_only_kinds_whose_rank_is_one_get_advice_on_it(kind, rank):
 def test_short_songs_are_heard_whole_and_the_reason_tells_what_it_counted():
     advice = advise(8, 8, False)
     assert advice.window_seconds == 0
-    assert "8 songs, 8 minutes" in advice.reason
+    assert "8 songs, 8:00 of music" in advice.reason
     assert "1.5 times turbo's" in advice.reason
     assert advice.flags.startswith("--rank 16 --alpha 32 --epochs")
     assert "few songs are copied later" in advise(3, 12, True).reason

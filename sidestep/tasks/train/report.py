@@ -28,7 +28,7 @@ from sidestep.tasks.train.language import is_language
 from sidestep.tasks.train.previews import BASE, FOLDER
 from sidestep.tasks.train.run import Point, Run
 from sidestep.tasks.train.songs import Wording, is_told, wordings
-from sidestep.words import count, gib
+from sidestep.words import clock, count, gib
 
 MOST_POINTS = 1500  # of a curve; longer ones are averaged
 LISTENING = "score/listen.html"  # the page of `score`, beside the report
@@ -52,7 +52,7 @@ def page_values(run: Run, finished: bool) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.parameters),
         "songs": len(songs),
         "held_out": len(run.held_out),
-        "minutes": sum(song.frames for song in songs) / run.frames_per_second / 60,
+        "music": clock(sum(song.frames for song in songs) / run.frames_per_second),
         "step": position.step,
         "total_steps": run.total_steps,
         "epoch": position.epoch,

@@ -43,7 +43,7 @@ from sidestep.files import replacing
 from sidestep.seeding import uniform
 from sidestep.settings.config import TrainConfig, TrainLmConfig
 from sidestep.tasks.train.processes import Processes
-from sidestep.words import count, paste, side_step
+from sidestep.words import clock, count, paste, side_step
 
 FOLDER = ".windows"
 SCHEMA = 1  # raise it when what was encoded before must be made anew
@@ -99,9 +99,9 @@ def load_songs(
         raise JobError(f"{flag} {folder}: none of its {len(broken)} tensor files can be used.", again)
     require_same_model(infos, config, checkpoint, report, flag)
     songs = songs_of(folder, infos)
-    minutes = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config()) / 60
+    seconds = sum(song.frames * song.repeat for song in songs) / frames_per_second(checkpoint.vae_config())
     left_out = f"; {len(broken)} could not be used and are left out" if broken else ""
-    report(Notice(message=f"{count(len(songs), 'song')}, {minutes:.1f} minutes, from {folder}{left_out}"))
+    report(Notice(message=f"{count(len(songs), 'song')}, {clock(seconds)} of music, from {folder}{left_out}"))
     return songs
 
 

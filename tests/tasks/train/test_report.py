@@ -64,7 +64,7 @@ def values(**changes) -> dict:
         "parameters": 1234567,
         "songs": 3,
         "held_out": 1,
-        "minutes": 7.25,
+        "music": "7:15",
         "step": 40,
         "total_steps": 40,
         "epoch": 4,
