@@ -262,14 +262,11 @@ print(imported - started, time.process_time() - imported)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["turbo", "xl-turbo"])
-def test_the_planner_answers_in_less_than_5_seconds(variant):
-    """With every option and the settings that fit, in a process that has computed nothing before.
-
-    Where even the imports, seven seconds of computing on
-    the machine this was written on, take longer: in less than their share of it."""
+def test_the_planner_computes_for_less_than_two_fifths_of_what_its_imports_take(variant):
+    """With every option and the settings that fit, in a process that has computed nothing before; 0.25 as written."""
     done = subprocess.run([sys.executable, "-c", ANSWER, variant], capture_output=True, text=True, check=True)
     imports, answer = map(float, done.stdout.split())
-    assert answer < 5 * max(1, imports / 7)
+    assert answer < 0.4 * imports
 
 
 @pytest.mark.slow
