@@ -57,7 +57,7 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
 
 
 def kept(name: str, state: object, find: Callable[[], Any]) -> Any:
-    """What `find` gives, as JSON has it: from our folder of caches where it was found in the same state before."""
+    """What `find` gives, which JSON can say: from our folder of caches where it was found in the same state before."""
     file, state = cache_folder() / f"{name}.json", repr(state)
     with suppress(OSError, ValueError, TypeError, KeyError):
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -78,8 +78,10 @@ def packages_kept() -> Iterator[None]:
     look_up = metadata.packages_distributions
 
     def look_up_kept() -> dict[str, list[str]]:
-        folders = [Path(entry or ".") for entry in sys.path]
-        state = [(str(folder.absolute()), folder.stat().st_mtime_ns) for folder in folders if folder.is_dir()]
+        state: dict[str, int] = {}
+        for entry in sys.path:
+            with suppress(OSError):  # it is not there, or may not be read
+                state[entry] = Path(entry or ".").stat().st_mtime_ns
         return kept("packages", state, lambda: dict(look_up()))
 
     metadata.packages_distributions = look_up_kept
@@ -100,21 +102,20 @@ def model_names_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(ValueError):  # it goes with its module
-            sys.meta_path.remove(finder)
+        sys.meta_path.remove(finder)
 
 
 class AfterImport:
     """A finder of one module, which is found as ever and handed to `then` once it was executed."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]):
-        self._name, self._then = name, then
+        self._name, self._then, self._is_found = name, then, False
 
     def find_spec(self, name: str, *_: object) -> Any:
         """The spec of the module that is waited for; None of any other, which the next finder finds."""
-        if name != self._name:
+        if name != self._name or self._is_found:
             return None
-        sys.meta_path.remove(self)
+        self._is_found = True  # the others are asked for it now
         spec = find_spec(name)
         if spec and spec.loader:
             execute = spec.loader.exec_module

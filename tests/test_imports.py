@@ -269,6 +269,9 @@ def test_packages_are_looked_up_once_until_one_is_installed_and_as_before_afterw
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "site" / "home").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "never there")
+    (tmp_path / "a_file").touch()
+    monkeypatch.syspath_prepend(tmp_path / "a_file" / "in it")  # as one that may not be read: no OSError passes
     calls, code = [], "from importlib import metadata\nseen = [metadata.packages_distributions() for _ in range(2)]\n"
     monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {"x": ["y"]})
     before = imports.metadata.packages_distributions

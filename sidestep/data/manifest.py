@@ -36,7 +36,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,14 +44,13 @@ from typing import Any
 from sidestep.data.fields import FIELDS, INSTRUMENTAL, FieldError, field_named, fields_of, parse_field
 from sidestep.data.text import is_text, read_text
 from sidestep.errors import UserError
-from sidestep.events import Progress, Report, null
+from sidestep.events import LongTask, Report, null
 from sidestep.files import write_text
 from sidestep.words import count, side_step
 
 TAG_POSITIONS = ("prepend", "append", "replace")
 MAX_BYTES = 512 << 20
 _MISTAKES_SHOWN = 20
-_REPORT_SECONDS = 0.5
 SECTION = "sidestep"
 EDITABLE = (
     "caption",
@@ -222,13 +220,9 @@ def read(path: Path, report: Report = null) -> Dataset:
         listed = []
     samples: list[Sample] = []
     first: dict[tuple[str, Any], int] = {}
-    started = last = time.monotonic()
+    read = LongTask(report, f"Reading {path.name}", len(listed))
     for i, entry in enumerate(listed):
-        if (now := time.monotonic()) - last > _REPORT_SECONDS:
-            rate, last = (i + 1) / (now - started), now
-            eta = (len(listed) - i - 1) / rate
-            task = f"Reading {path.name}"
-            report(Progress(task=task, done=i + 1, total=len(listed), rate=rate, unit="songs", eta_seconds=eta))
+        read()
         if sample := _read_sample(entry, f"$.samples[{i}]", path.absolute().parent, mistakes):
             samples.append(sample)
             for name, hint in (("id", ""), ("audio_path", '; to train on it more often, say "repeat"')):

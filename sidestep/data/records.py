@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sidestep.data.text import is_text
 from sidestep.errors import JobError
-from sidestep.events import Progress, Report, null
+from sidestep.events import LongTask, Report, null
 from sidestep.files import files_below, replacing, write_text
 from sidestep.settings.path_checks import RECORDS_INDEX as INDEX
 
@@ -172,15 +172,15 @@ def index_records(folder: Path, report: Report = null, keep: bool = True) -> Ind
     found: dict[str, RecordInfo] = {}
     broken: dict[str, RecordError] = {}
     paths = find_records(folder)
-    for done, path in enumerate(paths, start=1):
+    read = LongTask(report, "Reading records", len(paths))
+    for path in paths:
         name = path.relative_to(folder).as_posix()
         known = kept.get(name)
         try:
             found[name] = known if known and known.stat == record_stat(path) else _inspect(path)
         except RecordError as error:
             broken[name] = error
-        if done % 500 == 0:
-            report(Progress(task="Reading records", done=done, total=len(paths), current=name))
+        read(current=name)
     if keep and found != kept:
         body = json.dumps({name: vars(info) for name, info in found.items()})
         with suppress(OSError):  # a folder that takes no files costs the next start some time, and nothing else

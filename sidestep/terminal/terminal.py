@@ -141,16 +141,16 @@ def table_lines(event: Table) -> list[str]:
 class UnderWay(dict[str, Progress]):
     """The last word of each task that goes on, in the order in which they began: each is a part of those before it.
 
-    A part that failed has no end of its own: it goes with the next word of what it was a part of.
+    A part that failed has no end of its own: it goes with the end of what it was a part of.
     """
 
     def take(self, event: Progress) -> None:
         """Keep the last word of a task; at its end, drop it."""
-        if event.task in self:
-            for task in list(self)[list(self).index(event.task) :]:
-                del self[task]
         if event.done < event.total:
             self[event.task] = event
+        elif event.task in self:
+            for task in list(self)[list(self).index(event.task) :]:
+                del self[task]
 
 
 class PlainView:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sidestep.data.manifest import (
     write,
 )
 from sidestep.errors import ExitStatus, UserError
+from sidestep.events import LongTask
 
 ACE_STEP_METADATA = [
     "name",
@@ -254,7 +256,7 @@ def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path, kind):
 
 
 def test_a_long_list_says_how_far_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("sidestep.data.manifest._REPORT_SECONDS", 0)
+    monkeypatch.setattr("sidestep.data.manifest.LongTask", partial(LongTask, quiet_seconds=0))
     events = []
     read(stored(tmp_path, [{"audio_path": f"{i}.wav"} for i in range(5)]), events.append)
     assert [(event.done, event.total) for event in events][-1] == (5, 5)

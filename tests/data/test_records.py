@@ -5,6 +5,7 @@ import pickle
 import random
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from sidestep.data.records import (
     read_metadata,
     save_record,
 )
+from sidestep.events import LongTask
 
 
 def record(frames: int = 5, tokens: int = 7, **more) -> Record:
@@ -269,6 +271,17 @@ def test_an_index_is_read_instead_of_records_until_one_changes(tmp_path: Path, m
     assert {part for part in second["a.pt"].digests if second["a.pt"].digests[part] != first["a.pt"].digests[part]} == {
         "hints"
     }
+
+
+def test_reading_many_records_tells_how_far_it_is_and_its_end(tmp_path: Path, monkeypatch):
+    for name in ("a.pt", "b.pt", "c.pt"):
+        save_record(tmp_path / name, record())
+    told = []
+    index_records(tmp_path, told.append)
+    assert told == []
+    monkeypatch.setattr(records, "LongTask", partial(LongTask, quiet_seconds=0))
+    index_records(tmp_path, told.append)
+    assert [(event.task, event.done, event.total) for event in told] == [("Reading records", n, 3) for n in (0, 3)]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\xfe", "a flipped bit"])

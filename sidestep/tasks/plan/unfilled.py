@@ -58,18 +58,16 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _ITEM:
         return True  # LoHa draws whether a layer's adapter takes part; the peak is that of a step in which it does
     call = (func, torch.get_default_dtype(), described(args), described(tuple(kwargs.items())))
-    try:
-        form = _FORMS.get(call)
-    except TypeError:  # an argument that has no hash
-        form = call = None
+    if (form := _FORMS.get(call)) is _ITSELF:
+        return args[0] if isinstance(args[0], Unfilled) else Unfilled(args[0].to(META))
     if form is not None:
-        return args[0] if form is _ITSELF else Unfilled(of_form(form))
+        return Unfilled(of_form(form))
     given: list[Tensor] = []
     args, kwargs = on_meta(args, given), {name: on_meta(value, given) for name, value in kwargs.items()}
     if takes_device(func):
         kwargs["device"] = META
     result = unfilled(func(*args, **kwargs))
-    if call is not None and isinstance(result, Unfilled):
+    if isinstance(result, Unfilled):
         form, storage = described(result), result.meta.untyped_storage()
         is_view = any(tensor.untyped_storage() is storage for tensor in given)
         if args and result.meta is args[0]:

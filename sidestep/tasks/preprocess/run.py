@@ -94,7 +94,7 @@ def what_is_left(found: Sequence[tuple[Song, Inspection]]) -> str:
 
 def make(job: Job, left: list[tuple[Song, Inspection]], results: Results) -> None:
     """Make these songs, stage by stage. What other processes have is waited for, and taken over when they die."""
-    total, free, waiting, pause = len(left), left, 0, POLL_SECONDS[0]
+    task, total, free, waiting, pause = "Waiting for other processes", len(left), left, 0, POLL_SECONDS[0]
     while left:
         encode_songs(job, [(song, what) for song, what in free if what.stage == Stage.LATENTS], results)
         free = [(song, what) for song, what in free if not results.is_settled(song)]
@@ -114,11 +114,12 @@ def make(job: Job, left: list[tuple[Song, Inspection]], results: Results) -> Non
             if not waiting:
                 songs = count(len(left), "song")
                 results.report(Notice(message=f"Waiting for {songs} that other processes are working on."))
-            task, current = "Waiting for other processes", left[0][0].name
-            results.report(Progress(task=task, done=total - len(left), total=total, current=current))
+            results.report(Progress(task=task, done=total - len(left), total=total, current=left[0][0].name))
             pause = min(pause * 1.5, POLL_SECONDS[1]) if len(left) == waiting else POLL_SECONDS[0]
             waiting = len(left)
             time.sleep(pause)
+    if waiting:
+        results.report(Progress(task=task, done=total, total=total))
 
 
 def drop_leftovers(job: Job, songs: Sequence[Song], results: Results) -> None:

@@ -126,6 +126,9 @@ def test_real_tensors_and_tensors_of_terabytes_meet():
         assert tensor.device == torch.device("cpu")
         assert tensor.meta.device == torch.device("meta")
     assert given[-1].dtype == torch.bfloat16
+    with UnfilledBytes():
+        for _ in range(2):  # a number's tensor is given as it came, which is remembered too
+            assert isinstance(torch.tensor(0.5), Unfilled)
 
 
 def test_what_an_operation_made_is_remembered_for_arguments_that_are_alike():

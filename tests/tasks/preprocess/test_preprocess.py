@@ -511,7 +511,8 @@ def test_a_song_that_becomes_up_to_date_while_another_process_has_it_is_waited_f
 
         assert preprocess(job(library, tmp_path / "out"), report) == Summary(done=2, skipped=1, failed=0)
     assert [(e.done, e.total, e.current) for e in events.of(Progress) if e.task.startswith("Waiting")] == [
-        (2, 3, "a.wav")
+        (2, 3, "a.wav"),
+        (3, 3, ""),
     ]
     assert any("Waiting for 1 song " in e.message for e in events.of(Notice))
 
