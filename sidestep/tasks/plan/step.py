@@ -1,9 +1,7 @@
 """Memory of a training step, from the step itself run on tensors that have shapes and no bytes.
 
-Running all layers of a model takes some 3 s of computing, and a plan asks for ten to twenty steps (measured: 2.4 to
-4.8 s each for 24 to 32 layers, a whole plan 30 to 60 s). Blocks of one kind are alike, so `StepModel` runs one of each
-kind, cuts the step into segments at the blocks' edges and puts it together again for any number of them: 1.6 s for a
-plan, to within 1 % of all layers.
+A plan asks for ten to twenty steps. Blocks of one kind are alike, so that `StepModel` runs one of each kind, cuts the step
+into segments at the blocks' edges and puts it together again for any number of them, to within 1 % of all layers.
 """
 
 from collections.abc import Callable, Iterable
