@@ -1,7 +1,8 @@
 """Memory of a training step, from the step itself run on tensors that have shapes and no bytes.
 
-A plan asks for ten to twenty steps. Blocks of one kind are alike, so that `StepModel` runs one of each kind, cuts the step
-into segments at the blocks' edges and puts it together again for any number of them, to within 1 % of all layers.
+A plan asks for ten to twenty steps. Blocks of one kind are alike, so that `StepModel` runs one of each kind, cuts
+the step into segments at the blocks' edges and puts it together again for any number of them, to within 1 % of all
+layers.
 """
 
 from collections.abc import Callable, Iterable
