@@ -4,6 +4,7 @@
     uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
     uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
     uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped
+    uv run --group dev benchmarks/full_size.py FOLDER --precision fp32     for a CPU without bf16, which takes hours in it
 
 Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
 A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
@@ -41,7 +42,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
 from sidestep.acestep.checkpoint import accepted, decoder_sizes, encoder_sizes
-from sidestep.acestep.device import GIB
+from sidestep.acestep.device import GIB, PRECISIONS
 from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
 from sidestep.acestep.vae import CPU_TILE_FRAMES
 from sidestep.files import write_text
@@ -154,30 +155,30 @@ def phases() -> dict[str, str]:
     }
 
 
-def words_of(folder: Path, size: str, name: str, line: str) -> tuple[str, ...]:
+def words_of(folder: Path, size: str, name: str, line: str, precision: str) -> tuple[str, ...]:
     """The words of a phase's command, folders put in."""
     seconds = next((s for s in LENGTHS if f" {s} s" in name), 5)
-    run = folder / f"run {name.partition(' ')[2] if name.startswith('train') else '5 s'} {size}"
-    places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {size}", "run": run}
+    made = f"{size} {precision}".removesuffix(" bf16")
+    run = folder / f"run {name.partition(' ')[2] if name.startswith('train') else '5 s'} {made}"
+    places = {"songs": folder / f"songs {seconds} s", "tensors": folder / f"tensors {seconds} s {made}", "run": run}
     places |= {"final": run / "final", "map": run / "map.json", "into": run / "merged"}
     words = tuple(str(places.get(word, word)) for word in line.split())
     where, variant = str(folder / "checkpoints"), ("--model-variant", SIZES[size][0])
     if "export" in words:
         return (*words, "--base", where, *variant)
-    return (*words, "--checkpoint-dir", where, *variant, "--device", "cpu", "--precision", "bf16")
+    return (*words, "--checkpoint-dir", where, *variant, "--device", "cpu", "--precision", precision)
 
 
-def planned_bytes(folder: Path, size: str, name: str) -> int:
+def planned_bytes(folder: Path, size: str, name: str, precision: str) -> int:
     """Bytes of a phase's tensors at their peak, copies for saves included, as the planner says; 0 where it does not."""
     if name in ("preprocess 60 s", "preprocess 240 s"):
         seconds = float(name.split()[1])
-        first = first_pass_peak(torch.bfloat16, seconds, CPU_TILE_FRAMES)
-        passes = first, second_pass_peak(SIZES[size][1], torch.bfloat16)
-        return max(passes)
+        dtype = PRECISIONS[precision]
+        return max(first_pass_peak(dtype, seconds, CPU_TILE_FRAMES), second_pass_peak(SIZES[size][1], dtype))
     if not name.startswith(("train", "resume")):
         return 0
     lever = LEVERS[name.partition(" ")[2]]
-    words = words_of(folder, size, name, f"plan --dataset-dir tensors --json {lever}")
+    words = words_of(folder, size, name, f"plan --dataset-dir tensors --json {lever}", precision)
     asked = tuple(word for word in words if word not in ("--device", "cpu"))
     done = subprocess.run(
         command(asked), capture_output=True, text=True, encoding="utf-8", env=environment(), check=True
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="2B")
     parser.add_argument("--only", nargs="+", default=[""], help="phases whose names begin so")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--minutes", type=float, help="stop a phase after so many")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -275,18 +277,20 @@ def main() -> None:
         if not name.startswith(tuple(options.only)):
             continue
         print(f"== {name}", flush=True)
-        words = command(("--plain", *words_of(options.folder, options.size, name, line)))
+        what = options.folder, options.size, name
+        words = command(("--plain", *words_of(*what, line, options.precision)))
         seen = watch(words, options.folder, options.minutes)
         was_stopped = options.minutes is not None and seen.wall > options.minutes * 60
         status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
-        row: dict[str, Any] = {"phase": name, "status": status, "wall s": seen.wall, "processor s": seen.processor}
+        shown = f"{name} {options.precision}".removesuffix(" bf16")
+        row: dict[str, Any] = {"phase": shown, "status": status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
-        if planned := planned_bytes(options.folder, options.size, name):
+        if planned := planned_bytes(*what, options.precision):
             row |= {"before a save": (seen.step_peak - before) / GIB} if seen.step_peak else {}
             row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - before)}
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
-        table["rows"] = [other for other in table["rows"] if other["phase"] != name] + [row]
+        table["rows"] = [other for other in table["rows"] if other["phase"] != shown] + [row]
         facts = table["machine"] = machine(Setting(torch.device("cpu"), torch.bfloat16, 1, quick=False))
         row |= {name: facts[name] for name in ("commit", "threads")}
         write_text(stored, json.dumps(tables, indent=1, ensure_ascii=False) + "\n")

@@ -112,12 +112,22 @@ def choose_precision(request: str, device: torch.device) -> Choice:
     if request == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: not on a CPU.", "Use --precision fp32, or bf16 for half the memory.")
     if request != "auto":
-        return Choice(PRECISIONS[request], "asked for")
+        fast = "fp32" if device.type == "cpu" else "fp16"
+        slow = f", though this {device.type} device has no bf16 and takes many times as long as with {fast}"
+        return Choice(PRECISIONS[request], "asked for" + slow * (request == "bf16" and not has_bf16(device)))
     if device.type == "cpu":
         return Choice(torch.float32, "CPUs compute fp32 fastest and exactly")
-    if device.type == "cuda" and not (torch.version.hip or is_ampere(device)):
+    if not has_bf16(device):
         return Choice(torch.float16, "this GPU is older than Ampere and has no bf16")
     return Choice(torch.bfloat16, f"{device.type} devices compute in bf16, with the range of fp32")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 itself. One that does not is slower with it: a CPU's convolution 300 times."""
+    if device.type == "cpu":  # builds without oneDNN cannot tell
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return supported is None or supported()
+    return device.type != "cuda" or bool(torch.version.hip) or is_ampere(device)
 
 
 def is_ampere(device: torch.device) -> bool:

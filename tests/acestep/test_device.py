@@ -64,6 +64,26 @@ def test_amds_cards_compute_in_bf16_whatever_number_they_have(cards, monkeypatch
     assert choose_precision("auto", torch.device(cards, 0)).value == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bf16_is_warned_of_where_the_processor_has_no_units_for_it(has_units, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
+    choice = choose_precision("bf16", torch.device("cpu"))
+    assert choice.value == torch.bfloat16
+    assert ("many times as long as with fp32" in choice.reason) is not has_units
+    assert choose_precision("fp32", torch.device("cpu")).reason == "asked for"
+
+
+def test_bf16_is_warned_of_on_old_cards_only(cards, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    warned = ["as long as with fp16" in choose_precision("bf16", torch.device(cards, n)).reason for n in (0, 1)]
+    assert warned == [cards == "cuda", False]
+
+
+def test_a_processor_that_cannot_tell_is_not_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert choose_precision("bf16", torch.device("cpu")).reason == "asked for"
+
+
 @pytest.mark.parametrize(("kind", "waits"), [("cuda", False), ("mps", True), ("xpu", True), ("cpu", True)])
 def test_only_cuda_reads_memory_of_the_host_in_its_own_time(kind, waits, monkeypatch):
     seen = []

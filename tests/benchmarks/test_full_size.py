@@ -9,10 +9,19 @@ from benchmarks import full_size
 from sidestep.cli.parser import parse
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("phase", full_size.phases())
-def test_every_phase_is_a_command_that_the_program_takes(tmp_path, phase):
-    words = full_size.words_of(tmp_path, "2B", phase, full_size.phases()[phase])
+def test_every_phase_is_a_command_that_the_program_takes(tmp_path, phase, precision):
+    words = full_size.words_of(tmp_path, "2B", phase, full_size.phases()[phase], precision)
     assert parse([str(word) for word in words])
+    assert ("--precision" in words) is ("export" not in words)
+
+
+def test_what_is_made_in_another_precision_lies_in_another_folder(tmp_path):
+    line = full_size.phases()["train 5 s"]
+    one, other = (full_size.words_of(tmp_path, "2B", "train 5 s", line, name) for name in ("bf16", "fp32"))
+    differ = {a for a, b in zip(one, other, strict=True) if a != b}
+    assert differ == {str(tmp_path / "tensors 5 s 2B"), str(tmp_path / "run 5 s 2B"), "bf16"}
 
 
 def stored() -> dict:

@@ -9,6 +9,7 @@ import torch
 from benchmarks import charts, speed_attention, speed_loop, speed_model, usual_way
 from benchmarks.measure import ROOT, Result, Setting, Times, machine
 from benchmarks.run import CHARTS, PAGE, PARTS, as_markdown, report, with_ratios
+from sidestep.acestep import blocks
 
 CPU = torch.device("cpu")
 STORED = Path(ROOT, "benchmarks", "results", "speed.json")
@@ -40,6 +41,15 @@ def test_the_report_is_made_of_the_stored_figures():
 def test_the_page_shows_the_stored_ratios():
     page = PAGE.read_text(encoding="utf-8")
     assert with_ratios(page, json.loads(STORED.read_text(encoding="utf-8"))) == page
+
+
+def test_compile_auto_weighs_what_was_measured():
+    table = json.loads(STORED.read_text(encoding="utf-8"))["compile"]
+    costs = {name: max(row.get(name, 0) for row in table["rows"]) for name in ("first steps, s", "with a cache, s")}
+    weighed = [blocks.COMPILING_SECONDS, blocks.FROM_DISK_SECONDS]
+    assert weighed == pytest.approx(list(costs.values()), abs=0.5)
+    assert list(blocks.FASTER.values()) == pytest.approx(list(table["facts"].values()), abs=0.005)
+    assert blocks.FASTER.keys() == {("cpu", "kept"), ("cpu", "recomputed")}
 
 
 def test_every_part_has_measurements():
