@@ -4,7 +4,7 @@
     uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
     uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
     uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped
-    uv run --group dev benchmarks/full_size.py FOLDER --precision fp32     for a CPU without bf16, which takes hours in it
+    uv run --group dev benchmarks/full_size.py FOLDER --precision fp32  for a CPU without bf16, where that takes hours
 
 Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
 A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
@@ -213,10 +213,10 @@ class Watched:
     last: str
 
 
-def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None) -> Watched:
+def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None, with_files: bool = True) -> Watched:
     """Run a process to its end, or for so many minutes, and look at it ten times a second.
 
-    folder: what its lines are kept without.
+    folder: what its lines are kept without. with_files: count what is in memory of files that it maps, too. Linux.
     """
     started = last = time.perf_counter()
     process = psutil.Popen(
@@ -229,7 +229,8 @@ def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None) -
         nonlocal peak, processor
         while not done.wait(0.1):
             try:
-                peak = max(peak, process.memory_info().rss)
+                memory = process.memory_info()
+                peak = max(peak, memory.rss - (0 if with_files else getattr(memory, "shared", 0)))
                 times = process.cpu_times()
                 processor = times.user + times.system
             except psutil.Error:
@@ -272,14 +273,16 @@ def main() -> None:
         write_song(options.folder / f"songs {seconds} s", f"song of {seconds} s", seconds)
     stored = options.output / "full_size.json"
     tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    before = watch([sys.executable, "-c", IMPORTS]).peak
+    # in fp32 all weights are cast: what is in memory of their files was read, and goes when memory is wanted
+    with_files = options.precision != "fp32"
+    before = watch([sys.executable, "-c", IMPORTS], with_files=with_files).peak
     for name, line in phases().items():
         if not name.startswith(tuple(options.only)):
             continue
         print(f"== {name}", flush=True)
         what = options.folder, options.size, name
         words = command(("--plain", *words_of(*what, line, options.precision)))
-        seen = watch(words, options.folder, options.minutes)
+        seen = watch(words, options.folder, options.minutes, with_files)
         was_stopped = options.minutes is not None and seen.wall > options.minutes * 60
         status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
         shown = f"{name} {options.precision}".removesuffix(" bf16")

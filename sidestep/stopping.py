@@ -16,7 +16,8 @@ from sidestep.errors import Interrupted
 
 GRACE_SECONDS = 2.0  # launchers send a key's signal again; only a later Ctrl-C is a second one
 ANSWER = (
-    "Asked to stop: this step is finished, then the run is saved. Ctrl-C once more, in a moment, quits without saving."
+    "Asked to stop: this step or preview is finished, then the run is saved. "
+    "Ctrl-C once more, in a moment, quits without saving."
 )
 PREVIEW, SAVE = "preview", "save"
 ANSWERS = {PREVIEW: "Previews: made after this step.", SAVE: "Saving after this step."}
@@ -114,3 +115,8 @@ class StopRequest:
                 self._answer(ANSWER)
             elif signal.SIGINT in numbers and now - answered > GRACE_SECONDS:
                 self._answer(QUITTING)
+
+
+def is_asked_to_stop() -> bool:
+    """Whether the job of this process was asked to stop."""
+    return StopRequest.current is not None and StopRequest.current.requested

@@ -2,6 +2,9 @@
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sidestep.words import paste
 
 DIT_PREFIX = "acestep-v15-"  # of the folders of DiTs
 OFFICIAL_FOLDERS = {
@@ -12,6 +15,9 @@ OFFICIAL_FOLDERS = {
     "xl-base": "acestep-v15-xl-base",
     "xl-sft": "acestep-v15-xl-sft",
 }
+
+RELEASE = "ACE-Step/Ace-Step1.5"  # with turbo, the VAE, the text encoder and a language model
+IN_RELEASE = (OFFICIAL_FOLDERS["turbo"], "acestep-5Hz-lm-1.7B")
 
 # The sizes of the official checkpoints, for planning without one (field names of their config.json).
 CONFIG_2B = {
@@ -156,6 +162,13 @@ def _doubt_about(config: dict, version: str, folder: str) -> str:
     return (
         ", but ".join(" and ".join(dict.fromkeys(of_law)) for of_law in signs.values()) if all(signs.values()) else ""
     )
+
+
+def download_command(folder: str = IN_RELEASE[0], checkpoints: Path = Path("checkpoints")) -> str:
+    """The line that fetches an official model into its folder. Whatever the release does not hold has its own place."""
+    is_released = folder in IN_RELEASE
+    repository, place = (RELEASE, checkpoints) if is_released else (f"ACE-Step/{folder}", checkpoints / folder)
+    return paste(("uv", "run", "hf", "download", repository, "--local-dir", str(place)))
 
 
 def official_config(variant: str) -> dict | None:

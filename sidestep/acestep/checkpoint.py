@@ -285,9 +285,11 @@ def encoder_sizes(config: dict) -> dict:
     return sizes
 
 
-def open_checkpoint(checkpoint_dir: Path, model_variant: str, report: Report = null) -> Checkpoint:
+def open_checkpoint(
+    checkpoint_dir: Path, model_variant: str, report: Report = null, flag: str = "--model-variant"
+) -> Checkpoint:
     """The checkpoint of a variant (or folder name) below `checkpoint_dir`. Reads only its config. Raises UserError."""
-    return Checkpoint(find_layout(checkpoint_dir, model_variant), report)
+    return Checkpoint(find_layout(checkpoint_dir, model_variant, flag), report)
 
 
 def prepend_timbre_token(encoder: AceStepConditionEncoder) -> None:

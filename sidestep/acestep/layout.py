@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 
 from sidestep.errors import UserError
-from sidestep.variants import OFFICIAL_FOLDERS, official_config
+from sidestep.variants import OFFICIAL_FOLDERS, download_command, official_config
 from sidestep.words import did_you_mean
 
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
 SILENCE_LATENT = "silence_latent.pt"
-DOWNLOAD_AGAIN = "Download it from the ACE-Step 1.5 release into --checkpoint-dir."
+DOWNLOAD_AGAIN = "Download the model again into --checkpoint-dir."
 READ_AHEAD_BYTES = 4 * 1024**2
 
 # original name -> diffusers name, inside a key
@@ -75,25 +75,27 @@ class Layout:
         path = beside.get(name) or (self.folder if self.kind == "original" else self.folder / name)
         if not path.exists():
             what = "VAE" if name == "vae" else name.replace("_", " ")
+            is_shared = name in beside and self.kind == "original"
             raise UserError(
                 f"The {what} was not found: {path} does not exist (in {path.parent}: {_list_folders(path.parent)}).",
-                DOWNLOAD_AGAIN,
+                f"Download it: {download_command(checkpoints=path.parent)}" if is_shared else DOWNLOAD_AGAIN,
             )
         return path
 
 
-def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
-    """Locate a variant below `checkpoint_dir`.
+def find_layout(checkpoint_dir: Path, model_variant: str, flag: str = "--model-variant") -> Layout:
+    """Locate a variant below `checkpoint_dir`. flag: the one that names it.
 
     That may also be the variant's own folder, or a single .safetensors file as ComfyUI has them.
-    Raises UserError that lists what is there.
+    Raises UserError that lists what is there and says how to fetch what is not.
     """
     if checkpoint_dir.is_file():
         return _single_file(checkpoint_dir, model_variant)
     if not checkpoint_dir.is_dir():
         raise UserError(
             f"--checkpoint-dir {checkpoint_dir}: no such folder.",
-            f"Folders beside it: {_list_folders(checkpoint_dir.parent)}.",
+            f"Download the models into it: {download_command(checkpoints=checkpoint_dir)}\n"
+            f"or name the folder that has them. Folders beside it: {_list_folders(checkpoint_dir.parent)}.",
         )
     official = OFFICIAL_FOLDERS.get(model_variant, model_variant)
     names = [name for name in (official, f"{official}-diffusers") if Path(name).name == name]
@@ -104,11 +106,20 @@ def find_layout(checkpoint_dir: Path, model_variant: str) -> Layout:
     if folder is None:
         models = [path.name for path in sorted(checkpoint_dir.iterdir()) if _is_model(path)]
         found = f"models there: {', '.join(models)}" if models else f"folders there: {_list_folders(checkpoint_dir)}"
-        fix = "Point --checkpoint-dir at the folder that holds acestep-v15-turbo/, vae/ and Qwen3-Embedding-0.6B/."
-        if models:
-            short = [name for name, own in OFFICIAL_FOLDERS.items() if own in models]
-            fix = did_you_mean(model_variant, [*short, *models]) or f"Use one of them: --model-variant {models[0]}"
-        raise UserError(f"--model-variant {model_variant}: no folder {official} in {checkpoint_dir} ({found}).", fix)
+        short = {own: name for name, own in OFFICIAL_FOLDERS.items()}
+        fixes = [f"Use one of them: {flag} {short.get(models[0], models[0])}"] if models else []
+        if official in short:
+            # the first download is the release, which has what all models share
+            fetched = download_command(*([official] if models else []), checkpoints=checkpoint_dir)
+            fixes.insert(0, f"Download it: {fetched}")
+        elif models and (meant := did_you_mean(model_variant, [*(short[m] for m in models if m in short), *models])):
+            fixes = [meant]
+        fixes = fixes or [
+            "Point --checkpoint-dir at the folder that holds the model beside vae/ and Qwen3-Embedding-0.6B/."
+        ]
+        raise UserError(
+            f"{flag} {model_variant}: no folder {official} in {checkpoint_dir} ({found}).", "\n".join(fixes)
+        )
     if (folder / "model_index.json").is_file():
         vae, text_encoder, tokenizer = (folder / part for part in ("vae", "text_encoder", "tokenizer"))
         config, silence = read_config(folder / "transformer" / "config.json"), folder / SILENCE_LATENT
@@ -195,4 +206,5 @@ def _beside(roots: tuple[Path, ...], name: str) -> Path:
 def _list_folders(folder: Path) -> str:
     if not folder.is_dir():
         return "none"
-    return ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())[:12]) or "none"
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return ", ".join(names[:12]) or "none"

@@ -18,7 +18,7 @@ import shtab
 
 from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus, JobError
-from sidestep.events import Event, FileFailed, LongTask, Notice, Report, Saved, Table
+from sidestep.events import Event, FileFailed, Finished, LongTask, Notice, Report, Saved, Table
 from sidestep.files import expand
 from sidestep.imports import LIBRARIES, load_libraries
 from sidestep.settings import presets as preset_files
@@ -73,8 +73,8 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
         raise JobError(f"Out of memory: {first}", f"What helps: {fix}.") from None
     if isinstance(result, ExitStatus):
         return result
-    if isinstance(config, CleanConfig) and not config.delete and result["checkpoints"] and terminal.interactive:
-        if terminal.confirm("Delete them now?"):
+    if isinstance(config, CleanConfig) and not config.delete and result["checkpoints"]:
+        if (terminal.interactive or terminal.says_yes) and terminal.confirm("Delete them now?"):
             return run(replace(config, delete=True), report, terminal)
     elif isinstance(result, str):
         terminal.out.write(result)
@@ -178,13 +178,20 @@ def train_lm(config: TrainLmConfig, report: Report) -> None:
 
 def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
     """`build-dataset`, and what it was asked to find out about the songs."""
-    from sidestep.tasks.build_dataset import analyze, build_dataset
+    from sidestep.tasks.build_dataset import analyze, build_dataset, check_analysis
 
+    if config.analyze:
+        check_analysis()
     if config.caption == "lm":
         from sidestep.tasks.plan.language import check_description
 
         check_description(config, report)
-    summary = build_dataset(config, report)
+    last: list[Event] = []  # what to do next, after all that is found out
+
+    def told(event: Event) -> None:
+        last.append(event) if isinstance(event, Finished) else report(event)
+
+    summary = build_dataset(config, told)
     if config.analyze:
         analyze(summary.path, report)
     if config.caption != "none":
@@ -195,6 +202,8 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> None:
         from sidestep.tasks.audit import audit
 
         audit(summary.path, report, config.checkpoint_dir, summary.failed)
+    for event in last:
+        report(event)
 
 
 def plan(config: PlanConfig, report: Report) -> dict[str, Any]:

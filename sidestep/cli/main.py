@@ -77,6 +77,7 @@ def run_line(argv: list[str], terminal: Terminal | None) -> int:
         sys.stdout.flush()
         return int(done.code or 0)
     terminal = terminal or open_terminal(call.plain)
+    terminal.says_yes = call.yes
     catch_signals()
     if not call.command:
         return start_wizard(terminal)

@@ -13,6 +13,7 @@ from sidestep.settings.option import (
     fixed,
     option,
     options_of,
+    resolve,
     same_as,
 )
 from sidestep.settings.path_checks import export_for, models_offered, run_for, states_offered, tensors_for
@@ -2348,6 +2349,15 @@ def command_words(config: Any) -> list[str]:
         # typed, they would go before the map
         words += ["--no-ignore-rank-map"] * (config.dataset_dir / RANK_MAP).is_file()
     return words
+
+
+def resuming_line(folder: Path, settings: dict[str, Any]) -> str:
+    """The line that goes on from a run's newest checkpoint, by the settings in its folder.
+
+    Raises UserError where those are another version's.
+    """
+    kind = TrainLmConfig if "lm" in settings else TrainConfig
+    return command_line(resolve(kind, settings, {"resume_from": "latest", "output_dir": str(folder)}))
 
 
 def command_line(config: Any, then: TrainConfig | None = None) -> str:

@@ -264,8 +264,6 @@ def path_of(typed: str, windows: bool = sys.platform == "win32") -> str:
     return f"//{host}{path}" if windows and host not in ("", "localhost") else path
 
 
-DOWNLOAD = "uv run hf download ACE-Step/Ace-Step1.5 --local-dir checkpoints"
-
 Check = Callable[[str, Path], str]  # `verify` as a face calls it: what a path must hold, the path
 Songs = Callable[[Path], str]  # the songs of a folder in a line ("12 songs, 47:10 of music"); UserError where none are
 
@@ -331,7 +329,7 @@ def verify(holds: str, path: Path, songs: Songs) -> str:
                 return count(len(usable), "model") + (f"; not usable: {broken}" if broken else "")
             inside = f"(folders: {', '.join(folder.name for folder in _folders(path)[:6]) or 'none'})"
             found = f"No usable model here: {broken}." if broken else f"No ACE-Step model here {inside}."
-            raise UserError(found, f"Download {'again' if broken else 'one'}: {DOWNLOAD}")
+            raise UserError(found, f"Download {'again' if broken else 'one'}: {variants.download_command()}")
         case "tensors":
             if found := count_tensors(path):
                 return count(found, "song") + " as tensors"
@@ -417,7 +415,7 @@ def models_offered(answers: Mapping[str, Any]) -> tuple[Choice, ...]:
         Choice(
             short_name(model.name),
             short_name(model.name),
-            ", ".join(part for part in (model.variant, model.size, model.layout) if part),
+            ", ".join(part for part in (model.variant, model.size, model.layout.removeprefix("original")) if part),
         )
         for model in (find_models(Path(folder)) if folder else [])
         if not model.problem
@@ -503,10 +501,14 @@ def songs_near(start: Path) -> list[Path]:
 
 
 def tensors_near(start: Path) -> list[Path]:
-    """`tensors` in `start`, and the folders in it, that hold `.pt` records, the newest first."""
+    """`tensors` in `start`, and the folders in it, that hold `.pt` records, the newest first.
+
+    In a folder of records another one is a part of the same songs, unless preprocessing wrote into it.
+    """
     home = start / "tensors"
+    own = [home] if any(home.glob("*.pt")) else []
     held = (folder for folder in _folders(home) if any(p.suffix == ".pt" for p in files_below(folder, hidden=False)))
-    return newest_first([*([home] if any(home.glob("*.pt")) else []), *held])
+    return newest_first([*own, *(folder for folder in held if not own or (folder / "events.jsonl").is_file())])
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:

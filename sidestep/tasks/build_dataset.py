@@ -119,7 +119,9 @@ def build_dataset(config: BuildDatasetConfig, report: Report) -> BuildSummary:
         problem = f"{output} cannot be written: {error.strerror or error}."
         raise UserError(problem, "Name another place: --output FILE") from error
     if rebuilt.edits:
-        kept = f"{rebuilt.edits} values edited by hand in {output.name} were kept (--overwrite builds it anew)."
+        kept = (
+            f"Edited by hand in {output.name} and kept: {count(rebuilt.edits, 'value')} (--overwrite builds it anew)."
+        )
         report(Notice(message=kept))
     if rebuilt.excluded:
         excluded = f"{len(rebuilt.excluded)} songs that were taken out of {output.name} by hand stay out"
@@ -304,16 +306,21 @@ def _summary(dataset: Dataset, origins: Counter[str], failed: int) -> Table:
     return Table(title=f"Dataset {dataset.metadata.name}", columns=("", ""), rows=rows)
 
 
-def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
-    """Fill in what is missing in the dataset.json at `path` and write it again. `workers`: processes, 0 for one a core.
-
-    Raises UserError when librosa is missing or the file cannot be read.
-    """
+def check_analysis() -> None:
+    """Raises UserError where librosa is missing."""
     if not is_available():
         raise UserError(
             "--analyze needs librosa, which is not installed.",
             "uv sync --extra analyze (or: pip install librosa), then the same command again",
         )
+
+
+def analyze(path: Path, report: Report, workers: int = 0) -> Dataset:
+    """Fill in what is missing in the dataset.json at `path` and write it again. `workers`: processes, 0 for one a core.
+
+    Raises UserError when librosa is missing or the file cannot be read.
+    """
+    check_analysis()
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow links
     dataset = read(path, report)
     wanted: dict[Path, list[str]] = {}

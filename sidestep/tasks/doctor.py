@@ -21,8 +21,8 @@ from sidestep.events import Report, Table
 from sidestep.files import config_folder, state_folder
 from sidestep.settings import presets
 from sidestep.settings.config import DoctorConfig
-from sidestep.settings.path_checks import DOWNLOAD, find_models, verify
-from sidestep.variants import CONFIG_2B
+from sidestep.settings.path_checks import find_models, verify
+from sidestep.variants import CONFIG_2B, download_command
 from sidestep.words import gib
 
 PACKAGES = ("transformers", "diffusers", "peft", "accelerate", "bitsandbytes", "soundfile", "av", "rich", "questionary")
@@ -91,7 +91,7 @@ def doctor(config: DoctorConfig, report: Report) -> list[Finding]:
     report(Table(title="This machine", columns=("what", "value", "note"), rows=rows))
     if models and all(model.problem for model in models):
         problem = f"--checkpoint-dir {config.checkpoint_dir}: none of its models can be used."
-        raise JobError(problem, f"Download again: {DOWNLOAD}")
+        raise JobError(problem, f"Download again: {download_command()}")
     return findings
 
 

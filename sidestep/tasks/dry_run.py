@@ -118,6 +118,9 @@ def of_training(config: TrainConfig) -> Iterable[Line]:
     held = f", {len(held_out)} of them held out" if held_out else ""
     yield Line("reads", f"{count(len(infos), 'song')}, {clock(minutes)} of music, in {config.dataset_dir}{held}")
     yield Line("reads", f"the model {checkpoint.folder}")
+    rank_map = config.dataset_dir / RANK_MAP
+    if rank_map.is_file() and not (config.ignore_rank_map or isinstance(config, TrainLmConfig)):
+        yield Line("reads", f"the rank of each module, in {rank_map}")
     yield Line("writes", _target(config.output_dir))
 
     if not isinstance(config, TrainLmConfig):  # which hears songs whole
@@ -127,7 +130,8 @@ def of_training(config: TrainConfig) -> Iterable[Line]:
         trained = [replace(song, windows=cut.get(song.name)) for song in trained]
     steps = len(plan_of(config, trained, 1, 0)) * config.epochs
     total = min(steps, config.max_steps) if config.max_steps else steps
-    epochs = f"{config.epochs} epochs" if total == steps else f"ended by --max-steps, in {config.epochs} epochs at most"
+    epochs = count(config.epochs, "epoch")
+    epochs = epochs if total == steps else f"ended by --max-steps, in {epochs} at most"
     yield Line("steps", f"{count(total, 'optimizer step')}, {epochs}")
     known = pace_of_before(config)
     slow = f"{hours(total * known[0])}, at the pace of {known[1]}" if known else "known after the first steps"

@@ -214,10 +214,12 @@ def _merge(
             advance(path.name, path.stat().st_size - (done - before))  # of a weight file that is its header
     report(Saved(what="merged base", path=str(target)))
     if target.is_dir():
-        if not (target / "vae").is_dir() and not (target.parent / "vae").is_dir():
-            message = f"To use it, put it beside the vae and the text encoder: move it into {base.root.parent}."
+        place = target.parent
+        if not (target / "vae").is_dir() and not (place / "vae").is_dir():
+            place = base.root.parent
+            message = f"To use it, put it beside the vae and the text encoder: move it into {place}."
             report(Notice(message=message, level="warning"))
-        words = ("--checkpoint-dir", str(target.parent), "--model-variant", target.name, "--prompt", "…")
+        words = ("--checkpoint-dir", str(place), "--model-variant", target.name, "--prompt", "…")
         command = side_step("sample", *words)
         report(Finished(message=f"Merged into a checkpoint of {gib(total, digits=2)}.", next_commands=(command,)))
 

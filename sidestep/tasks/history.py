@@ -10,8 +10,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Finished, Notice, Report, Table
-from sidestep.settings.config import HistoryConfig, TrainConfig, TrainLmConfig, command_line
-from sidestep.settings.option import resolve
+from sidestep.settings.config import HistoryConfig, resuming_line
 from sidestep.settings.path_checks import FoundRun, read_run
 from sidestep.words import count, hours, side_step
 
@@ -80,10 +79,8 @@ def history(config: HistoryConfig, report: Report) -> dict[str, list[PastRun]]:
     report(Table(title=f"{count(len(runs), 'run')} in {config.folder}", columns=columns, rows=tuple(rows)))
     resumable = next((run.folder for run in runs if not run.finished and found[run.folder].checkpoints), None)
     if resumable is not None:
-        kind = TrainLmConfig if "lm" in found[resumable].settings else TrainConfig
-        there = {"resume_from": "latest", "output_dir": resumable}
         try:
-            command = command_line(resolve(kind, found[resumable].settings, there))
+            command = resuming_line(Path(resumable), found[resumable].settings)
             report(Finished(message=f"{resumable} is not finished and can go on.", next_commands=(command,)))
         except UserError as error:  # its settings are those of another version
             report(Notice(message=f"{resumable} is not finished and cannot go on: {error.problem}", level="warning"))

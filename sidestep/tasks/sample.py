@@ -230,7 +230,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     check_thinking(config)
     strengths = _strengths(config)
     check_streaming(config)
-    players = players_of(config.checkpoint_dir, config.preview_variant or (config.model_variant,), report)
+    players = players_of(config, report)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
         report(Notice(message=note, level="warning"))
@@ -264,9 +264,11 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
     return files
 
 
-def players_of(checkpoint_dir: Path, names: Sequence[str], report: Report) -> list[Checkpoint]:
-    """The models of these names, each once. Raises UserError for one that is not there."""
-    found = [open_checkpoint(checkpoint_dir, name, report) for name in names]
+def players_of(config: SampleConfig | TrainConfig, report: Report) -> list[Checkpoint]:
+    """The models that are to play, each once. Raises UserError for one that is not there."""
+    flag = "--preview-variant" if config.preview_variant else "--model-variant"
+    names = config.preview_variant or (config.model_variant,)
+    found = [open_checkpoint(config.checkpoint_dir, name, report, flag) for name in names]
     return list({checkpoint.folder: checkpoint for checkpoint in found}.values())
 
 

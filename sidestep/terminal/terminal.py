@@ -192,6 +192,7 @@ class Terminal:
     """A plain terminal: lines of text, no escape sequences. `RichTerminal` adds colours and the live view."""
 
     plain = True
+    says_yes = False  # --yes: every question has its answer
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None, source: TextIO | None = None):
         self.out, self.err, self.source = out or sys.stdout, err or sys.stderr, source or sys.stdin
@@ -225,7 +226,9 @@ class Terminal:
             print(visible(text, lines=True), file=self.err, flush=True)
 
     def confirm(self, question: str) -> bool:
-        """A yes/no question on one line; Enter and the end of input mean no."""
+        """A yes/no question on one line; Enter and the end of input mean no. Nobody is asked under `--yes`."""
+        if self.says_yes:
+            return True
         print(f"{question} [y/N] ", end="", file=self.out, flush=True)
         return self.source.readline().strip().lower() in ("y", "yes")
 

@@ -19,7 +19,8 @@ from sidestep.settings.config import (
     command_of,
 )
 from sidestep.settings.option import Choice, options_of
-from sidestep.settings.path_checks import DOWNLOAD, Check, likely_checkpoint_dirs, read_run
+from sidestep.settings.path_checks import Check, likely_checkpoint_dirs, read_run
+from sidestep.variants import download_command
 from sidestep.wizard.flows import FLOWS, FOR_ALL_RUNS, Context, Flow, config_of, fitted, left_by, questions_of
 from sidestep.wizard.questionnaire import BACK, Ask, Question, Questionnaire, ask_one, choose, from_option
 from sidestep.wizard.review import START, Knowledge, manage_presets, review
@@ -185,7 +186,7 @@ class Wizard:
         if not found:
             self._print("No ACE-Step 1.5 checkpoints were found nearby; the demo needs none.")
             self._print("This downloads them:")
-            self._print(f"  {DOWNLOAD}")
+            self._print(f"  {download_command()}")
         checkpoints = from_option(
             replace(options_of(ModelConfig)["checkpoint_dir"], optional=True),
             lambda _answers: str(found[0]) if found else "",

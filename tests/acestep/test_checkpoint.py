@@ -13,7 +13,7 @@ from sidestep.acestep import weights
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.device import choose_device, choose_precision
 from sidestep.acestep.fused import FusedResidualUnit, FusedSnake
-from sidestep.acestep.layout import diffusers_key, original_key
+from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, diffusers_key, original_key
 from sidestep.errors import UserError
 from sidestep.variants import detect, official_config
 
@@ -246,11 +246,33 @@ def test_a_shard_outside_its_folder_is_refused(broken):
         open_checkpoint(broken, "xl-turbo").load_decoder()
 
 
-def test_a_missing_folder_lists_what_is_there(checkpoints):
-    with pytest.raises(UserError, match="acestep-v15-turbo"):
-        open_checkpoint(checkpoints, "sft")
-    with pytest.raises(UserError, match="Folders beside it: checkpoints, golden"):
+def test_a_missing_folder_lists_what_is_there_and_how_to_fetch_what_is_not(checkpoints, tmp_path):
+    own = "uv run hf download ACE-Step/acestep-v15-sft --local-dir {}/acestep-v15-sft"
+    with pytest.raises(UserError, match="--preview-variant sft: .*acestep-v15-turbo") as refused:
+        open_checkpoint(checkpoints, "sft", flag="--preview-variant")
+    download, other = refused.value.fix.split("\n")
+    assert download == f"Download it: {own.format(checkpoints)}"
+    assert other.startswith("Use one of them: --preview-variant ")
+    with pytest.raises(UserError) as refused:
+        open_checkpoint(checkpoints, "turbl")
+    assert refused.value.fix.startswith("Did you mean turbo")
+    released = "uv run hf download ACE-Step/Ace-Step1.5 --local-dir {}"
+    with pytest.raises(UserError, match="no such folder") as refused:
         open_checkpoint(checkpoints.parent / "nowhere", "turbo")
+    assert released.format(checkpoints.parent / "nowhere") in refused.value.fix
+    assert "Folders beside it: checkpoints, golden" in refused.value.fix
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(UserError, match="folders there: none") as refused:
+        open_checkpoint(tmp_path, "base")  # the release first: it has what all models share
+    assert refused.value.fix == f"Download it: {released.format(tmp_path)}"
+
+
+@pytest.mark.parametrize("part", ["vae", TEXT_ENCODER_FOLDER])
+def test_a_missing_part_that_all_models_share_is_fetched_with_the_release(broken, part):
+    shutil.rmtree(broken / part)
+    with pytest.raises(UserError, match="was not found") as refused:
+        load_everything(broken, "turbo")
+    assert refused.value.fix == f"Download it: uv run hf download ACE-Step/Ace-Step1.5 --local-dir {broken}"
 
 
 def test_code_that_a_checkpoint_brings_is_never_run(broken):

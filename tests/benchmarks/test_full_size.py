@@ -43,3 +43,18 @@ def test_a_process_is_watched_to_its_end_or_stopped(capsys):
     stopped = full_size.watch([sys.executable, "-c", endless], minutes=0.01)
     assert stopped.status != 0
     assert stopped.last in ("begun", "the start")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files in memory are not told apart")
+def test_files_that_are_mapped_are_no_memory_of_the_process_own(tmp_path):
+    file = tmp_path / "zeros"
+    file.write_bytes(bytes(64 << 20))
+    mapping = (
+        "import mmap, sys, time; print('before', flush=True); time.sleep(0.3); "
+        "file = open(sys.argv[1], 'rb'); seen = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); "
+        "sum(seen[::4096]); own = bytearray(16 << 20); print('step 1/1', flush=True); time.sleep(0.5)"
+    )
+    words = [sys.executable, "-c", mapping, str(file)]
+    own, whole = (full_size.watch(words, with_files=with_files).peak for with_files in (False, True))
+    assert whole - own > 64 << 20
+    assert own > 16 << 20

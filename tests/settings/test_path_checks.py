@@ -114,6 +114,17 @@ def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
     assert list(path_checks.find_runs(tmp_path / "nowhere")) == []
 
 
+def test_a_folder_of_a_data_set_is_not_offered_as_one_of_its_own(tmp_path):
+    home = tmp_path / "tensors"
+    for record in ("a.pt", "album/b.pt", "other/c.pt"):
+        (home / record).parent.mkdir(parents=True, exist_ok=True)
+        (home / record).touch()
+    (home / "other" / "events.jsonl").touch()  # preprocessing wrote there
+    assert set(path_checks.tensors_near(tmp_path)) == {home, home / "other"}
+    (home / "a.pt").unlink()
+    assert set(path_checks.tensors_near(tmp_path)) == {home / "album", home / "other"}
+
+
 def test_tensors_are_counted_in_subfolders_too(tmp_path):
     (tmp_path / "a").mkdir()
     for path in (tmp_path / "1.pt", tmp_path / "a" / "2.pt", tmp_path / ".tmp-x.pt"):

@@ -185,6 +185,14 @@ def test_a_song_that_cannot_be_analyzed_is_told_by_the_exit_status(tmp_path, mon
     assert "a.wav: has samples that are not numbers" in "".join(capsys.readouterr())
 
 
+def test_without_librosa_it_is_refused_before_a_song_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sidestep.tasks.build_dataset.is_available", lambda: False)
+    write_sndfile(tmp_path / "songs" / "a.wav", tone(), 48_000)
+    assert main(["build-dataset", "--input", str(tmp_path / "songs"), "--analyze"]) == ExitStatus.USAGE
+    assert "--analyze needs librosa" in capsys.readouterr().err
+    assert not (tmp_path / "songs" / "dataset.json").exists()
+
+
 def test_what_is_heard_is_the_middle_of_a_song_however_long(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(signals, "estimate", lambda mono: heard.append(mono) or Estimate())

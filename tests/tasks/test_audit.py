@@ -189,6 +189,8 @@ def test_page_terminal_and_json_say_how_varied_the_captions_are(tmp_path, monkey
     for name, value in said.items():
         assert f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' in page
         assert any(name in line and value in line for line in lines), name
+    assert lines[-2] == "Next:", "what to do next stands after all that was found"
+    assert "preprocess" in lines[-1]
     assert "3 captions, 3 different, 29% of words in common" in page
     assert "late &lt;piano&gt; jazz" in page
     assert Page(page).open == []

@@ -90,3 +90,11 @@ def test_without_a_person_nothing_goes_unless_it_is_said(run):
     assert len(left(run)) == 4
     assert main(["clean", str(run), "--delete"], Terminal(out, out, io.StringIO())) == 0
     assert left(run) == ["epoch_0030", "mine"]
+
+
+@pytest.mark.parametrize("kind", [Person, Terminal])
+def test_yes_is_the_answer_where_it_was_given_beforehand(run, kind):
+    out = io.StringIO()
+    assert main(["--yes", "clean", str(run)], kind(out, out, io.StringIO())) == 0
+    assert "[y/N]" not in out.getvalue()
+    assert left(run) == ["epoch_0030", "mine"]

@@ -99,6 +99,19 @@ def test_the_steps_and_the_disk_of_a_dry_run_are_those_of_the_run(work, tmp_path
         assert float(foreseen_each.split()[0]) == pytest.approx(float(each.split()[0]), rel=0.1)  # KiB
 
 
+def test_a_rank_map_that_a_training_would_read_is_said(work, tmp_path):
+    data = Path(shutil.copytree(work / "tensors", tmp_path / "tensors"))
+    config = settings(data, tmp_path / "next")
+
+    def reads(config) -> list[str]:
+        return [line.value for line in dry_run(config, null) if line.what == "reads"]
+
+    before = reads(config)
+    (data / "rank_map.json").write_text("{}", encoding="utf-8")
+    assert reads(config) == [*before, f"the rank of each module, in {data / 'rank_map.json'}"]
+    assert reads(replace(config, ignore_rank_map=True)) == before
+
+
 def test_the_time_is_that_of_a_run_alike_beside_it_and_of_no_other(work):
     config = settings(work / "tensors", work / "next")
 

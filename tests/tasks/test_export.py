@@ -78,7 +78,9 @@ def test_a_merged_base_is_a_checkpoint_with_the_trained_weights(kind, tmp_path):
     assert [e for e in events if isinstance(e, Progress)][-1].done == [e for e in events if isinstance(e, Progress)][
         -1
     ].total
-    assert "--model-variant mine" in next(e for e in events if isinstance(e, Finished)).next_commands[0]
+    [command] = next(e for e in events if isinstance(e, Finished)).next_commands
+    assert f"--checkpoint-dir {CHECKPOINTS} --model-variant mine" in command
+    assert any(f"move it into {CHECKPOINTS}." in e.message for e in events if isinstance(e, Notice))
     assert not list(tmp_path.rglob(".*partial*"))
 
 

@@ -265,8 +265,8 @@ def test_models_are_offered_with_variant_and_size(world):
     wizard.next()
     model = next(prompt for prompt in script.asked if prompt.name == "model_variant")
     assert [(choice.value, choice.note) for choice in model.choices] == [
-        ("turbo", "turbo, 0.1 M, original"),
-        ("xl-turbo", "xl-turbo, 0.2 M, original"),
+        ("turbo", "turbo, 0.1 M"),
+        ("xl-turbo", "xl-turbo, 0.2 M"),
     ]
 
 

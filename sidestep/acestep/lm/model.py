@@ -23,6 +23,7 @@ from sidestep.acestep.quantize import make_quantizable
 from sidestep.acestep.weights import CPU, Weights, fill, loading
 from sidestep.errors import UserError
 from sidestep.events import Report, null
+from sidestep.variants import download_command
 
 PREFIX = "acestep-5Hz-lm-"
 SIZES = {"1.7B": "3.7 GB", "0.6B": "1.3 GB", "4B": "8.4 GB"}  # what to take first, and the size of its download
@@ -125,11 +126,13 @@ def choose_language_model(layout: Layout, wanted: str) -> Path:
             return min(found, key=lambda path: (order.get(path.name, len(order)), path.name))
     place = layout.vae.parent
     there = f"there: {', '.join(path.name for path in found)}" if found else "there is none"
+    size = wanted.removeprefix(PREFIX) if wanted.removeprefix(PREFIX) in SIZES else next(iter(SIZES))
     sizes = ", ".join(f"{PREFIX}{size} ({download})" for size, download in SIZES.items())
     what = "A language model" if wanted == "auto" else f"--lm {wanted}: this language model"
     raise UserError(
         f"{what} was not found in {place} ({there}).",
-        f"Download one of ACE-Step 1.5's into {place}: {sizes}. In bf16 it takes as much memory; 0.6B is the smallest.",
+        f"Download it: {download_command(PREFIX + size, place)}\n"
+        f"ACE-Step 1.5 has {sizes}. In bf16 each takes as much memory.",
     )
 
 

@@ -259,8 +259,13 @@ def announce(config: EstimateConfig, output: Path, result: RankMap, report: Repo
     """Tell what was found and what to do with it."""
     report(top_modules(result))
     report(heat_map(result))
-    for path in (output, output.with_suffix(".safetensors"), output.with_name("estimate.html")):
-        report(Saved(what="rank map", path=str(path)))
+    made = {
+        "rank map": output,
+        "gradients": output.with_suffix(".safetensors"),
+        "page": output.with_name("estimate.html"),
+    }
+    for what, path in made.items():
+        report(Saved(what=what, path=str(path)))
     if left_out := result.excluded:
         names = ", ".join(left_out[:6]) + (" …" if len(left_out) > 6 else "")
         report(Notice(message=f"{len(left_out)} modules get no adapter: {names}"))

@@ -232,7 +232,7 @@ def plan_language(config: PlanConfig, report: Report) -> dict[str, Any]:
         training = replace(asked, base_precision=precision)
         needed = {
             "train-lm": training_bytes(sizes, training, tokens, dtype.itemsize),
-            "train-lm --preview-every": max(preview_bytes(sizes, dit, training, dtype)),
+            "a preview of train-lm": max(preview_bytes(sizes, dit, training, dtype)),
             "build-dataset --caption lm": with_overhead(describing_bytes(sizes, dit, precision, dtype)),
             "sample --think": with_overhead(writing_bytes(sizes, precision, tokens, dtype.itemsize, sides=2)),
         }

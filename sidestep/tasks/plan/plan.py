@@ -323,7 +323,7 @@ def plan(config: PlanConfig, report: Report) -> Plan:
 def sizes_of(checkpoint_dir: Path | None, name: str, flag: str) -> dict:
     """The config of a model, of an official one also without its files. Raises UserError for any other."""
     if checkpoint_dir:
-        return open_checkpoint(checkpoint_dir, name).config
+        return open_checkpoint(checkpoint_dir, name, flag=flag).config
     if official := official_config(name):
         return official
     raise UserError(
@@ -387,7 +387,9 @@ def tables(result: Plan) -> Iterator[Table]:
     if asked.config.prior_data:
         rows.append(("time for --prior-data", f"{extra_time(asked.config):.0%} more in each optimizer step"))
     yield Table(title="Memory of this run", columns=("part", "memory"), rows=tuple(rows))
-    saved = tuple((" ".join(o.flags), amount(o.needed), amount(asked.needed - o.needed)) for o in result.options)
+    saved = tuple(
+        (" ".join(o.flags), amount(o.needed), amount(max(0, asked.needed - o.needed))) for o in result.options
+    )
     yield Table(title="What each setting would save", columns=("setting", "needed then", "saved"), rows=saved)
     if gpu:
         advice = [("Nothing fits", "use a larger card or --device cpu")]

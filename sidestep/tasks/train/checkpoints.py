@@ -12,7 +12,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Event, Notice, Report, Saved
 from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_text
 from sidestep.optim import optimizer_bytes
-from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words
+from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words, resuming_line
 from sidestep.settings.option import as_json_values, options_of
+from sidestep.settings.path_checks import read_run
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.marks import Mark
 from sidestep.tasks.train.processes import shard_like, unshard
@@ -244,6 +245,18 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
+def ways_on(folder: Path) -> str:
+    """What helps where a run stands already: its own command to go on with, and a folder for the other one."""
+    ways, run = [], read_run(folder)
+    if run:
+        with suppress(UserError):  # its settings are those of another version
+            line = resuming_line(folder, run.settings)
+            ways = [
+                f"It is finished; to train it further, raise --epochs in: {line}" if run.finished else f"Go on: {line}"
+            ]
+    return "\n".join([*ways, f"Give this run a folder of its own: --output-dir {folder}-2"])
+
+
 def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
     """The checkpoint to go on from, None for a run that begins. Called before anything is loaded; changes nothing.
 
@@ -253,11 +266,7 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
     folder = config.output_dir
     if not config.resume_from:
         if complete_checkpoints(folder) or (folder / "final").is_dir():
-            go_on = command_line(replace(config, resume_from=Path("latest")))
-            raise UserError(
-                f"--output-dir {folder}: a run already stands there.",
-                f"Go on with it: {go_on}\nor give this run a folder of its own: --output-dir {folder}-2",
-            )
+            raise UserError(f"--output-dir {folder}: a run already stands there.", ways_on(folder))
         return None
     source = find_checkpoint(config.resume_from, folder)
     state, position = read_checkpoint(source)

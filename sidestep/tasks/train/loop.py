@@ -128,10 +128,11 @@ def run_loop(run: Run) -> None:
                     break
                 wanted = [stop.take(what) for what in (SAVE, PREVIEW)] if run.position.step else [False, False]
                 stop.requested, *wanted = run.processes.any(stop.requested, *wanted)
+                if any(wanted) and not stop.requested:
+                    save_or_preview(run, metrics, *wanted)
+                    (stop.requested,) = run.processes.any(stop.requested)
                 if stop.requested:
                     save_and_exit(run, metrics)
-                if any(wanted):
-                    save_or_preview(run, metrics, *wanted)
                 began = time.perf_counter()
                 try:
                     try_optimizer_step(run, plan[index], metrics)

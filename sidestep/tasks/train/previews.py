@@ -31,6 +31,7 @@ from sidestep.events import Notice, Progress, Report, Saved, null
 from sidestep.files import portable, write_text
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.path_checks import short_name
+from sidestep.stopping import is_asked_to_stop
 from sidestep.tasks.sample import (
     Sampler,
     Sampling,
@@ -117,7 +118,7 @@ def players_for(
     """
     checkpoint.vae_config()  # a missing VAE is an error now, not after the first epochs
     players = []
-    found = players_of(config.checkpoint_dir, config.preview_variant or (config.model_variant,), report)
+    found = players_of(config, report)
     if thoughts:
         require_same_codes([checkpoint, *found])
     for player in found:
@@ -265,6 +266,8 @@ def _hear(run: Run, previews: Previews, player: Player, decoder: torch.nn.Module
     takes += [(now, 1.0, number) for number in range(len(previews.prompts))]
     task = f"Previews {player.folder}".strip().replace("-", " ", 1)
     for done, (subfolder, strength, number) in enumerate(takes):
+        if _stops(run, len(takes) - done):
+            break
         name, prompt = names[number], previews.prompts[number]
         run.report(Progress(task=task, done=done, total=len(takes), current=name))
         with adapter_scale(model, strength):
@@ -348,6 +351,8 @@ def _hear_composer(run: Run, previews: Previews) -> None:
         decoder, _ = load_model(run.config, dit, previews.adapter, *place, null)
         sampler = open_sampler(dit, decoder, *place, sampling_for(dit.variant), offload=True)
         for number, (path, asked, _, said) in enumerate(takes):
+            if _stops(run, len(takes) - number):
+                break
             run.report(Progress(task="Previews", done=number, total=len(takes), current=path.stem))
             audio = sampler.audio(sampler.latents(asked, conditions[number].states, hints[number]), asked)
             write_take(path, sampler, audio, asked, {"checkpoint": dit.folder.name, **said})
@@ -356,6 +361,16 @@ def _hear_composer(run: Run, previews: Previews) -> None:
         run.report(Progress(task="Previews", done=len(takes), total=len(takes)))
 
     _while_set_aside(run, hear)
+
+
+def _stops(run: Run, left: int) -> bool:
+    """Whether the run was asked to stop, so that the takes that are left are not made; says so."""
+    stops = is_asked_to_stop()
+    if run.accelerator.is_fsdp2:  # all must call the model equally often
+        (stops,) = run.processes.any(stops)
+    if stops and run.is_main:
+        run.report(Notice(message=f"{count(left, 'preview')} left out, since the run was asked to stop."))
+    return stops
 
 
 def folder_now(position: Position) -> str:

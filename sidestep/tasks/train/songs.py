@@ -522,7 +522,7 @@ def encode_missing(
     if not missing:
         return
     texts = [text for plan in missing for text in plan.by_key.values()]
-    what = f"Encoding what the windows of {count(len(missing), 'song')} are told: {count(len(texts), 'text')}"
+    what = f"Encoding what {count(len(missing), 'song')} or its windows can be told: {count(len(texts), 'text')}"
     report(Notice(message=what))
     with closing(encode_texts(checkpoint, texts, device, dtype, models)) as encoded:
         for done, plan in enumerate(missing, start=1):

@@ -170,7 +170,7 @@ def test_plan_tells_of_the_language_model_without_files(monkeypatch):
     verdicts = {(job, base): fits for job, base, _, fits in table.rows}
     assert verdicts["train-lm", "nf4"] == "fits"
     assert verdicts["build-dataset --caption lm", "int8"] == "fits"
-    heard = "train-lm --preview-every"
+    heard = "a preview of train-lm"
     assert (verdicts[heard, "nf4"], verdicts[heard, "as it is"]) == ("fits", "no")
     assert found["needed_bytes"]["nf4"][heard] == 9 * GIB
     assert found["needed_bytes"]["nf4"]["train-lm"] == needed("train", "4B", "nf4")

@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if it had not been."""
 
 import json
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidestep.cli.parser import parse
 from sidestep.data.records import save_record
 from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import EpochDone, StepDone
+from sidestep.settings.config import TrainConfig
+from sidestep.settings.option import resolve
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
 from sidestep.tasks.train.setup import train
 from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
@@ -185,8 +189,27 @@ def test_what_may_change_is_noted(finished, tmp_path):
 
 
 def test_another_run_in_the_folder_is_never_overwritten(finished):
-    with pytest.raises(UserError, match="a run already stands there"):
-        train(finished, Log())
+    with pytest.raises(UserError, match="a run already stands there") as refused:
+        train(replace(finished, lr=1e-3, epochs=9), Log())
+    [command, own] = refused.value.fix.split("\n")
+    assert command.startswith("It is finished; to train it further, raise --epochs in: ")
+    assert own.endswith(f"--output-dir {finished.output_dir}-2")
+    typed = parse(shlex.split(command.partition("in: ")[2])[3:]).typed  # uv run train.py
+    assert resolve(TrainConfig, typed) == replace(finished, resume_from=LATEST)
+
+
+def test_a_run_that_was_stopped_says_how_it_goes_on_where_another_would_begin(data, tmp_path):
+    config = settings(data, tmp_path / "run")
+    with pytest.raises(Interrupted):
+        train(config, Log(stop_at(1)))
+    with pytest.raises(UserError, match="already stands") as refused:
+        train(replace(config, lr=1e-3), Log())
+    assert refused.value.fix.startswith("Go on: ")
+    stored = config.output_dir / "config.json"
+    stored.write_text(stored.read_text("utf-8").replace('"lr"', '"pace"'), "utf-8")
+    with pytest.raises(UserError, match="already stands") as refused:
+        train(config, Log())
+    assert refused.value.fix == f"Give this run a folder of its own: --output-dir {config.output_dir}-2"
 
 
 def test_resuming_from_an_older_checkpoint_does_not_mix_two_runs(data, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sidestep.errors import Interrupted, JobError
-from sidestep.events import Notice, Saved, StepDone, TrainingStarted
+from sidestep.events import Notice, Progress, Saved, StepDone, TrainingStarted
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
 from sidestep.tasks.train.checkpoints import complete_checkpoints
 from sidestep.tasks.train.setup import train
@@ -74,3 +74,32 @@ def test_q_saves_and_stops_as_a_signal_does(tmp_path):
         train(settings(write_data(tmp_path / "data"), tmp_path / "run"), Log(act))
     assert "--resume-from latest" in stopped.value.resume
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_stop_during_previews_leaves_out_the_others_and_trains_no_step_more(tmp_path):
+    def act(event) -> None:
+        job = StopRequest.current
+        if job and isinstance(event, StepDone) and event.step == 1:
+            job.ask(PREVIEW)
+        if job and isinstance(event, Progress) and event.task == "Previews" and event.done == 1:
+            job.stop()
+
+    log, folder = Log(act), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(settings(write_data(tmp_path / "data"), folder, preview_duration=1.0), log)
+    assert [event.step for event in log.of(StepDone)] == [1]
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_000001"]
+    assert len(list((folder / "previews").rglob("*.flac"))) == 2  # the one under way is finished
+    assert "2 previews left out, since the run was asked to stop." in log.text
+
+
+def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path):
+    def act(event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            assert StopRequest.current
+            StopRequest.current.ask(PREVIEW)
+            StopRequest.current.stop()
+
+    with pytest.raises(Interrupted):
+        train(settings(write_data(tmp_path / "data"), tmp_path / "run", preview_duration=1.0), Log(act))
+    assert not (tmp_path / "run" / "previews").exists()
