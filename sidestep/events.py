@@ -147,6 +147,9 @@ class Finished(Event):
     next_commands: tuple[str, ...] = ()
 
 
+TELLING = 0.001  # of a task: from less than this nobody can say how long the rest takes
+
+
 class LongTask:
     """Progress of a task that may be over at once: a first word after `quiet_seconds`, then one a second, and its end.
 
@@ -168,7 +171,8 @@ class LongTask:
         if now < self._next and not (self._is_told and self._done >= self._total):
             return
         self._next, self._is_told = now + 1.0, True
-        left = (self._total - self._done) * (now - self._began) / self._done if self._done else None
+        tells = self._done > TELLING * self._total
+        left = (self._total - self._done) * (now - self._began) / self._done if tells else None
         self._report(
             Progress(
                 task=self._task, done=self._done, total=self._total, current=current, unit=self._unit, eta_seconds=left

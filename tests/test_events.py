@@ -41,3 +41,12 @@ def test_a_task_that_is_known_to_be_long_says_so_at_once(clock):
     assert told == [Progress(task="t", done=0, total=2)]
     task(2)
     assert [event.done for event in told] == [0, 2]
+
+
+def test_the_first_thousandth_of_a_task_does_not_say_how_long_the_rest_takes(clock):
+    told: list[Progress] = []
+    task = LongTask(told.append, "t", 5000, quiet_seconds=0.0)
+    for parts in (5, 1):
+        clock.now += 4
+        task(parts)
+    assert [event.eta_seconds for event in told[1:]] == [None, pytest.approx(8 * 4994 / 6)]
