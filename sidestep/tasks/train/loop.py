@@ -6,7 +6,7 @@ The host reads values from the device only when it logs, and at least every `SKI
 import math
 import time
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -70,6 +70,7 @@ class Metrics:
     lr: float = math.nan  # of the last optimizer step
     logged_at: float = field(default_factory=time.perf_counter)
     steps_since_log: int = 0
+    paces: deque[tuple[int, float]] = field(default_factory=deque)  # (steps, seconds) between two log lines
     logs: int = 0
     # spent on validations, saves and previews
     rare_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -90,6 +91,18 @@ class Metrics:
         began = time.perf_counter()
         yield
         self.rare_seconds[kind] += time.perf_counter() - began
+
+    def usual_rate(self, seconds: float, epoch_steps: int) -> float:
+        """Steps a second of about the last epoch, for whose songs of all lengths no few steps stand.
+
+        seconds: that the steps since the last log line took.
+        """
+        if self.logs < SETTLED:
+            self.paces.clear()
+        self.paces.append((self.steps_since_log, seconds))
+        while sum(steps for steps, _ in self.paces) - self.paces[0][0] >= epoch_steps:
+            self.paces.popleft()
+        return sum(steps for steps, _ in self.paces) / sum(seconds for _, seconds in self.paces)
 
     def read(self) -> list[StepReading]:
         """Bring all that waits on the device to the host, in one transfer."""
@@ -335,7 +348,8 @@ def log(run: Run, metrics: Metrics) -> None:
     )
     now, step = time.perf_counter(), run.position.step
     rate = metrics.steps_since_log / (now - metrics.logged_at)
-    left = (run.total_steps - step) / rate + rare_seconds_left(run, metrics)
+    usual = metrics.usual_rate(now - metrics.logged_at, -(-run.total_steps // run.config.epochs))
+    left = (run.total_steps - step) / usual + rare_seconds_left(run, metrics)
     point = Point(
         step,
         epoch=run.position.epoch + 1,
@@ -360,7 +374,7 @@ def log(run: Run, metrics: Metrics) -> None:
         run.tensorboard.add_scalar("loss/prior", point.drift, step)
     metrics.logs += 1
     if metrics.logs == SETTLED and step < run.total_steps:
-        speed = f"{1 / rate:.2g} s an optimizer step" if rate < 1 else f"{rate:.2g} optimizer steps a second"
+        speed = f"{1 / usual:.2g} s an optimizer step" if usual < 1 else f"{usual:.2g} optimizer steps a second"
         ends = (datetime.now().astimezone() + timedelta(seconds=left)).strftime("%A %H:%M")
         message = f"At {speed} the {run.total_steps - step} that are left take about {clock(left)}, until {ends}."
         run.report(Notice(message=message))

@@ -339,6 +339,29 @@ def test_a_run_that_takes_long_tells_how_far_it_is(data, tmp_path, monkeypatch, 
     assert max(event.done for event in within) == 2 * calls, "the update is left"
 
 
+def test_the_time_left_follows_the_pace_of_an_epoch_and_not_of_its_last_song():
+    metrics, rates = Metrics(), []
+    for seconds in (
+        60.0,
+        2.0,
+        6.0,
+        1.0,
+        3.0,
+    ):  # the first step warms up; then songs of two lengths, later twice as fast
+        metrics.steps_since_log = 1
+        rates.append(metrics.usual_rate(seconds, 2))
+        metrics.logs += 1
+    assert rates == [1 / 60, 1 / 2, 2 / 8, 2 / 7, 2 / 4]
+
+
+def test_the_time_left_is_told_by_that_pace(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Metrics, "usual_rate", lambda self, seconds, epoch_steps: epoch_steps / 1000)
+    log = run(settings(data, tmp_path, epochs=2))
+    first, last = log.of(StepDone)[0], log.of(StepDone)[-1]
+    assert first.eta_seconds == pytest.approx((first.total_steps - 1) / (first.total_steps / 2) * 1000, rel=0.01)
+    assert last.eta_seconds < first.eta_seconds
+
+
 def test_the_time_left_counts_validations_saves_and_previews():
     every = SimpleNamespace(validate_every=2, save_every=5, preview_every=0)
     done, metrics = SimpleNamespace(epoch=6), Metrics()
