@@ -40,7 +40,7 @@ class World:
         self.foreign = root / "from elsewhere.safetensors"
         self.foreign.write_bytes(b"")
         (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text(
-            '{"position": {"step": 10}}', encoding="utf-8"
+            '{"position": {"step": 10}, "files": {}}', encoding="utf-8"
         )
         config = TrainConfig(checkpoint_dir=CHECKPOINTS, dataset_dir=self.tensors, output_dir=self.run, rank=8)
         (self.run / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")

@@ -30,7 +30,8 @@ from sidestep.errors import ExitStatus, Interrupted, UserError
 from sidestep.events import Decision, Event, EventLog, Finished, Notice, Report, null, tee, visible_event
 from sidestep.files import one_writer, state_folder
 from sidestep.settings import presets
-from sidestep.settings.config import DemoConfig, PreprocessConfig, TrainConfig, command_line
+from sidestep.settings.config import COMMANDS, DemoConfig, PreprocessConfig, TrainConfig, command_line
+from sidestep.settings.option import options_of
 from sidestep.settings.path_checks import run_settings
 from sidestep.stopping import GRACE_SECONDS, StopRequest
 from sidestep.terminal.terminal import PlainView, Terminal, wants_plain
@@ -126,6 +127,11 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     if preset and preset.unknown:
         unknown = f"ignored, because no command has such a setting: {', '.join(preset.unknown)}."
         notes.append(Notice(message=f"Preset {preset.name}: {unknown}", level="warning"))
+    if call.config:
+        every = {option for command in COMMANDS.values() for option in options_of(command.config)}
+        if unknown := sorted(set(values) - every - set(preset.values if preset else ())):
+            message = f"{call.config}: ignored, because no command has such a setting: {', '.join(unknown)}."
+            notes.append(Notice(message=message, level="warning"))
     if call.dry_run:
         say_what_would_happen(configs[0], terminal, call.dry_run == "json")
         if configs[1:]:

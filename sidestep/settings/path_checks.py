@@ -1,5 +1,6 @@
 """What paths hold, read without torch: models, tensors, runs; the checks of an answer and the values to suggest."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ AUDIO_SUFFIXES = frozenset(  # songs, by their names
         *(".mka", ".webm", ".ac3", ".eac3", ".dts", ".amr"),
     }
 )
+COMPLETE_FILE = "complete.json"  # of a saved state, written last
 RECORDS_INDEX = ".records.json"  # what is known of the tensors in a folder, in it
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 NEAR_SECONDS = 1.0  # for a look around for songs
@@ -148,19 +150,47 @@ def read_run(folder: Path) -> FoundRun | None:
     settings = _read_json(folder / "config.json")
     if settings is None or "dataset_dir" not in settings:
         return None
-    steps: list[tuple[int, str]] = []
-    for checkpoint in _folders(folder / "checkpoints"):
-        complete = _read_json(checkpoint / "complete.json") or {}  # the file that training writes last
-        position = complete.get("position")
-        if isinstance(position, dict) and isinstance(position.get("step"), int):
-            steps.append((position["step"], checkpoint.name))
+    steps = [(saved_facts(path) or {}, path.name) for path in _folders(folder / "checkpoints")]
+    steps = sorted((facts["position"]["step"], name) for facts, name in steps if facts)
     return FoundRun(
         folder,
         settings,
-        tuple(name for _, name in sorted(steps)),
+        tuple(name for _, name in steps),
         (folder / "final" / "adapter_config.json").is_file(),
         tuple(mark.name for mark in _folders(folder / "marks")),
     )
+
+
+def saved_facts(folder: Path) -> dict[str, Any] | None:
+    """What a saved state says of itself: position, sizes of its files and their digests (older ones have none).
+
+    None unless each file is there in its full size.
+    """
+    try:
+        facts = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+        seal = facts.pop("seal", None)  # states of older versions have none
+        if seal != (seal_of(facts) if "digests" in facts else None):
+            return None
+        is_whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
+        return facts if is_whole and isinstance(facts["position"]["step"], int) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def seal_of(facts: dict[str, Any]) -> str:
+    """Hex digest of what the last file of a state says, so that no bit of it can change unnoticed either."""
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
+
+def damaged_file(folder: Path, digests: dict[str, str]) -> str:
+    """The first file of a state whose bytes are not those that were written, or nothing. Raises OSError."""
+    return next((name for name, digest in digests.items() if digest_of(folder / name) != digest), "")
 
 
 def run_of(adapter: Path) -> Path | None:

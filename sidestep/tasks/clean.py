@@ -1,13 +1,24 @@
 """`clean`: the saved states of a run that are no longer needed. Needs no torch."""
 
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.events import Finished, Report, Table
 from sidestep.files import one_writer, remove
 from sidestep.settings.config import CleanConfig, command_line
-from sidestep.settings.path_checks import read_run
+from sidestep.settings.path_checks import damaged_file, read_run, saved_facts
 from sidestep.words import count, side_step, size
+
+
+def is_whole(state: Path) -> bool:
+    """Whether a saved state's bytes are those that were written."""
+    facts = saved_facts(state)
+    try:
+        return facts is not None and not damaged_file(state, facts.get("digests", {}))
+    except OSError:
+        return False
 
 
 def clean(config: CleanConfig, report: Report) -> dict[str, Any]:
@@ -20,7 +31,10 @@ def clean(config: CleanConfig, report: Report) -> dict[str, Any]:
     if run is None:
         raise UserError(f"{config.folder}: no run there.", f"Past runs: {side_step('history', 'FOLDER')}")
     folder = config.folder / "checkpoints"
-    gone = [folder / name for name in (run.checkpoints[: -config.keep] if config.keep else run.checkpoints)]
+    kept = list(islice((name for name in reversed(run.checkpoints) if is_whole(folder / name)), config.keep))
+    # what is newer than the oldest of these and not as it was written stays, too: it is not ours to judge
+    oldest = run.checkpoints.index(kept[-1]) if kept else 0 if config.keep else len(run.checkpoints)
+    gone = [folder / name for name in run.checkpoints[:oldest]]
     if not run.finished and config.keep == 0 and gone:
         raise UserError(
             f"{config.folder}: the run is not finished, and without a checkpoint it cannot go on.",

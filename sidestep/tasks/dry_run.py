@@ -16,6 +16,7 @@ import torch
 from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import PRECISIONS, choose_device, choose_precision, gpu_memory, with_overhead
 from sidestep.acestep.vae import frames_per_second
+from sidestep.adapters.read import read_adapter
 from sidestep.audio.io import AudioError, find_audio, probe
 from sidestep.data.batches import Windows
 from sidestep.data.records import RecordInfo, index_records
@@ -46,9 +47,10 @@ from sidestep.tasks.plan.passes import first_pass_peak, second_pass_peak
 from sidestep.tasks.plan.plan import FRAMES_PER_SECOND, Planner, fsdp_shards, players_of, sample_bytes
 from sidestep.tasks.preprocess.job import free_bytes
 from sidestep.tasks.preprocess.songs import read_songs
+from sidestep.tasks.sample import asked_for
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.judge import candidates_of, training_of, training_of_comparison
-from sidestep.tasks.train.checkpoints import complete_checkpoints, room_for
+from sidestep.tasks.train.checkpoints import complete_checkpoints, open_folder, room_for
 from sidestep.tasks.train.run import plan_of
 from sidestep.tasks.train.songs import songs_of, split, window_lengths
 from sidestep.words import clock, count, gib, hours, size
@@ -110,6 +112,9 @@ def dry_run(config: Any, report: Report) -> list[Line]:
 
 def of_training(config: TrainConfig) -> Iterable[Line]:
     """Lines of a training, of the DiT or of the language model."""
+    saved = open_folder(config, null)
+    if config.init_from:
+        read_adapter(config.init_from)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     infos = _records(config.dataset_dir)
     rate = frames_per_second(checkpoint.vae_config())
@@ -118,6 +123,8 @@ def of_training(config: TrainConfig) -> Iterable[Line]:
     held = f", {len(held_out)} of them held out" if held_out else ""
     yield Line("reads", f"{count(len(infos), 'song')}, {clock(minutes)} of music, in {config.dataset_dir}{held}")
     yield Line("reads", f"the model {checkpoint.folder}")
+    if saved or config.init_from:
+        yield Line("reads", str(saved.folder if saved else config.init_from))
     rank_map = config.dataset_dir / RANK_MAP
     if rank_map.is_file() and not (config.ignore_rank_map or isinstance(config, TrainLmConfig)):
         yield Line("reads", f"the rank of each module, in {rank_map}")
@@ -227,6 +234,7 @@ def of_measuring(config: EstimateConfig) -> Iterable[Line]:
 
 def of_music(config: SampleConfig) -> Iterable[Line]:
     """Lines of `sample`."""
+    asked_for(config)
     checkpoint = open_checkpoint(config.checkpoint_dir, config.model_variant)
     adapters = [str(adapter) for adapter in (config.adapter, config.lm_adapter) if adapter]
     yield Line("reads", ", ".join([f"the model {checkpoint.folder}", *adapters]))

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -325,4 +325,5 @@ def _appearing(target: Path) -> Generator[Path]:
             "Free some space or choose another --output.",
         ) from None
     finally:
-        remove(temporary)
+        with suppress(OSError):  # it was never made
+            remove(temporary)

@@ -226,10 +226,7 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
 
     Raises UserError and JobError.
     """
-    prompt = prompt_of(_typed_prompt(config), "")
-    check_thinking(config)
-    strengths = _strengths(config)
-    check_streaming(config)
+    prompt, strengths = asked_for(config)
     players = players_of(config, report)
     adapter = read_adapter(config.adapter) if config.adapter else None
     for note in adapter.notes if adapter else ():
@@ -262,6 +259,14 @@ def sample(config: SampleConfig, report: Report) -> list[Path]:
         release_memory(device.value)  # before the next model comes
     report(Finished(message=f"{count(len(files), 'audio file')} of {seconds:g} s in {config.output}"))
     return files
+
+
+def asked_for(config: SampleConfig) -> tuple[Prompt, tuple[float, ...]]:
+    """(the prompt, the strengths) that were typed. Raises UserError for what cannot be made."""
+    prompt = prompt_of(_typed_prompt(config), "")
+    check_thinking(config)
+    check_streaming(config)
+    return prompt, _strengths(config)
 
 
 def players_of(config: SampleConfig | TrainConfig, report: Report) -> list[Checkpoint]:

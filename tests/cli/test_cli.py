@@ -403,6 +403,10 @@ def test_the_settings_of_a_run_are_taken_but_for_its_folder_and_what_is_typed_wi
     new = ["--output-dir", str(tmp_path / "new"), "--epochs", "9"]
     assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
     assert seen == [replace(first, output_dir=tmp_path / "new", epochs=9, run_name="")]
+    assert "ignored" not in "".join(capsys.readouterr())
+    (run / "config.json").write_text(json.dumps(as_json_values(first) | {"lrr": 1}), encoding="utf-8")
+    assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
+    assert "config.json: ignored, because no command has such a setting: lrr." in "".join(capsys.readouterr())
     assert main(["fixed", "--config", str(tmp_path / "none.json"), *new]) == ExitStatus.USAGE
     assert "not the config.json of a run" in capsys.readouterr().err
     assert main(["fixed", "--config", str(run / "config.json")]) == ExitStatus.USAGE  # it needs a folder of its own

@@ -100,7 +100,7 @@ def test_runs_are_found_with_their_whole_checkpoints_newest_first(tmp_path):
             (folder / "checkpoints" / checkpoint).mkdir(parents=True)
             if step is not None:
                 (folder / "checkpoints" / checkpoint / "complete.json").write_text(
-                    json.dumps({"position": {"step": step}}), encoding="utf-8"
+                    json.dumps({"position": {"step": step}, "files": {}}), encoding="utf-8"
                 )
         config = TrainConfig(checkpoint_dir=Path("c"), dataset_dir=Path("d"), output_dir=folder)
         (folder / "config.json").write_text(json.dumps(as_json_values(config)), encoding="utf-8")
@@ -154,7 +154,7 @@ def home(tmp_path, checkpoints, monkeypatch) -> Path:
     (tmp_path / "lora" / "x.safetensors").write_bytes(b"")
     (tmp_path / "run" / "final" / "adapter_config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "run" / "checkpoints" / "epoch_0010" / "complete.json").write_text(
-        '{"position": {"step": 10}}', encoding="utf-8"
+        '{"position": {"step": 10}, "files": {}}', encoding="utf-8"
     )
     for name in ("run", "fresh"):
         (tmp_path / name / "config.json").write_text('{"dataset_dir": "tensors"}', encoding="utf-8")

@@ -180,7 +180,7 @@ def test_a_rebuild_keeps_what_was_edited_and_follows_what_was_not(tmp_path):
             False,
         )
         assert song.extra == {"my_note": 1}
-        assert "2 values edited by hand" in messages(events)
+        assert "kept: 2 values" in messages(events)
     assert build(tmp_path, overwrite=True)[0]["a.wav"].caption == "changed"
 
 

@@ -10,7 +10,7 @@ from sidestep.cli.main import main
 from sidestep.errors import UserError
 from sidestep.files import one_writer
 from sidestep.settings.config import CleanConfig
-from sidestep.settings.path_checks import read_run
+from sidestep.settings.path_checks import digest_of, read_run, seal_of
 from sidestep.tasks.clean import clean
 from sidestep.terminal.terminal import Terminal
 from tests.wizard_world import Screen, World
@@ -23,7 +23,7 @@ def run(tmp_path) -> Path:
     for number in (20, 30):
         folder = run / "checkpoints" / f"epoch_00{number}"
         folder.mkdir()
-        (folder / "complete.json").write_text(json.dumps({"position": {"step": number}}), encoding="utf-8")
+        (folder / "complete.json").write_text(json.dumps({"position": {"step": number}, "files": {}}), encoding="utf-8")
         (folder / "state").write_bytes(bytes(2**20))
     (run / "best").mkdir()
     (run / "checkpoints" / "mine").mkdir()  # no checkpoint
@@ -98,3 +98,32 @@ def test_yes_is_the_answer_where_it_was_given_beforehand(run, kind):
     assert main(["--yes", "clean", str(run)], kind(out, out, io.StringIO())) == 0
     assert "[y/N]" not in out.getvalue()
     assert left(run) == ["epoch_0030", "mine"]
+
+
+def damage(path: Path, how: str) -> None:
+    """A state whose file is shorter, has another byte, or whose last file is changed."""
+    if how == "shorter":
+        (path / "state").write_bytes(bytes(2**20 - 1))
+    elif how == "another byte":
+        (path / "state").write_bytes(bytes(2**20 - 1) + b"x")
+    else:
+        said = (path / "complete.json").read_text(encoding="utf-8")
+        (path / "complete.json").write_text(said.replace('"step": 30', '"step": 31'), encoding="utf-8")
+
+
+@pytest.mark.parametrize("how", ["shorter", "another byte", "its last file"])
+def test_a_damaged_checkpoint_is_none_of_those_that_are_kept(run, how):
+    for number in (20, 30):
+        path = run / "checkpoints" / f"epoch_00{number}"
+        facts = {
+            "position": {"step": number},
+            "files": {"state": 2**20},
+            "digests": {"state": digest_of(path / "state")},
+        }
+        (path / "complete.json").write_text(json.dumps(facts | {"seal": seal_of(facts)}), encoding="utf-8")
+    damage(run / "checkpoints" / "epoch_0030", how)
+    clean(CleanConfig(folder=run, keep=1, delete=True), Screen())
+    assert left(run) == ["epoch_0020", "epoch_0030", "mine"]
+    damage(run / "checkpoints" / "epoch_0020", "shorter")
+    clean(CleanConfig(folder=run, keep=1, delete=True), Screen())
+    assert left(run) == ["epoch_0020", "epoch_0030", "mine"], "none is whole: nothing goes"

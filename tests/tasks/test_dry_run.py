@@ -13,6 +13,7 @@ import torch
 from sidestep.acestep.device import GIB, GpuMemory, with_overhead
 from sidestep.acestep.layout import read_config
 from sidestep.cli.main import main
+from sidestep.errors import UserError
 from sidestep.events import null
 from sidestep.settings.config import COMMANDS, BuildDatasetConfig, PreprocessConfig, SampleConfig, command_words
 from sidestep.tasks.dry_run import dry_run
@@ -183,3 +184,23 @@ def test_what_would_be_refused_is_refused(work, capsys):
     assert main([*missing, "--checkpoint-dir", str(CHECKPOINTS), "--dry-run"]) == 2
     assert "--dataset-dir" in capsys.readouterr().err
     assert not os.path.lexists(work / "new")
+
+
+def test_a_dry_run_refuses_what_the_training_would(work, tmp_path):
+    config = settings(work / "tensors", tmp_path / "next")
+    (tmp_path / "next" / "best").mkdir(parents=True)
+    refused = {
+        "already stands there": config,
+        "--resume-from": replace(config, resume_from=tmp_path / "none"),
+        "none": replace(config, output_dir=tmp_path / "new", init_from=tmp_path / "none"),
+    }
+    for words, wrong in refused.items():
+        with pytest.raises(UserError, match=words):
+            dry_run(wrong, null)
+
+
+@pytest.mark.parametrize("wrong", [{"duration": 0.01}, {"keyscale": "xyz"}, {"timesignature": "7"}])
+def test_a_dry_run_refuses_what_sample_would(tmp_path, wrong):
+    sample = SampleConfig(checkpoint_dir=CHECKPOINTS, prompt="x", output=tmp_path, **wrong)
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+        dry_run(sample, null)

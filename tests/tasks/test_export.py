@@ -548,3 +548,11 @@ def test_the_merged_model_computes_as_the_trained_one(tmp_path):
     adapter, model = make(tmp_path / "adapter")
     run(adapter, tmp_path / "c" / "mine", format="merged", base=CHECKPOINTS)
     close_velocities(open_checkpoint(tmp_path / "c", "mine").load_decoder(), model)
+
+
+def test_a_place_that_cannot_be_written_is_named_and_not_the_file_on_the_way(tmp_path):
+    adapter, _ = make(tmp_path / "adapter", **TYPES["lora"])
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match=r"file.x\.safetensors: could not be written") as failed:
+        run(adapter, tmp_path / "file" / "x.safetensors", format="comfyui")
+    assert "partial" not in str(failed.value)

@@ -46,7 +46,7 @@ def make_run(
     place = folder / "final" if finished else folder / "checkpoints" / "epoch_0001"
     place.mkdir(parents=True)
     (place / "adapter_config.json").write_text("{}", "utf-8")
-    (place / "complete.json").write_text(json.dumps({"position": {"step": 10, "epoch": 1}}), "utf-8")
+    (place / "complete.json").write_text(json.dumps({"position": {"step": 10, "epoch": 1}, "files": {}}), "utf-8")
     return folder
 
 

@@ -5,7 +5,6 @@ training waits for the copy to the CPU, not for the disk.
 """
 
 import errno
-import hashlib
 import json
 import os
 import pickle
@@ -27,7 +26,7 @@ from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_tex
 from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words, resuming_line
 from sidestep.settings.option import as_json_values, options_of
-from sidestep.settings.path_checks import read_run
+from sidestep.settings.path_checks import COMPLETE_FILE, damaged_file, digest_of, read_run, saved_facts, seal_of
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.marks import Mark
 from sidestep.tasks.train.processes import shard_like, unshard
@@ -38,7 +37,6 @@ from sidestep.words import PROGRAM, count, paste, size
 STATE_FILE = "training_state.pt"
 STATE_SCHEMA = 2  # raise it when a run can no longer go on from states of before
 MARKS = "marks"  # folder of the adapters that were marked on the way
-COMPLETE_FILE = "complete.json"  # written last: names every file and its size
 NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
@@ -120,28 +118,13 @@ def write_checkpoint(
     write_folder(folder, fill)
 
 
-def digest_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
-
-
-def seal_of(metadata: dict[str, Any]) -> str:
-    """Hex digest of what the last file says, so that no bit of it can change unnoticed either."""
-    return hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def read_metadata(folder: Path) -> tuple[Position, dict[str, str]] | None:
     """(how far the run was, digest of each file) of a saved run; None unless each file is there in its full size."""
+    if (facts := saved_facts(folder)) is None:
+        return None
     try:
-        metadata = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
-        seal = metadata.pop("seal", None)  # checkpoints of older versions have none
-        if seal != (seal_of(metadata) if "digests" in metadata else None):
-            return None
-        if any((folder / name).stat().st_size != size for name, size in metadata["files"].items()):
-            return None
-        return Position(**metadata["position"]), metadata.get("digests", {})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Position(**facts["position"]), facts.get("digests", {})
+    except TypeError:
         return None
 
 
@@ -179,9 +162,8 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
     unreadable = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError)
     try:
         position, digests = read_metadata(folder) or (Position(), {COMPLETE_FILE: ""})
-        for name, digest in digests.items():
-            if digest_of(folder / name) != digest:
-                raise ValueError(f"{name} is damaged: its bytes are not those that were written")
+        if name := damaged_file(folder, digests):
+            raise ValueError(f"{name} is damaged: its bytes are not those that were written")
         return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True), position
     except (*unreadable, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -245,10 +227,18 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
+def what_stands(folder: Path) -> str:
+    """What a run has left in its folder that another one would write over: the first of it, or nothing."""
+    results = (folder / name for name in ("final", "best", "ema") if (folder / name).is_dir())
+    saved = (path for name in ("checkpoints", MARKS) for path in (folder / name).glob("*"))
+    first = next((path for path in (*results, *sorted(saved)) if not path.name.startswith(".")), None)
+    return "" if first is None else first.relative_to(folder).as_posix()
+
+
 def ways_on(folder: Path) -> str:
     """What helps where a run stands already: its own command to go on with, and a folder for the other one."""
     ways, run = [], read_run(folder)
-    if run:
+    if run and run.checkpoints:
         with suppress(UserError):  # its settings are those of another version
             line = resuming_line(folder, run.settings)
             ways = [
@@ -264,11 +254,17 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
     not change.
     """
     folder = config.output_dir
-    if not config.resume_from:
-        if complete_checkpoints(folder) or (folder / "final").is_dir():
-            raise UserError(f"--output-dir {folder}: a run already stands there.", ways_on(folder))
+    if folder.resolve() == config.dataset_dir.resolve():
+        raise UserError(
+            f"--output-dir {folder}: this is --dataset-dir, and the run's own files would be taken for songs.",
+            "Choose a folder of its own.",
+        )
+    source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
+    is_own = source is not None and folder.resolve() in source.resolve().parents
+    if not is_own and what_stands(folder):
+        raise UserError(f"--output-dir {folder}: a run already stands there ({what_stands(folder)}).", ways_on(folder))
+    if source is None:
         return None
-    source = find_checkpoint(config.resume_from, folder)
     state, position = read_checkpoint(source)
     if state.get("schema") != STATE_SCHEMA:
         raise UserError(
@@ -371,7 +367,7 @@ def check_room(run: Run) -> None:
 
 def most_marks(config: TrainConfig, epochs: int) -> int:
     """How many marks a run makes on the way, at most."""
-    return min(round(1 / config.mark_drop), epochs) if config.mark_drop else 0
+    return min(epochs, round(1 / max(config.mark_drop, 1e-9))) if config.mark_drop else 0
 
 
 def room_for(

@@ -9,10 +9,10 @@ import pytest
 
 from sidestep.errors import Interrupted
 from sidestep.events import Decision, Saved, StepDone
-from sidestep.settings.config import HistoryConfig
+from sidestep.settings.config import HistoryConfig, TrainConfig
 from sidestep.tasks.history import history
 from sidestep.tasks.score.run import candidates_of
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.tasks.train.checkpoints import complete_checkpoints, most_marks, read_checkpoint
 from sidestep.tasks.train.loop import rare_seconds_left
 from sidestep.tasks.train.marks import SMOOTHED_EPOCHS, passed, smoothed
 from sidestep.tasks.train.run import History, Mark
@@ -193,3 +193,9 @@ def test_two_processes_make_the_marks_of_one(data, tmp_path, environment):
     for name in names(tmp_path / "one"):
         a, b = (adapter(tmp_path / folder / "marks" / name) for folder in ("one", "two"))
         assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-3
+
+
+@pytest.mark.parametrize(("drop", "marks"), [(1e-310, 7), (0.5, 2), (0.01, 7), (0.0, 0)])
+def test_a_run_makes_no_more_marks_than_epochs_however_small_their_distance(drop, marks):
+    config = TrainConfig(checkpoint_dir=Path(), dataset_dir=Path(), output_dir=Path(), mark_drop=drop)
+    assert most_marks(config, 7) == marks

@@ -198,6 +198,39 @@ def test_another_run_in_the_folder_is_never_overwritten(finished):
     assert resolve(TrainConfig, typed) == replace(finished, resume_from=LATEST)
 
 
+def test_a_checkpoint_goes_on_in_a_folder_of_its_own_and_not_over_another_run(data, tmp_path):
+    one, other = settings(data, tmp_path / "one", epochs=2, save_every=1), settings(data, tmp_path / "other", epochs=1)
+    run(one)
+    run(other)
+    before = adapter(tmp_path / "other" / "final")
+    with pytest.raises(UserError, match="already stands there"):
+        train(
+            replace(one, output_dir=tmp_path / "other", resume_from=complete_checkpoints(tmp_path / "one")[-1]), Log()
+        )
+    assert not list(differing(before, adapter(tmp_path / "other" / "final")))
+
+
+@pytest.mark.parametrize("left", ["best", "marks/epoch_0001", "ema", "checkpoints/epoch_0001"])
+def test_what_a_run_left_is_never_written_over_by_another(data, tmp_path, left):
+    config = settings(data, tmp_path / "run")
+    (config.output_dir / left).mkdir(parents=True)  # as of one that was killed, or is damaged
+    with pytest.raises(UserError, match=f"already stands there .{left}.") as refused:
+        train(config, Log())
+    assert refused.value.fix == f"Give this run a folder of its own: --output-dir {config.output_dir}-2"
+
+
+def test_a_run_that_left_only_words_can_begin_again(data, tmp_path):
+    config = settings(data, tmp_path / "run", epochs=1)
+    (config.output_dir / "checkpoints" / ".saving-x").mkdir(parents=True)
+    (config.output_dir / "events.jsonl").write_text("{}\n", encoding="utf-8")
+    run(config)
+
+
+def test_the_folder_of_the_tensors_is_no_folder_for_a_run(data):
+    with pytest.raises(UserError, match="this is --dataset-dir"):
+        train(settings(data, data), Log())
+
+
 def test_a_run_that_was_stopped_says_how_it_goes_on_where_another_would_begin(data, tmp_path):
     config = settings(data, tmp_path / "run")
     with pytest.raises(Interrupted):

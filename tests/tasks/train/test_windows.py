@@ -94,18 +94,18 @@ def test_what_was_encoded_is_kept_and_made_anew_when_it_is_out_of_date(data):
     assert "Encoding" not in again.text
     save_record(data / "plain.pt", record(1, 60, bpm=140))  # another prompt
     different = windowed(data, changed)
-    assert "windows of 1 song " in changed.text
+    assert "what 1 song or its windows " in changed.text
     assert not torch.equal(different["plain.pt"].windows.conditions[0], songs["plain.pt"].windows.conditions[0])
     kept = data / ".windows" / "25" / "sung.pt"
     content = torch.load(kept, weights_only=True)
     torch.save(content | {"fingerprint": "of another text encoder"}, kept)
     stale = Log()
     windowed(data, stale)
-    assert "windows of 1 song " in stale.text
+    assert "what 1 song or its windows " in stale.text
     kept.write_bytes(kept.read_bytes()[:100])
     damaged = Log()
     windowed(data, damaged)
-    assert "windows of 1 song " in damaged.text
+    assert "what 1 song or its windows " in damaged.text
 
 
 def test_a_folder_that_takes_no_files_costs_only_time(data):
