@@ -125,6 +125,17 @@ def test_a_folder_of_a_data_set_is_not_offered_as_one_of_its_own(tmp_path):
     assert set(path_checks.tensors_near(tmp_path)) == {home / "album", home / "other"}
 
 
+def test_a_state_of_which_a_file_is_short_or_gone_is_none(tmp_path):
+    (tmp_path / "state").write_bytes(bytes(9))
+    said = {"position": {"step": 3}, "files": {"state": 9}}
+    (tmp_path / "complete.json").write_text(json.dumps(said), encoding="utf-8")
+    assert path_checks.saved_facts(tmp_path) == said
+    (tmp_path / "state").write_bytes(bytes(8))
+    assert path_checks.saved_facts(tmp_path) is None
+    (tmp_path / "state").unlink()
+    assert path_checks.saved_facts(tmp_path) is None
+
+
 def test_tensors_are_counted_in_subfolders_too(tmp_path):
     (tmp_path / "a").mkdir()
     for path in (tmp_path / "1.pt", tmp_path / "a" / "2.pt", tmp_path / ".tmp-x.pt"):

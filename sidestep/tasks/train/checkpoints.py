@@ -37,6 +37,7 @@ from sidestep.words import PROGRAM, count, paste, size
 STATE_FILE = "training_state.pt"
 STATE_SCHEMA = 2  # raise it when a run can no longer go on from states of before
 MARKS = "marks"  # folder of the adapters that were marked on the way
+LEFT_BY_RUNS = ("final", "best", "ema", "checkpoints/epoch_*", "checkpoints/step_*", f"{MARKS}/epoch_*")
 NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
@@ -229,10 +230,8 @@ def require_writable(folder: Path) -> None:
 
 def what_stands(folder: Path) -> str:
     """What a run has left in its folder that another one would write over: the first of it, or nothing."""
-    results = (folder / name for name in ("final", "best", "ema") if (folder / name).is_dir())
-    saved = (path for name in ("checkpoints", MARKS) for path in (folder / name).glob("*"))
-    first = next((path for path in (*results, *sorted(saved)) if not path.name.startswith(".")), None)
-    return "" if first is None else first.relative_to(folder).as_posix()
+    left = (path for names in LEFT_BY_RUNS for path in sorted(folder.glob(names)))
+    return next((path.relative_to(folder).as_posix() for path in left), "")
 
 
 def ways_on(folder: Path) -> str:

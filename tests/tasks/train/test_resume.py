@@ -15,7 +15,7 @@ from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import EpochDone, StepDone
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import resolve
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint, what_stands, write_settings
 from sidestep.tasks.train.setup import train
 from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
 
@@ -214,6 +214,7 @@ def test_a_checkpoint_goes_on_in_a_folder_of_its_own_and_not_over_another_run(da
 def test_what_a_run_left_is_never_written_over_by_another(data, tmp_path, left):
     config = settings(data, tmp_path / "run")
     (config.output_dir / left).mkdir(parents=True)  # as of one that was killed, or is damaged
+    write_settings(config)
     with pytest.raises(UserError, match=f"already stands there .{left}.") as refused:
         train(config, Log())
     assert refused.value.fix == f"Give this run a folder of its own: --output-dir {config.output_dir}-2"
@@ -221,9 +222,12 @@ def test_what_a_run_left_is_never_written_over_by_another(data, tmp_path, left):
 
 def test_a_run_that_left_only_words_can_begin_again(data, tmp_path):
     config = settings(data, tmp_path / "run", epochs=1)
-    (config.output_dir / "checkpoints" / ".saving-x").mkdir(parents=True)
+    for other in (".saving-epoch_0001", "acestep-v15-base"):
+        (config.output_dir / "checkpoints" / other).mkdir(parents=True)
     (config.output_dir / "events.jsonl").write_text("{}\n", encoding="utf-8")
+    assert what_stands(config.output_dir) == ""
     run(config)
+    assert what_stands(config.output_dir) == "final"
 
 
 def test_the_folder_of_the_tensors_is_no_folder_for_a_run(data):

@@ -93,7 +93,10 @@ def test_a_stop_during_previews_leaves_out_the_others_and_trains_no_step_more(tm
     assert "2 previews left out, since the run was asked to stop." in log.text
 
 
-def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path):
+def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path, monkeypatch):
+    made: list[object] = []
+    monkeypatch.setattr("sidestep.tasks.train.loop.preview_now", made.append)
+
     def act(event) -> None:
         if isinstance(event, StepDone) and event.step == 1:
             assert StopRequest.current
@@ -102,4 +105,4 @@ def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path):
 
     with pytest.raises(Interrupted):
         train(settings(write_data(tmp_path / "data"), tmp_path / "run", preview_duration=1.0), Log(act))
-    assert not (tmp_path / "run" / "previews").exists()
+    assert made == []
