@@ -4,7 +4,8 @@ Sources of a song `song.ext`, the best first; they are merged field by field, th
 
 1. `song.ext.json`, `song.json`   an object of fields, or what `sample` wrote, with the fields under "prompt"
 2. `song.ext.txt`, `song.txt`     `key: value` lines, or plain text
-3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song_prompt.txt` (ACE-Step 1) and `song.caption`;
+3. `song.ext.caption.txt`, `song.caption.txt`   the caption, as `song.caption` and `song_prompt.txt` (ACE-Step
+   1: also tempo and key, where they are tags of their own);
    `song.ext.lyrics.txt`, `song.lyrics.txt`, then `song_lyrics.txt` (ACE-Step 1), `song.lyrics` (SimpleTuner), `.lrc`
    and the subtitles `.srt` and `.vtt`   the lyrics
    `song.caption.2.txt`, `.3.` and on without a gap, or `captions`, a list in the .json: further captions
@@ -72,7 +73,7 @@ _SIDECAR_SUFFIXES = {  # what a file is, the best first
     ".json": "json",
     ".txt": "txt",
     ".caption.txt": "caption",
-    "_prompt.txt": "caption",
+    "_prompt.txt": "tags",
     ".caption": "caption",
     ".lyrics.txt": "lyrics",
     "_lyrics.txt": "lyrics",
@@ -83,6 +84,10 @@ _SIDECAR_SUFFIXES = {  # what a file is, the best first
 }
 _SIDECAR_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, sorted(_SIDECAR_SUFFIXES, reverse=True)))})$", re.IGNORECASE)
 _LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
+_TAG_FIELDS = {
+    "bpm": re.compile(r"\d{2,3}(\.\d+)?\s*bpm", re.IGNORECASE),
+    "keyscale": re.compile(r"[A-G][#♯b♭]?\s+(major|minor)", re.IGNORECASE),
+}
 _TAG = re.compile(r"<(/?)([A-Za-z_]+)>")
 _FILE_COLUMNS = ("file", "filename", "file name", "file_name", "path", "audio_path", "audio", "song")
 
@@ -120,6 +125,17 @@ def has_section_mark(text: str) -> bool:
             if bracketed == 2 or _SECTION_MARK.match(line):
                 return True
     return False
+
+
+def parse_tags(text: str, source: str) -> Known:
+    """The caption of ACE-Step 1's `_prompt.txt`, a list of tags; a tag that is a tempo or a key is its field, too."""
+    known = Known(source)
+    known.add("caption", text)
+    for tag in map(str.strip, text.split(",")):
+        for name, form in _TAG_FIELDS.items():
+            if form.fullmatch(tag):
+                known.add(name, tag)
+    return known
 
 
 def parse_txt(text: str, source: str = "text") -> Known:
@@ -250,7 +266,7 @@ class Sidecars:
         for suffix, kind in _SIDECAR_SUFFIXES.items():
             for base in bases:
                 owner = base + suffix.removesuffix(".txt")
-                if kind in ("caption", "lyrics") and (owner in names or owner in stems):
+                if kind in ("caption", "tags", "lyrics") and (owner in names or owner in stems):
                     continue
                 if path := self._files[song.parent].get(base + suffix):
                     text, problem = read_text(path, MAX_BYTES)
@@ -259,6 +275,8 @@ class Sidecars:
                         known = parse_json(text, path.name)
                     elif kind == "txt":
                         known = parse_txt(text, path.name)
+                    elif kind == "tags":
+                        known = parse_tags(text, path.name)
                     elif kind != "json":
                         known.add(kind, text)
                     known.problems[:0] = [problem] if problem else []

@@ -318,6 +318,22 @@ def test_section_marks_are_told_from_other_brackets():
 
 
 @pytest.mark.parametrize(
+    ("text", "bpm", "key"),
+    [
+        ("melodic techno, A minor, 124 BPM, male vocal", 124, "A minor"),
+        ("techno,f# Major,90bpm", 90, "F# major"),
+        ("slow, about 90 BPM, in A minor, C, 124", None, None),
+    ],
+)
+def test_tempo_and_key_among_the_tags_of_a_prompt_are_fields_too(tmp_path, text, bpm, key):
+    put(tmp_path, **{"x.wav": "", "x_prompt.txt": text})
+    [found] = Sidecars([tmp_path / "x.wav"]).of(tmp_path / "x.wav")
+    assert found.problems == []
+    assert found.values["caption"] == text
+    assert (found.values.get("bpm"), found.values.get("keyscale")) == (bpm, key)
+
+
+@pytest.mark.parametrize(
     ("files", "values"),
     [
         ({"x_prompt.txt": "techno, 124 BPM", "x_lyrics.txt": "[Verse]\nla"}, ("techno, 124 BPM", "[Verse]\nla")),
