@@ -37,7 +37,8 @@ from sidestep.words import PROGRAM, count, paste, size
 STATE_FILE = "training_state.pt"
 STATE_SCHEMA = 2  # raise it when a run can no longer go on from states of before
 MARKS = "marks"  # folder of the adapters that were marked on the way
-LEFT_BY_RUNS = ("final", "best", "ema", "checkpoints/epoch_*", "checkpoints/step_*", f"{MARKS}/epoch_*")
+SAVED = ("final", "checkpoints/epoch_*", "checkpoints/step_*")  # what a run saves, and what it picks on its way
+PICKED = ("best", "ema", f"{MARKS}/epoch_*")
 NEW, OLD = ".saving-", ASIDE  # folders under way; whatever has such a name is no result
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT) if hasattr(errno, "EDQUOT") else (errno.ENOSPC,)
 
@@ -228,9 +229,17 @@ def require_writable(folder: Path) -> None:
         ) from None
 
 
-def what_stands(folder: Path) -> str:
-    """What a run has left in its folder that another one would write over: the first of it, or nothing."""
-    left = (path for names in LEFT_BY_RUNS for path in sorted(folder.glob(names)))
+def what_stands(config: TrainConfig) -> str:
+    """What a run has left in the output folder that this one would write over: the first of it, or nothing.
+
+    A run with the same settings that was stopped before its first checkpoint may begin again.
+    """
+    folder, own = config.output_dir, as_json_values(config)
+    try:
+        is_same = json.loads((folder / "config.json").read_text(encoding="utf-8")) == json.loads(json.dumps(own))
+    except (OSError, ValueError):
+        is_same = False
+    left = (path for names in SAVED + (() if is_same else PICKED) for path in sorted(folder.glob(names)))
     return next((path.relative_to(folder).as_posix() for path in left), "")
 
 
@@ -260,8 +269,8 @@ def open_folder(config: TrainConfig, report: Report) -> SavedRun | None:
         )
     source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
     is_own = source is not None and folder.resolve() in source.resolve().parents
-    if not is_own and what_stands(folder):
-        raise UserError(f"--output-dir {folder}: a run already stands there ({what_stands(folder)}).", ways_on(folder))
+    if not is_own and (there := what_stands(config)):
+        raise UserError(f"--output-dir {folder}: a run already stands there ({there}).", ways_on(folder))
     if source is None:
         return None
     state, position = read_checkpoint(source)

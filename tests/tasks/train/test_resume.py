@@ -214,7 +214,7 @@ def test_a_checkpoint_goes_on_in_a_folder_of_its_own_and_not_over_another_run(da
 def test_what_a_run_left_is_never_written_over_by_another(data, tmp_path, left):
     config = settings(data, tmp_path / "run")
     (config.output_dir / left).mkdir(parents=True)  # as of one that was killed, or is damaged
-    write_settings(config)
+    write_settings(replace(config, seed=9))
     with pytest.raises(UserError, match=f"already stands there .{left}.") as refused:
         train(config, Log())
     assert refused.value.fix == f"Give this run a folder of its own: --output-dir {config.output_dir}-2"
@@ -225,9 +225,19 @@ def test_a_run_that_left_only_words_can_begin_again(data, tmp_path):
     for other in (".saving-epoch_0001", "acestep-v15-base"):
         (config.output_dir / "checkpoints" / other).mkdir(parents=True)
     (config.output_dir / "events.jsonl").write_text("{}\n", encoding="utf-8")
-    assert what_stands(config.output_dir) == ""
+    assert what_stands(config) == ""
     run(config)
-    assert what_stands(config.output_dir) == "final"
+    assert what_stands(config) == "final"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_begin_again(data, tmp_path):
+    config = settings(data, tmp_path / "run", epochs=1)
+    for picked in ("best", "marks/epoch_0001"):
+        (config.output_dir / picked).mkdir(parents=True)
+    write_settings(config)
+    assert what_stands(replace(config, lr=1.0)) == "best"
+    assert what_stands(config) == ""
+    run(config)
 
 
 def test_the_folder_of_the_tensors_is_no_folder_for_a_run(data):
