@@ -237,7 +237,7 @@ def what_stands(config: TrainConfig) -> str:
     folder, own = config.output_dir, as_json_values(config)
     try:
         is_same = json.loads((folder / "config.json").read_text(encoding="utf-8")) == json.loads(json.dumps(own))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         is_same = False
     left = (path for names in SAVED + (() if is_same else PICKED) for path in sorted(folder.glob(names)))
     return next((path.relative_to(folder).as_posix() for path in left), "")
