@@ -150,8 +150,8 @@ def read_run(folder: Path) -> FoundRun | None:
     settings = _read_json(folder / "config.json")
     if settings is None or "dataset_dir" not in settings:
         return None
-    steps = [(saved_facts(path) or {}, path.name) for path in _folders(folder / "checkpoints")]
-    steps = sorted((facts["position"]["step"], name) for facts, name in steps if facts)
+    states = ((path.name, saved_facts(path)) for path in _folders(folder / "checkpoints"))
+    steps = sorted((facts["position"]["step"], name) for name, facts in states if facts)
     return FoundRun(
         folder,
         settings,

@@ -286,7 +286,8 @@ def _hear(run: Run, previews: Previews, player: Player, decoder: torch.nn.Module
             tag = f"previews/{f'{player.folder}/' if player.folder else ''}{name}/strength {strength:g}"
             run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)
     run.report(Progress(task=task, done=len(takes), total=len(takes)))
-    run.report(Saved(what="previews", path=str(folder / now)))
+    if (folder / now).is_dir():  # a run that was asked to stop may have made none
+        run.report(Saved(what="previews", path=str(folder / now)))
 
 
 def _hear_elsewhere(run: Run, previews: Previews, player: Player) -> None:

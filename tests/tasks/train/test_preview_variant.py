@@ -22,7 +22,7 @@ from sidestep.settings.config import PlanConfig, SampleConfig, TrainConfig
 from sidestep.tasks.plan import plan as plans
 from sidestep.tasks.plan.plan import as_json, check_memory, check_sample, fit_into, plan
 from sidestep.tasks.plan.step import Peak
-from sidestep.tasks.sample import Sampling
+from sidestep.tasks.sample import Sampling, players_of
 from sidestep.tasks.train import previews as module
 from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
 from sidestep.tasks.train.previews import make_previews
@@ -344,3 +344,9 @@ def test_a_run_is_warned_by_the_preview_of_the_model_that_plays(home, data, tmp_
         log = Log()
         fit_into(GpuMemory(5 * GIB, "a card"), listening(home, data, tmp_path, preview_variant=names), log)
         assert ("A preview needs" in log.text) == warned
+
+
+def test_a_model_that_is_to_play_and_is_not_there_is_named_with_its_flag(tmp_path):
+    config = replace(settings(tmp_path, tmp_path / "run"), preview_variant=("sft",))
+    with pytest.raises(UserError, match="--preview-variant sft: no folder"):
+        players_of(config, null)

@@ -91,6 +91,7 @@ def test_a_stop_during_previews_leaves_out_the_others_and_trains_no_step_more(tm
     assert [path.name for path in complete_checkpoints(folder)] == ["step_000001"]
     assert len(list((folder / "previews").rglob("*.flac"))) == 2  # the one under way is finished
     assert "2 previews left out, since the run was asked to stop." in log.text
+    assert "previews" not in {event.what for event in log.of(Saved)}, "of the adapter none was made"
 
 
 def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path, monkeypatch):
