@@ -7,6 +7,7 @@ change between two starts is kept.
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from sidestep.files import cache_folder, short_digest, write_text
+from sidestep.late_modules import load_late
 
 LIBRARIES = (
     "torch",
@@ -25,9 +27,25 @@ LIBRARIES = (
     "diffusers.models.transformers.ace_step_transformer",
     "diffusers.models.autoencoders.autoencoder_oobleck",
 )
+# What a library, or the folder that it is in, brings along and few runs use: loaded when something in it is asked for.
+LATE = {
+    "transformers.modeling_utils": (
+        *("torch._dynamo", "torch.distributed.tensor"),
+        *("torch.nn.attention.flex_attention", "torch.nn.attention.varlen"),
+    ),
+    "diffusers.models.transformers.ace_step_transformer": (
+        *("diffusers.models.transformers", "diffusers.training_utils"),
+    ),
+    "diffusers.models.autoencoders.autoencoder_oobleck": ("diffusers.models.autoencoders",),
+}
 ABSENT_WHILE_LOADING = ("scipy",)  # transformers has it for a loss, diffusers for samplers; we use it ourselves
 ABSENT = ("bitsandbytes",)  # peft looks for it at each layer that it adapts
 SCANNER = "transformers.utils.import_utils"
+# By these, libraries ask for what tensors shared among processes need, and for an attention that nothing here uses.
+UNAVAILABLE = {
+    SCANNER: ("is_torch_distributed_available", "is_torch_flex_attn_available"),
+    "accelerate.utils.imports": ("is_torch_distributed_available",),
+}
 
 
 def load_libraries(done: Callable[[], object] = lambda: None) -> None:
@@ -43,8 +61,10 @@ def load_libraries(done: Callable[[], object] = lambda: None) -> None:
     gc.disable()
     sys.modules.update(dict.fromkeys(hidden))  # pyrefly: ignore[no-matching-overload]  None: not to be imported
     try:
-        with packages_kept(), model_names_kept():
+        with packages_kept(), libraries_prepared():
             for name in LIBRARIES:
+                if is_alone():
+                    load_late(*LATE.get(name, ()))
                 import_module(name)
                 done()
     finally:
@@ -82,7 +102,7 @@ def packages_kept() -> Iterator[None]:
         for entry in sys.path:
             with suppress(OSError):  # it is not there, or may not be read
                 state[entry] = Path(entry or ".").stat().st_mtime_ns
-        return kept("packages", state, lambda: dict(look_up()))
+        return kept(f"packages-{short_digest(repr(sys.path))}", state, lambda: dict(look_up()))
 
     metadata.packages_distributions = look_up_kept
     try:
@@ -92,17 +112,15 @@ def packages_kept() -> Iterator[None]:
 
 
 @contextmanager
-def model_names_kept() -> Iterator[None]:
-    """While entered: transformers, once it is imported, takes the names of its models from our folder of caches.
-
-    It reads its 2,500 files of models twice to learn which names are in them.
-    """
-    finder = AfterImport(SCANNER, keep_model_names)
-    sys.meta_path.insert(0, finder)
+def libraries_prepared() -> Iterator[None]:
+    """While entered: a module of `UNAVAILABLE` is prepared as soon as it was executed."""
+    finders = [AfterImport(name, prepare) for name in UNAVAILABLE]
+    sys.meta_path[:0] = finders
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        for finder in finders:
+            sys.meta_path.remove(finder)
 
 
 class AfterImport:
@@ -126,6 +144,21 @@ class AfterImport:
 
             spec.loader.exec_module = exec_module
         return spec
+
+
+def prepare(module: Any) -> None:
+    """Let transformers keep the names of its models, and libraries do without what nobody uses where we are alone."""
+    if module.__name__ == SCANNER:
+        keep_model_names(module)
+    if is_alone():
+        for name in UNAVAILABLE[module.__name__]:
+            if hasattr(module, name):
+                setattr(module, name, lambda: False)
+
+
+def is_alone() -> bool:
+    """Whether this process trains by itself: none of the variables is set by which launchers say how many there are."""
+    return not {"WORLD_SIZE", "ACCELERATE_USE_FSDP"} & os.environ.keys()
 
 
 def keep_model_names(scanner: Any) -> None:

@@ -21,6 +21,7 @@ from sidestep.cli import commands
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
 from sidestep.events import null
+from sidestep.late_modules import PartsOf
 from sidestep.settings.config import COMMANDS, PlanConfig, ScoreConfig
 
 ROOT = Path(__file__).parent.parent
@@ -251,14 +252,14 @@ def test_names_of_models_in_another_form_are_left_as_they_are(scanner, tmp_path,
 def test_a_module_is_handed_over_after_it_was_imported_and_the_finder_goes(packages, tmp_path, monkeypatch):
     without_torch(monkeypatch)
     seen = []
-    monkeypatch.setattr(imports, "SCANNER", "a_library")
-    monkeypatch.setattr(imports, "keep_model_names", lambda module: seen.append(module.seen["absent"]))
+    monkeypatch.setattr(imports, "UNAVAILABLE", {"a_library": ()})
+    monkeypatch.setattr(imports, "prepare", lambda module: seen.append(module.seen["absent"]))
     before = list(sys.meta_path)
     imports.load_libraries()
     assert seen == [True]
     assert sys.meta_path == before
     sys.modules.pop("a_library")
-    monkeypatch.setattr(imports, "SCANNER", "never imported")
+    monkeypatch.setattr(imports, "UNAVAILABLE", {"never imported": ()})
     imports.load_libraries()
     assert sys.meta_path == before
 
@@ -285,6 +286,54 @@ def test_packages_are_looked_up_once_until_one_is_installed_and_as_before_afterw
             os.utime(tmp_path / "site", ns=change)
         imports.load_libraries()
         assert (sys.modules["a_library"].seen, len(calls)) == ([{"x": ["y"]}] * 2, times)
+
+
+def test_each_way_to_look_for_packages_keeps_its_own(packages, tmp_path, monkeypatch):
+    without_torch(monkeypatch)
+    (tmp_path / "home").mkdir()  # or the folder of the packages changes
+    monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    calls = []
+    monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {})
+    code = "from importlib import metadata\nmetadata.packages_distributions()\n"
+    (tmp_path / "a_library.py").write_text(code, encoding="utf-8")
+    ways = [list(sys.path), [*sys.path, str(tmp_path / "more")]]
+    for way in (*ways, *ways):
+        monkeypatch.setattr(sys, "path", way)
+        imports.load_libraries()
+        sys.modules.pop("a_library")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("launched", [{}, {"WORLD_SIZE": "1"}, {"ACCELERATE_USE_FSDP": "true"}], ids=str)
+def test_one_process_alone_does_without_what_is_for_many(packages, launched, tmp_path, monkeypatch):
+    without_torch(monkeypatch)
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    code = "from wanted_by_all import is_available\nimport late_one\nseen = (is_available(), type(late_one).__name__)\n"
+    (tmp_path / "a_library.py").write_text(code, encoding="utf-8")
+    (tmp_path / "wanted_by_all.py").write_text("def is_available(): return True\n", encoding="utf-8")
+    (tmp_path / "late_one.py").write_text("", encoding="utf-8")
+    monkeypatch.setattr(imports, "UNAVAILABLE", {"wanted_by_all": ("is_available", "of_another_version")})
+    monkeypatch.setattr(imports, "LATE", {"a_library": ("late_one",), "another": ("never_wanted",)})
+    before = list(sys.meta_path)
+    imports.load_libraries()
+    assert sys.modules["a_library"].seen == ((True, "module") if launched else (False, "LateModule"))
+    assert not hasattr(sys.modules.pop("wanted_by_all"), "of_another_version")
+    assert [finder for finder in sys.meta_path if finder not in before and not isinstance(finder, PartsOf)] == []
+    sys.meta_path[:] = before
+    del sys.modules["late_one"]
+
+
+def test_the_names_of_models_are_kept_by_all_processes(monkeypatch):
+    prepared = []
+    monkeypatch.setattr(imports, "keep_model_names", lambda module: prepared.append(module.__name__))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in imports.UNAVAILABLE:
+        imports.prepare(SimpleNamespace(__name__=name))
+    assert prepared == [imports.SCANNER]
 
 
 @pytest.mark.slow

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.attention.varlen as flash
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.ace_step_transformer import AceStepAttention, AceStepAttnProcessor2_0
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from sidestep.acestep.device import Choice, is_ampere
 from sidestep.acestep.fused import rotate
@@ -153,7 +153,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scal
         raise ValueError("torch's flash kernel for packed songs has no dropout")
     batch, tokens = query.shape[:2]
     starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
-    out = varlen_attn(
+    out = flash.varlen_attn(
         query.flatten(0, 1),
         key.flatten(0, 1),
         value.flatten(0, 1),

@@ -16,9 +16,6 @@ from pathlib import Path
 import torch
 from diffusers.models.transformers.ace_step_transformer import AceStepTransformer1DModel
 from torch import Tensor, nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
@@ -173,7 +170,7 @@ def compiled_code() -> Path:
             is_ours = os.access(own, os.W_OK)
         except OSError:
             is_ours = False
-        folder = str(own) if is_ours else default_cache_dir()
+        folder = str(own) if is_ours else torch._inductor.runtime.cache_dir_utils.default_cache_dir()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     return Path(folder)
 
@@ -213,8 +210,8 @@ def compile_layers(
         )
     if backend == "inductor" and device.type != "cuda":
         try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
+            torch._inductor.cpp_builder.get_cpp_compiler()
+        except torch._inductor.exc.InvalidCxxCompiler:
             raise UserError(
                 "--compile: no C++ compiler was found.",
                 "Install g++, clang or Visual Studio's Build Tools, or leave --compile out.",

@@ -311,7 +311,7 @@ def test_songs_are_packed_for_torchs_flash_kernel_and_unpacked_again(monkeypatch
         songs = [slice(a, b) for a, b in zip(starts_q.tolist(), starts_k.tolist()[1:], strict=False)]
         return torch.cat([dense(query[None, s], key[None, s], value[None, s], window_size[0])[0] for s in songs])
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention.flash, "varlen_attn", kernel)
     inputs = tensors(3, 140, 4, 2)
     torch.testing.assert_close(flash_attention(*inputs, 6, 0.3, 0.0), dense(*inputs, 6), atol=1e-5, rtol=1e-5)
 

@@ -6,9 +6,9 @@ Validation runs over a fixed grid of windows, timesteps and noise: the same weig
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from sidestep.data.batches import Song
 from sidestep.events import LongTask, Notice, Validated
@@ -99,5 +99,5 @@ def _set_parameters(run: Run, tensors: Sequence[torch.Tensor]) -> None:
     for parameter, tensor in zip(run.parameters, tensors, strict=True):
         parameter.copy_(tensor)
     for module in run.wrapped.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # or the next forward pass would use what was gathered before
+        if hasattr(module, "reshard"):  # FSDP's have it
+            cast(Any, module).reshard()  # or the next forward pass would use what was gathered before

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 
 from sidestep.adapters.names import to_original
 from sidestep.errors import JobError
-from sidestep.tasks.train.processes import Processes
+from sidestep.tasks.train.processes import Processes, own_part
 
 VISITS_OF_HISTORY = 10  # before a song can be judged by its own
 VISITS_ABOVE = 5  # in a row, until it is named
@@ -29,7 +28,7 @@ def require_gradients(model: PeftModel, processes: Processes, step: int) -> None
     flags: list[float] = []
     for _, parameter in tensors:
         for tensor in (parameter.grad, parameter.detach()):
-            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            own = own_part(tensor)
             flags.append(float(own is not None and bool((own != 0).any())))
     seen = [total > 0 for total in processes.sum(flags)]
     learning = {name: learns for (name, _), learns in zip(tensors, seen[::2], strict=True)}

@@ -4,12 +4,11 @@ It goes through the CPU (gloo), so that no process waits for its device to say w
 """
 
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(hours=2)  # for the first process to encode, validate or save while the others wait
 
@@ -49,13 +48,26 @@ class Processes:
             dist.barrier(group=self._group)
 
 
+def own_part(tensor: Any) -> Any:
+    """What this process has of a tensor that FSDP has sharded. Others, and None, as they are."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
 def unshard(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that FSDP has sharded, put together; all processes must ask for it. Others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if _is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
     """A full tensor sharded over the processes as `example` is, if it is and has that shape."""
-    if not isinstance(example, DTensor) or tensor.shape != example.shape:
+    if not _is_sharded(example) or tensor.shape != example.shape:
         return tensor
-    return distribute_tensor(tensor.to(example.device), example.device_mesh, example.placements)
+    sharded = cast(Any, example)
+    return torch.distributed.tensor.distribute_tensor(
+        tensor.to(sharded.device), sharded.device_mesh, sharded.placements
+    )
+
+
+def _is_sharded(tensor: Any) -> bool:
+    # by what it has: torch.distributed.tensor, which has its type, takes most of a second to load and is there if it is
+    return hasattr(tensor, "full_tensor")

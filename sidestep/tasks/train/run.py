@@ -6,9 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers.training_utils as averages
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -306,7 +306,7 @@ class Run:
     step_task: LongTask | None = None  # while an optimizer step is under way
     previews: Previews | None = None
     asked_previews: Previews | None = None  # the same where only a key asks for them
-    average: EMAModel | None = None
+    average: "averages.EMAModel | None" = None
     position: Position = Position()
     history: History = field(default_factory=History)
     prior: Prior | None = None

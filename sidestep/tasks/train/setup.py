@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers.training_utils as averages
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
-from diffusers.training_utils import EMAModel
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -309,7 +309,7 @@ def set_up(
         is_compiled=config.compile == "on",
     )
     if config.ema_decay:
-        run.average = EMAModel(run.parameters, decay=config.ema_decay, foreach=True)
+        run.average = averages.EMAModel(run.parameters, decay=config.ema_decay, foreach=True)
     if saved:
         restore_state(run, saved)
         run.first_epoch = run.position.epoch

@@ -216,7 +216,7 @@ def test_auto_without_a_compiler_goes_on_uncompiled(data, tmp_path, monkeypatch)
     def refuse() -> None:
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(blocks, "get_cpp_compiler", refuse)
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", refuse)
     monkeypatch.setattr(blocks, "COMPILING_SECONDS", 0)
     monkeypatch.setattr(blocks, "FASTER", {("cpu", "kept"): 2.0})
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
