@@ -159,6 +159,7 @@ def test_the_compiler_keeps_out_of_what_it_was_told_once_it_is_there(late):
     assert asked == {first.__wrapped__: (True, {}), second.__wrapped__: (False, {"reason": "ours"})}
     assert len(compiler.marked) == 2
     assert late.disable(abs)(-3) == ("kept out", 3)
+    assert late.disable(lambda x: x)(3) == ("kept out", 3)
 
 
 def test_nobody_remembers_functions_that_are_gone(late):
