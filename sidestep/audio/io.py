@@ -473,4 +473,4 @@ def write_flac(path: Path, audio: np.ndarray, sample_rate: int) -> None:
         try:
             soundfile.write(temporary, audio.T, sample_rate, format="FLAC", subtype="PCM_24")
         except soundfile.LibsndfileError as error:
-            raise OSError(f"{path}: cannot be written ({error.error_string})") from error
+            raise OSError(None, error.error_string.rstrip("."), str(path)) from error

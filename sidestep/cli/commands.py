@@ -225,6 +225,8 @@ def presets(config: PresetsConfig, report: Report) -> None:
                 (p.name, "built in" if p.built_in else "yours", p.description) for p in preset_files.list_presets()
             )
             report(Table(title="Presets", columns=("name", "from", "what for"), rows=rows))
+            for error in preset_files.broken_presets():
+                report(Notice(message=f"Not in the list: {error.problem} {error.fix}".rstrip(), level="warning"))
         case "show":
             report(preset_table(preset_files.find(config.what)))
         case "import":

@@ -121,19 +121,22 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
         name, why = profile_of(call)
         notes.append(Decision(what="profile", value=name, reason=why))
     preset = presets.find(name) if name else None
-    values = (run_settings(call.config) if call.config else {}) | (preset.values if preset else {})
+    values = preset.values if preset else {}
+    if call.config:
+        every = {name: o for command in COMMANDS.values() for name, o in options_of(command.config).items()}
+        every |= options_of(COMMANDS[call.command].config)
+        of_run, unknown = presets.checked(run_settings(call.config), every, f"--config {call.config}")
+        if unknown:
+            message = f"{call.config}: ignored, because no command has such a setting: {', '.join(unknown)}."
+            notes.append(Notice(message=message, level="warning"))
+        values = of_run | values
     configs = configs_of(call, values)
     notes += notes_of(call, configs, values)
     if preset and preset.unknown:
         unknown = f"ignored, because no command has such a setting: {', '.join(preset.unknown)}."
         notes.append(Notice(message=f"Preset {preset.name}: {unknown}", level="warning"))
-    if call.config:
-        every = {option for command in COMMANDS.values() for option in options_of(command.config)}
-        if unknown := sorted(set(values) - every - set(preset.values if preset else ())):
-            message = f"{call.config}: ignored, because no command has such a setting: {', '.join(unknown)}."
-            notes.append(Notice(message=message, level="warning"))
     if call.dry_run:
-        say_what_would_happen(configs[0], terminal, call.dry_run == "json")
+        say_what_would_happen(configs[0], terminal, call.dry_run == "json", notes)
         if configs[1:]:
             terminal.note("The training that follows can be foreseen once its tensors are there.")
         return ExitStatus.OK
@@ -152,7 +155,7 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     return worst
 
 
-def say_what_would_happen(config: Any, terminal: Terminal, json_alone: bool) -> None:
+def say_what_would_happen(config: Any, terminal: Terminal, json_alone: bool, notes: Sequence[Event] = ()) -> None:
     """`--dry-run` of one config; nothing is written, no log either."""
     from sidestep.tasks.dry_run import dry_run
 
@@ -160,6 +163,8 @@ def say_what_would_happen(config: Any, terminal: Terminal, json_alone: bool) -> 
         terminal.out.write(json.dumps([asdict(line) for line in dry_run(config, null)]) + "\n")
         return
     with showing(terminal) as report:
+        for note in notes:
+            report(note)
         dry_run(config, report)
 
 

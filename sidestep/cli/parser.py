@@ -27,12 +27,12 @@ from sidestep.settings.config import (
     PreprocessConfig,
     TrainConfig,
 )
-from sidestep.settings.option import Option, options_of, resolve, splits_at_commas
+from sidestep.settings.option import Option, matters, options_of, resolve, splits_at_commas
 from sidestep.settings.path_checks import find_models
 from sidestep.settings.presets import COMMANDS_WITH_PRESETS, PROFILES, profile_for
 from sidestep.terminal.terminal import as_typed
 from sidestep.variants import OFFICIAL_FOLDERS
-from sidestep.words import PROGRAM, did_you_mean
+from sidestep.words import PROGRAM, as_word, did_you_mean
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -166,10 +166,16 @@ def notes_of(call: Call, configs: list[Any], preset: Mapping[str, Any]) -> list[
             words = f"Tensors go to --tensor-output {tensors}, but training reads --dataset-dir {dataset}."
         notes.append(Notice(message=words))
     config = configs[-1]
-    for name, o in options_of(type(config)).items():
+    options, answers = options_of(type(config)), vars(config)
+    for name, o in options.items():
         value = getattr(config, name)
+        if name in call.typed and not matters(o, answers, options):
+            wanted, *values = o.when
+            what = " or ".join(as_word(v) for v in values if v is not True)
+            where = f"{options[wanted].flag} {what}".rstrip()
+            notes.append(Notice(message=f"{o.flag} is not used: it is for {where}.", level="warning"))
         if o.follows and name not in call.typed and value != preset.get(name, o.default):
-            flags = " ".join(options_of(type(config))[other].flag for other in o.follows if other in call.typed)
+            flags = " ".join(options[other].flag for other in o.follows if other in call.typed)
             reason = f"follows {flags or 'the preset'}; {o.flag} sets it"
             notes.append(Decision(what=o.flag.removeprefix("--"), value=as_typed(value), reason=reason))
     if isinstance(config, TrainConfig) and (flags := _typed_beside_map(call, config)):

@@ -2033,10 +2033,10 @@ class ExportConfig:
 
     adapter: Path = option(
         MISSING,
-        "adapter to export: a folder or a .safetensors file of any program",
+        "adapter to export",
         "adapter",
         group="Export",
-        plain="the adapter to convert: the final/ folder of a run, or a file of any program",
+        plain="the final/ folder of a run, or a file of any program",
         holds="adapter",
         kept=True,
         more=(
@@ -2057,9 +2057,9 @@ class ExportConfig:
     )
     output: Path = option(
         MISSING,
-        "folder or .safetensors file to write",
+        "where to write it",
         group="Export",
-        plain="the folder, or the .safetensors file, to write",
+        plain="a folder or one .safetensors file, as the form has it",
         depends_on=("adapter", "format"),
         suggest=export_for,
         more=(
@@ -2068,7 +2068,7 @@ class ExportConfig:
     )
     strength: float = option(
         1.0,
-        "strength at which the adapter is stored",
+        "strength at which it is stored",
         group="Export",
         plain="how strongly it acts where a program plays it at 1",
         more=(
@@ -2078,9 +2078,9 @@ class ExportConfig:
     )
     add: tuple[str, ...] = option(
         (),
-        "further adapters to combine with it, each as PATH or PATH:STRENGTH",
+        "further adapters to mix in, each as PATH or PATH:STRENGTH",
         group="Export",
-        plain="other adapters to mix into the same file, each with its strength, such as voice:0.5",
+        plain="two styles in one file, such as voice:0.5",
         more="Two at full strength are often too much: begin with 0.5 each. All must be for the same model.",
     )
     dtype: str = option(
@@ -2093,10 +2093,10 @@ class ExportConfig:
     )
     base: Path | None = option(
         None,
-        "folder of the ACE-Step checkpoints, where weights of the base are needed",
+        "folder of the ACE-Step checkpoints",
         group="Export",
         holds="checkpoints",
-        plain="where the ACE-Step models are, where the form needs them",
+        plain="where the ACE-Step models are; asked for where the form needs them",
         more="Needed for a complete model, and for some kinds of adapter. Nothing in the folder is changed.",
     )
     model_variant: str = option(
@@ -2109,18 +2109,18 @@ class ExportConfig:
     )
     lm: str = option(
         "auto",
-        "merged-lm: language model below --base (0.6B, 1.7B, 4B, a name or path); auto is the one it was trained on",
+        "merged-lm: language model below --base (0.6B, 1.7B, 4B, a name or path)",
         group="Export",
         advanced=True,
         when=("format", "merged-lm"),
-        plain="which language model a complete one is made of; auto: the one that it was trained on",
+        plain="what a complete one is made of; auto: the one that it was trained on",
         more="auto is right. An adapter of one size does not fit another.",
     )
     overwrite: bool = option(
         False,
         "replace what --output already holds",
         group="Export",
-        plain="replace what is there already under that name",
+        plain="without it nothing is written where something is",
         more=("No stops where something is there. Yes puts the new one in its place whole, or leaves the old one."),
     )
 

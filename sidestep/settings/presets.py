@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,17 +56,26 @@ def user_folder() -> Path:
 def list_presets() -> list[Preset]:
     """All presets that can be read: the usual one, those for cards by their memory, the others, the user's own by name.
 
-    Of a broken file `find` says what is wrong.
+    Of the others `broken_presets` says what is wrong.
     """
-    presets = []
+    return [read for read in _all_presets() if isinstance(read, Preset)]
+
+
+def broken_presets() -> list[UserError]:
+    """What is wrong with each of the user's own files that cannot be read."""
+    return [error for error in _all_presets() if isinstance(error, UserError)]
+
+
+def _all_presets() -> list[Preset | UserError]:
+    presets: list[Preset | UserError] = []
     places = {name: place for place, name in enumerate(ORDER)}
     for folder in (BUILT_IN, user_folder()):
         found = folder.glob("*.json")
         for path in sorted(found, key=lambda path: (places.get(path.stem, len(places)), path.stem.lower())):
             try:
                 presets.append(read(path))
-            except UserError:
-                continue
+            except UserError as error:
+                presets.append(error)
     return presets
 
 
@@ -105,19 +115,20 @@ def read(path: Path) -> Preset:
         raise UserError(f"{path} is not valid JSON: {error}.", "A preset is a JSON object of settings.") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a preset.", 'A preset is a JSON object of settings, such as {"rank": 32}.')
-    options = preset_options()
     description = data.pop("description", "")
+    values, unknown = checked(data, preset_options(), f"Preset {path}")
+    return Preset(path.stem, description if isinstance(description, str) else "", values, unknown, path)
+
+
+def checked(
+    data: Mapping[str, Any], options: Mapping[str, Option], where: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The settings that a file holds, in their types, and the names in it that are none. Raises UserError."""
     try:
         values = {name: options[name].check(value) for name, value in data.items() if name in options}
     except UserError as error:
-        raise UserError(f"Preset {path}: {error.problem}", error.fix) from None
-    return Preset(
-        path.stem,
-        description if isinstance(description, str) else "",
-        values,
-        tuple(sorted(set(data) - set(options))),
-        path,
-    )
+        raise UserError(f"{where}: {error.problem}", error.fix) from None
+    return values, tuple(sorted(set(data) - set(options)))
 
 
 def settings_of(config: Any) -> dict[str, Any]:

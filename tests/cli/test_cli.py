@@ -407,6 +407,10 @@ def test_the_settings_of_a_run_are_taken_but_for_its_folder_and_what_is_typed_wi
     (run / "config.json").write_text(json.dumps(as_json_values(first) | {"lrr": 1}), encoding="utf-8")
     assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
     assert "config.json: ignored, because no command has such a setting: lrr." in "".join(capsys.readouterr())
+    (run / "config.json").write_text(json.dumps(as_json_values(first) | {"rank": "many"}), encoding="utf-8")
+    assert main(["fixed", "--config", str(run / "config.json"), *new]) == ExitStatus.USAGE
+    assert f"--config {run / 'config.json'}: --rank many" in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps(as_json_values(first)), encoding="utf-8")
     assert main(["fixed", "--config", str(tmp_path / "none.json"), *new]) == ExitStatus.USAGE
     assert "not the config.json of a run" in capsys.readouterr().err
     assert main(["fixed", "--config", str(run / "config.json")]) == ExitStatus.USAGE  # it needs a folder of its own
@@ -482,7 +486,15 @@ def test_only_runs_have_a_folder_for_events():
 
 def test_presets_are_listed_shown_imported_and_exported(capsys, tmp_path):
     assert main(["presets", "list"]) == 0
-    assert "recommended" in capsys.readouterr().out
+    shown = "".join(capsys.readouterr())
+    assert "recommended" in shown
+    assert "Not in the list" not in shown
+    presets.user_folder().mkdir(parents=True)
+    (presets.user_folder() / "mine too.json").write_text('{"rank": "many"}', encoding="utf-8")
+    assert main(["presets", "list"]) == 0
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert f"Not in the list: Preset {presets.user_folder() / 'mine too.json'}: --rank many" in shown
+    (presets.user_folder() / "mine too.json").unlink()
     assert main(["presets", "export", "minimal", "mine.json"]) == 0
     assert main(["presets", "import", "mine.json"]) == 0
     assert main(["presets", "show", "mine"]) == 0

@@ -27,6 +27,30 @@ def notes(line: str, **preset) -> list[str]:
     return [" ".join(as_lines(event)) for event in notes_of(call, configs_of(call, preset), preset)]
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (f"{TRAIN} --lokr-factor 4", "--lokr-factor is not used: it is for --adapter-type lokr."),
+        (f"{TRAIN} --lokr-factor 4 --adapter-type lokr", ""),
+        (f"{TRAIN} --snr-gamma 1", "--snr-gamma is not used: it is for --loss-weighting min_snr."),
+        (f"{TRAIN} --timestep-mu 0.1", ""),
+        (
+            f"{TRAIN} --timestep-mu 0.1 --timestep-mode discrete",
+            "--timestep-mu is not used: it is for --timestep-mode auto or logit-normal.",
+        ),
+        ("sample --checkpoint-dir c --prompt x --lm-temperature 1", "--lm-temperature is not used: it is for --think."),
+        ("sample --checkpoint-dir c --prompt x --lm-temperature 1 --think", ""),
+        ("build-dataset --input a --device cpu", "--device is not used: it is for --caption lm."),
+    ],
+)
+def test_a_flag_that_does_nothing_beside_the_others_is_named(line, said):
+    assert [note for note in notes(line) if "not used" in note] == ([f"warning: {said}"] if said else [])
+
+
+def test_what_a_preset_or_a_run_brings_along_is_not_named(tmp_path):
+    assert not [note for note in notes(TRAIN, lokr_factor=4) if "not used" in note]
+
+
 def test_the_namespace_holds_only_what_was_typed():
     assert parse(shlex.split("fixed --rank 8 --no-gradient-checkpointing")).typed == {
         "rank": "8",

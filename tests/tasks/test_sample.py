@@ -10,6 +10,7 @@ import threading
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ from sidestep.adapters.names import to_diffusers
 from sidestep.adapters.read import read_adapter
 from sidestep.adapters.write import save_final
 from sidestep.cli.parser import configs_of, parse
-from sidestep.errors import UserError
+from sidestep.errors import JobError, UserError
 from sidestep.events import Event, LongTask, Notice, Progress, null
 from sidestep.settings.config import SampleConfig, TrainConfig
-from sidestep.tasks.sample import Sampling, not_obeyed, open_sampler, prompt_of, sample, sampling_for, slug
+from sidestep.tasks.sample import Sampling, not_obeyed, open_sampler, prompt_of, sample, sampling_for, slug, write_take
 from tests.conftest import FIXTURES
 
 CPU = torch.device("cpu")
@@ -437,3 +438,15 @@ def test_each_step_of_the_music_is_told_where_it_takes_its_time(checkpoints, tmp
     )
     assert steps == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert frames == [(0, 128), (50, 128), (100, 128), (128, 128)]
+
+
+def test_a_take_that_cannot_be_written_is_named_once(tmp_path, monkeypatch):
+    def refuse(*_args, **_named):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile, "write", refuse)
+    sampler = SimpleNamespace(sampling=Sampling(steps=8, guidance=1.0), sample_rate=48000)
+    with pytest.raises(JobError) as raised:
+        write_take(tmp_path / "a.flac", sampler, np.zeros((2, 8), np.float32), PROMPT, {})
+    assert raised.value.problem == f"{tmp_path / 'a.flac'}: cannot be written (System error)."
+    assert not list(tmp_path.iterdir())

@@ -175,7 +175,7 @@ def conclude(config: PreprocessConfig, songs: Sequence[Song], summary: Summary, 
         )
     index_records(output, report)  # so that nobody waits for it later, and the wizard knows how much music it is
     train = side_step(
-        *("fixed", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
+        *("train", "--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant),
         *("--dataset-dir", str(output), "--output-dir", "OUTPUT_FOLDER"),
     )
     message = (
