@@ -124,7 +124,6 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
     values = preset.values if preset else {}
     if call.config:
         every = {name: o for command in COMMANDS.values() for name, o in options_of(command.config).items()}
-        every |= options_of(COMMANDS[call.command].config)
         of_run, unknown = presets.checked(run_settings(call.config), every, f"--config {call.config}")
         if unknown:
             message = f"{call.config}: ignored, because no command has such a setting: {', '.join(unknown)}."

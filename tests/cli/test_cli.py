@@ -404,6 +404,9 @@ def test_the_settings_of_a_run_are_taken_but_for_its_folder_and_what_is_typed_wi
     assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
     assert seen == [replace(first, output_dir=tmp_path / "new", epochs=9, run_name="")]
     assert "ignored" not in "".join(capsys.readouterr())
+    (tmp_path / "p.json").write_text('{"rank": 4}', encoding="utf-8")
+    assert main(["fixed", "--config", str(run / "config.json"), *new, "--preset", str(tmp_path / "p.json")]) == 0
+    assert (seen.pop().rank, seen[0].lr) == (4, first.lr)
     (run / "config.json").write_text(json.dumps(as_json_values(first) | {"lrr": 1}), encoding="utf-8")
     assert main(["fixed", "--config", str(run / "config.json"), *new]) == 0
     assert "config.json: ignored, because no command has such a setting: lrr." in "".join(capsys.readouterr())

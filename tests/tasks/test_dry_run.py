@@ -85,6 +85,18 @@ def test_a_dry_run_says_what_would_happen_and_leaves_every_byte_as_it_is(work, m
     assert "writes" in said or "deletes" in said
 
 
+def test_what_a_command_tells_of_its_flags_stands_in_its_dry_run_too(work, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("SIDE_STEP_HOME", str(work / "home"))
+    words = [*CALLS["fixed"].format(base="--checkpoint-dir checkpoints").split(), "--rank", "8", "--lokr-factor", "4"]
+    assert main(["fixed", *words, "--dry-run"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "--lokr-factor is not used" in said
+    assert "follows --rank" in said
+    assert main(["fixed", *words, "--dry-run-as-json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.slow
 def test_the_steps_and_the_disk_of_a_dry_run_are_those_of_the_run(work, tmp_path):
     for changes in ({}, {"chunk_duration": 1.0, "batch_size": 2}, {"max_steps": 3}, {"val_split": 0.2}):
