@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +95,7 @@ def packages_kept() -> Iterator[None]:
 
     That takes reading the lists of files of all distributions, which each library does anew.
     """
+    metadata: Any = import_module("importlib.metadata")  # here and below: no start without a model waits for it
     look_up = metadata.packages_distributions
 
     def look_up_kept() -> dict[str, list[str]]:
@@ -178,7 +179,7 @@ def keep_model_names(scanner: Any) -> None:
         try:
             names = kept(
                 f"transformers-models-{short_digest(repr((Path(path).suffix, how, named)))}",
-                (metadata.version("transformers"), str(folder), folder.stat().st_mtime_ns),
+                (import_module("importlib.metadata").version("transformers"), str(folder), folder.stat().st_mtime_ns),
                 lambda: [
                     [sorted(needed), {module: sorted(names) for module, names in modules.items()}]
                     for needed, modules in scan(path, *how, **named).items()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,7 +139,7 @@ def test_a_slow_machine_tells_how_far_loading_is(monkeypatch):
     told, seconds = [], itertools.count(step=4)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(events.time, "monotonic", lambda: next(seconds))
-    monkeypatch.setattr(imports, "import_module", id)
+    monkeypatch.setattr(imports, "import_module", lambda name: metadata if "metadata" in name else name)
     monkeypatch.setattr(imports, "ABSENT_WHILE_LOADING", ())
     monkeypatch.setattr(imports, "ABSENT", ())
     monkeypatch.setattr(gc, "freeze", lambda: None)
@@ -219,7 +220,7 @@ def test_the_names_of_models_are_scanned_once_for_each_state_of_their_folder(sca
     (models / "another").mkdir()
     os.utime(models, ns=(1, 1))  # whatever the clock's grain
     assert (scanned(), scanned()) == (4, 0)
-    monkeypatch.setattr(imports.metadata, "version", lambda _: "0.0")
+    monkeypatch.setattr(metadata, "version", lambda _: "0.0")
     assert (scanned(), scanned()) == (4, 0)
     for broken in ("", "[]", "3", '{"state": 0}', '{"found": 3}'):
         for file in home.iterdir():
@@ -274,12 +275,12 @@ def test_packages_are_looked_up_once_until_one_is_installed_and_as_before_afterw
     (tmp_path / "a_file").touch()
     monkeypatch.syspath_prepend(tmp_path / "a_file" / "in it")  # as one that may not be read: no OSError passes
     calls, code = [], "from importlib import metadata\nseen = [metadata.packages_distributions() for _ in range(2)]\n"
-    monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {"x": ["y"]})
-    before = imports.metadata.packages_distributions
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: calls.append(1) or {"x": ["y"]})
+    before = metadata.packages_distributions
     (tmp_path / "a_library.py").write_text(code, encoding="utf-8")
     imports.load_libraries()
     assert (sys.modules["a_library"].seen, calls) == ([{"x": ["y"]}] * 2, [1])
-    assert imports.metadata.packages_distributions is before
+    assert metadata.packages_distributions is before
     for change, times in ((None, 1), ((1, 1), 2), (None, 2), ((2, 2), 3)):
         sys.modules.pop("a_library")
         if change:
@@ -294,7 +295,7 @@ def test_each_way_to_look_for_packages_keeps_its_own(packages, tmp_path, monkeyp
     monkeypatch.setenv("SIDE_STEP_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     calls = []
-    monkeypatch.setattr(imports.metadata, "packages_distributions", lambda: calls.append(1) or {})
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: calls.append(1) or {})
     code = "from importlib import metadata\nmetadata.packages_distributions()\n"
     (tmp_path / "a_library.py").write_text(code, encoding="utf-8")
     ways = [list(sys.path), [*sys.path, str(tmp_path / "more")]]

@@ -14,8 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import shtab
-
 from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus, JobError
 from sidestep.events import Event, FileFailed, Finished, LongTask, Notice, Report, Saved, Table
@@ -243,6 +241,8 @@ def presets(config: PresetsConfig, report: Report) -> None:
 
 def completion(config: CompletionConfig, report: Report) -> str:  # noqa: ARG001  as every command is called
     """`completion`: the script with which a shell completes the commands, flags, choices and files of `side-step`."""
+    import shtab  # every start would wait for it
+
     parser = argparse.ArgumentParser("side-step", parents=[global_parser(with_command=False)], add_help=False)
     commands = parser.add_subparsers()
     for name, command in SPELLINGS.items():

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib.metadata
 import platform
 import re
 import shutil
@@ -78,9 +77,11 @@ class _Version(argparse.Action):
         if (root / ".git").exists() and (git := shutil.which("git")):
             asked = [git, "-C", str(root), "rev-parse", "--short", "HEAD"]
             commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        from importlib import metadata  # every other start would wait for it
+
         try:
-            torch = f"PyTorch {importlib.metadata.version('torch')}"
-        except importlib.metadata.PackageNotFoundError:
+            torch = f"PyTorch {metadata.version('torch')}"
+        except metadata.PackageNotFoundError:
             torch = "PyTorch is not installed"
         of_commit = f" (commit {commit})" if commit else ""
         print(f"Side-Step {__version__}{of_commit}, {torch}, Python {platform.python_version()}")
