@@ -487,11 +487,11 @@ def restore_state(run: Run, saved: SavedRun) -> None:
 
 def save_checkpoint(run: Run, name: str) -> None:
     """Copy the whole state and write it beside the training that goes on. Raises JobError for an adapter with NaN."""
+    run.writer.wait()  # or the copy that it writes and the next one are in memory together
     state = state_of(run)
     if not run.is_main:
         return
     folder, position, config = run.config.output_dir / "checkpoints" / name, run.position, run.config
-    run.writer.wait()
     if any(saved.step == position.step for saved in positions(config.output_dir).values()):
         return  # resumed and stopped before the next step: it is saved already
     best, write_adapter = run.history.best, adapter_writer(run, state["adapter"])
@@ -535,6 +535,7 @@ def save_results(run: Run) -> Path:
 
 def save_adapter(run: Run, name: str, note: str = "") -> None:
     """Copy the adapter as it is now and write it into a folder of the run beside the training that goes on."""
+    run.writer.wait()  # as above
     tensors, folder = adapter_snapshot(run), run.config.output_dir / name
     if not run.is_main:
         return

@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from sidestep.errors import JobError, UserError
 from sidestep.events import Saved
+from sidestep.tasks.train import checkpoints
 from sidestep.tasks.train.checkpoints import (
     COMPLETE_FILE,
     NEW,
@@ -21,12 +23,14 @@ from sidestep.tasks.train.checkpoints import (
     read_checkpoint,
     restore,
     resume_command,
+    save_adapter,
+    save_checkpoint,
     snapshot,
     write_checkpoint,
     write_folder,
 )
 from sidestep.tasks.train.run import BackgroundWriter, History, Position
-from tests.training_world import Log, run, settings, write_data
+from tests.training_world import Log, prepared, run, settings, write_data
 
 
 def write(folder: Path, step: int) -> Path:
@@ -199,6 +203,18 @@ def test_a_save_that_fails_to_the_end_is_tried_once_more_and_raised():
     with pytest.raises(OSError):
         writer.finish()
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize("save", [lambda run: save_checkpoint(run, "epoch_0001"), lambda run: save_adapter(run, "x")])
+def test_nothing_is_copied_while_the_copy_before_it_is_still_written(tmp_path, monkeypatch, save):
+    going = prepared(settings(write_data(tmp_path / "data"), tmp_path / "run"))
+    slow, order = threading.Event(), []
+    going.writer.start("before", lambda: [slow.wait(60), order.append("written")][:0])
+    monkeypatch.setattr(checkpoints, "snapshot", lambda value: order.append("copied") or snapshot(value))
+    threading.Timer(0.3, slow.set).start()
+    save(going)
+    going.writer.finish()
+    assert order[:2] == ["written", "copied"]
 
 
 def test_a_mistake_of_the_program_in_a_background_write_is_no_failed_save():
