@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from sidestep.cli.main import entry
+from sidestep.cli.start import entry
 from sidestep.settings import presets
 
 ROOT = Path(__file__).parents[1]

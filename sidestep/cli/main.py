@@ -75,7 +75,7 @@ def run_line(argv: list[str], terminal: Terminal | None) -> int:
     try:
         call = parse(argv)
     except SystemExit as done:  # --help and --version have printed what was asked
-        sys.stdout.flush()
+        print(end="", flush=True)  # a stdout that takes nothing is told of here
         return int(done.code or 0)
     terminal = terminal or open_terminal(call.plain)
     terminal.says_yes = call.yes

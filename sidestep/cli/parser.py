@@ -4,17 +4,14 @@
 """
 
 import argparse
-import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sidestep import __version__
+from sidestep.cli.start import version
 from sidestep.errors import UserError
 from sidestep.events import Decision, Event, Notice
 from sidestep.settings.config import (
@@ -72,19 +69,7 @@ class _Version(argparse.Action):
     """`--version`: found out only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_rest: Any) -> NoReturn:
-        root = Path(__file__).parents[2]
-        commit = ""
-        if (root / ".git").exists() and (git := shutil.which("git")):
-            asked = [git, "-C", str(root), "rev-parse", "--short", "HEAD"]
-            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-        from importlib import metadata  # every other start would wait for it
-
-        try:
-            torch = f"PyTorch {metadata.version('torch')}"
-        except metadata.PackageNotFoundError:
-            torch = "PyTorch is not installed"
-        of_commit = f" (commit {commit})" if commit else ""
-        print(f"Side-Step {__version__}{of_commit}, {torch}, Python {platform.python_version()}")
+        print(version())
         parser.exit()
 
 

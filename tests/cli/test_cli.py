@@ -20,9 +20,9 @@ import torch
 
 from sidestep.acestep.device import GpuMemory
 from sidestep.cli import commands, outside
-from sidestep.cli import main as cli_main
 from sidestep.cli.main import main, output_folder
 from sidestep.cli.parser import configs_of, parse
+from sidestep.cli.start import version
 from sidestep.errors import ExitStatus, Interrupted, JobError, UserError
 from sidestep.events import EventLog, Notice, Saved
 from sidestep.settings import presets
@@ -596,9 +596,30 @@ def test_sigterm_stops_like_ctrl_c(task):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_cli_main_is_what_train_py_runs():
-    assert cli_main.main is main
-    assert "from sidestep.cli.main import entry" in (ROOT / "train.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("program", [["train.py"], ["-m", "sidestep.cli"]])
+def test_the_version_waits_for_nothing_else_and_every_other_call_reaches_the_command_line(program):
+    asked = subprocess.run(
+        [sys.executable, "-X", "importtime", *program, "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    loaded = set(re.findall(r"\b(sidestep[\w.]*)$", asked.stderr, re.MULTILINE))
+    own = {"sidestep.cli.start", "sidestep.cli", "sidestep"}
+    assert (asked.returncode, asked.stdout, loaded) == (0, version() + "\n", own)
+    for arguments, says in ((["--plain", "--version"], "Side-Step 0"), (["presets", "list"], "minimal_xl")):
+        done = subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert says in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that takes nothing is Linux' own")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]])
+def test_what_cannot_be_said_is_an_error_and_nobody_to_hear_it_is_none(arguments, tmp_path):
+    call = [sys.executable, str(ROOT / "train.py"), *arguments]
+    own = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True, env=own, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "error: No space left on device: no file named.")
+    closed = f"exec {shlex.join(call)} >&-"
+    assert subprocess.run(["sh", "-c", closed], capture_output=True, text=True, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.slow
@@ -695,6 +716,7 @@ def test_each_lever_offered_when_memory_runs_out_is_one_of_the_command_and_is_on
 def test_a_command_says_at_once_that_its_code_takes_a_while_to_load(monkeypatch, capsys):
     monkeypatch.setattr("sidestep.tasks.sample.sample", lambda config, report: report(Notice(message="Sampled.")))
     monkeypatch.setattr("sidestep.tasks.history.history", lambda config, report: report(Notice(message="Listed.")))
+    import_module("sidestep.tasks.plan.plan")  # before torch seems to be away
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(commands, "load_libraries", lambda _: None)
     assert main(["sample", "--prompt", "x", "--checkpoint-dir", "."]) == 0
