@@ -23,7 +23,8 @@ from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
 from sidestep.events import null
 from sidestep.late_modules import PartsOf
-from sidestep.settings.config import COMMANDS, PlanConfig, ScoreConfig
+from sidestep.settings.config import COMMANDS, PlanConfig, PreprocessConfig, SampleConfig, ScoreConfig
+from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = """
@@ -99,7 +100,7 @@ def test_a_process_that_has_torch_is_left_alone(packages):
     [
         (["plan", "--checkpoint-dir", "."], True),
         (["plan", "--checkpoint-dir", ".", "--json"], True),
-        (["sample", "--prompt", "x", "--checkpoint-dir", "."], True),
+        (["sample", "--prompt", "x", "--checkpoint-dir", str(FIXTURES / "checkpoints")], True),
         (["presets", "list"], False),
     ],
     ids=["plan", "plan as JSON", "sample", "presets"],
@@ -115,23 +116,24 @@ def test_commands_on_models_load_them_first(command, loaded, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["fixed", "estimate", "sample", "score", "plan"])
-def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, tmp_path):
+def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, checkpoints, tmp_path):
     order = []
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(commands, "load_libraries", lambda _: order.append("libraries"))
-    monkeypatch.setattr(layout, "read_ahead", lambda *model: order.append(model))
+    monkeypatch.setattr(layout, "read_ahead", lambda model: order.append(model.folder))
     kind = COMMANDS[command].config
     needed = {f.name: tmp_path for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    config = kind(**needed | {"checkpoint_dir": tmp_path, "model_variant": "base"})
-    commands.load_what_it_needs(config, null)
-    assert order == [(tmp_path, "base"), "libraries"][command == "plan" :]
+    config = kind(**needed | {"checkpoint_dir": checkpoints, "model_variant": "turbo"})
+    commands.load_what_it_needs(config, null, commands.find_inputs(config))
+    assert order == [checkpoints / "acestep-v15-turbo", "libraries"][command == "plan" :]
 
 
 def test_where_the_run_says_which_model_none_is_read_ahead(monkeypatch):
     loaded = []
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(commands, "load_libraries", lambda _: loaded.append("libraries"))
-    commands.load_what_it_needs(ScoreConfig(run_folder=Path("run")), null)
+    judging = ScoreConfig(run_folder=Path("run"))
+    commands.load_what_it_needs(judging, null, commands.find_inputs(judging))
     assert loaded == ["libraries"]
 
 
@@ -163,7 +165,7 @@ class Counting(io.FileIO):
         return count
 
 
-def test_read_ahead_reads_all_of_the_weights_and_leaves_it_to_others_to_say_what_is_wrong(checkpoints, monkeypatch):
+def test_read_ahead_reads_all_of_the_weights_where_there_is_room(checkpoints, monkeypatch):
     size = (checkpoints / "acestep-v15-turbo" / "model.safetensors").stat().st_size
     read = Path.open
     monkeypatch.setattr(
@@ -173,11 +175,48 @@ def test_read_ahead_reads_all_of_the_weights_and_leaves_it_to_others_to_say_what
     )
     monkeypatch.setattr(Counting, "bytes_read", 0)
     monkeypatch.setattr(layout, "READ_AHEAD_BYTES", 1000)  # in many pieces
-    read_ahead(checkpoints, "turbo").join()
+    model = layout.find_layout(checkpoints, "turbo")
+    read_ahead(model).join()
     assert Counting.bytes_read == size
-    assert read_ahead(checkpoints, "no-such-model") is None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * size - 2))
-    assert read_ahead(checkpoints, "turbo") is None
+    assert read_ahead(model) is None
+
+
+MODEL = ["--checkpoint-dir", "{models}", "--model-variant", "turbo"]
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["fixed", "--dataset-dir", "none", "--output-dir", "out", *MODEL], "--dataset-dir none: no such folder."),
+        (["fixed", "--dataset-dir", ".", "--output-dir", "out", "--checkpoint-dir", "x"], "--checkpoint-dir x: no "),
+        (["train-lm", "--dataset-dir", "none", "--output-dir", "out", *MODEL], "--dataset-dir none: no such folder."),
+        (["estimate", "--dataset-dir", "none", *MODEL], "--dataset-dir none: no such folder."),
+        (["preprocess", "--audio-dir", "none", "--tensor-output", "out", *MODEL], "--audio-dir none: no such folder."),
+        (["fixed", "--preprocess", "--audio-dir", "none", "--tensor-output", "out", *MODEL], "--audio-dir none: no "),
+        (["preprocess", "--audio-dir", ".", "--tensor-output", "out", *MODEL[:3], "bass"], "--model-variant bass: no "),
+        (["sample", "--prompt", "x", "--output", "out", *MODEL[:3], "bass"], "--model-variant bass: no folder bass"),
+    ],
+)
+def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
+    command, what, checkpoints, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "load_libraries", lambda _: pytest.fail("waited for libraries"))
+    assert main([word.format(models=checkpoints) for word in command]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {what}")
+    assert (shown.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_nothing_is_missed_that_a_task_does_without(checkpoints):
+    listed = PreprocessConfig(
+        checkpoint_dir=checkpoints, model_variant="turbo", dataset_json=Path("songs.json"), tensor_output=Path("out")
+    )
+    assert commands.find_inputs(listed).folder == checkpoints / "acestep-v15-turbo"
+    played = SampleConfig(prompt="x", checkpoint_dir=checkpoints, model_variant="gone", preview_variant=("turbo",))
+    judged = ScoreConfig(run_folder=Path("run"), checkpoint_dir=checkpoints)
+    assert [commands.find_inputs(config) for config in (played, judged)] == [None, None]
 
 
 def test_leaving_looks_for_no_garbage(monkeypatch):

@@ -130,11 +130,11 @@ def find_layout(checkpoint_dir: Path, model_variant: str, flag: str = "--model-v
     return Layout("original", folder, vae, text_encoder, text_encoder, config, silence)
 
 
-def read_ahead(checkpoint_dir: Path, model_variant: str) -> threading.Thread | None:
+def read_ahead(layout: Layout) -> threading.Thread | None:
     """Have the system read a model's weights into its file cache, in the background, while libraries are loaded.
 
-    Nothing where they would take more than half of the memory that is free. What is missing or broken is said by
-    whoever reads it in earnest.
+    Nothing where they would take more than half of the memory that is free. What is missing or broken inside is said
+    by whoever reads it in earnest.
     """
 
     def read(files: Iterable[Path]) -> None:
@@ -145,7 +145,6 @@ def read_ahead(checkpoint_dir: Path, model_variant: str) -> threading.Thread | N
                     pass
 
     with suppress(UserError, OSError):
-        layout = find_layout(checkpoint_dir, model_variant)
         place = layout.part("transformer")
         files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
         if sum(file.stat().st_size for file in files) <= psutil.virtual_memory().available // 2:

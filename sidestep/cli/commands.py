@@ -41,6 +41,7 @@ from sidestep.settings.config import (
     command_of,
     memory_levers,
 )
+from sidestep.settings.path_checks import require_songs, require_tensors
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
 from sidestep.words import side_step
@@ -82,14 +83,32 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
 
 
-def load_what_it_needs(config: Any, report: Report) -> None:
+def find_inputs(config: Any) -> Any:
+    """The model's layout, where the config names one. Raises UserError for a folder that is not there to read from.
+
+    The task looks for it again once its libraries are there: nobody should wait for these to be told of a slip.
+    """
+    model = None
+    reads_one = isinstance(config, (*READ_THE_DECODER, PreprocessConfig)) and config.checkpoint_dir
+    plays_another = isinstance(config, SampleConfig) and config.preview_variant
+    if reads_one and config.model_variant and not plays_another:  # else it is a run's or an adapter's own
+        find_layout = import_module("sidestep.acestep.layout").find_layout
+        model = find_layout(config.checkpoint_dir, config.model_variant)
+    if isinstance(config, TrainConfig | EstimateConfig):
+        require_tensors(config.dataset_dir, config.checkpoint_dir)
+    elif isinstance(config, PreprocessConfig) and not config.dataset_json:
+        require_songs(config.audio_dir)
+    return model
+
+
+def load_what_it_needs(config: Any, report: Report, model: Any = None) -> None:
     """Load the libraries of commands on models, while the weights are read ahead. The first time in a process."""
     if type(config) not in NEED_TORCH:
         return
     if "torch" not in sys.modules:
         report(Notice(message="Loading PyTorch."))
-        if isinstance(config, READ_THE_DECODER) and config.checkpoint_dir and config.model_variant:  # else a run's own
-            import_module("sidestep.acestep.layout").read_ahead(config.checkpoint_dir, config.model_variant)
+        if model and isinstance(config, READ_THE_DECODER):
+            import_module("sidestep.acestep.layout").read_ahead(model)
     load_libraries(LongTask(report, "Loading libraries", len(LIBRARIES)))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
-from sidestep.cli.commands import load_what_it_needs, run
+from sidestep.cli.commands import find_inputs, load_what_it_needs, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
@@ -75,7 +75,11 @@ def run_line(argv: list[str], terminal: Terminal | None) -> int:
     try:
         call = parse(argv)
     except SystemExit as done:  # --help and --version have printed what was asked
-        print(end="", flush=True)  # a stdout that takes nothing is told of here
+        try:
+            print(end="", flush=True)
+        except OSError:  # told by the boundary, and not once more by Python
+            silence_stdout()
+            raise
         return int(done.code or 0)
     terminal = terminal or open_terminal(call.plain)
     terminal.says_yes = call.yes
@@ -172,16 +176,17 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = (), in_
 
     in_wizard: what to do next is asked there, so the commands for it are not shown.
     """
+    model = find_inputs(config)
     one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
-        load_what_it_needs(config, null)
+        load_what_it_needs(config, null, model)
         return run(config, null, terminal)
     with ExitStack() as stack:
         folder = output_folder(config)
         if isinstance(config, TrainConfig):
             stack.enter_context(one_writer(config.output_dir))
         report = stack.enter_context(showing(terminal, in_wizard))
-        load_what_it_needs(config, report)  # told, but not in the log, which would be made by it
+        load_what_it_needs(config, report, model)  # told, but not in the log, which would be made by it
         if folder is not None:
             log = EventLog(folder / "events.jsonl", report)
             stack.callback(log.close)

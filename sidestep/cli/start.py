@@ -1,5 +1,6 @@
 """Where every process begins: the version is said without waiting for the command line, which all else needs."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ from sidestep import __version__
 
 def entry() -> NoReturn:
     """Say the version where that is all that was asked; else run the command line of this process and leave it."""
-    if sys.argv[1:] == ["--version"]:
+    if sys.argv[1:] == ["--version"] and sys.stdout:
         with suppress(OSError):  # the command line tries again, and tells why it can't be written
-            print(version(), flush=True)
+            os.write(sys.stdout.fileno(), f"{version()}{os.linesep}".encode())
             sys.exit()
     from sidestep.cli import main
 

@@ -21,7 +21,7 @@ from sidestep import variants
 from sidestep.errors import UserError
 from sidestep.files import expand, files_below
 from sidestep.settings.option import Answers, Choice
-from sidestep.words import count
+from sidestep.words import count, side_step
 
 AUDIO_SUFFIXES = frozenset(  # songs, by their names
     {
@@ -115,6 +115,22 @@ def likely_checkpoint_dirs(start: Path) -> list[Path]:
     names = ("checkpoints", "ACE-Step-1.5/checkpoints", "ACE-Step/checkpoints", "Ace-Step1.5", "models/ACE-Step-1.5")
     folders = [root / name for root in (start, start / "..", expand("~")) for name in names]
     return [folder for folder in dict.fromkeys(folders) if find_models(folder)]
+
+
+def require_songs(folder: Path | None) -> Path:
+    """The folder of `--audio-dir`. Raises UserError where there is none."""
+    if not folder or not folder.is_dir():
+        raise UserError(f"--audio-dir {folder}: no such folder.", "Give the folder that holds the songs.")
+    return folder
+
+
+def require_tensors(folder: Path, checkpoint_dir: Path, flag: str = "--dataset-dir") -> str:
+    """What to do about a folder of tensors in which something is wrong. Raises UserError where there is no folder."""
+    preprocess = ("preprocess", "--audio-dir", "SONGS", "--tensor-output", folder, "--checkpoint-dir", checkpoint_dir)
+    again = f"Preprocess first: {side_step(*preprocess)}"
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder.", again)
+    return again
 
 
 def count_tensors(folder: Path) -> int:

@@ -1,15 +1,25 @@
 """Devices that are not at hand: which one is asked, its memory, in which dtype and order things go there."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sidestep.acestep import device
 from sidestep.acestep.attention import takes_grouped_heads
 from sidestep.acestep.device import CONTEXT_BYTES, GIB, choose_device, choose_precision, gpu_memory, to_device
 from sidestep.acestep.streams import CopyStream, PinnedMemory, aligned
 from sidestep.data.batches import Batch
+from sidestep.events import null
+from sidestep.settings.config import TrainConfig
+from sidestep.tasks.train.setup import open_accelerator
+
+ROOT = Path(__file__).parents[2]
 
 CARDS = {0: (6 * GIB, 8 * GIB, (7, 5)), 1: (10 * GIB, 24 * GIB, (8, 9))}
 
@@ -185,3 +195,44 @@ def test_an_xl_models_blocks_take_hardly_more_pinned_memory_than_their_bytes():
     packed = sum(rounded(nbytes) for nbytes in requests if nbytes)
     assert packed <= 1.2 * total
     assert packed < 0.8 * one_by_one
+
+
+HELD = """
+import psutil, sys, torch
+from sidestep.acestep import device
+asked, on, size = sys.argv[1:]
+if asked == "asked":
+    device.give_back_large_buffers(torch.device(on))
+MIB = 1024**2
+ones = lambda mib: torch.ones(mib * MIB, dtype=torch.uint8)
+del (first := {0: ones(16)})[0]  # glibc keeps in its heap what is no larger than the largest mapping freed so far
+before = psutil.Process().memory_info().rss
+large, small = zip(*((ones(int(size)), ones(1)) for _ in range(20)))
+del large
+print((psutil.Process().memory_info().rss - before) // MIB)
+"""
+
+
+@pytest.mark.skipif(device._mallopt is None, reason="glibc keeps what was freed, and has mallopt")
+def test_large_buffers_of_a_cpu_go_back_to_the_system_as_they_are_freed():
+    def held(*how, size=16, **more):
+        own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | more
+        done = subprocess.run(
+            [sys.executable, "-c", HELD, *how, str(size)], capture_output=True, text=True, cwd=ROOT, env=own, check=True
+        )
+        return int(done.stdout)
+
+    assert held("asked", "cpu") < 60
+    assert held("not asked", "cpu") > 280
+    assert held("asked", "cpu", size=4) > 70  # small ones cost more than they leave
+    assert held("asked", "cuda") > 280
+    assert held("asked", "cpu", MALLOC_MMAP_THRESHOLD_=str(32 * 1024**2)) > 280
+
+
+def test_every_run_asks_for_that(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sidestep.tasks.train.setup.give_back_large_buffers", asked.append)
+    open_accelerator(
+        TrainConfig(checkpoint_dir=tmp_path, dataset_dir=tmp_path, output_dir=tmp_path, device="cpu"), null
+    )
+    assert asked == [torch.device("cpu")]

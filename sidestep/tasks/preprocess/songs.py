@@ -21,6 +21,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Notice, Progress, Report
 from sidestep.files import LONGEST_PATH, portable, short_digest
 from sidestep.settings.config import BuildDatasetConfig, PreprocessConfig
+from sidestep.settings.path_checks import require_songs
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.words import side_step
 
@@ -134,8 +135,7 @@ def find_dataset(config: PreprocessConfig, report: Report) -> tuple[Path, Datase
             reason = "--dataset-json lists them; --audio-dir is not searched"
             report(Decision(what="songs", value=str(path), reason=reason))
         return path.absolute().parent, read_dataset(path, report)
-    if not folder or not folder.is_dir():
-        raise UserError(f"--audio-dir {folder}: no such folder.", "Give the folder that holds the songs.")
+    folder = require_songs(folder)
     path = folder / DATASET_NAME
     if not path.is_file():
         reason = "every audio file there, with the text beside it and its tags"

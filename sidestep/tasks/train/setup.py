@@ -20,7 +20,7 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import BlockSwap, compile_layers, recompute_layers
 from sidestep.acestep.checkpoint import CPU, Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import TextModels
-from sidestep.acestep.device import choose_device, choose_precision, precision_name
+from sidestep.acestep.device import choose_device, choose_precision, give_back_large_buffers, precision_name
 from sidestep.acestep.vae import frames_per_second
 from sidestep.adapters import rank_map as maps
 from sidestep.adapters.attach import attach, check_sizes, load_adapter_state, start_along_gradient, start_from
@@ -129,6 +129,7 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
     """(accelerate's view of devices and processes, dtype of the frozen base). Raises UserError."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device.value)
+    give_back_large_buffers(device.value)
     if device.value.index is not None:
         torch.get_device_module(device.value).set_device(device.value)
     mixed = MIXED_PRECISION.get(precision.value, "no")
@@ -150,12 +151,12 @@ def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, 
         if config.optimizer_type != "adamw":
             raise UserError(
                 f"--optimizer-type {config.optimizer_type} does not work under FSDP.",
-                "Use --optimizer-type adamw, or DDP: torchrun train.py fixed …",
+                "Use --optimizer-type adamw, or DDP: torchrun train.py train …",
             )
         if config.preview_variant:
             raise UserError(
                 f"--preview-variant {' '.join(config.preview_variant)}: under FSDP only the trained model can play.",
-                "Leave it out and listen with sample --preview-variant, or use DDP: torchrun train.py fixed …",
+                "Leave it out and listen with sample --preview-variant, or use DDP: torchrun train.py train …",
             )
         if is_language(config) and config.makes_previews:
             raise UserError(

@@ -42,6 +42,7 @@ from sidestep.events import FileFailed, Notice, Progress, Report
 from sidestep.files import replacing
 from sidestep.seeding import uniform
 from sidestep.settings.config import TrainConfig, TrainLmConfig
+from sidestep.settings.path_checks import require_tensors
 from sidestep.tasks.train.processes import Processes
 from sidestep.words import clock, count, paste, side_step
 
@@ -78,10 +79,7 @@ def load_songs(
     JobError when none can be used.
     """
     folder = config.dataset_dir
-    preprocess = ("preprocess", "--audio-dir", "SONGS", "--tensor-output", str(folder))
-    again = f"Preprocess first: {side_step(*preprocess, '--checkpoint-dir', str(config.checkpoint_dir))}"
-    if not folder.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder.", again)
+    again = require_tensors(folder, config.checkpoint_dir, flag)
     infos, broken = index(folder) if index else index_records(folder, report)
     for name, error in broken.items():
         report(FileFailed(path=name, reason=error.problem, stage="load"))
