@@ -236,6 +236,24 @@ def _folder(path_of: Callable[..., Path]) -> Path:
     return Path(tempfile.gettempdir()) / f"{name}-{os.getuid() if hasattr(os, 'getuid') else ''}"
 
 
+def require_writable(folder: Path, flag: str) -> None:
+    """Try, and leave nothing: hours must not go into what then cannot be written. Raises UserError naming the flag."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise not_writable(folder, error, flag) from None
+
+
+def not_writable(folder: Path, error: OSError, flag: str = "--output-dir") -> UserError:
+    """What to say of a folder of results that the system refuses."""
+    return UserError(
+        f"{flag} {folder}: cannot be written ({error.strerror or error}).",
+        "Choose a folder on a disk with room where you may write.",
+    )
+
+
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
     """Keep every other process out of a folder of results while the block runs; the folder is made if need be.
@@ -260,10 +278,7 @@ def one_writer(folder: Path) -> Iterator[None]:
             "Wait for it or stop it (Ctrl-C there saves first), or choose another folder.",
         ) from None
     except OSError as error:
-        raise UserError(
-            f"--output-dir {folder}: cannot be written ({error.strerror or error}).",
-            "Choose a folder on a disk with room where you may write.",
-        ) from None
+        raise not_writable(folder, error) from None
     holder = folder / HOLDER
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}")

@@ -44,10 +44,10 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_training_into_the_folder_of_a_live_run_is_refused_before_anything_is_touched(tmp_path, capsys):
+def test_training_into_the_folder_of_a_live_run_is_refused_before_anything_is_touched(checkpoints, tmp_path, capsys):
     process = holding(tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    arguments = ["--checkpoint-dir", tmp_path, "--dataset-dir", tmp_path, "--output-dir", tmp_path / "run"]
+    arguments = ["--checkpoint-dir", checkpoints, "--dataset-dir", tmp_path, "--output-dir", tmp_path / "run"]
     try:
         for extra in ([], ["--resume-from", "latest"], ["--preset", "quick_test"]):
             assert main(["--yes", "fixed", *map(str, arguments), *extra]) == 2

@@ -1,5 +1,6 @@
 """The libraries are loaded without what nothing asked for, and what is asked for is there."""
 
+import errno
 import gc
 import importlib.util
 import io
@@ -21,9 +22,11 @@ from sidestep.acestep.layout import read_ahead
 from sidestep.cli import commands
 from sidestep.cli import main as cli_main
 from sidestep.cli.main import main
+from sidestep.errors import UserError
 from sidestep.events import null
+from sidestep.files import require_writable
 from sidestep.late_modules import PartsOf
-from sidestep.settings.config import COMMANDS, PlanConfig, PreprocessConfig, SampleConfig, ScoreConfig
+from sidestep.settings.config import COMMANDS, EstimateConfig, PlanConfig, PreprocessConfig, SampleConfig, ScoreConfig
 from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +127,7 @@ def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, che
     kind = COMMANDS[command].config
     needed = {f.name: tmp_path for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     config = kind(**needed | {"checkpoint_dir": checkpoints, "model_variant": "turbo"})
-    commands.load_what_it_needs(config, null, commands.find_inputs(config))
+    commands.load_what_it_needs(config, null, commands.check_folders(config))
     assert order == [checkpoints / "acestep-v15-turbo", "libraries"][command == "plan" :]
 
 
@@ -133,7 +136,7 @@ def test_where_the_run_says_which_model_none_is_read_ahead(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(commands, "load_libraries", lambda _: loaded.append("libraries"))
     judging = ScoreConfig(run_folder=Path("run"))
-    commands.load_what_it_needs(judging, null, commands.find_inputs(judging))
+    commands.load_what_it_needs(judging, null, commands.check_folders(judging))
     assert loaded == ["libraries"]
 
 
@@ -209,14 +212,59 @@ def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
     assert (shown.out, list(tmp_path.iterdir())) == ("", [])
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (["preprocess", "--audio-dir", ".", "--tensor-output", "file/results", *MODEL], "--tensor-output file/results"),
+        (["sample", "--prompt", "x", "--output", "file/results", *MODEL], "--output file/results"),
+        (["estimate", "--dataset-dir", ".", "--output", "file/map.json", *MODEL], "--output file"),
+        (["fixed", "--dataset-dir", ".", "--output-dir", "file/results", *MODEL], "--output-dir file/results"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_hours_go_into_it(
+    command, flag, checkpoints, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()  # where a folder should be
+    monkeypatch.setattr(commands, "load_libraries", lambda _: pytest.fail("waited for libraries"))
+    assert main([word.format(models=checkpoints) for word in command]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {flag}: cannot be written (Not a directory).")
+    assert (shown.out, [path.name for path in tmp_path.iterdir()]) == ("", ["file"])
+
+
+def test_a_rank_map_goes_among_the_tensors_if_nothing_else_is_said(checkpoints, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(commands, "require_writable", lambda *what: asked.append(what))
+    shared = {"checkpoint_dir": checkpoints, "model_variant": "turbo", "dataset_dir": tmp_path}
+    commands.check_folders(EstimateConfig(**shared))
+    commands.check_folders(EstimateConfig(**shared, output=tmp_path / "maps" / "a.json"))
+    assert asked == [(tmp_path, "--dataset-dir"), (tmp_path / "maps", "--output")]
+
+
+def test_a_folder_that_may_not_even_be_looked_into_is_named(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(UserError, match="--output .*results: cannot be written .Permission denied."):
+        require_writable(tmp_path / "results", "--output")
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    require_writable(tmp_path / "new" / "results", "--output")
+    require_writable(tmp_path, "--output")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_missed_that_a_task_does_without(checkpoints):
     listed = PreprocessConfig(
         checkpoint_dir=checkpoints, model_variant="turbo", dataset_json=Path("songs.json"), tensor_output=Path("out")
     )
-    assert commands.find_inputs(listed).folder == checkpoints / "acestep-v15-turbo"
+    assert commands.check_folders(listed).folder == checkpoints / "acestep-v15-turbo"
     played = SampleConfig(prompt="x", checkpoint_dir=checkpoints, model_variant="gone", preview_variant=("turbo",))
     judged = ScoreConfig(run_folder=Path("run"), checkpoint_dir=checkpoints)
-    assert [commands.find_inputs(config) for config in (played, judged)] == [None, None]
+    assert [commands.check_folders(config) for config in (played, judged)] == [None, None]
 
 
 def test_leaving_looks_for_no_garbage(monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 from sidestep.cli.parser import command_parser, global_parser, options_for
 from sidestep.errors import ExitStatus, JobError
 from sidestep.events import Event, FileFailed, Finished, LongTask, Notice, Report, Saved, Table
-from sidestep.files import expand
+from sidestep.files import expand, require_writable
 from sidestep.imports import LIBRARIES, load_libraries
 from sidestep.settings import presets as preset_files
 from sidestep.settings.config import (
@@ -83,10 +83,11 @@ def run(config: Any, report: Report, terminal: Terminal) -> ExitStatus:
     return ExitStatus.SOME_FAILED if left_out else ExitStatus.OK
 
 
-def find_inputs(config: Any) -> Any:
-    """The model's layout, where the config names one. Raises UserError for a folder that is not there to read from.
+def check_folders(config: Any) -> Any:
+    """The model's layout, where the config names one.
 
-    The task looks for it again once its libraries are there: nobody should wait for these to be told of a slip.
+    Raises UserError for a folder that is not there to read from, or into which results cannot go. The task finds that
+    out, too, but only once libraries are loaded or, when it writes, hours later.
     """
     model = None
     reads_one = isinstance(config, (*READ_THE_DECODER, PreprocessConfig)) and config.checkpoint_dir
@@ -98,6 +99,15 @@ def find_inputs(config: Any) -> Any:
         require_tensors(config.dataset_dir, config.checkpoint_dir)
     elif isinstance(config, PreprocessConfig) and not config.dataset_json:
         require_songs(config.audio_dir)
+    match config:
+        case PreprocessConfig(tensor_output=folder):
+            require_writable(folder, "--tensor-output")
+        case SampleConfig(output=folder):
+            require_writable(folder, "--output")
+        case EstimateConfig(output=Path() as file):
+            require_writable(file.parent, "--output")
+        case EstimateConfig(dataset_dir=folder):
+            require_writable(folder, "--dataset-dir")
     return model
 
 

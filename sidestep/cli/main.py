@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sidestep import __version__
-from sidestep.cli.commands import find_inputs, load_what_it_needs, run
+from sidestep.cli.commands import check_folders, load_what_it_needs, run
 from sidestep.cli.outside import outside
 from sidestep.cli.parser import Call, configs_of, global_parser, notes_of, parse, profile_of
 from sidestep.errors import ExitStatus, Interrupted, UserError
@@ -176,7 +176,7 @@ def run_config(config: Any, terminal: Terminal, notes: Sequence[Event] = (), in_
 
     in_wizard: what to do next is asked there, so the commands for it are not shown.
     """
-    model = find_inputs(config)
+    model = check_folders(config)
     one_of_many = int(os.environ.get("RANK", "0")) > 0  # the first process of a group speaks for all
     if one_of_many or getattr(config, "json", False):  # nothing but JSON on the output
         load_what_it_needs(config, null, model)

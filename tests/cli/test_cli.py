@@ -67,7 +67,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _no_folders_needed(monkeypatch):
     """Commands here name folders that are not there; tests/test_imports.py has those that look for them."""
-    monkeypatch.setattr(cli_main, "find_inputs", lambda config: None)
+    monkeypatch.setattr(cli_main, "check_folders", lambda config: None)
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_the_run_itself_gets_what_was_typed_and_the_lines_are_shown(mapped, monk
     from sidestep.cli import commands
 
     seen = []
-    monkeypatch.setattr("sidestep.cli.main.find_inputs", lambda config: None)  # its folders are not there
+    monkeypatch.setattr("sidestep.cli.main.check_folders", lambda config: None)  # its folders are not there
     monkeypatch.setattr(commands, "train", lambda config, report: seen.append(config))
     assert COMMANDS[command_of(TrainConfig)].run == "cli.commands:train"
     assert main([*shlex.split(TRAIN), "--rank", "8", "--preset", "recommended"]) == ExitStatus.OK

@@ -22,7 +22,7 @@ from sidestep.adapters.attach import adapter_state
 from sidestep.adapters.write import Card, save_final, save_language_adapter
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Event, Notice, Report, Saved
-from sidestep.files import ASIDE, bring_back, put_in_place, replacing, write_text
+from sidestep.files import ASIDE, bring_back, not_writable, put_in_place, replacing, write_text
 from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words, resuming_line
 from sidestep.settings.option import as_json_values, options_of
@@ -213,8 +213,8 @@ def resume_command(config: TrainConfig) -> str:
     return paste((*launcher, "-m", "sidestep.cli", *command_words(config)))
 
 
-def require_writable(folder: Path) -> None:
-    """Make the output folder and try it. Raises UserError."""
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder, put back what a broken save moved aside, and try it. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for parent in (folder, folder / "checkpoints", folder / MARKS):
@@ -223,10 +223,7 @@ def require_writable(folder: Path) -> None:
             temporary.touch()
         (folder / "command.txt.try").unlink()
     except OSError as error:
-        raise UserError(
-            f"--output-dir {folder}: cannot be written ({error.strerror}).",
-            "Choose a folder on a disk with room where you may write.",
-        ) from None
+        raise not_writable(folder, error) from None
 
 
 def what_stands(config: TrainConfig) -> str:

@@ -37,9 +37,9 @@ from sidestep.tasks.train.checkpoints import (
     cannot_save,
     check_room,
     open_folder,
+    prepare_folder,
     require_same_data,
     require_same_steps,
-    require_writable,
     restore_state,
     save_results,
     write_settings,
@@ -73,7 +73,7 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
     index: of a folder of records, where it was read before.
     """
     if os.environ.get("RANK", "0") == "0":
-        require_writable(config.output_dir)  # before the first event, which is written there too
+        prepare_folder(config.output_dir)  # before the first event, which is written there too
     accelerator, precision = open_accelerator(config, report)
     report = report if accelerator.is_main_process else null
     accelerator.wait_for_everyone()
