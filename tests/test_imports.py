@@ -219,15 +219,18 @@ def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
         (["sample", "--prompt", "x", "--output", "file/results", *MODEL], "--output file/results"),
         (["estimate", "--dataset-dir", ".", "--output", "file/map.json", *MODEL], "--output file"),
         (["fixed", "--dataset-dir", ".", "--output-dir", "file/results", *MODEL], "--output-dir file/results"),
+        (["train-lm", "--dataset-dir", ".", "--output-dir", "file/results", *MODEL], "--output-dir file/results"),
+        (["demo", "--output-dir", "file/results"], "--output-dir file/results"),
     ],
 )
+@pytest.mark.parametrize("ahead", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_what_cannot_be_written_is_told_before_hours_go_into_it(
-    command, flag, checkpoints, monkeypatch, tmp_path, capsys
+    command, flag, ahead, checkpoints, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()  # where a folder should be
     monkeypatch.setattr(commands, "load_libraries", lambda _: pytest.fail("waited for libraries"))
-    assert main([word.format(models=checkpoints) for word in command]) == 2
+    assert main([*(word.format(models=checkpoints) for word in command), *ahead]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"error: {flag}: cannot be written (Not a directory).")
     assert (shown.out, [path.name for path in tmp_path.iterdir()]) == ("", ["file"])

@@ -100,6 +100,8 @@ def check_folders(config: Any) -> Any:
     elif isinstance(config, PreprocessConfig) and not config.dataset_json:
         require_songs(config.audio_dir)
     match config:
+        case TrainConfig(output_dir=folder) | DemoConfig(output_dir=folder):
+            require_writable(folder, "--output-dir")
         case PreprocessConfig(tensor_output=folder):
             require_writable(folder, "--tensor-output")
         case SampleConfig(output=folder):

@@ -160,6 +160,7 @@ def run_call(call: Call, running: list[Any], terminal: Terminal) -> ExitStatus:
 
 def say_what_would_happen(config: Any, terminal: Terminal, json_alone: bool, notes: Sequence[Event] = ()) -> None:
     """`--dry-run` of one config; nothing is written, no log either."""
+    check_folders(config)
     from sidestep.tasks.dry_run import dry_run
 
     if json_alone:
