@@ -127,15 +127,20 @@ class Session:
 
     def choose(self, text: str) -> None:
         """Move the pointer of a list to the line that begins with this, and press Enter."""
-        for _ in range(30):
-            pointed = [line for line in self.lines() if line.lstrip().startswith("> ")]
-            if pointed and pointed[-1].lstrip()[2:].lstrip("123456789 ").startswith(text):
+        for _ in range(60):
+            pointed = self._pointed_at()
+            if pointed.startswith(text):
                 self.keys("enter")
                 return
             self.keys("down")
-            for _ in range(4):
+            deadline = time.monotonic() + 5  # until it has moved, however busy the machine is; a list may have one line
+            while self._pointed_at() == pointed and time.monotonic() < deadline:
                 self.read()
         raise AssertionError(f"no line {text} in:\n" + "\n".join(self.lines()[-30:]))
+
+    def _pointed_at(self) -> str:
+        pointed = [line.lstrip() for line in self.lines() if line.lstrip().startswith("> ")]
+        return pointed[-1][2:].lstrip("123456789 ") if pointed else ""
 
     def end(self, seconds: float = 240) -> int:
         """Wait for the end of the program; its exit status."""
