@@ -32,6 +32,7 @@ LATE = {
     "transformers.modeling_utils": (
         *("torch._dynamo", "torch.distributed.tensor"),
         *("torch.nn.attention.flex_attention", "torch.nn.attention.varlen"),
+        *("torch.fx.experimental.symbolic_shapes", "sympy"),
     ),
     "diffusers.models.transformers.ace_step_transformer": (
         *("diffusers.models.transformers", "diffusers.training_utils"),

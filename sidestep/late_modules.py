@@ -2,7 +2,8 @@
 
 PyTorch's compiler takes a third of the time that all libraries take. transformers and diffusers ask for it to mark
 functions that it must leave alone or take as they are, torch's optimizers and its checkpointing to keep it out of their
-calls. While nothing is compiled, none of that does anything.
+calls. While nothing is compiled, none of that does anything. Nor does the algebra of shapes (sympy) of which each
+operation on `meta` asks whether a truth is one: there are symbols in shapes where something is compiled or exported.
 """
 
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 COMPILER = "torch._dynamo"
+SYMBOLS, ALGEBRA = "torch.fx.experimental.symbolic_shapes", "sympy"
 # Parts that can be imported without the whole. Of the compiler: its settings, which checkpointing reads, and what
 # transformers' masks use. Of diffusers all, which name what they need of each other.
 ALONE = (f"{COMPILER}.config", f"{COMPILER}._trace_wrapped_higher_order_op", "diffusers.")
@@ -26,7 +28,7 @@ def load_late(*names: str) -> None:
     """Let something stand for each of these modules that is not loaded. What they are parts of is imported."""
     for name in names:
         if name not in sys.modules:
-            late = LateCompiler(name) if name == COMPILER else LateModule(name)
+            late = {COMPILER: LateCompiler, SYMBOLS: LateSymbols}.get(name, LateModule)(name)
             folder, _, part = name.rpartition(".")
             sys.modules[name] = late
             if folder:
@@ -43,6 +45,7 @@ class LateModule(ModuleType):
             self.__path__ = self.__spec__.submodule_search_locations
         self._parts = PartsOf(self)
         sys.meta_path.insert(0, self._parts)
+        vars(self).update(MEANWHILE.get(name, {}))
 
     @property
     def is_replaced(self) -> bool:
@@ -55,6 +58,8 @@ class LateModule(ModuleType):
             return import_module(self.__name__)
         del sys.modules[self.__name__]
         sys.meta_path.remove(self._parts)
+        for name in MEANWHILE.get(self.__name__, ()):
+            delattr(self, name)
         module = import_module(self.__name__)
         for name, part in list(vars(self).items()):  # those that were imported without it
             if isinstance(part, ModuleType):
@@ -64,8 +69,7 @@ class LateModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # such as __file__, for which `inspect` asks all modules there are
             raise AttributeError(name)
-        known = {} if self.is_replaced else MEANWHILE.get(self.__name__, {})
-        return known[name] if name in known else getattr(self.loaded(), name)
+        return getattr(self.loaded(), name)
 
 
 class LateCompiler(LateModule):
@@ -130,12 +134,58 @@ class LateCompiler(LateModule):
         return what
 
 
+class LateSymbols(LateModule):
+    """The algebra of shapes, until a symbol is in one. An operation on `meta` asks for it some twenty times."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        for function, answer in WITHOUT_SYMBOLS.items():
+            setattr(self, function, partial(self._ask, function, answer))
+
+    def loaded(self) -> Any:
+        """The algebra of shapes, which has the other one for its own and not what stands for it."""
+        if isinstance(algebra := sys.modules.get(ALGEBRA), LateModule):
+            algebra.loaded()
+        return super().loaded()
+
+    def _ask(self, function: str, answer: Callable, *values: Any, **how: Any) -> Any:
+        for value in values:
+            if type(value) not in KNOWN and not is_shape(value):
+                return getattr(self.loaded(), function)(*values, **how)
+        return answer(*values)
+
+
+KNOWN = {bool, int}
+
+
+def is_shape(value: Any) -> bool:
+    """Whether it is a row of numbers."""
+    return type(value) in (tuple, list) and all(type(each) in KNOWN for each in value)
+
+
+# What the algebra of shapes answers where it is asked about truths, numbers and rows of them.
+WITHOUT_SYMBOLS: dict[str, Callable] = {
+    "expect_true": lambda value, *_: value,
+    "guard_or_true": lambda value: value,
+    "guard_or_false": lambda value: value,
+    "guard_size_oblivious": lambda value: value,
+    "guarding_hint_or_throw": lambda value: value,
+    "statically_known_true": lambda value: value,
+    "has_guarding_hint": lambda _: True,
+    "is_nested_int": lambda _: False,
+    "sym_and": lambda *values: all(values),
+    "sym_or": lambda *values: any(values),
+    "sym_eq": lambda one, other: list(one) == list(other) if is_shape(one) and is_shape(other) else one == other,
+}
+
+
 class Nobody:
     """A type that nothing is of."""
 
 
-# What libraries ask of each model or tensor: whether it is compiled, or shared among processes.
+# What libraries ask of each model, tensor or number: whether it is compiled, shared among processes or a formula.
 MEANWHILE: dict[str, dict[str, Any]] = {
+    ALGEBRA: {"Basic": Nobody},
     COMPILER: {"eval_frame": SimpleNamespace(OptimizedModule=Nobody)},
     "torch.distributed.tensor": {"DTensor": Nobody},
 }

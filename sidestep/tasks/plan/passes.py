@@ -15,6 +15,7 @@ from diffusers.pipelines.ace_step.modeling_ace_step import (
     AceStepConditionEncoder,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen3Config, Qwen3Model
 
 from sidestep.acestep.attention import use_attention
@@ -165,9 +166,17 @@ def _vae(dtype: torch.dtype) -> Any:
     return vae
 
 
+class Directions(TorchFunctionMode):
+    """While entered: a weight is its direction, whose shape it has, and so is its norm, which nothing keeps."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_norm = func in (torch._weight_norm, torch.norm_except_dim)
+        return args[0].clone() if is_norm else func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def _any_vae() -> AutoencoderOobleck:
-    with META:
+    with META, Directions():
         vae = AutoencoderOobleck(**VAE)
         fuse_vae(vae)
         return vae

@@ -15,6 +15,7 @@ from sidestep.acestep.attention import use_attention
 from sidestep.acestep.blocks import recompute_layers
 from sidestep.acestep.checkpoint import decoder_sizes, open_checkpoint
 from sidestep.acestep.device import GIB, Choice, GpuMemory, with_overhead
+from sidestep.acestep.fused import fuse_vae
 from sidestep.acestep.quantize import make_quantizable, quantize_weight, quantized_layers
 from sidestep.adapters.attach import attach
 from sidestep.cli import commands
@@ -26,6 +27,7 @@ from sidestep.optim import optimizer_bytes
 from sidestep.settings.advice import advise, music_in
 from sidestep.settings.config import COMMANDS, EstimateConfig, PlanConfig, SampleConfig, TrainConfig
 from sidestep.settings.presets import PROFILES, USABLE, find, profile_for
+from sidestep.tasks.plan import passes
 from sidestep.tasks.plan import plan as plans
 from sidestep.tasks.plan.passes import VAE, first_pass_peak, preview_peak, second_pass_peak
 from sidestep.tasks.plan.plan import Planner, as_json, check_memory, fit_into, fsdp_shards, longest, plan, tables
@@ -42,6 +44,7 @@ from sidestep.tasks.plan.unfilled import LiveBytes
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 from sidestep.variants import official_config
 from tests import memory_table
+from tests.tasks.plan.test_unfilled import Seen
 
 BF16 = torch.bfloat16
 MEMORY_PAGE = Path(__file__).parents[3] / "docs" / "memory.md"
@@ -274,6 +277,17 @@ def test_preprocessing_stays_below_its_promises():
     assert first_pass_peak(BF16, 240) <= 2.3 * GIB
     assert second_pass_peak(official_config("turbo"), BF16) <= 1.6 * GIB
     assert second_pass_peak(official_config("xl-turbo"), BF16) <= 1.6 * GIB
+
+
+def test_the_vae_has_the_weights_of_a_real_one_without_the_work_of_joining_them():
+    with torch.device("meta"):
+        real = AutoencoderOobleck(**VAE)
+    fuse_vae(real)
+    with Seen() as operations:
+        planned = passes._any_vae.__wrapped__()
+    shapes = [{name: tensor.shape for name, tensor in vae.state_dict().items()} for vae in (planned, real)]
+    assert shapes[0] == shapes[1]
+    assert not [name for name, *_ in operations.seen if "norm" in str(name)]
 
 
 @pytest.mark.slow
