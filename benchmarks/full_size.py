@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
+from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine, with_part
 from sidestep.acestep.checkpoint import accepted, decoder_sizes, encoder_sizes
 from sidestep.acestep.device import GIB, PRECISIONS
 from sidestep.acestep.layout import TEXT_ENCODER_FOLDER, original_key
@@ -52,7 +52,7 @@ from sidestep.variants import CONFIG_2B, CONFIG_XL, OFFICIAL_FOLDERS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-MARKS = "<!-- full size, rebuilt by benchmarks/full_size.py -->\n", "<!-- end of full size -->"
+MARKS = ("<!-- full size, rebuilt by benchmarks/full_size.py -->", "<!-- end of full size -->")
 SIZES = {"2B": ("turbo", CONFIG_2B), "XL": ("xl-turbo", CONFIG_XL)}
 SHARD_BYTES = 2 * GIB
 SILENT_SECONDS = 3.0
@@ -314,7 +314,6 @@ def report(tables: dict) -> str:
 
 def with_table(page: str, tables: dict) -> str:
     """The page with the stored figures between its marks."""
-    before, rest = page.split(MARKS[0])
     columns = {
         "wall s": "wall",
         "processor s": "processor",
@@ -330,7 +329,7 @@ def with_table(page: str, tables: dict) -> str:
             ]
             figures += [""] * (len(columns) - len(figures))  # nothing was planned
             lines.append(f"| {size} | {row['phase']}{ended} | {' | '.join(figures)} | {row['commit'][:12]} |")
-    return before + MARKS[0] + "\n".join(lines) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+    return with_part(page, MARKS, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,12 @@ class Result:
     facts: dict[str, float] = field(default_factory=dict)
 
 
+def with_part(page: str, marks: tuple[str, str], part: str) -> str:
+    """The page with `part` between the lines that mark its place, in the place of what is there."""
+    before, rest = page.split(marks[0])
+    return "\n".join([before + marks[0], part, marks[1] + rest.split(marks[1])[1]])
+
+
 def as_markdown(result: Result) -> str:
     """A result as a Markdown table with its note and its facts."""
     columns = list(dict.fromkeys(column for row in result.rows for column in row))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 import torch
 
 from benchmarks import charts, speed_attention, speed_compile, speed_growth, speed_loop, speed_model, speed_start
-from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine
+from benchmarks.measure import ROOT, Result, Setting, as_markdown, machine, with_part
 from sidestep.acestep.device import choose_device, choose_precision
 
 RESULTS, PAGE, CHARTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "charts"
@@ -82,11 +82,8 @@ def main() -> None:
 
 def with_ratios(page: str, tables: dict) -> str:
     """The page with the ratios of all stored tables between its marks."""
-    before, rest = page.split(MARKS[0])
     rows = [f"| {name} | {value:.2f} |" for table in tables.values() for name, value in table["facts"].items()]
-    return "\n".join(
-        [before + MARKS[0], "| measured | ratio |", "|---|---|", *rows, MARKS[1] + rest.split(MARKS[1])[1]]
-    )
+    return with_part(page, MARKS, "\n".join(["| measured | ratio |", "|---|---|", *rows]))
 
 
 def report(tables: dict) -> str:
