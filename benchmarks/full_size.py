@@ -4,7 +4,8 @@
     uv run --group dev benchmarks/full_size.py FOLDER --size XL     the XL model
     uv run --group dev benchmarks/full_size.py FOLDER --only train  phases by the beginning of their names
     uv run --group dev benchmarks/full_size.py FOLDER --minutes 12  a phase that takes longer is stopped
-    uv run --group dev benchmarks/full_size.py FOLDER --precision fp32  for a CPU without bf16, where that takes hours
+    uv run --group dev benchmarks/full_size.py FOLDER --precision fp32  for a CPU without bf16, where that takes days
+    uv run --group dev benchmarks/full_size.py FOLDER --in-blocks   bf16 for such a CPU: benchmarks/in_blocks.py
 
 Written into FOLDER: the checkpoint, shard by shard in the original layout, songs of noise, all that the commands make.
 A table of wall and processor time, peak memory beyond the imports, the planner's figure and silent stretches of more
@@ -178,6 +179,8 @@ def planned_bytes(folder: Path, size: str, name: str, precision: str) -> int:
     if not name.startswith(("train", "resume")):
         return 0
     lever = LEVERS[name.partition(" ")[2]]
+    if "--swap-blocks" in lever:
+        lever = ""  # swapped blocks wait in the memory in which a CPU computes
     words = words_of(folder, size, name, f"plan --dataset-dir tensors --json {lever}", precision)
     asked = tuple(word for word in words if word not in ("--device", "cpu"))
     done = subprocess.run(
@@ -187,9 +190,9 @@ def planned_bytes(folder: Path, size: str, name: str, precision: str) -> int:
     return found["asked"]["peak_bytes"]["total"] + found["saving_bytes"]
 
 
-def command(words: tuple[str, ...]) -> list[str]:
+def command(words: tuple[str, ...], module: str = "sidestep.cli") -> list[str]:
     """How a process of ours is started."""
-    return [sys.executable, "-u", "-m", "sidestep.cli", *words]
+    return [sys.executable, "-u", "-m", module, *words]
 
 
 def environment() -> dict[str, str]:
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="2B")
     parser.add_argument("--only", nargs="+", default=[""], help="phases whose names begin so")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--in-blocks", action="store_true", help="products of bf16 in blocks of fp32, for memory alone")
     parser.add_argument("--minutes", type=float, help="stop a phase after so many")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -281,11 +285,12 @@ def main() -> None:
             continue
         print(f"== {name}", flush=True)
         what = options.folder, options.size, name
-        words = command(("--plain", *words_of(*what, line, options.precision)))
+        module = "benchmarks.in_blocks" if options.in_blocks else "sidestep.cli"
+        words = command(("--plain", *words_of(*what, line, options.precision)), module)
         seen = watch(words, options.folder, options.minutes, with_files)
         was_stopped = options.minutes is not None and seen.wall > options.minutes * 60
         status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
-        shown = f"{name} {options.precision}".removesuffix(" bf16")
+        shown = f"{name} {options.precision}".removesuffix(" bf16") + (", in blocks" if options.in_blocks else "")
         row: dict[str, Any] = {"phase": shown, "status": status, "wall s": seen.wall, "processor s": seen.processor}
         row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
         if planned := planned_bytes(*what, options.precision):

@@ -186,6 +186,7 @@ def test_read_ahead_reads_all_of_the_weights_where_there_is_room(checkpoints, mo
 
 
 MODEL = ["--checkpoint-dir", "{models}", "--model-variant", "turbo"]
+TRAIN = ["train", "--dataset-dir", ".", "--output-dir", "out", *MODEL]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,14 @@ MODEL = ["--checkpoint-dir", "{models}", "--model-variant", "turbo"]
         (["fixed", "--preprocess", "--audio-dir", "none", "--tensor-output", "out", *MODEL], "--audio-dir none: no "),
         (["preprocess", "--audio-dir", ".", "--tensor-output", "out", *MODEL[:3], "bass"], "--model-variant bass: no "),
         (["sample", "--prompt", "x", "--output", "out", *MODEL[:3], "bass"], "--model-variant bass: no folder bass"),
+        (["sample", "--prompt", "x", "--adapter", "none", *MODEL], "--adapter none: no such file or folder."),
+        (["sample", "--prompt", "x", "--think", "--lm-adapter", "none", *MODEL], "--lm-adapter none: no such file or "),
+        (["export", "none", "--format", "peft", "--output", "out"], "none: no such file or folder."),
+        (["preprocess", "--dataset-json", "none", "--tensor-output", "out", *MODEL], "--dataset-json none: no such "),
+        (["compare", ".", "none", *MODEL], "none: no such file or folder."),
+        ([*TRAIN, "--prior-data", "none"], "--prior-data none: no such folder."),
+        ([*TRAIN, "--init-from", "none"], "--init-from none: no such file or folder."),
+        ([*TRAIN, "--preview-adapter", "none"], "--preview-adapter none: no such file or folder."),
     ],
 )
 def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
@@ -218,6 +227,8 @@ def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
         (["preprocess", "--audio-dir", ".", "--tensor-output", "file/results", *MODEL], "--tensor-output file/results"),
         (["sample", "--prompt", "x", "--output", "file/results", *MODEL], "--output file/results"),
         (["estimate", "--dataset-dir", ".", "--output", "file/map.json", *MODEL], "--output file"),
+        (["export", ".", "--format", "peft", "--output", "file/out"], "--output file"),
+        (["compare", "file", ".", "--output", "file/results", *MODEL], "--output file/results"),
         (["fixed", "--dataset-dir", ".", "--output-dir", "file/results", *MODEL], "--output-dir file/results"),
         (["train-lm", "--dataset-dir", ".", "--output-dir", "file/results", *MODEL], "--output-dir file/results"),
         (["demo", "--output-dir", "file/results"], "--output-dir file/results"),
@@ -260,10 +271,10 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_missed_that_a_task_does_without(checkpoints):
-    listed = PreprocessConfig(
-        checkpoint_dir=checkpoints, model_variant="turbo", dataset_json=Path("songs.json"), tensor_output=Path("out")
-    )
+def test_nothing_is_missed_that_a_task_does_without(checkpoints, tmp_path):
+    songs, out = tmp_path / "songs.json", tmp_path / "out"
+    songs.touch()
+    listed = PreprocessConfig(checkpoint_dir=checkpoints, model_variant="turbo", dataset_json=songs, tensor_output=out)
     assert commands.check_folders(listed).folder == checkpoints / "acestep-v15-turbo"
     played = SampleConfig(prompt="x", checkpoint_dir=checkpoints, model_variant="gone", preview_variant=("turbo",))
     judged = ScoreConfig(run_folder=Path("run"), checkpoint_dir=checkpoints)

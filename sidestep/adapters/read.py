@@ -31,6 +31,7 @@ from sidestep.adapters.adapter import (
 )
 from sidestep.adapters.names import FORMATS, in_model_order, module_name, parse_key, parse_outside_key, prefix_of
 from sidestep.errors import UserError
+from sidestep.settings.path_checks import NOT_AN_ADAPTER
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LOKR_WEIGHTS, LOHA_WEIGHTS = "lokr_weights.safetensors", "loha_weights.safetensors"
@@ -45,10 +46,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_TENSORS = 100_000
 MAX_JSON_BYTES = 10_000_000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NOT_AN_ADAPTER = (
-    "Give an adapter of this model: a PEFT folder, or a .safetensors file of a LoRA, DoRA, LoKr, LoHa or OFT "
-    "for ACE-Step 1.5."
-)
 PUT_TOGETHER_WRONGLY = "The file was put together wrongly; export it again."
 INCOMPLETE = "The file is incomplete or was put together wrongly; export it again."
 DAMAGED = "The file is damaged; export or download it again."

@@ -41,7 +41,7 @@ from sidestep.settings.config import (
     command_of,
     memory_levers,
 )
-from sidestep.settings.path_checks import require_songs, require_tensors
+from sidestep.settings.path_checks import require_given, require_songs, require_tensors
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
 from sidestep.words import side_step
@@ -95,17 +95,22 @@ def check_folders(config: Any) -> Any:
     if reads_one and config.model_variant and not plays_another:  # else it is a run's or an adapter's own
         find_layout = import_module("sidestep.acestep.layout").find_layout
         model = find_layout(config.checkpoint_dir, config.model_variant)
+    require_given(config)
     if isinstance(config, TrainConfig | EstimateConfig):
         require_tensors(config.dataset_dir, config.checkpoint_dir)
-    elif isinstance(config, PreprocessConfig) and not config.dataset_json:
+    if isinstance(config, TrainConfig) and config.prior_data:
+        require_tensors(config.prior_data, config.checkpoint_dir, "--prior-data")
+    if isinstance(config, PreprocessConfig) and not config.dataset_json:
         require_songs(config.audio_dir)
     match config:
         case TrainConfig(output_dir=folder) | DemoConfig(output_dir=folder):
             require_writable(folder, "--output-dir")
         case PreprocessConfig(tensor_output=folder):
             require_writable(folder, "--tensor-output")
-        case SampleConfig(output=folder):
+        case SampleConfig(output=folder) | CompareConfig(output=folder):
             require_writable(folder, "--output")
+        case ExportConfig(output=path):
+            require_writable(path if path.is_dir() else path.parent, "--output")
         case EstimateConfig(output=Path() as file):
             require_writable(file.parent, "--output")
         case EstimateConfig(dataset_dir=folder):

@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 from sidestep import variants
 from sidestep.errors import UserError
 from sidestep.files import expand, files_below
-from sidestep.settings.option import Answers, Choice
+from sidestep.settings.option import Answers, Choice, options_of
 from sidestep.words import count, side_step
 
 AUDIO_SUFFIXES = frozenset(  # songs, by their names
@@ -36,6 +36,12 @@ LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 NEAR_SECONDS = 1.0  # for a look around for songs
 NEAR_FOLDERS = 5  # in a folder of albums
 WRITTEN_HERE = ("runs", "tensors", "samples", "exports", "side-step-demo")  # not a user's songs
+NOT_AN_ADAPTER = (
+    "Give an adapter of this model: a PEFT folder, or a .safetensors file of a LoRA, DoRA, LoKr, LoHa or OFT "
+    "for ACE-Step 1.5."
+)
+# What to do where a setting names one of these that is not there.
+GIVEN = {"adapter": NOT_AN_ADAPTER, "dataset.json": f"List the songs: {side_step('build-dataset', '--input', 'SONGS')}"}
 SHORT_SECONDS = 10.0  # a shorter song teaches little: the model knows whole songs
 
 
@@ -131,6 +137,18 @@ def require_tensors(folder: Path, checkpoint_dir: Path, flag: str = "--dataset-d
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder.", again)
     return again
+
+
+def require_given(config: Any) -> None:
+    """Raises UserError for an adapter or a list of songs that a config names and that is not there."""
+    given = [(o, getattr(config, name)) for name, o in options_of(type(config)).items() if o.holds in GIVEN]
+    for o, path in given:
+        if path and not path.exists():
+            where = f"{o.flag} {path}" if o.flag.startswith("-") else path
+            raise UserError(f"{where}: no such file or folder.", GIVEN[o.holds])
+    for path in getattr(config, "adapters", ()):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder.", NOT_AN_ADAPTER)
 
 
 def count_tensors(folder: Path) -> int:

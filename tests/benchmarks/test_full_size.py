@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,3 +59,24 @@ def test_files_that_are_mapped_are_no_memory_of_the_process_own(tmp_path):
     own, whole = (full_size.watch(words, with_files=with_files).peak for with_files in (False, True))
     assert whole - own > 64 << 20
     assert own > 16 << 20
+
+
+def test_what_was_planned_was_needed_within_a_tenth():
+    rows = [row for table in stored().values() for row in table["rows"] if "planned GiB" in row]
+    assert {
+        row["phase"]: row["planned over measured"] for row in rows if not 0.9 <= row["planned over measured"] <= 1.1
+    } == {}
+    in_bf16 = {row["phase"].removesuffix(", in blocks") for row in rows if "fp32" not in row["phase"]}
+    assert in_bf16 >= {name for name in full_size.phases() if name.startswith(("train", "resume"))}
+    assert in_bf16 >= {"preprocess 60 s", "preprocess 240 s"}
+
+
+def test_swapped_blocks_wait_in_the_memory_that_a_cpu_computes_in(tmp_path, monkeypatch):
+    asked = []
+    told = '{"asked": {"peak_bytes": {"total": 5}}, "saving_bytes": 2}'
+    done = SimpleNamespace(stdout=told)
+    monkeypatch.setattr(full_size.subprocess, "run", lambda words, **_: asked.append(words) or done)
+    for name in ("train 5 s swapped", "train 5 s int8"):
+        assert full_size.planned_bytes(tmp_path, "2B", name, "bf16") == 7
+    assert ["--swap-blocks" in words for words in asked] == [False, False]
+    assert ["int8" in words for words in asked] == [False, True]
