@@ -56,7 +56,7 @@ CALLS = {
     "plan": "--vram 12",
     "sample": "--adapter run/final --prompt x --duration 5 {base}",
     "score": "run --keep",
-    "compare": "run/final run/checkpoints/epoch_0001 --output new",
+    "compare": "run/final run/checkpoints/epoch_0002 --output new",
     "export": "run/final --output new --format diffusers",
     "inspect": "run/final",
     "history": ".",
