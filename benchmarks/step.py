@@ -3,7 +3,8 @@
     uv run benchmarks/step.py [--seconds 60] [--rounds 15] [--threads 2] [--precision fp32]
 
 "Bare" is diffusers' model with its own attention and peft's LoRA, called with tensors that are ready. Prints the ratio
-of medians, measured alternately in one process, and how far the gradients of the two are apart.
+of medians, measured alternately in one process, the most that tensors held in each, and how far the gradients of the
+two are apart. The process gives large buffers back as a training does.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from diffusers import AceStepTransformer1DModel
 
 from benchmarks.launches import undo
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.device import PRECISIONS
+from sidestep.acestep.device import PRECISIONS, give_back_large_buffers
 from sidestep.acestep.fused import fuse_layers
 from sidestep.adapters.attach import attach
 from sidestep.data.batches import Song, collate, plan_epoch
 from sidestep.data.records import Record
 from sidestep.flow_matching.timesteps import discrete
 from sidestep.settings.config import TrainConfig
+from sidestep.tasks.plan.unfilled import LiveBytes
 from sidestep.tasks.train.loop import Metrics
 from sidestep.tasks.train.objective import ConditionMask, Objective, TrainingLaw
 
@@ -44,6 +46,7 @@ def main() -> None:
     options = arguments.parse_args()
     dtype = PRECISIONS[options.precision]
     torch.set_num_threads(options.threads)
+    give_back_large_buffers(torch.device("cpu"))
     torch.manual_seed(0)
     frames = round(options.seconds * 25)
     config = TrainConfig(
@@ -114,11 +117,10 @@ def main() -> None:
     def bare() -> None:
         forward_and_backward(usual)
 
+    works = (("bare", bare), ("micro-step", micro_step))
     times: dict[str, list[float]] = {"bare": [], "micro-step": []}
     for number in range(options.rounds + 2):
-        for name, work in (
-            (("bare", bare), ("micro-step", micro_step)) if number % 2 else (("micro-step", micro_step), ("bare", bare))
-        ):
+        for name, work in works if number % 2 else works[::-1]:
             started = time.perf_counter()
             work()
             if number >= 2:
@@ -135,7 +137,15 @@ def main() -> None:
         f"(paired: median {statistics.median(pairs):.3f}, "
         f"quartiles {pairs[len(pairs) // 4]:.3f} to {pairs[-len(pairs) // 4]:.3f})"
     )
+    held = {}
+    for name, work in works:
+        with LiveBytes() as memory:
+            work()
+        held[name] = memory.peak / 2**20
+    ratio = held["micro-step"] / held["bare"]
+    print(f"held besides the model: bare {held['bare']:.0f} MiB, micro-step {held['micro-step']:.0f} MiB, {ratio:.3f}")
     for each in (model, usual):
+        each.zero_grad(set_to_none=True)
         for module in each.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -131,11 +131,11 @@ def test_the_weights_are_read_while_the_libraries_load(command, monkeypatch, che
     assert order == [checkpoints / "acestep-v15-turbo", "libraries"][command == "plan" :]
 
 
-def test_where_the_run_says_which_model_none_is_read_ahead(monkeypatch):
+def test_where_the_run_says_which_model_none_is_read_ahead(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(commands, "load_libraries", lambda _: loaded.append("libraries"))
-    judging = ScoreConfig(run_folder=Path("run"))
+    judging = ScoreConfig(run_folder=tmp_path)
     commands.load_what_it_needs(judging, null, commands.check_folders(judging))
     assert loaded == ["libraries"]
 
@@ -207,6 +207,9 @@ TRAIN = ["train", "--dataset-dir", ".", "--output-dir", "out", *MODEL]
         (["compare", ".", "none", *MODEL], "none: no such file or folder."),
         ([*TRAIN, "--prior-data", "none"], "--prior-data none: no such folder."),
         ([*TRAIN, "--init-from", "none"], "--init-from none: no such file or folder."),
+        (["sample", "--prompt", "x", "--lyrics-file", "none", *MODEL], "--lyrics-file none: no such file or folder."),
+        (["score", "none"], "none: no such file or folder."),
+        ([*TRAIN, "--preview-prompts", "none"], "--preview-prompts none: no such file or folder."),
         ([*TRAIN, "--preview-adapter", "none"], "--preview-adapter none: no such file or folder."),
     ],
 )
@@ -277,7 +280,7 @@ def test_nothing_is_missed_that_a_task_does_without(checkpoints, tmp_path):
     listed = PreprocessConfig(checkpoint_dir=checkpoints, model_variant="turbo", dataset_json=songs, tensor_output=out)
     assert commands.check_folders(listed).folder == checkpoints / "acestep-v15-turbo"
     played = SampleConfig(prompt="x", checkpoint_dir=checkpoints, model_variant="gone", preview_variant=("turbo",))
-    judged = ScoreConfig(run_folder=Path("run"), checkpoint_dir=checkpoints)
+    judged = ScoreConfig(run_folder=tmp_path, checkpoint_dir=checkpoints)
     assert [commands.check_folders(config) for config in (played, judged)] == [None, None]
 
 

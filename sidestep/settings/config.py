@@ -913,6 +913,7 @@ class TrainConfig(ModelConfig):
         "JSON file with a list of prompts to listen to, instead of --preview-prompt",
         group="Previews",
         plain="a file with several descriptions to listen to, in place of a single one",
+        holds="prompts",
         more=(
             "Each of them is played every time, so the wait grows with their number. Three is usual: near "
             "to your songs, far from them, and without the trigger word."
@@ -1567,6 +1568,7 @@ class SampleConfig(ModelConfig):
         "text file with the lyrics, instead of --lyrics",
         group="Sample",
         plain="a text file with the words that are sung",
+        holds="words",
         more="Easier than typing several verses here. It is read as UTF-8 or any usual encoding.",
     )
     language: str = option(

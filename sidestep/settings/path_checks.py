@@ -40,8 +40,17 @@ NOT_AN_ADAPTER = (
     "Give an adapter of this model: a PEFT folder, or a .safetensors file of a LoRA, DoRA, LoKr, LoHa or OFT "
     "for ACE-Step 1.5."
 )
-# What to do where a setting names one of these that is not there.
-GIVEN = {"adapter": NOT_AN_ADAPTER, "dataset.json": f"List the songs: {side_step('build-dataset', '--input', 'SONGS')}"}
+PROMPTS_EXAMPLE = (
+    'A list of prompts: [{"prompt": "warm lofi hip hop", "lyrics": "…", "language": "en", '
+    '"duration": 30, "seed": 42}, …]'
+)
+GIVEN = {  # what to do where a setting names one of these that is not there
+    "adapter": NOT_AN_ADAPTER,
+    "dataset.json": f"List the songs: {side_step('build-dataset', '--input', 'SONGS')}",
+    "prompts": PROMPTS_EXAMPLE,
+    "run": f"Past runs: {side_step('history', 'FOLDER')}",
+    "words": "Give a text file.",
+}
 SHORT_SECONDS = 10.0  # a shorter song teaches little: the model knows whole songs
 
 
@@ -140,7 +149,7 @@ def require_tensors(folder: Path, checkpoint_dir: Path, flag: str = "--dataset-d
 
 
 def require_given(config: Any) -> None:
-    """Raises UserError for an adapter or a list of songs that a config names and that is not there."""
+    """Raises UserError for what a config names to be read, of the kinds in `GIVEN`, and is not there."""
     given = [(o, getattr(config, name)) for name, o in options_of(type(config)).items() if o.holds in GIVEN]
     for o, path in given:
         if path and not path.exists():
@@ -348,6 +357,8 @@ CONTENTS = {  # what a setting's path may have to hold
     "checkpoints": Content(file=".safetensors"),
     "songs": Content(),
     "dataset.json": Content(folder=False, file="*"),
+    "prompts": Content(folder=False, file="*"),
+    "words": Content(folder=False, file="*"),
     "songs or dataset.json": Content(file=".json"),
     "tensors": Content(),
     "adapter": Content(file="*"),

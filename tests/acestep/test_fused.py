@@ -265,6 +265,23 @@ def test_the_real_model_launches_no_more_kernels_than_its_limit(recomputed, limi
     assert four + 10 * (four - two) <= limit  # of 24 layers, of two kinds that take turns
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "share"),
+    [(torch.float32, 0, 0.96), (torch.float32, 0.1, 0.83), (torch.bfloat16, 0, 0.72), (torch.bfloat16, 0.1, 0.64)],
+)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_step_holds_less_memory_than_with_diffusers_and_peft(recomputed, dtype, dropout, share):
+    held = []
+    for one in both(model(dtype, dropout=dropout)):
+        if recomputed:
+            recompute_layers(one.get_base_model(), None)
+        given = inputs(300)
+        with LiveBytes() as memory:
+            step(one, given, dtype)
+        held.append(memory.peak)
+    assert held[0] < share * held[1]
+
+
 def test_the_decoder_of_a_checkpoint_is_fused(checkpoints):
     decoder = open_checkpoint(checkpoints, "turbo").load_decoder()
     assert all(type(layer) is FusedBlock for layer in decoder.layers)

@@ -30,7 +30,7 @@ from sidestep.errors import JobError, UserError
 from sidestep.events import Notice, Progress, Report, Saved, null
 from sidestep.files import portable, write_text
 from sidestep.settings.config import TrainConfig
-from sidestep.settings.path_checks import short_name
+from sidestep.settings.path_checks import PROMPTS_EXAMPLE, short_name
 from sidestep.stopping import is_asked_to_stop
 from sidestep.tasks.sample import (
     Sampler,
@@ -57,10 +57,6 @@ from sidestep.words import count
 FOLDER = "previews"
 BASE = "base"  # its subfolder of audio without the adapter
 SONGS_AS_PROMPTS = 2
-EXAMPLE = (
-    'A list of prompts: [{"prompt": "warm lofi hip hop", "lyrics": "…", "language": "en", '
-    '"duration": 30, "seed": 42}, …]'
-)
 
 
 def previews_for(
@@ -202,15 +198,15 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The entries of a JSON file of prompts, each a caption or an object. Raises UserError."""
     text, problem = read_text(path, MAX_BYTES)
     if problem and not text:
-        raise UserError(f"--preview-prompts {path} {problem}.", EXAMPLE)
+        raise UserError(f"--preview-prompts {path} {problem}.", PROMPTS_EXAMPLE)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--preview-prompts {path}: no JSON ({error}).", EXAMPLE) from None
+        raise UserError(f"--preview-prompts {path}: no JSON ({error}).", PROMPTS_EXAMPLE) from None
     content = content.get("prompts", content) if isinstance(content, dict) else content
     entries = [{"prompt": e} if isinstance(e, str) else e for e in content] if isinstance(content, list) else []
     if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"--preview-prompts {path}: holds no list of prompts.", EXAMPLE)
+        raise UserError(f"--preview-prompts {path}: holds no list of prompts.", PROMPTS_EXAMPLE)
     return entries
 
 
