@@ -9,6 +9,7 @@ two are apart. The process gives large buffers back as a training does.
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, not as a module of the repository
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
 
 import torch
 from diffusers import AceStepTransformer1DModel

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None, terminal: Terminal | None = None) -> int
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress is ours to show
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux gives a CPU's large tensors pages of 2 MiB
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs at every import
     # where it is installed, bitsandbytes and transformers fetch code by it; none runs here that was not installed
     sys.modules.setdefault("kernels", None)  # pyrefly: ignore[no-matching-overload]  None: not to be imported

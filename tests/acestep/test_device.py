@@ -213,20 +213,38 @@ print((psutil.Process().memory_info().rss - before) // MIB)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(device._mallopt is None, reason="glibc keeps what was freed, and has mallopt")
 def test_large_buffers_of_a_cpu_go_back_to_the_system_as_they_are_freed():
     def held(*how, size=16, **more):
-        own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | more
+        own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        own |= {"THP_MEM_ALLOC_ENABLE": "0"} | more  # the same whether a test before has run the command line
         done = subprocess.run(
             [sys.executable, "-c", HELD, *how, str(size)], capture_output=True, text=True, cwd=ROOT, env=own, check=True
         )
         return int(done.stdout)
 
     assert held("asked", "cpu") < 60
+    assert held("asked", "cpu", THP_MEM_ALLOC_ENABLE="1") < 60
     assert held("not asked", "cpu") > 280
     assert held("asked", "cpu", size=4) > 70  # small ones cost more than they leave
     assert held("asked", "cuda") > 280
     assert held("asked", "cpu", MALLOC_MMAP_THRESHOLD_=str(32 * 1024**2)) > 280
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.parametrize(("asked", "left"), [({}, 0), ({"THP_MEM_ALLOC_ENABLE": "0"}, 64)])
+def test_the_command_line_has_large_tensors_in_large_pages_unless_it_is_told_otherwise(asked, left):
+    """PyTorch lets those begin at a page that it asks to be large, all others at a multiple of 64 bytes."""
+    code = """
+from sidestep.cli.main import main
+main(["presets", "show", "recommended"])
+import os, torch
+print(torch.empty(16 * 1024**2).data_ptr() % os.sysconf('SC_PAGESIZE'))
+"""
+    own = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | asked
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=own, check=True)
+    assert int(done.stdout.split()[-1]) == left
 
 
 def test_every_run_asks_for_that(tmp_path, monkeypatch):
