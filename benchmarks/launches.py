@@ -3,8 +3,8 @@
     uv run --group dev benchmarks/launches.py [--layers 24] [--dropout 0.1]
 
 The step runs on the CPU under bf16 autocast, and every operation that would launch a kernel counts once: not views, not
-what only looks at a tensor. An RMSNorm is one operation in each direction, since CUDA has a kernel for it that CPUs
-lack. How wide the model is does not matter. "bare" is diffusers' model with peft's own LoRA.
+what only looks at a tensor. An RMSNorm and our dropout are one operation in each direction, since CUDA has kernels for
+them that CPUs lack. How wide the model is does not matter. "bare" is diffusers' model with peft's own LoRA.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from peft.tuners import lora
 from benchmarks.gpu import SMALL, Bench, Launches, Stepper
 from benchmarks.measure import Result, as_markdown
 from sidestep.acestep import fused
-from sidestep.adapters.layers import LowRankLinear
+from sidestep.adapters import layers as adapter_layers
 
 SECONDS = 60.0  # longer than a window of the sliding attention
 
@@ -50,9 +50,9 @@ def count(layers: int, recompute: bool, dropout: float, bare: bool = False, seco
         undo(stepper.model)
     stepper.loss().backward()
     stepper.optimizer.zero_grad(set_to_none=True)
-    with CudaLaunches() as forward, norms_count_once(forward):
+    with CudaLaunches() as forward, counted_once(forward):
         loss = stepper.loss()
-    with CudaLaunches() as backward, norms_count_once(backward):
+    with CudaLaunches() as backward, counted_once(backward):
         loss.backward()
     found = {"forward": forward.count, "backward": backward.count}
     return found | {"sum": sum(found.values())}
@@ -68,14 +68,13 @@ def undo(model: torch.nn.Module) -> None:
         if isinstance(module, AceStepAttention) and not module.is_cross_attention:
             # pyrefly: ignore[bad-argument-type] (a list of diffusers' own processors, without this one)
             module.set_processor(AceStepAttnProcessor2_0())
-        if type(module) is LowRankLinear:
+        if type(module) is adapter_layers.LowRankLinear:
             module.__class__ = lora.Linear  # pyrefly: ignore[bad-argument-type] (its own base class)
 
 
 @contextmanager
-def norms_count_once(launches: CudaLaunches) -> Generator[None]:
-    """Both directions of an RMSNorm as one kernel each."""
-    directions = {name: getattr(fused._Norm, name) for name in ("forward", "backward")}
+def counted_once(launches: CudaLaunches) -> Generator[None]:
+    """Both directions of an RMSNorm and of a dropout as one kernel each."""
 
     def once(direction: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
@@ -84,13 +83,20 @@ def norms_count_once(launches: CudaLaunches) -> Generator[None]:
 
         return counted
 
-    for name, direction in directions.items():
-        setattr(fused._Norm, name, staticmethod(once(direction)))
+    places = [
+        (fused._Norm, "forward"),
+        (fused._Norm, "backward"),
+        (adapter_layers, "dropped"),
+        (adapter_layers, "dropped_again"),
+    ]
+    before = [vars(owner)[name] for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, staticmethod(once(getattr(owner, name))))
     try:
         yield
     finally:
-        for name, direction in directions.items():
-            setattr(fused._Norm, name, staticmethod(direction))
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
 
 
 def main() -> None:

@@ -37,6 +37,8 @@ class World:
         )
         (self.tensors / "one.pt").write_bytes(b"")
         (self.adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+        self.words = root / "words.txt"
+        self.words.write_text("la la\n", encoding="utf-8")
         self.foreign = root / "from elsewhere.safetensors"
         self.foreign.write_bytes(b"")
         (self.run / "checkpoints" / "epoch_0010" / "complete.json").write_text(
@@ -62,6 +64,8 @@ class World:
                 "input": self.songs,
                 "audio_dir": self.songs,
                 "dataset_json": self.songs / "dataset.json",
+                "preview_prompts": self.songs / "dataset.json",
+                "lyrics_file": self.words,
                 "dataset_dir": self.tensors,
                 "prior_data": self.tensors,
                 "output_dir": self.root / "runs" / "new",

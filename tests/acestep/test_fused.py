@@ -23,7 +23,7 @@ from sidestep.acestep.blocks import recompute_layers
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.fused import FusedAttention, FusedBlock, FusedNorm, fuse_layers, fuse_vae, rotate
 from sidestep.adapters.attach import attach
-from sidestep.adapters.layers import LowRankLinear
+from sidestep.adapters.layers import LowRankLinear, dropped, dropped_again
 from sidestep.settings.config import TrainConfig
 from sidestep.tasks.plan.unfilled import LiveBytes
 
@@ -162,6 +162,37 @@ def test_a_layer_is_pefts_with_the_same_dropped_numbers(p, bias, shape, trained_
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert (results[1][-1] is not None) == trained_input
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_dropout_is_torchs_to_the_bit(dtype, p):
+    x = torch.randn(40, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for kind in (dropped, lambda x, p: torch.native_dropout(x, p, True)):
+        torch.manual_seed(2)
+        found.append(kind(x, p))
+    (kept, mask), (expected, its_mask) = found
+    assert torch.equal(kept, expected)
+    assert torch.equal(mask, its_mask)
+    assert mask.dtype == torch.bool  # by which what waits on the CPU is told
+    assert torch.equal(dropped_again(x, mask, 1.3), torch.ops.aten.native_dropout_backward(x, mask, 1.3))
+
+
+def test_a_gpus_dropout_is_one_kernel_in_both_directions():
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        x = torch.randn(3, 8, device="cuda")
+        with Seen():
+            _, mask = dropped(x, 0.1)
+            dropped_again(x, mask, 1 / 0.9)
+    assert [name for name in seen if name != "device"] == ["native_dropout", "native_dropout_backward"]
 
 
 def test_a_frozen_factor_gets_no_gradient_and_the_other_keeps_its_own():
