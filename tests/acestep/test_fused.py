@@ -290,7 +290,7 @@ def test_the_norm_of_a_gpu_is_one_kernel():
     assert [name for name in seen if name != "device"] == ["_fused_rms_norm"]
 
 
-@pytest.mark.parametrize(("recomputed", "limit"), [(False, 6000), (True, 8500)])
+@pytest.mark.parametrize(("recomputed", "limit"), [(False, 4369), (True, 6170)])  # at 60 s 4,645 and 6,506
 def test_the_real_model_launches_no_more_kernels_than_its_limit(recomputed, limit):
     two, four = (count(layers, recomputed, dropout=0.1, seconds=20.0)["sum"] for layers in (2, 4))
     assert four + 10 * (four - two) <= limit  # of 24 layers, of two kinds that take turns
