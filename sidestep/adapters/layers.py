@@ -134,8 +134,8 @@ class _LowRank(torch.autograd.Function):
 
 
 def dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """x after a dropout of p, and which of its numbers stayed: as torch's own, on a CPU in two thirds of the time."""
-    if x.device.type != "cpu":
+    """x after a dropout of p, and which of its numbers stayed: as torch's own, in fp32 on a CPU in less time."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.native_dropout(x, p, True)
     noise = torch.empty_like(x).bernoulli_(1 - p)  # one of truths takes half as long again
     mask = noise.to(torch.bool)

@@ -97,6 +97,19 @@ def step(adapted: Any, given: dict, dtype: torch.dtype = torch.float32) -> list[
     return [velocity.detach().float(), *(p.grad for p in adapted.parameters() if p.requires_grad)]
 
 
+class Seen(TorchDispatchMode):
+    """While entered: the names of the operations that run, but for looks at a tensor's device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.names += [name] * (name != "device")
+        return func(*args, **(kwargs or {}))
+
+
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
@@ -180,19 +193,12 @@ def test_a_cpus_dropout_is_torchs_to_the_bit(dtype, p):
 
 
 def test_a_gpus_dropout_is_one_kernel_in_both_directions():
-    seen = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     with FakeTensorMode():
         x = torch.randn(3, 8, device="cuda")
-        with Seen():
+        with Seen() as operations:
             _, mask = dropped(x, 0.1)
             dropped_again(x, mask, 1 / 0.9)
-    assert [name for name in seen if name != "device"] == ["native_dropout", "native_dropout_backward"]
+    assert operations.names == ["native_dropout", "native_dropout_backward"]
 
 
 def test_a_frozen_factor_gets_no_gradient_and_the_other_keeps_its_own():
@@ -273,21 +279,14 @@ def test_rotation_is_diffusers_in_both_directions():
 
 
 def test_the_norm_of_a_gpu_is_one_kernel():
-    seen = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     with FakeTensorMode():
         with torch.device("cuda"):
             norm = RMSNorm(8, eps=1e-6).requires_grad_(False)
         norm.__class__ = FusedNorm
         x = torch.randn(2, 8, device="cuda")
-        with Seen():
+        with Seen() as operations:
             norm(x)
-    assert [name for name in seen if name != "device"] == ["_fused_rms_norm"]
+    assert operations.names == ["_fused_rms_norm"]
 
 
 @pytest.mark.parametrize(("recomputed", "limit"), [(False, 4369), (True, 6170)])  # at 60 s 4,645 and 6,506
