@@ -46,8 +46,8 @@ from sidestep.data.records import Record, save_record
 from sidestep.events import Event, Validated, null
 from sidestep.seeding import seed_for
 from sidestep.settings.config import TrainConfig
-from sidestep.settings.path_checks import safetensors_parameters
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.settings.path_checks import complete_checkpoints, safetensors_parameters
+from sidestep.tasks.train.checkpoints import read_checkpoint
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.setup import open_accelerator, set_up, train
 

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,7 @@ MARKS = ("<!-- full size, rebuilt by benchmarks/full_size.py -->", "<!-- end of 
 SIZES = {"2B": ("turbo", CONFIG_2B), "XL": ("xl-turbo", CONFIG_XL)}
 SHARD_BYTES = 2 * GIB
 SILENT_SECONDS = 3.0
-# Imports of every phase; what a process holds after them is no part of what its task takes.
-IMPORTS = (
-    "import sidestep.tasks.train.setup, sidestep.tasks.train.loop, sidestep.tasks.preprocess, sidestep.tasks.sample"
-)
+LOADED = ("Loading libraries", "device:")  # lines after which a process has imported what its task needs
 
 
 def random_tensors(model_class: type[nn.Module], sizes: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -204,12 +202,14 @@ def environment() -> dict[str, str]:
 class Watched:
     """What was seen of a process. silent: the longest times without a line, and after which line each was.
 
+    imports: what it held when all was imported, which is no part of what its task takes; 0 where that was not told.
     step_peak: `peak` when the first optimizer step was told, before anything was saved; 0 where none was. last: line.
     """
 
     status: int
     wall: float
     processor: float
+    imports: int
     peak: int
     step_peak: int
     silent: list[tuple[float, str]]
@@ -225,15 +225,18 @@ def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None, w
     process = psutil.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment()
     )
-    silent, peak, step_peak, processor, line = [], 0, 0, 0.0, "the start"
+    silent, imports, peak, step_peak, processor, line = [], 0, 0, 0, 0.0, "the start"
     done = threading.Event()
+
+    def held() -> int:
+        memory = process.memory_info()
+        return memory.rss - (0 if with_files else getattr(memory, "shared", 0))
 
     def look() -> None:
         nonlocal peak, processor
         while not done.wait(0.1):
             try:
-                memory = process.memory_info()
-                peak = max(peak, memory.rss - (0 if with_files else getattr(memory, "shared", 0)))
+                peak = max(peak, held())
                 times = process.cpu_times()
                 processor = times.user + times.system
             except psutil.Error:
@@ -250,6 +253,9 @@ def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None, w
             silent.append((round(now - last, 1), line))
         print(f"    {now - started:7.1f} {text.rstrip()[:150]}", flush=True)
         last, line = now, text.strip().replace(str(folder), "FOLDER")[:60]
+        if line.startswith(LOADED):
+            with suppress(psutil.Error):  # it has ended since
+                imports = held()
         if line.startswith("step ") and not step_peak:
             step_peak = peak
     status = process.wait()
@@ -258,7 +264,7 @@ def watch(words: list[str], folder: Path = ROOT, minutes: float | None = None, w
     looking.join()
     if (end := time.perf_counter() - last) > SILENT_SECONDS:
         silent.append((round(end, 1), line))
-    return Watched(status, time.perf_counter() - started, processor, peak, step_peak, silent, line)
+    return Watched(status, time.perf_counter() - started, processor, imports, peak, step_peak, silent, line)
 
 
 def main() -> None:
@@ -279,7 +285,6 @@ def main() -> None:
     tables = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     # in fp32 all weights are cast: what is in memory of their files was read, and goes when memory is wanted
     with_files = options.precision != "fp32"
-    before = watch([sys.executable, "-c", IMPORTS], with_files=with_files).peak
     for name, line in phases().items():
         if not name.startswith(tuple(options.only)):
             continue
@@ -292,10 +297,10 @@ def main() -> None:
         status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
         shown = f"{name} {options.precision}".removesuffix(" bf16") + (", in blocks" if options.in_blocks else "")
         row: dict[str, Any] = {"phase": shown, "status": status, "wall s": seen.wall, "processor s": seen.processor}
-        row |= {"peak GiB beyond imports": (seen.peak - before) / GIB}
+        row |= {"peak GiB beyond imports": (seen.peak - seen.imports) / GIB}
         if planned := planned_bytes(*what, options.precision):
-            row |= {"before a save": (seen.step_peak - before) / GIB} if seen.step_peak else {}
-            row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - before)}
+            row |= {"before a save": (seen.step_peak - seen.imports) / GIB} if seen.step_peak else {}
+            row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - seen.imports)}
         row |= {"silent": "; ".join(f"{s} s after “{line}”" for s, line in seen.silent)}
         table = tables.setdefault(options.size, {"rows": []})
         table["rows"] = [other for other in table["rows"] if other["phase"] != shown] + [row]

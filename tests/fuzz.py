@@ -37,11 +37,12 @@ from sidestep.events import null
 from sidestep.settings import last_used, presets
 from sidestep.settings.config import BuildDatasetConfig, ExportConfig, HistoryConfig, InspectConfig, TrainConfig
 from sidestep.settings.option import resolve
+from sidestep.settings.path_checks import find_checkpoint
 from sidestep.tasks.build_dataset import build_dataset
 from sidestep.tasks.export import export
 from sidestep.tasks.history import history
 from sidestep.tasks.inspect import inspect_adapter
-from sidestep.tasks.train.checkpoints import find_checkpoint, read_checkpoint
+from sidestep.tasks.train.checkpoints import read_checkpoint
 from tests import training_world
 from tests.song_library import tone, write_ffmpeg, write_sndfile
 

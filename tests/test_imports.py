@@ -211,6 +211,9 @@ TRAIN = ["train", "--dataset-dir", ".", "--output-dir", "out", *MODEL]
         (["score", "none"], "none: no such file or folder."),
         ([*TRAIN, "--preview-prompts", "none"], "--preview-prompts none: no such file or folder."),
         ([*TRAIN, "--preview-adapter", "none"], "--preview-adapter none: no such file or folder."),
+        ([*TRAIN, "--resume-from", "none"], "--resume-from none: not a whole checkpoint of this program."),
+        ([*TRAIN, "--resume-from", "latest"], "--resume-from latest: no whole checkpoint in out/checkpoints."),
+        (["train-lm", *TRAIN[1:], "--resume-from", "latest"], "--resume-from latest: no whole checkpoint in out/"),
     ],
 )
 def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(

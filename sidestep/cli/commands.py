@@ -41,7 +41,7 @@ from sidestep.settings.config import (
     command_of,
     memory_levers,
 )
-from sidestep.settings.path_checks import require_given, require_songs, require_tensors
+from sidestep.settings.path_checks import require_checkpoint, require_given, require_songs, require_tensors
 from sidestep.terminal.terminal import Terminal
 from sidestep.wizard.review import preset_table
 from sidestep.words import side_step
@@ -100,6 +100,8 @@ def check_folders(config: Any) -> Any:
         require_tensors(config.dataset_dir, config.checkpoint_dir)
     if isinstance(config, TrainConfig) and config.prior_data:
         require_tensors(config.prior_data, config.checkpoint_dir, "--prior-data")
+    if isinstance(config, TrainConfig) and config.resume_from:
+        require_checkpoint(config.resume_from, config.output_dir)
     if isinstance(config, PreprocessConfig) and not config.dataset_json:
         require_songs(config.audio_dir)
     match config:

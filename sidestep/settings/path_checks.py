@@ -193,15 +193,46 @@ def read_run(folder: Path) -> FoundRun | None:
     settings = _read_json(folder / "config.json")
     if settings is None or "dataset_dir" not in settings:
         return None
-    states = ((path.name, saved_facts(path)) for path in _folders(folder / "checkpoints"))
-    steps = sorted((facts["position"]["step"], name) for name, facts in states if facts)
     return FoundRun(
         folder,
         settings,
-        tuple(name for _, name in steps),
+        tuple(path.name for path in complete_checkpoints(folder)),
         (folder / "final" / "adapter_config.json").is_file(),
         tuple(mark.name for mark in _folders(folder / "marks")),
     )
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first by optimizer step."""
+    states = ((path, saved_facts(path)) for path in _folders(run / "checkpoints"))
+    return [path for _, path in sorted((facts["position"]["step"], path) for path, facts in states if facts)]
+
+
+def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
+    """The checkpoint that `--resume-from` means; `latest` looks in `--output-dir`. Raises UserError."""
+    complete = complete_checkpoints(output_dir)
+    if str(resume_from) != "latest":
+        if saved_facts(resume_from):
+            return resume_from
+        last = ", ".join(map(str, complete[-3:]))
+        fix = f"Whole ones: {last}" if complete else "Start anew without --resume-from."
+        raise UserError(f"--resume-from {resume_from}: not a whole checkpoint of this program.", fix)
+    if not complete:
+        raise UserError(
+            f"--resume-from latest: no whole checkpoint in {output_dir / 'checkpoints'}.",
+            "Start anew without --resume-from, or name a checkpoint folder.",
+        )
+    return complete[-1]
+
+
+def require_checkpoint(resume_from: Path, output_dir: Path) -> None:
+    """Raises UserError where there is nothing to go on from, unless a save was broken off there.
+
+    What that moved aside is put back by training, which then looks itself.
+    """
+    states = output_dir / "checkpoints" if str(resume_from) == "latest" else resume_from.parent
+    if not any(path.name.startswith(".") for path in states.glob("*")):
+        find_checkpoint(resume_from, output_dir)
 
 
 def saved_facts(folder: Path) -> dict[str, Any] | None:

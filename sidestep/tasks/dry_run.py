@@ -38,7 +38,7 @@ from sidestep.settings.config import (
     TrainLmConfig,
 )
 from sidestep.settings.option import as_json_values
-from sidestep.settings.path_checks import SHORT_SECONDS, find_runs, read_run
+from sidestep.settings.path_checks import SHORT_SECONDS, complete_checkpoints, find_runs, read_run
 from sidestep.tasks.build_dataset import output_path
 from sidestep.tasks.clean import clean
 from sidestep.tasks.estimate.run import as_training
@@ -50,7 +50,7 @@ from sidestep.tasks.preprocess.songs import read_songs
 from sidestep.tasks.sample import asked_for
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.judge import candidates_of, training_of, training_of_comparison
-from sidestep.tasks.train.checkpoints import complete_checkpoints, open_folder, room_for
+from sidestep.tasks.train.checkpoints import open_folder, room_for
 from sidestep.tasks.train.run import plan_of
 from sidestep.tasks.train.songs import songs_of, split, window_lengths
 from sidestep.words import clock, count, gib, hours, size

@@ -19,9 +19,9 @@ from sidestep.errors import UserError
 from sidestep.events import Notice, Report
 from sidestep.settings.config import CompareConfig, JudgeConfig, TrainConfig, check_streaming
 from sidestep.settings.option import options_of, resolve
-from sidestep.settings.path_checks import read_run, run_of
+from sidestep.settings.path_checks import complete_checkpoints, read_run, run_of
 from sidestep.tasks.sample import Sampler, Sampling, open_sampler, sampling_for
-from sidestep.tasks.train.checkpoints import MARKS, complete_checkpoints
+from sidestep.tasks.train.checkpoints import MARKS
 from sidestep.tasks.train.objective import Objective, training_law
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import load_decoder, open_accelerator

@@ -30,6 +30,7 @@ from sidestep.events import Finished, Notice, Progress, Report, Saved, Table
 from sidestep.files import one_writer, write_text
 from sidestep.flow_matching.sampler import sample_euler, sampling_timesteps
 from sidestep.settings.config import CompareConfig, ScoreConfig
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.sample import Sampler
 from sidestep.tasks.score.captions import CAPTIONS
 from sidestep.tasks.score.clips import BASE, Place, listen, make_all, requests_of, songs_of
@@ -46,13 +47,7 @@ from sidestep.tasks.score.judge import (
 from sidestep.tasks.score.listening import NAME, copies_of, page
 from sidestep.tasks.score.metrics import Figure, drift, gain, relative_change
 from sidestep.tasks.score.recommend import Row, Verdict, recommend
-from sidestep.tasks.train.checkpoints import (
-    COMPLETE_FILE,
-    STATE_FILE,
-    complete_checkpoints,
-    positions,
-    write_folder,
-)
+from sidestep.tasks.train.checkpoints import COMPLETE_FILE, STATE_FILE, positions, write_folder
 from sidestep.tasks.train.objective import GRID_TIMESTEPS, Objective
 from sidestep.tasks.train.report import tell_what_was_judged
 from sidestep.words import count, side_step

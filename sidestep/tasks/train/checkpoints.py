@@ -22,11 +22,20 @@ from sidestep.adapters.attach import adapter_state
 from sidestep.adapters.write import Card, save_final, save_language_adapter
 from sidestep.errors import JobError, UserError
 from sidestep.events import Decision, Event, Notice, Report, Saved
-from sidestep.files import ASIDE, bring_back, not_writable, put_in_place, replacing, write_text
+from sidestep.files import ASIDE, bring_back, not_writable, put_in_place, replacing, require_writable, write_text
 from sidestep.optim import optimizer_bytes
 from sidestep.settings.config import TrainConfig, TrainLmConfig, command_line, command_words, resuming_line
 from sidestep.settings.option import as_json_values, options_of
-from sidestep.settings.path_checks import COMPLETE_FILE, damaged_file, digest_of, read_run, saved_facts, seal_of
+from sidestep.settings.path_checks import (
+    COMPLETE_FILE,
+    complete_checkpoints,
+    damaged_file,
+    digest_of,
+    find_checkpoint,
+    read_run,
+    saved_facts,
+    seal_of,
+)
 from sidestep.tasks.train.evaluation import averaged
 from sidestep.tasks.train.marks import Mark
 from sidestep.tasks.train.processes import shard_like, unshard
@@ -137,28 +146,6 @@ def positions(output_dir: Path) -> dict[Path, Position]:
     return dict(sorted(found.items(), key=lambda entry: entry[1].step))
 
 
-def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first by optimizer step."""
-    return list(positions(output_dir))
-
-
-def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
-    """The checkpoint that `--resume-from` means; `latest` looks in `--output-dir`. Raises UserError."""
-    complete = complete_checkpoints(output_dir)
-    if str(resume_from) != "latest":
-        if read_metadata(resume_from):
-            return resume_from
-        last = ", ".join(map(str, complete[-3:]))
-        fix = f"Whole ones: {last}" if complete else "Start anew without --resume-from."
-        raise UserError(f"--resume-from {resume_from}: not a whole checkpoint of this program.", fix)
-    if not complete:
-        raise UserError(
-            f"--resume-from latest: no whole checkpoint in {output_dir / 'checkpoints'}.",
-            "Start anew without --resume-from, or name a checkpoint folder.",
-        )
-    return complete[-1]
-
-
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
     """(state, position) of a checkpoint. Nothing but tensors and plain values is unpickled. Raises JobError."""
     unreadable = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError)
@@ -219,11 +206,9 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for parent in (folder, folder / "checkpoints", folder / MARKS):
             restore(parent)
-        with replacing(folder / "command.txt.try") as temporary:
-            temporary.touch()
-        (folder / "command.txt.try").unlink()
     except OSError as error:
         raise not_writable(folder, error) from None
+    require_writable(folder, "--output-dir")
 
 
 def what_stands(config: TrainConfig) -> str:

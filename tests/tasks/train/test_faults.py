@@ -19,10 +19,10 @@ from sidestep.data.records import save_record
 from sidestep.errors import ExitStatus, JobError, UserError
 from sidestep.events import Decision, FileFailed, Finished, Notice, Saved, StepDone, StepSkipped
 from sidestep.settings.option import as_arguments
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.train import checkpoints as state
 from sidestep.tasks.train import loop
 from sidestep.tasks.train import songs as songs_module
-from sidestep.tasks.train.checkpoints import complete_checkpoints
 from sidestep.tasks.train.objective import Objective
 from sidestep.tasks.train.setup import train
 from tests.training_world import CHECKPOINTS, Log, adapter, record, run, settings, write_data

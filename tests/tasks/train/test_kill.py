@@ -16,8 +16,9 @@ import pytest
 from sidestep.errors import ExitStatus
 from sidestep.events import StepDone
 from sidestep.settings.option import as_arguments
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.train import checkpoints as state
-from sidestep.tasks.train.checkpoints import complete_checkpoints, positions
+from sidestep.tasks.train.checkpoints import positions
 from sidestep.tasks.train.setup import train
 from tests.training_world import adapter, differing, run, settings, write_data
 

@@ -10,9 +10,10 @@ import pytest
 from sidestep.errors import Interrupted
 from sidestep.events import Decision, Saved, StepDone
 from sidestep.settings.config import HistoryConfig, TrainConfig
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.history import history
 from sidestep.tasks.score.run import candidates_of
-from sidestep.tasks.train.checkpoints import complete_checkpoints, most_marks, read_checkpoint
+from sidestep.tasks.train.checkpoints import most_marks, read_checkpoint
 from sidestep.tasks.train.loop import rare_seconds_left
 from sidestep.tasks.train.marks import SMOOTHED_EPOCHS, passed, smoothed
 from sidestep.tasks.train.run import History, Mark

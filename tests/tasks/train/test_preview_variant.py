@@ -19,12 +19,13 @@ from sidestep.data.records import Record, index_records, save_record
 from sidestep.errors import ExitStatus, UserError
 from sidestep.events import Notice, Table, null
 from sidestep.settings.config import PlanConfig, SampleConfig, TrainConfig
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.plan import plan as plans
 from sidestep.tasks.plan.plan import as_json, check_memory, check_sample, fit_into, plan
 from sidestep.tasks.plan.step import Peak
 from sidestep.tasks.sample import Sampling, players_of
 from sidestep.tasks.train import previews as module
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.tasks.train.checkpoints import read_checkpoint
 from sidestep.tasks.train.previews import make_previews
 from sidestep.tasks.train.report import previews_in
 from tests.tasks.train.test_previews import files, state_of

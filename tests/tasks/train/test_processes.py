@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sidestep.data.records import save_record
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint
+from sidestep.settings.path_checks import complete_checkpoints
+from sidestep.tasks.train.checkpoints import read_checkpoint
 from tests.training_world import adapter, base_beside_turbo, record, run, settings, write_data
 
 pytestmark = pytest.mark.slow

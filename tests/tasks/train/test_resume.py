@@ -15,7 +15,8 @@ from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import EpochDone, StepDone
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import resolve
-from sidestep.tasks.train.checkpoints import complete_checkpoints, read_checkpoint, what_stands, write_settings
+from sidestep.settings.path_checks import complete_checkpoints
+from sidestep.tasks.train.checkpoints import read_checkpoint, what_stands, write_settings
 from sidestep.tasks.train.setup import train
 from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
 

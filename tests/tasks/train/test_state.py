@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 
 from sidestep.errors import JobError, UserError
 from sidestep.events import Saved
+from sidestep.settings.path_checks import complete_checkpoints, find_checkpoint, require_checkpoint
 from sidestep.tasks.train import checkpoints
 from sidestep.tasks.train.checkpoints import (
     COMPLETE_FILE,
     NEW,
     OLD,
     STATE_FILE,
-    complete_checkpoints,
-    find_checkpoint,
+    prepare_folder,
     prune,
     read_checkpoint,
     restore,
@@ -80,6 +81,27 @@ def test_a_damaged_checkpoint_is_none(run_folder, damage):
     assert find_checkpoint(Path("latest"), run_folder).name == "step_4"
     with pytest.raises(UserError, match="not a whole checkpoint"):
         find_checkpoint(newest, run_folder)
+
+
+def test_what_a_broken_save_moved_aside_is_left_to_training(run_folder, tmp_path):
+    states, latest = run_folder / "checkpoints", Path("latest")
+    for state in (latest, states / "step_4"):
+        require_checkpoint(state, run_folder)
+    for state in (states / "step_5", run_folder, states):
+        with pytest.raises(UserError, match="not a whole checkpoint"):
+            require_checkpoint(state, run_folder)
+    (states / "step_2").rename(states / f"{OLD}step_5")
+    require_checkpoint(states / "step_5", run_folder)
+    with pytest.raises(UserError, match="not a whole checkpoint"):  # nothing was broken off there
+        require_checkpoint(tmp_path / "other" / "step_5", run_folder)
+    for name in ("step_4", "step_10"):
+        shutil.rmtree(states / name)
+    require_checkpoint(latest, run_folder)
+    prepare_folder(run_folder)
+    assert find_checkpoint(latest, run_folder) == states / "step_5"
+    shutil.rmtree(states / "step_5")
+    with pytest.raises(UserError, match="--resume-from latest: no whole checkpoint in .*checkpoints."):
+        require_checkpoint(latest, run_folder)
 
 
 def test_a_state_of_the_right_size_with_wrong_bytes_is_told(run_folder):

@@ -23,8 +23,9 @@ from sidestep.adapters.read import read_adapter
 from sidestep.data.records import save_record
 from sidestep.errors import UserError
 from sidestep.events import STEP_TASK, Decision, EpochDone, Progress, Saved, StepDone, Validated
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.train import evaluation
-from sidestep.tasks.train.checkpoints import complete_checkpoints, positions, read_checkpoint, save_results
+from sidestep.tasks.train.checkpoints import positions, read_checkpoint, save_results
 from sidestep.tasks.train.evaluation import grid_loss
 from sidestep.tasks.train.loop import Metrics, rare_seconds_left, run_loop
 from sidestep.tasks.train.processes import Processes

@@ -8,8 +8,8 @@ import pytest
 
 from sidestep.errors import Interrupted, JobError
 from sidestep.events import Notice, Progress, Saved, StepDone, TrainingStarted
+from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
-from sidestep.tasks.train.checkpoints import complete_checkpoints
 from sidestep.tasks.train.setup import train
 from tests.training_world import Log, adapter, differing, run, settings, write_data
 
