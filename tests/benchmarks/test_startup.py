@@ -97,3 +97,14 @@ def test_what_is_started_are_commands_of_the_program(tmp_path, monkeypatch):
     assert [call.command for call in calls] == ["fixed", "plan"]
     assert [call.typed["dataset_dir"] for call in calls] == [str(tmp_path / "demo" / "tensors")] * 2
     assert [start.what for start in starts[2:]] == ["`uv run train.py --version`", "`import torch`, nothing else"]
+
+
+@pytest.mark.parametrize("flag", ["--dataset-dir", "--data"])
+def test_another_checkout_is_asked_by_flags_that_its_help_names_and_for_neither_version_nor_torch(
+    tmp_path, monkeypatch, flag
+):
+    monkeypatch.setattr(startup, "timed", lambda *_: None)
+    (tmp_path / "train.py").write_text(f"print('usage: plan {flag} FOLDER')", encoding="utf-8")
+    training, planning = startup.starts_of(Checkout(tmp_path, tmp_path))
+    assert "--dataset-dir" in training.words
+    assert ("--dataset-dir" in planning.words) is (flag == "--dataset-dir")
