@@ -226,12 +226,13 @@ def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
 
 
 def require_checkpoint(resume_from: Path, output_dir: Path) -> None:
-    """Raises UserError where there is nothing to go on from, unless a save was broken off there.
+    """Raises UserError where there is nothing to go on from, unless something hidden is there.
 
-    What that moved aside is put back by training, which then looks itself.
+    That is the lock of a live run, which has the word then, or what a broken save moved aside and training puts back.
     """
-    states = output_dir / "checkpoints" if str(resume_from) == "latest" else resume_from.parent
-    if not any(path.name.startswith(".") for path in states.glob("*")):
+    is_latest = str(resume_from) == "latest"
+    places = (output_dir, output_dir / "checkpoints") if is_latest else (resume_from.parent,)
+    if not any(path.name.startswith(".") for place in places for path in place.glob("*")):
         find_checkpoint(resume_from, output_dir)
 
 
