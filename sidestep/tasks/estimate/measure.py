@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sidestep.data.batches import MicroBatch, Song, collate, plan_epoch
 from sidestep.data.records import Record
 from sidestep.errors import Interrupted, JobError
-from sidestep.events import Notice, Progress, Report
+from sidestep.events import LongTask, Notice, Progress, Report
 from sidestep.files import replacing
 from sidestep.settings.config import EstimateConfig, command_line
 from sidestep.stopping import StopRequest
@@ -201,18 +201,24 @@ def ranks_from(layout: Layout, spectra: Mapping[str, Spectrum], budget: int, con
     return dict.fromkeys(spectra, 0) | allocate(values, costs, budget, config.rank_min, config.rank_max)
 
 
-def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig) -> Ranking:
+def decide(layout: Layout, sums: Sums, budget: int, config: EstimateConfig, report: Report) -> Ranking:
     """Ranks from all four quarters, and the agreement between the ranks that either half alone would give.
 
     Each half's ranks come from the same procedure as the whole's: its own two parts confirm each other.
     Raises JobError when no module shows a gradient that repeats.
     """
 
-    def measured(first: tuple[int, ...], second: tuple[int, ...]) -> dict[str, Spectrum]:
-        one, two = sums.mean(*first), sums.mean(*second)
-        return {name: spectrum(layout, name, one, two) for name in layout.slots}
+    pairs = ((0, 1), (2, 3)), ((0,), (1,)), ((2,), (3,))
+    compared = LongTask(report, "Comparing halves of the songs", len(pairs) * len(layout.slots), unit="modules")
 
-    whole, first, second = measured((0, 1), (2, 3)), measured((0,), (1,)), measured((2,), (3,))
+    def measured(first: tuple[int, ...], second: tuple[int, ...]) -> dict[str, Spectrum]:
+        one, two, found = sums.mean(*first), sums.mean(*second), {}
+        for name in layout.slots:
+            found[name] = spectrum(layout, name, one, two)
+            compared()
+        return found
+
+    whole, first, second = (measured(*pair) for pair in pairs)
     if not any(found.score > 0 for found in whole.values()):
         raise JobError(
             "No module shows a gradient that repeats in both halves of the songs: there is nothing to allocate by.",
@@ -244,7 +250,7 @@ def run_rounds(
 ) -> Ranking:
     """Rounds until both halves agree or the batches are spent.
 
-    They are compared after 2, 3, 4, 6, 9, … rounds, and what was measured is kept each time.
+    They are compared after 2, 3, 4, 6, 9, … rounds and at the end, and what was measured is kept before each time.
 
     Raises Interrupted after a save when asked to stop, JobError when there are no finite gradients.
     """
@@ -254,6 +260,11 @@ def run_rounds(
     ranking, decided_at, bad, next_check = None, -1, 0, 2
     while next_check <= sums.rounds:
         next_check = _later(next_check)
+
+    def compare() -> Ranking:
+        sums.save(partial, key)
+        return decide(layout, sums, budget, config, report)
+
     with StopRequest(lambda text: report(Notice(message=text))) as stop, watch(measurement.model, measurement.sketch):
         while sums.batches < limit:
             finite = one_round(measurement, meter, stop, report)
@@ -265,17 +276,16 @@ def run_rounds(
                 raise JobError(f"{BAD_ROUNDS} rounds in a row had no finite gradient.", "Try --precision fp32.")
             if sums.rounds == next_check and all(sums.samples):
                 next_check = _later(next_check)
-                ranking, decided_at = decide(layout, sums, budget, config), sums.rounds
+                ranking, decided_at = compare(), sums.rounds
                 meter.agreement = ranking.agreement
                 text = f"the rank maps of two halves of the songs agree to {ranking.agreement:.3f} (Spearman)"
                 report(Notice(message=f"{sums.batches} batches: {text}"))
                 if auto and ranking.converged:
                     break
-                sums.save(partial, key)
     if not all(sums.samples):
         raise JobError("A part of the songs gave no finite gradient at all.", "Try --precision fp32.")
     if ranking is None or decided_at != sums.rounds:
-        ranking = decide(layout, sums, budget, config)
+        ranking = compare()
     text = f"Agreement of two halves after {sums.batches} batches: {ranking.agreement:.3f} (Spearman), "
     surer = "not converged: more songs or more --batches would make it surer"
     report(Notice(message=text + "converged") if ranking.converged else Notice(message=text + surer, level="warning"))

@@ -22,7 +22,7 @@ from sidestep.adapters.rank_map import Module, RankMap
 from sidestep.data.batches import fingerprint
 from sidestep.data.records import ReadIndex
 from sidestep.errors import UserError
-from sidestep.events import Decision, Finished, Notice, Report, Saved, Table
+from sidestep.events import Decision, Finished, LongTask, Notice, Report, Saved, Table
 from sidestep.files import write_text
 from sidestep.pages import render
 from sidestep.pages.charts import budget_curve, by_layer, spectra
@@ -102,7 +102,7 @@ def estimate(config: EstimateConfig, report: Report, index: ReadIndex | None = N
 
     result = as_map(config, checkpoint, data, count, layout, budget, ranking, measurement.sums)
     write_text(output.with_name("estimate.html"), page(result))
-    maps.write_both(output, result, save(directions(layout, measurement.sums, result)))
+    maps.write_both(output, result, save(directions(layout, measurement.sums, result, report)))
     partial.unlink(missing_ok=True)
     announce(config, output, result, report)
     return result
@@ -246,13 +246,14 @@ def as_map(
     )
 
 
-def directions(layout: Layout, sums: Sums, result: RankMap) -> dict[str, torch.Tensor]:
+def directions(layout: Layout, sums: Sums, result: RankMap, report: Report) -> dict[str, torch.Tensor]:
     """Top right singular vectors of each adapted module's mean gradient, fp16 [at most rank, in]."""
-    mean = sums.mean(*range(QUARTERS))
-    return {
-        name: layout.decompose(mean, name)[2].T[:rank].to(torch.float16).contiguous()
-        for name, rank in result.rank_pattern.items()
-    }
+    mean, found = sums.mean(*range(QUARTERS)), {}
+    taken = LongTask(report, "Directions of the gradients", len(result.rank_pattern), unit="modules")
+    for name, rank in result.rank_pattern.items():
+        found[name] = layout.decompose(mean, name)[2].T[:rank].to(torch.float16).contiguous()
+        taken()
+    return found
 
 
 def announce(config: EstimateConfig, output: Path, result: RankMap, report: Report) -> None:

@@ -5,6 +5,7 @@ import shlex
 import signal
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from sidestep.adapters.attach import attach, start_along_gradient
 from sidestep.data.batches import fingerprint
 from sidestep.data.records import Record, save_record
 from sidestep.errors import Interrupted, JobError, UserError
-from sidestep.events import Notice, Progress, Table, null
+from sidestep.events import LongTask, Notice, Progress, Table, null
 from sidestep.flow_matching.timesteps import discrete, logit_normal
 from sidestep.settings.config import EstimateConfig, TrainConfig
-from sidestep.tasks.estimate import estimate
+from sidestep.tasks.estimate import estimate, measure
+from sidestep.tasks.estimate import run as measure_and_tell
 from sidestep.tasks.estimate.allocate import rank_correlation
 from sidestep.tasks.estimate.measure import QUARTERS, Sums, deal, stream
 from sidestep.tasks.estimate.measure import measure_round as one_round
@@ -241,6 +243,29 @@ def test_an_interrupted_measurement_goes_on_and_gives_the_same_map(config, tmp_p
     assert any(isinstance(e, Notice) and "Going on from 32 batches" in e.message for e in events)
     assert resumed.modules == straight.modules
     assert resumed.batches == straight.batches
+
+
+@pytest.mark.parametrize("batches", [32, 64], ids=["the end", "between two rounds"])
+def test_what_follows_the_batches_is_told_and_loses_none_of_them(config, monkeypatch, batches):
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    config = replace(config, batches=str(batches))
+    with monkeypatch.context() as killed:
+        killed.setattr(measure, "spectrum", ended)
+        with pytest.raises(KeyboardInterrupt):
+            estimate(config, null)
+    for module in (measure, measure_and_tell):
+        monkeypatch.setattr(module, "LongTask", partial(LongTask, quiet_seconds=0))
+    events = []
+    result = estimate(config, events.append)
+    assert any(isinstance(e, Notice) and f"Going on from {batches} batches" in e.message for e in events)
+    afterwards = {
+        "Comparing halves of the songs": 3 * len(result.modules),
+        "Directions of the gradients": len(result.rank_pattern),
+    }
+    told = [(e.task, e.done, e.total) for e in events if isinstance(e, Progress) and e.task != "Reading records"]
+    assert told == [(task, done, total) for task, total in afterwards.items() for done in (0, total)]
 
 
 def test_sums_of_other_data_are_not_used(tmp_path):
