@@ -18,7 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sidestep.adapters.names import in_model_order, to_original
-from sidestep.events import Notice
+from sidestep.events import Notice, Saved
 from sidestep.files import write_text
 from sidestep.pages import render
 from sidestep.pages.charts import by_layer
@@ -300,12 +300,15 @@ NAME = "report.html"
 
 
 def write_report(run: Run, finished: bool = False) -> None:
-    """Write the page of a run anew, whole or not at all."""
+    """Write the page of a run anew, whole or not at all, and tell where it is once the run is finished."""
     path = run.config.output_dir / NAME
     try:
         write_text(path, page(page_values(run, finished)))
     except OSError as error:  # a browser or a scanner may hold it; the next epoch tries again
         run.report(Notice(message=f"{path}: not written this time ({error.strerror or error}).", level="warning"))
+        return
+    if finished:
+        run.report(Saved(what="report", path=str(path)))
 
 
 def judged(run_folder: Path) -> str:

@@ -27,7 +27,7 @@ from sidestep.adapters.attach import attach, check_sizes, load_adapter_state, st
 from sidestep.data.batches import Song, StepPlan, fingerprint
 from sidestep.data.records import ReadIndex
 from sidestep.errors import JobError, UserError
-from sidestep.events import Decision, Finished, Notice, Report, Saved, Table, null
+from sidestep.events import Decision, Finished, Notice, Report, Table, null
 from sidestep.files import portable
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
 from sidestep.settings.advice import advise
@@ -50,7 +50,7 @@ from sidestep.tasks.train.objective import ConditionMask, Objective, training_la
 from sidestep.tasks.train.previews import make_previews, previews_for
 from sidestep.tasks.train.prior import FLAG, load_prior
 from sidestep.tasks.train.processes import Processes
-from sidestep.tasks.train.report import NAME, add_ranks, variety, write_report
+from sidestep.tasks.train.report import add_ranks, variety, write_report
 from sidestep.tasks.train.run import BackgroundWriter, Run, TensorBoard, plan_of
 from sidestep.tasks.train.songs import fingerprints, load_songs, require_hints, split, with_windows
 from sidestep.words import count, side_step
@@ -97,7 +97,6 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
             make_previews(run, run.previews)
         if run.is_main:
             write_report(run, finished=True)
-            report(Saved(what="report", path=str(config.output_dir / NAME)))
             if rows := variety(run):
                 report(Table(title="What varied, what was kept", columns=("setting", "in this run"), rows=rows))
     except OSError as error:

@@ -222,6 +222,7 @@ def test_a_page_that_cannot_be_written_costs_a_warning_and_not_the_run(tensors, 
     assert {
         e.message.split(":")[-1].split("(")[0].strip() for e in events if isinstance(e, Notice) and e.level == "warning"
     } == {"not written this time"}
+    assert [e.what for e in events if isinstance(e, Saved)] == ["checkpoint", "final"]  # it says of no page that it is
 
 
 def test_tensorboard_gets_the_timestep_histogram_and_the_ranks(run):
