@@ -141,9 +141,8 @@ def read_metadata(folder: Path) -> tuple[Position, dict[str, str]] | None:
 
 def positions(output_dir: Path) -> dict[Path, Position]:
     """The complete checkpoints of a run and how far each was, oldest first by optimizer step."""
-    folders = [p for p in (output_dir / "checkpoints").glob("*") if not p.name.startswith(".")]
-    found = {folder: metadata[0] for folder in folders if (metadata := read_metadata(folder))}
-    return dict(sorted(found.items(), key=lambda entry: entry[1].step))
+    found = ((folder, read_metadata(folder)) for folder in complete_checkpoints(output_dir))
+    return {folder: metadata[0] for folder, metadata in found if metadata}
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Any], Position]:
