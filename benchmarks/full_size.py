@@ -58,7 +58,7 @@ MARKS = ("<!-- full size, rebuilt by benchmarks/full_size.py -->", "<!-- end of 
 SIZES = {"2B": ("turbo", CONFIG_2B), "XL": ("xl-turbo", CONFIG_XL)}
 SHARD_BYTES = 2 * GIB
 SILENT_SECONDS = 3.0
-LOADED = ("Loading libraries", "device:")  # lines after which a process has imported what its task needs
+LOADED = ("Loading libraries", "device:")  # a process has imported what its task needs after them; export says none
 
 
 def random_tensors(model_class: type[nn.Module], sizes: dict, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -297,7 +297,8 @@ def main() -> None:
         status = f"stopped in the middle: {seen.last}" if was_stopped else seen.status
         shown = f"{name} {options.precision}".removesuffix(" bf16") + (", in blocks" if options.in_blocks else "")
         row: dict[str, Any] = {"phase": shown, "status": status, "wall s": seen.wall, "processor s": seen.processor}
-        row |= {"peak GiB beyond imports": (seen.peak - seen.imports) / GIB}
+        if seen.imports:
+            row |= {"peak GiB beyond imports": (seen.peak - seen.imports) / GIB}
         if planned := planned_bytes(*what, options.precision):
             row |= {"before a save": (seen.step_peak - seen.imports) / GIB} if seen.step_peak else {}
             row |= {"planned GiB": planned / GIB, "planned over measured": planned / (seen.peak - seen.imports)}

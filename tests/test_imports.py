@@ -219,12 +219,13 @@ TRAIN = ["train", "--dataset-dir", ".", "--output-dir", "out", *MODEL]
 def test_a_slip_in_a_folders_name_is_told_at_once_and_leaves_nothing(
     command, what, checkpoints, monkeypatch, tmp_path, capsys
 ):
+    (tmp_path / ".gitignore").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "load_libraries", lambda _: pytest.fail("waited for libraries"))
     assert main([word.format(models=checkpoints) for word in command]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"error: {what}")
-    assert (shown.out, list(tmp_path.iterdir())) == ("", [])
+    assert (shown.out, [path.name for path in tmp_path.iterdir()]) == ("", [".gitignore"])
 
 
 @pytest.mark.parametrize(

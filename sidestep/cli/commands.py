@@ -100,8 +100,6 @@ def check_folders(config: Any) -> Any:
         require_tensors(config.dataset_dir, config.checkpoint_dir)
     if isinstance(config, TrainConfig) and config.prior_data:
         require_tensors(config.prior_data, config.checkpoint_dir, "--prior-data")
-    if isinstance(config, TrainConfig) and config.resume_from:
-        require_checkpoint(config.resume_from, config.output_dir)
     if isinstance(config, PreprocessConfig) and not config.dataset_json:
         require_songs(config.audio_dir)
     match config:
@@ -117,6 +115,8 @@ def check_folders(config: Any) -> Any:
             require_writable(file.parent, "--output")
         case EstimateConfig(dataset_dir=folder):
             require_writable(folder, "--dataset-dir")
+    if isinstance(config, TrainConfig) and config.resume_from:
+        require_checkpoint(config.resume_from, config.output_dir)
     return model
 
 

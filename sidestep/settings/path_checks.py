@@ -19,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 from sidestep import variants
 from sidestep.errors import UserError
-from sidestep.files import expand, files_below
+from sidestep.files import ASIDE, HOLDER, expand, files_below
 from sidestep.settings.option import Answers, Choice, options_of
 from sidestep.words import count, side_step
 
@@ -226,14 +226,15 @@ def find_checkpoint(resume_from: Path, output_dir: Path) -> Path:
 
 
 def require_checkpoint(resume_from: Path, output_dir: Path) -> None:
-    """Raises UserError where there is nothing to go on from, unless something hidden is there.
+    """Raises UserError where there is nothing to go on from.
 
-    That is the lock of a live run, which has the word then, or what a broken save moved aside and training puts back.
+    A live run in the folder has the word before, and what a broken save moved aside is put back by training first.
     """
-    is_latest = str(resume_from) == "latest"
-    places = (output_dir, output_dir / "checkpoints") if is_latest else (resume_from.parent,)
-    if not any(path.name.startswith(".") for place in places for path in place.glob("*")):
-        find_checkpoint(resume_from, output_dir)
+    states = output_dir / "checkpoints" if str(resume_from) == "latest" else resume_from.parent
+    with suppress(OSError):  # such as a folder that is not there
+        if (output_dir / HOLDER).exists() or any(path.name.startswith(ASIDE) for path in states.iterdir()):
+            return
+    find_checkpoint(resume_from, output_dir)
 
 
 def saved_facts(folder: Path) -> dict[str, Any] | None:

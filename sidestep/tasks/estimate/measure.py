@@ -252,7 +252,7 @@ def run_rounds(
 
     They are compared after 2, 3, 4, 6, 9, … rounds and at the end, and what was measured is kept before each time.
 
-    Raises Interrupted after a save when asked to stop, JobError when there are no finite gradients.
+    Raises Interrupted when asked to stop, with what was measured kept; JobError when there are no finite gradients.
     """
     sums, auto = measurement.sums, config.batches == "auto"
     limit = MOST_BATCHES if auto else int(config.batches)
@@ -262,8 +262,15 @@ def run_rounds(
         next_check = _later(next_check)
 
     def compare() -> Ranking:
-        sums.save(partial, key)
-        return decide(layout, sums, budget, config, report)
+        try:
+            sums.save(partial, key)
+        except OSError as error:  # the map itself may still have room
+            text = f"{partial}: what was measured is not kept this time ({error.strerror or error})."
+            report(Notice(message=text, level="warning"))
+        try:
+            return decide(layout, sums, budget, config, report)
+        except KeyboardInterrupt:
+            raise Interrupted(command_line(config)) from None
 
     with StopRequest(lambda text: report(Notice(message=text))) as stop, watch(measurement.model, measurement.sketch):
         while sums.batches < limit:

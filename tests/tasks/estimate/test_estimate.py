@@ -1,5 +1,6 @@
 """`estimate` whole, on the tiny checkpoints: a map that is exact, repeatable and resumable."""
 
+import errno
 import json
 import shlex
 import signal
@@ -253,7 +254,7 @@ def test_what_follows_the_batches_is_told_and_loses_none_of_them(config, monkeyp
     config = replace(config, batches=str(batches))
     with monkeypatch.context() as killed:
         killed.setattr(measure, "spectrum", ended)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="train.py estimate"):
             estimate(config, null)
     for module in (measure, measure_and_tell):
         monkeypatch.setattr(module, "LongTask", partial(LongTask, quiet_seconds=0))
@@ -266,6 +267,19 @@ def test_what_follows_the_batches_is_told_and_loses_none_of_them(config, monkeyp
     }
     told = [(e.task, e.done, e.total) for e in events if isinstance(e, Progress) and e.task != "Reading records"]
     assert told == [(task, done, total) for task, total in afterwards.items() for done in (0, total)]
+
+
+def test_a_disk_without_room_for_what_was_measured_costs_a_warning_and_not_the_map(config, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Sums, "save", full)
+    events = []
+    estimate(config, events.append)
+    assert config.output.is_file()
+    warned = [e.message for e in events if isinstance(e, Notice) and e.level == "warning" and "not kept" in e.message]
+    assert len(warned) == 1
+    assert "No space left on device" in warned[0]
 
 
 def test_sums_of_other_data_are_not_used(tmp_path):
