@@ -115,21 +115,48 @@ def test_a_compiler_that_ctrl_c_ended_costs_no_finished_step(config, monkeypatch
     assert [at.step for at in positions(config.output_dir).values()] == [2]
 
 
+HELD = """
+import sys, time
+from sidestep.cli.start import entry
+from sidestep.tasks.train import setup
+
+def held(*_, **__):
+    print("held", flush=True)
+    time.sleep(280)
+
+setattr(setup, sys.argv[1], held)
+sys.argv[:2] = ["train.py"]
+entry()
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5])
-def test_a_signal_while_the_program_is_still_loading_leaves_nothing_behind(config, seconds):
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train.py"], ""),
+        (["train.py"], "Loading PyTorch."),
+        (["-c", HELD, "open_accelerator"], "held"),
+        (["-c", HELD, "set_up"], "held"),
+    ],
+    ids=["nothing is loaded", "libraries", "the device", "the model"],
+)
+def test_a_signal_while_the_program_is_still_loading_leaves_nothing_behind(config, words, line):
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--plain", "fixed", *as_arguments(config)],
+        [sys.executable, "-u", *words, "--plain", "fixed", *as_arguments(config)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    time.sleep(seconds)
+    said = [] if line else [""]
+    while not said or line not in said[-1]:
+        said.append(process.stdout.readline())
+        assert said[-1], said
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=280)
+    said.append(process.communicate(timeout=280)[0])
     assert process.returncode in (ExitStatus.INTERRUPTED, -signal.SIGTERM), said
-    assert "Traceback" not in said
+    assert "Traceback" not in "".join(said)
     assert not positions(config.output_dir)
     assert not (config.output_dir / "final").exists()
 
