@@ -262,15 +262,17 @@ def run_rounds(
         next_check = _later(next_check)
 
     def compare() -> Ranking:
+        stopped: BaseException = Interrupted(command_line(config))
         try:
             sums.save(partial, key)
         except OSError as error:  # the map itself may still have room
             text = f"{partial}: what was measured is not kept this time ({error.strerror or error})."
             report(Notice(message=text, level="warning"))
+            stopped = KeyboardInterrupt()  # there is nothing to go on from
         try:
             return decide(layout, sums, budget, config, report)
         except KeyboardInterrupt:
-            raise Interrupted(command_line(config)) from None
+            raise stopped from None
 
     with StopRequest(lambda text: report(Notice(message=text))) as stop, watch(measurement.model, measurement.sketch):
         while sums.batches < limit:

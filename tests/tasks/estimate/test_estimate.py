@@ -280,6 +280,9 @@ def test_a_disk_without_room_for_what_was_measured_costs_a_warning_and_not_the_m
     warned = [e.message for e in events if isinstance(e, Notice) and e.level == "warning" and "not kept" in e.message]
     assert len(warned) == 1
     assert "No space left on device" in warned[0]
+    monkeypatch.setattr(measure, "spectrum", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):  # not as one whose work is saved
+        estimate(replace(config, overwrite=True), null)
 
 
 def test_sums_of_other_data_are_not_used(tmp_path):
