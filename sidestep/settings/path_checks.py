@@ -31,6 +31,7 @@ AUDIO_SUFFIXES = frozenset(  # songs, by their names
     }
 )
 COMPLETE_FILE = "complete.json"  # of a saved state, written last
+POSITION = frozenset(("epoch", "step_in_epoch", "step"))  # what it says of how far the run was
 RECORDS_INDEX = ".records.json"  # what is known of the tensors in a folder, in it
 LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 NEAR_SECONDS = 1.0  # for a look around for songs
@@ -248,7 +249,8 @@ def saved_facts(folder: Path) -> dict[str, Any] | None:
         if seal != (seal_of(facts) if "digests" in facts else None):
             return None
         is_whole = all((folder / name).stat().st_size == size for name, size in facts["files"].items())
-        return facts if is_whole and isinstance(facts["position"]["step"], int) else None
+        is_known = facts["position"].keys() <= POSITION and isinstance(facts["position"]["step"], int)
+        return facts if is_whole and is_known else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -12,13 +12,14 @@ import torch
 
 from sidestep.errors import JobError, UserError
 from sidestep.events import Saved
-from sidestep.settings.path_checks import complete_checkpoints, find_checkpoint, require_checkpoint
+from sidestep.settings.path_checks import POSITION, complete_checkpoints, find_checkpoint, require_checkpoint
 from sidestep.tasks.train import checkpoints
 from sidestep.tasks.train.checkpoints import (
     COMPLETE_FILE,
     NEW,
     OLD,
     STATE_FILE,
+    positions,
     prepare_folder,
     prune,
     read_checkpoint,
@@ -70,6 +71,9 @@ DAMAGE = {
     "a position that is none": lambda folder: (folder / COMPLETE_FILE).write_text(
         json.dumps({"position": {"nowhere": 1}, "files": {}})
     ),
+    "a position of another version": lambda folder: (folder / COMPLETE_FILE).write_text(
+        json.dumps({"position": asdict(Position(0, 10, 10)) | {"more": 1}, "files": {}})
+    ),
 }
 
 
@@ -79,8 +83,13 @@ def test_a_damaged_checkpoint_is_none(run_folder, damage):
     damage(newest)
     assert newest not in complete_checkpoints(run_folder)
     assert find_checkpoint(Path("latest"), run_folder).name == "step_4"
+    assert newest not in positions(run_folder)
     with pytest.raises(UserError, match="not a whole checkpoint"):
         find_checkpoint(newest, run_folder)
+
+
+def test_what_a_state_says_of_its_position_is_what_a_run_knows():
+    assert asdict(Position()).keys() == POSITION
 
 
 def test_what_a_broken_save_moved_aside_is_left_to_training(run_folder, tmp_path):
