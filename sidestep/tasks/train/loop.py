@@ -140,11 +140,12 @@ def run_loop(run: Run) -> None:
                 if run.position.step == run.total_steps:  # --max-steps ends the run inside an epoch
                     break
                 wanted = [stop.take(what) for what in (SAVE, PREVIEW)] if run.position.step else [False, False]
-                stop.requested, *wanted = run.processes.any(stop.requested, *wanted)
-                if any(wanted) and not stop.requested:
+                # never written back to `stop.requested`: who asks while the processes answer is heard a step later
+                stops, *wanted = run.processes.any(stop.requested, *wanted)
+                if any(wanted) and not stops:
                     save_or_preview(run, metrics, *wanted)
-                    (stop.requested,) = run.processes.any(stop.requested)
-                if stop.requested:
+                    (stops,) = run.processes.any(stop.requested)
+                if stops:
                     save_and_exit(run, metrics)
                 began = time.perf_counter()
                 try:

@@ -16,7 +16,9 @@ from sidestep.events import EpochDone, StepDone
 from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import resolve
 from sidestep.settings.path_checks import complete_checkpoints
+from sidestep.stopping import SAVE, StopRequest
 from sidestep.tasks.train.checkpoints import read_checkpoint, what_stands, write_settings
+from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import train
 from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
 
@@ -87,6 +89,28 @@ def test_ctrl_c_saves_and_prints_the_command_that_resumes(data, tmp_path):
     assert "train.py fixed" in stopped.value.resume
     assert "--resume-from latest" in stopped.value.resume
     assert [p.name for p in complete_checkpoints(tmp_path / "a run")] == ["step_000002"]
+
+
+@pytest.mark.parametrize("asked_twice", [False, True], ids=["between steps", "after a save that was wanted"])
+def test_a_stop_that_arrives_while_the_processes_answer_each_other_is_heard(data, tmp_path, monkeypatch, asked_twice):
+    answers, signals = Processes.any, []
+
+    def any_of(processes: Processes, *flags: bool) -> list[bool]:
+        known = answers(processes, *flags)  # of before the signal
+        if StopRequest.current and not signals and len(flags) == (1 if asked_twice else 3):
+            signals.append(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return known
+
+    def wish(event) -> None:
+        if asked_twice and StopRequest.current and isinstance(event, StepDone) and event.step == 1:
+            StopRequest.current.ask(SAVE)
+
+    monkeypatch.setattr(Processes, "any", any_of)
+    with pytest.raises(Interrupted):
+        run(settings(data, tmp_path), wish)
+    (saved,) = [p.name for p in complete_checkpoints(tmp_path) if p.name != "step_000001" or not asked_twice]
+    assert saved == ("step_000002" if asked_twice else "step_000001"), "the step that was begun, and no further one"
 
 
 def test_a_second_ctrl_c_after_the_grace_period_quits_at_once(data, tmp_path, monkeypatch):
