@@ -70,8 +70,8 @@ def page() -> str:
                 best = planner.mildest(asked, usable)
                 assert best is not None
                 faster = planner.faster(asked, best.config, usable)
-                added = " ".join(best.flags) and f"`{' '.join(best.flags)}`"
-                more = f"`{' '.join(faster.flags)}`" if faster else ""
+                added = " ".join(f"`{flag}`" for flag in best.flags)
+                more = " ".join(f"`{flag}`" for flag in faster.flags) if faster else ""
                 needed = f"{best.needed / GIB:.1f} GiB"
                 rows.append(f"| {model} | {seconds} s | {card} GB | {added or 'nothing'} | {needed} | {more} |")
     return INTRODUCTION + "\n".join(rows) + "\n"
