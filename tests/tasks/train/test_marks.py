@@ -17,7 +17,7 @@ from sidestep.tasks.train.checkpoints import most_marks, read_checkpoint
 from sidestep.tasks.train.loop import rare_seconds_left
 from sidestep.tasks.train.marks import SMOOTHED_EPOCHS, passed, smoothed
 from sidestep.tasks.train.run import History, Mark
-from tests.tasks.train.test_processes import FSDP, finish, start
+from tests.several_processes import FSDP, finish, start
 from tests.tasks.train.test_resume import LATEST, stop_at
 from tests.training_world import adapter, differing, run, settings, write_data
 

@@ -27,8 +27,8 @@ from sidestep.tasks.sample import open_sampler, sample, sampling_for
 from sidestep.tasks.train.previews import make_previews, previews_for, prompts_for
 from sidestep.tasks.train.setup import open_accelerator, set_up, train
 from tests.conftest import FIXTURES
+from tests.several_processes import FSDP, finish, start
 from tests.tasks.test_sample import filled_up
-from tests.tasks.train.test_processes import FSDP, finish, start
 from tests.training_world import run, settings, write_data
 
 CHECKPOINTS = FIXTURES / "checkpoints"

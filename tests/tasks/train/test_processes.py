@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,72 +12,29 @@ import pytest
 import torch
 
 from sidestep.data.records import save_record
+from sidestep.events import null
+from sidestep.settings.option import as_arguments
 from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.tasks.train.checkpoints import read_checkpoint
+from sidestep.tasks.train.setup import train
+from tests.several_processes import FSDP, ROOT, ended, finish, start
+from tests.tasks.train.test_language import settings as language_settings
+from tests.tasks.train.test_language import write_songs
 from tests.training_world import adapter, base_beside_turbo, record, run, settings, write_data
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[3]
-STARTED: list[subprocess.Popen] = []
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "AceStepTransformerBlock",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-
-
-def start(data: Path, output: Path, environment: dict[str, str] | None = None, **changes) -> list[subprocess.Popen]:
-    """Two processes that know each other as torchrun would tell them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, "-m", "tests.ddp_train", str(data), str(output), json.dumps(changes)]
-    STARTED.extend(
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | (environment or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    )
-    return STARTED[-2:]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_runs_on():
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()
-        process.communicate()
-
-
-def finish(processes: list[subprocess.Popen], sharded: bool = False) -> list[str]:
-    """What each printed; both must have ended well, and have sharded the model if they should."""
-    outputs = [process.communicate(timeout=280) for process in processes]
-    for process, (out, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err[-3000:] + out[-1000:]
-    assert ("as launched, fsdp" in outputs[0][0]) == sharded
-    return [out for out, _ in outputs]
 
 
 def largest_difference(a: Path, b: Path) -> float:
     first, second = adapter(a), adapter(b)
     assert set(first) == set(second)
     return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def gradient_norms(folder: Path) -> list[float]:
+    """Of each logged step: a loss of the wrong size moves it, and Adam's weights hardly."""
+    state, _ = read_checkpoint(complete_checkpoints(folder)[-1])
+    return [point["grad_norm"] for point in state["history"]["points"]]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +60,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(data, tmp_path, env
     assert both["history"]["bin_loss"] == pytest.approx(alone["history"]["bin_loss"], rel=1e-3)
     for folder in ("final", "ema"):
         assert largest_difference(tmp_path / "one" / folder, tmp_path / "two" / folder) < 1e-5
+    assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
     losses = [
         event["loss"]
         for line in first.splitlines()
@@ -134,6 +91,7 @@ def test_two_processes_hear_the_other_music_the_captions_and_the_timesteps_that_
     one = changes | {name: Path(changes[name]) for name in ("prior_data", "checkpoint_dir")}
     log = run(settings(data, tmp_path / "one", gradient_accumulation=2, **one))
     assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-5
+    assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
     assert bool(heard) == (tmp_path / "two" / "previews" / "on-turbo" / "epoch_0002" / "01-x.flac").is_file()
     (alone, _), (both, _) = (read_checkpoint(complete_checkpoints(tmp_path / n)[-1]) for n in ("one", "two"))
     drifts = [event.drift for event in log.events if type(event).__name__ == "StepDone"]
@@ -181,9 +139,28 @@ def test_ctrl_c_to_one_of_two_stops_both_after_one_save(data, tmp_path):
         if json.loads(line).get("step", 0) >= 20:
             break
     processes[1].send_signal(signal.SIGTERM)  # it is likely to be waiting for the first one, which also writes
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [err for _, err in ended(processes, 60)]
     assert all("Interrupted" in error for error in errors)
     saved = complete_checkpoints(tmp_path)
     assert len(saved) == 1
     state = torch.load(saved[0] / "training_state.pt", weights_only=True)
     assert state["micro_batches"] == 2
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
+def test_a_launchers_two_processes_train_the_language_model_as_one_does(tmp_path, lm_home, environment):
+    one = language_settings(write_songs(tmp_path / "data", 5), tmp_path / "one", lm_home, lr=1e-3)
+    train(one, null)
+    two = replace(one, output_dir=tmp_path / "two", gradient_accumulation=1)
+    launched = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    launched.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)  # it is the DiT's, and ours to find
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--plain", "train-lm", *as_arguments(two)]
+    done = subprocess.run(
+        [*launcher, "train.py", *arguments], cwd=ROOT, env=os.environ | launched, capture_output=True, timeout=120
+    )
+    said = done.stdout.decode() + done.stderr.decode()
+    assert done.returncode == 0, said[-3000:]
+    assert f"processes: 2 (as launched, {'fsdp' if environment else 'multi_cpu'})" in said
+    assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-6
+    assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
