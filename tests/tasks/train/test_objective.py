@@ -426,3 +426,26 @@ def test_every_sample_of_an_optimizer_step_weighs_the_same(tmp_path, accumulatio
     assert any(gradient.abs().max() > 0 for gradient in total)
     for found, mean in zip(applied[0], total, strict=True):
         torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0, None], ids=["clipped", "below the limit", "no limit"])
+def test_a_gradient_above_max_grad_norm_is_scaled_down_to_it_and_told_as_it_was(tmp_path, share):
+    run = set_up_run(write_data(tmp_path / "data"), tmp_path / "run", max_grad_norm=0.0)
+    (plan, *_) = run.plan(0)
+    applied: list[list[torch.Tensor]] = []
+    run.optimizer.optimizer.register_step_pre_hook(lambda *_: applied.append([p.grad.clone() for p in run.parameters]))
+    start = [p.detach().clone() for p in run.parameters]
+    metrics = Metrics()
+    for limited in (False, True):
+        norm = torch.nn.utils.get_total_norm(applied[0]) if limited else 0.0
+        run.config = replace(run.config, max_grad_norm=float(norm) * (share or 0.0))
+        with torch.no_grad():
+            for parameter, value in zip(run.parameters, start, strict=True):
+                parameter.copy_(value)
+        optimizer_step(run, plan, metrics)
+    scale = min(share or 1.0, 1.0)
+    for free, limited in zip(*applied, strict=True):
+        torch.testing.assert_close(limited, free * scale, rtol=1e-4, atol=1e-8)
+    (_, before, _), (_, after, _) = metrics.steps
+    assert after.item() == pytest.approx(before.item(), rel=1e-4)
+    assert before.item() == pytest.approx(torch.nn.utils.get_total_norm(applied[0]).item(), rel=1e-4)
