@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,8 +199,13 @@ class EventLog:
         self._path, self._warn = path, warn
         self._file: FileIO | None = None
         self._waiting, self._is_told = b"", False
+        self._lock = threading.RLock()  # keys and signals are answered from threads of their own
 
     def __call__(self, event: Event) -> None:
+        with self._lock:
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
-from sidestep.errors import Interrupted
-
 GRACE_SECONDS = 2.0  # launchers send a key's signal again; only a later Ctrl-C is a second one
 ANSWER = (
     "Asked to stop: this step or preview is finished, then the run is saved. "
@@ -42,13 +40,14 @@ class StopRequest:
     )
 
     current: "ClassVar[StopRequest | None]" = None  # the one that is open
-    obeyed_at = -math.inf  # when a job of this process last ended because it was asked to
+    obeyed_at = -math.inf  # when a job of this process last ended that was asked to stop
     raised_at = -math.inf  # when one was last asked that had no StopRequest open, by a KeyboardInterrupt
 
     def __init__(self, answer: Callable[[str], None]) -> None:
         self.requested = False
         self._answer = answer
-        self._first = 0.0
+        self._first = math.inf  # when it was asked first
+        self._is_answered = self._quits = False
         self._previous: dict[int, Any] = {}
         self._wanted: set[str] = set()
 
@@ -67,7 +66,8 @@ class StopRequest:
     def stop(self) -> None:
         """Stop after a save, as a first signal asks for."""
         if not self.requested:
-            self.requested, self._first = True, time.monotonic()
+            self._first = min(self._first, time.monotonic())
+            self.requested = self._is_answered = True
             self._answer(ANSWER)
 
     def __enter__(self) -> "StopRequest":
@@ -87,7 +87,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         StopRequest.current = self._outer
-        if kind is not None and issubclass(kind, Interrupted):
+        if self.requested and (kind is None or not issubclass(kind, KeyboardInterrupt)):
             StopRequest.obeyed_at = time.monotonic()
         if self._previous:
             for number, handler in self._previous.items():
@@ -98,23 +98,26 @@ class StopRequest:
             self._receiver.close()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
-            self.requested, self._first = True, now
-        elif number == signal.SIGINT and now - self._first > GRACE_SECONDS:
+        is_second = self.requested and number == signal.SIGINT and self._is_late()
+        self._first = min(self._first, time.monotonic())
+        self.requested = True
+        if is_second or self._quits:  # during a long call the system makes one signal of two, and this hears the last
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
-        answered = 0.0
         while numbers := self._receiver.recv(16):
-            now = time.monotonic()
             if not self._previous.keys() & set(numbers):
                 continue
-            if not answered:
-                answered = now
+            if not self._is_answered:
+                self._first = min(self._first, time.monotonic())
+                self._is_answered = True
                 self._answer(ANSWER)
-            elif signal.SIGINT in numbers and now - answered > GRACE_SECONDS:
+            elif signal.SIGINT in numbers and self._is_late():
+                self._quits = True
                 self._answer(QUITTING)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._first > GRACE_SECONDS
 
 
 def is_asked_to_stop() -> bool:

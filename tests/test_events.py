@@ -1,11 +1,14 @@
-"""Progress of tasks that may be over at once, or take minutes."""
+"""Progress of tasks that may be over at once, or take minutes; the file of a run's events."""
 
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from sidestep import events
-from sidestep.events import LongTask, Progress
+from sidestep.events import EventLog, LongTask, Notice, Progress
 
 
 @pytest.fixture
@@ -50,3 +53,21 @@ def test_the_first_thousandth_of_a_task_does_not_say_how_long_the_rest_takes(clo
         clock.now += 4
         task(parts)
     assert [event.eta_seconds for event in told[1:]] == [None, pytest.approx(8 * 4994 / 6)]
+
+
+def test_events_of_several_threads_stand_in_the_log_once_each(tmp_path, monkeypatch):
+    """Keys and signals are answered from threads of their own, while the training tells its steps."""
+    log = EventLog(tmp_path / "events.jsonl")
+    log(Notice(message="first"))
+    file = log._file
+
+    def write(data: bytes) -> int:
+        time.sleep(0.001)
+        return file.write(data[: len(data) // 2 + 1])
+
+    log._file = SimpleNamespace(write=write, close=file.close)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(log, [Notice(message=str(number)) for number in range(40)]))
+    log.close()
+    told = [json.loads(line)["message"] for line in (tmp_path / "events.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(told) == sorted(["first", *map(str, range(40))])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidestep.cli.main import main
+from sidestep.cli.main import guarded, main, open_terminal
 from sidestep.errors import ExitStatus
 from sidestep.settings.option import as_arguments
 from sidestep.stopping import ANSWER, StopRequest
@@ -194,24 +194,40 @@ def test_a_signal_at_any_moment_of_a_run_saves_every_step_that_was_done(config, 
     assert [at.step for at in positions(config.output_dir).values()][-1] == done[-1] < 120
 
 
-def test_a_signal_while_the_last_files_are_written_loses_none_of_them(config, monkeypatch):
-    """The loop is over then: the program stops, and what is being written is finished on the way out."""
-    original, writers = checkpoints.save_results, []
+@pytest.mark.parametrize("scores", [False, True], ids=["alone", "before --score"])
+@pytest.mark.parametrize("moment", ["the last step", "the last files"])
+def test_a_stop_when_all_is_trained_writes_every_result_and_begins_nothing_more(
+    config, monkeypatch, capsys, moment, scores
+):
+    """What follows, previews and the judging, takes minutes; who sent SIGTERM may soon send SIGKILL."""
+    step, write = loop.optimizer_step, checkpoints.save_adapter
 
-    def interrupted(run):
-        writers.append(run.writer)
-        checkpoints.save_adapter(run, "final")
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(run)
+    def last_step(run, plan, metrics):
+        step(run, plan, metrics)
+        if moment == "the last step" and run.position.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("sidestep.tasks.train.setup.save_results", interrupted)
+    def last_files(run, name, *note):
+        write(run, name, *note)
+        if moment == "the last files" and name == "final":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "optimizer_step", last_step)
+    monkeypatch.setattr(checkpoints, "save_adapter", last_files)
     monkeypatch.setattr(StopRequest, "obeyed_at", float("-inf"))
-    config = replace(config, epochs=1)
-    assert main(["--plain", "fixed", *as_arguments(config)]) == ExitStatus.INTERRUPTED
-    writers[0]._pool.shutdown(wait=True)  # as Python does when it ends
+    config = replace(config, epochs=1, ema_decay=0.9, preview_prompt="x", preview_duration=1.0, score=scores)
+    status = main(["--plain", "fixed", *as_arguments(config)])
+    said = capsys.readouterr()
     assert [at.step for at in positions(config.output_dir).values()] == [3]
-    assert (config.output_dir / "final" / "adapter_model.safetensors").is_file()
+    for name in ("final", "ema"):
+        assert (config.output_dir / name / "adapter_model.safetensors").is_file()
     assert not list(config.output_dir.glob(".saving-*"))
+    assert not list(config.output_dir.rglob("*.flac"))
+    assert said.out.count("The last previews are left out, since the run was asked to stop.") == 1
+    assert "Trained 3 optimizer steps." in said.out
+    assert status == (ExitStatus.INTERRUPTED if scores else ExitStatus.OK)
+    assert ("Go on with:\n" in said.err and "score" in said.err) == scores
+    os.kill(os.getpid(), signal.SIGTERM)  # a launcher sends it again: what was obeyed is no second one
 
 
 def test_an_import_that_a_signal_breaks_off_is_a_stop_and_no_unexpected_error(config, monkeypatch, capsys):
@@ -242,3 +258,19 @@ def test_a_stop_whose_save_fails_does_not_say_that_all_is_saved(config, monkeypa
     said = capsys.readouterr().err
     assert "the disk is full. Nothing had been saved before." in said
     assert "Stopped; saved." not in said
+
+
+def test_a_stop_of_before_does_not_hide_a_later_error(config, monkeypatch, capsys):
+    """In the wizard several jobs run one after the other, for hours."""
+
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    def several() -> int:
+        monkeypatch.setattr(StopRequest, "raised_at", time.monotonic())
+        assert guarded(terminal, lambda: None, stopped) == ExitStatus.INTERRUPTED
+        raise RecursionError("a fault of ours")
+
+    terminal = open_terminal(plain=True)
+    assert guarded(terminal, lambda: config.output_dir.parent, several) == ExitStatus.FAILED
+    assert "a fault of ours" in capsys.readouterr().err

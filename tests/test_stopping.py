@@ -69,6 +69,24 @@ def test_a_second_ctrl_c_quits_after_the_grace_period(answers, monkeypatch):
     assert answers == [ANSWER, QUITTING]
 
 
+@pytest.mark.parametrize("first", ["the key q", "two signals that the system makes one of"])
+def test_what_is_said_of_a_second_ctrl_c_is_what_it_does(answers, monkeypatch, first):
+    monkeypatch.setattr(stopping, "GRACE_SECONDS", 0.05)
+    with pytest.raises(KeyboardInterrupt), StopRequest(answers.append) as stop:  # noqa: PT012
+        if first == "the key q":
+            stop.stop()
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGINT)
+        else:  # inside of one long call: both are told by the other thread, Python hears the last
+            for number in (1, 2):
+                stop._sender.send(bytes([signal.SIGINT]))
+                wait_for(answers, number)
+                time.sleep(0.1)
+            stop._on_signal(signal.SIGINT, None)
+    wait_for(answers, 2)
+    assert answers == [ANSWER, QUITTING]
+
+
 def test_what_was_set_before_is_put_back(answers):
     before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
     with StopRequest(answers.append):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.cli.parser import command_parser, global_parser, options_for
-from sidestep.errors import ExitStatus, JobError
+from sidestep.errors import ExitStatus, Interrupted, JobError
 from sidestep.events import Event, FileFailed, Finished, LongTask, Notice, Report, Saved, Table
 from sidestep.files import expand, require_writable
 from sidestep.imports import LIBRARIES, load_libraries
@@ -164,12 +164,14 @@ def train(config: TrainConfig, report: Report) -> None:
     from sidestep.tasks.train.setup import train
 
     index = cache(partial(index_records, report=report))
-    train(check_memory(config, report, index), report, index)
+    result = train(check_memory(config, report, index), report, index)
     if config.score and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         command = side_step("score", config.output_dir)
         report(
             Notice(message=f"--score: several processes trained, and one alone can judge: {command}", level="warning")
         )
+    elif config.score and result.was_stopped:
+        raise Interrupted(side_step("score", config.output_dir))
     elif config.score:
         from sidestep.tasks.score import score
 

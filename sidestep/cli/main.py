@@ -7,6 +7,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -292,6 +293,7 @@ def guarded(terminal: Terminal, log_folder: Callable[[], Path | None], job: Call
         terminal.note("Stopped; saved." + (f" Go on with:\n  {stopped.resume}" if stopped.resume else ""))
         return ExitStatus.INTERRUPTED
     except KeyboardInterrupt:
+        StopRequest.raised_at = -math.inf  # obeyed
         terminal.note("Stopped.")
         return ExitStatus.INTERRUPTED
     except UserError as error:

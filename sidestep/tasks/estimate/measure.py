@@ -291,6 +291,9 @@ def run_rounds(
                 report(Notice(message=f"{sums.batches} batches: {text}"))
                 if auto and ranking.converged:
                     break
+        if stop.requested and decided_at != sums.rounds:  # what follows takes minutes with a real model
+            sums.save(partial, key)
+            raise Interrupted(command_line(config))
     if not all(sums.samples):
         raise JobError("A part of the songs gave no finite gradient at all.", "Try --precision fp32.")
     if ranking is None or decided_at != sums.rounds:

@@ -468,7 +468,7 @@ def restore_state(run: Run, saved: SavedRun) -> None:
 
 def save_checkpoint(run: Run, name: str) -> None:
     """Copy the whole state and write it beside the training that goes on. Raises JobError for an adapter with NaN."""
-    run.writer.wait()  # or the copy that it writes and the next one are in memory together
+    wait_for_writer(run)  # or the copy that it writes and the next one are in memory together
     state = state_of(run)
     if not run.is_main:
         return
@@ -516,7 +516,7 @@ def save_results(run: Run) -> Path:
 
 def save_adapter(run: Run, name: str, note: str = "") -> None:
     """Copy the adapter as it is now and write it into a folder of the run beside the training that goes on."""
-    run.writer.wait()  # as above
+    wait_for_writer(run)
     tensors, folder = adapter_snapshot(run), run.config.output_dir / name
     if not run.is_main:
         return
@@ -527,6 +527,12 @@ def save_adapter(run: Run, name: str, note: str = "") -> None:
         return [Saved(what=name, path=str(folder), note=note)]
 
     run.writer.start(name, write)
+
+
+def wait_for_writer(run: Run) -> None:
+    """Until the save before is on the disk. All wait with the first: a GPU's collective would not wait so long."""
+    run.writer.wait()
+    run.processes.wait()
 
 
 def adapter_writer(run: Run, tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:

@@ -25,7 +25,7 @@ from sidestep.errors import Interrupted, JobError, UserError
 from sidestep.events import STEP_TASK, Decision, EpochDone, LongTask, Notice, StepDone, StepSkipped, TrainingStarted
 from sidestep.optim import can_skip_on_device
 from sidestep.settings.config import memory_levers
-from sidestep.stopping import PREVIEW, SAVE, StopRequest
+from sidestep.stopping import PREVIEW, SAVE
 from sidestep.tasks.train.checkpoints import resume_command, save_best, save_checkpoint, save_mark
 from sidestep.tasks.train.evaluation import has_waited_enough, update_best
 from sidestep.tasks.train.guards import VISITS_ABOVE, require_gradients
@@ -123,8 +123,8 @@ def run_loop(run: Run) -> None:
 
     Raises Interrupted after a save when asked to stop, JobError when steps fail or nothing can be learnt.
     """
-    config, history, metrics = run.config, run.history, Metrics()
-    with StopRequest(lambda text: run.report(Notice(message=text))) as stop, warnings.catch_warnings():
+    config, history, metrics, stop = run.config, run.history, Metrics(), run.stop
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # a first step was skipped
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # its output is never changed in place
         done = first = run.position

@@ -57,6 +57,7 @@ from sidestep.words import count
 FOLDER = "previews"
 BASE = "base"  # its subfolder of audio without the adapter
 SONGS_AS_PROMPTS = 2
+FAILURES = (torch.OutOfMemoryError, OSError, JobError, UserError)  # that cost previews, not the run
 
 
 def previews_for(
@@ -141,13 +142,16 @@ def preview_now(run: Run) -> None:
     """
     previews = run.previews or run.asked_previews
     if previews is None:
-        config, players = replace(run.config, preview_every=1), []
+        config, prompts, players, problem = replace(run.config, preview_every=1), [], [], ""
         try:
             prompts = prompts_for(config, run.songs)
-            if not is_language(config):
+            if not is_language(config) and _plays(run):
                 players = players_for(config, run.checkpoint, prompts, CPU, torch.float32, run.report, TextModels())
         except (OSError, MemoryError, UserError, JobError) as error:
-            run.report(Notice(message=f"No previews: {str(error).splitlines()[0]}", level="warning"))
+            problem = str(error).splitlines()[0]
+        if any(run.processes.any(bool(problem))):
+            problem = problem or "another process could not prepare them"
+            run.report(Notice(message=f"No previews: {problem}", level="warning"))
             return
         dtype = (run.objective.lm.model.lm_head.weight if is_language(config) else run.objective.null_condition).dtype
         previews = run.asked_previews = Previews(prompts, players, dtype)
@@ -218,10 +222,8 @@ def make_previews(run: Run, previews: Previews) -> None:
     """
     if previews.made_at == run.position.step:
         return
-    is_sharded = run.accelerator.is_fsdp2
     kinds = [None] if is_language(run.config) else previews.players  # None: what is trained composes
-    for player in kinds if run.is_main or is_sharded else ():
-        # sharded over processes, the model only works when all of them call it
+    for player in kinds if _plays(run) else ():
         try:
             if player is None:
                 _hear_composer(run, previews)
@@ -229,13 +231,18 @@ def make_previews(run: Run, previews: Previews) -> None:
                 _hear_elsewhere(run, previews, player)
             else:
                 # where the weights are sharded over processes, the wrapper gathers them
-                decoder = run.wrapped if is_sharded else run.model.get_base_model()
+                decoder = run.wrapped if run.accelerator.is_fsdp2 else run.model.get_base_model()
                 with undisturbed(run):
                     _hear(run, previews, player, decoder, run.model)
-        except (torch.OutOfMemoryError, OSError, JobError, UserError) as error:
+        except FAILURES as error:
             run.report(Notice(message=f"No previews this time: {str(error).splitlines()[0]}", level="warning"))
     previews.made_at = run.position.step
     run.processes.wait()
+
+
+def _plays(run: Run) -> bool:
+    """Whether this process calls the model for previews: sharded over processes, it works when all of them do."""
+    return run.is_main or run.accelerator.is_fsdp2
 
 
 def _hear(run: Run, previews: Previews, player: Player, decoder: torch.nn.Module, model: PeftModel) -> None:
@@ -268,22 +275,37 @@ def _hear(run: Run, previews: Previews, player: Player, decoder: torch.nn.Module
         run.report(Progress(task=task, done=done, total=len(takes), current=name))
         with adapter_scale(model, strength):
             latents = sampler.latents(prompt, player.conditions[number].states, player.hints[number])
-        if run.is_main:
-            step, epoch = (position.step, position.epoch) if strength else (0, 0)
-            metadata = {
-                "strength": strength,
-                "step": step,
-                "epoch": epoch,
-                "checkpoint": player.checkpoint.folder.name,
-                **({"composed": thoughts[number]} if thoughts[number] else {}),
-            }
-            audio = sampler.audio(latents, prompt)
-            write_take(folder / subfolder / f"{name}.flac", sampler, audio, prompt, metadata)
-            tag = f"previews/{f'{player.folder}/' if player.folder else ''}{name}/strength {strength:g}"
-            run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)
+        step, epoch = (position.step, position.epoch) if strength else (0, 0)
+        metadata = {
+            "strength": strength,
+            "step": step,
+            "epoch": epoch,
+            "checkpoint": player.checkpoint.folder.name,
+            **({"composed": thoughts[number]} if thoughts[number] else {}),
+        }
+        with _by_the_first(run) as writes:
+            if writes:
+                audio = sampler.audio(latents, prompt)
+                write_take(folder / subfolder / f"{name}.flac", sampler, audio, prompt, metadata)
+                tag = f"previews/{f'{player.folder}/' if player.folder else ''}{name}/strength {strength:g}"
+                run.tensorboard.add_audio(tag, audio.mean(axis=0)[None], step, sampler.sample_rate)
     run.report(Progress(task=task, done=len(takes), total=len(takes)))
     if (folder / now).is_dir():  # a run that was asked to stop may have made none
         run.report(Saved(what="previews", path=str(folder / now)))
+
+
+@contextmanager
+def _by_the_first(run: Run) -> Iterator[bool]:
+    """What only the first process does, which is told by True. Where it fails all raise, or the others wait for it."""
+    failure: Exception | None = None
+    try:
+        yield run.is_main
+    except FAILURES as error:
+        failure = error
+    if run.accelerator.is_fsdp2 and any(run.processes.any(failure is not None)) and failure is None:
+        failure = JobError("the first process could not write them")
+    if failure is not None:
+        raise failure
 
 
 def _hear_elsewhere(run: Run, previews: Previews, player: Player) -> None:
@@ -309,7 +331,7 @@ def _while_set_aside(run: Run, hear: Callable[[], None]) -> None:
         release_memory(run.device)
         try:
             hear()
-        except (torch.OutOfMemoryError, OSError, JobError, UserError) as error:
+        except FAILURES as error:
             problem = str(error).splitlines()[0]  # the error itself holds on to the model through its traceback
         release_memory(run.device)
     if problem:

@@ -25,6 +25,7 @@ from sidestep.data.batches import Song, StepPlan, plan_epoch
 from sidestep.errors import JobError
 from sidestep.events import Event, LongTask, Notice, Report
 from sidestep.settings.config import TrainConfig
+from sidestep.stopping import StopRequest
 from sidestep.tasks.sample import Sampling
 from sidestep.tasks.train.guards import SongWatch
 from sidestep.tasks.train.marks import Mark, passed, smoothed
@@ -297,6 +298,7 @@ class Run:
     total_steps: int
     tensorboard: TensorBoard
     writer: BackgroundWriter
+    stop: StopRequest  # open from the first step until everything is written
     last_epoch: int = 0  # in which the run ends
     first_epoch: int = 0  # epochs that were whole when this process began
     compiles: Callable[[], Choice] | None = None  # compiles the layers; where `--compile auto` has yet to decide

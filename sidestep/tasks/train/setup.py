@@ -32,6 +32,7 @@ from sidestep.files import portable
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
 from sidestep.settings.advice import advise
 from sidestep.settings.config import TrainConfig, check_streaming, command_line
+from sidestep.stopping import StopRequest
 from sidestep.tasks.train.checkpoints import (
     SavedRun,
     cannot_save,
@@ -52,7 +53,7 @@ from sidestep.tasks.train.prior import FLAG, load_prior
 from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.report import add_ranks, variety, write_report
 from sidestep.tasks.train.run import BackgroundWriter, Run, TensorBoard, plan_of
-from sidestep.tasks.train.songs import fingerprints, load_songs, require_hints, split, with_windows
+from sidestep.tasks.train.songs import fingerprints, load_songs, require_hints, require_same_songs, split, with_windows
 from sidestep.words import count, side_step
 
 MIXED_PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -65,6 +66,7 @@ class TrainResult:
 
     steps: int
     final: Path
+    was_stopped: bool  # asked to stop when there was nothing left to train
 
 
 def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -> TrainResult:
@@ -78,10 +80,12 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
     report = report if accelerator.is_main_process else null
     accelerator.wait_for_everyone()
     saved = open_folder(config, report)
+    results = ("final", "ema") if config.ema_decay else ("final",)
+    is_finished = all((config.output_dir / name).is_dir() for name in results)  # before another process can be
     accelerator.wait_for_everyone()
     run = set_up(config, report, accelerator, precision, saved, index)
     try:
-        if saved and run.position.step >= run.total_steps and (config.output_dir / "final").is_dir():
+        if saved and run.position.step >= run.total_steps and is_finished:
             longer = replace(config, epochs=config.epochs * 2, resume_from=Path("latest"))
             raise JobError(
                 f"Nothing was trained: all {run.total_steps} optimizer steps of this run were already done.",
@@ -91,14 +95,20 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
             check_room(run)
             write_settings(config)
             add_ranks(run)
-        run_loop(run)
-        final = save_results(run)
-        if run.previews:
-            make_previews(run, run.previews)
-        if run.is_main:
-            write_report(run, finished=True)
-            if rows := variety(run):
-                report(Table(title="What varied, what was kept", columns=("setting", "in this run"), rows=rows))
+        with run.stop:
+            run_loop(run)
+            final = save_results(run)
+            (was_stopped,) = run.processes.any(run.stop.requested)  # in the last step, or since
+            if run.previews and run.previews.made_at != run.position.step:
+                if was_stopped:
+                    report(Notice(message="The last previews are left out, since the run was asked to stop."))
+                else:
+                    make_previews(run, run.previews)
+            if run.is_main:
+                write_report(run, finished=True)
+                if rows := variety(run):
+                    report(Table(title="What varied, what was kept", columns=("setting", "in this run"), rows=rows))
+            was_stopped |= run.stop.requested
     except OSError as error:
         raise cannot_save(run, error) from error
     finally:
@@ -109,7 +119,7 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
         merge = ("export", str(final), "--format", "merged-lm", "--base", str(config.checkpoint_dir), "--output", "…")
         trained = f"Trained {run.position.step} optimizer steps. The composer's adapter is in {final}"
         report(Finished(message=trained, next_commands=(side_step(*merge),)))
-        return TrainResult(run.position.step, final)
+        return TrainResult(run.position.step, final, was_stopped)
     base = ["--checkpoint-dir", str(config.checkpoint_dir), "--model-variant", config.model_variant]
     if run.checkpoint.variant.doubt:
         base += ["--timestep-mode", config.timestep_mode]
@@ -121,7 +131,7 @@ def train(config: TrainConfig, report: Report, index: ReadIndex | None = None) -
             next_commands=(side_step("sample", *base, "--adapter", str(final), "--prompt", "…"),),
         )
     )
-    return TrainResult(run.position.step, final)
+    return TrainResult(run.position.step, final, was_stopped)
 
 
 def open_accelerator(config: TrainConfig, report: Report) -> tuple[Accelerator, torch.dtype]:
@@ -211,6 +221,7 @@ def set_up(
     prints = fingerprints(songs, config)
     if prior:
         prints |= {f"{FLAG} {name}": parts for name, parts in fingerprints(prior.songs, config).items()}
+    require_same_songs(prints, processes, config)
     if saved:
         require_same_data(saved, prints, config)
         require_same_steps(saved, config.gradient_accumulation * processes.count)
@@ -303,6 +314,7 @@ def set_up(
         last_epoch=-(-total_steps // len(plan)),
         tensorboard=TensorBoard(tensorboard, report),
         writer=BackgroundWriter(report),
+        stop=StopRequest(lambda text: report(Notice(message=text))),
         previews=previews,
         prior=prior,
         compiles=compiles if config.compile == "auto" else None,

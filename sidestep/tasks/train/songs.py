@@ -6,6 +6,7 @@ are encoded once, before the decoder is loaded, and kept beside the records, in 
 
 import hashlib
 import json
+import os
 import pickle
 import zipfile
 from collections import Counter
@@ -103,9 +104,23 @@ def load_songs(
     return songs
 
 
+def require_same_songs(prints: dict[str, dict[str, str]], processes: Processes, config: TrainConfig) -> None:
+    """Raises UserError, on all processes, unless each of them reads the same songs. prints: digests of each."""
+    everyone = processes.gather(prints)
+    names = sorted({name for theirs in everyone for name in theirs})
+    differing = [name for name in names if any(theirs.get(name) != prints.get(name) for theirs in everyone)]
+    if differing:
+        raise UserError(
+            f"--dataset-dir {config.dataset_dir}: the {processes.count} processes of this run do not read the same "
+            f"songs ({count(len(differing), 'song')}, such as {differing[0]}).",
+            "Wait until preprocessing has ended, give every machine the same folder, and start again.",
+        )
+
+
 def songs_of(folder: Path, infos: dict[str, RecordInfo]) -> list[Song]:
     """The songs of these records, whose tensors are read when they are wanted."""
-    read = reader(psutil.virtual_memory().available // MEMORY_SHARE)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of them keeps its own
+    read = reader(psutil.virtual_memory().available // (MEMORY_SHARE * processes))
     return [
         Song(
             name=name,

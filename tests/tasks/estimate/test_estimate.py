@@ -269,6 +269,20 @@ def test_what_follows_the_batches_is_told_and_loses_none_of_them(config, monkeyp
     assert told == [(task, done, total) for task, total in afterwards.items() for done in (0, total)]
 
 
+def test_a_stop_in_the_last_round_does_not_begin_the_comparison(config, monkeypatch):
+    def act(event) -> None:
+        if isinstance(event, Progress) and event.task != "Reading records" and event.done == event.total == 32:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as unwanted:
+        unwanted.setattr(measure, "spectrum", lambda *_: pytest.fail("compared"))
+        with pytest.raises(Interrupted, match="train.py estimate"):
+            estimate(config, act)
+    events = []
+    estimate(config, events.append)
+    assert any(isinstance(e, Notice) and "Going on from 32 batches" in e.message for e in events)
+
+
 def test_a_disk_without_room_for_what_was_measured_costs_a_warning_and_not_the_map(config, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

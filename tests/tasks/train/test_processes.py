@@ -23,6 +23,7 @@ from tests.tasks.train.test_language import write_songs
 from tests.training_world import adapter, base_beside_turbo, record, run, settings, write_data
 
 pytestmark = pytest.mark.slow
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # torchrun
 
 
 def largest_difference(a: Path, b: Path) -> float:
@@ -154,13 +155,48 @@ def test_a_launchers_two_processes_train_the_language_model_as_one_does(tmp_path
     two = replace(one, output_dir=tmp_path / "two", gradient_accumulation=1)
     launched = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     launched.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)  # it is the DiT's, and ours to find
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["--plain", "train-lm", *as_arguments(two)]
     done = subprocess.run(
-        [*launcher, "train.py", *arguments], cwd=ROOT, env=os.environ | launched, capture_output=True, timeout=120
+        [*LAUNCHER, "train.py", *arguments], cwd=ROOT, env=os.environ | launched, capture_output=True, timeout=120
     )
     said = done.stdout.decode() + done.stderr.decode()
     assert done.returncode == 0, said[-3000:]
     assert f"processes: 2 (as launched, {'fsdp' if environment else 'multi_cpu'})" in said
     assert largest_difference(tmp_path / "one" / "final", tmp_path / "two" / "final") < 1e-6
     assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_alone_saves_once(data, tmp_path, number):
+    """As a terminal's Ctrl-C does it: the processes are in sessions of their own, and torchrun sends them SIGTERM."""
+    config = settings(data, tmp_path / "run", gradient_accumulation=1, epochs=5000)
+    launched = subprocess.Popen(
+        [*LAUNCHER, "train.py", "--plain", "train", *as_arguments(config)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in launched.stdout:
+        if line.startswith("step "):
+            break
+    launched.send_signal(number)
+    [(said, _)] = ended([launched], 60)
+    assert said.count("Saving optimizer step") == 1, said
+    assert "torchrun --nproc-per-node 2" in said
+    assert len(complete_checkpoints(tmp_path / "run")) == 1
+    assert launched.returncode != 0
+
+
+def test_previews_that_cannot_be_written_cost_a_sharded_run_nothing_else(data, tmp_path):
+    """Only the first process writes, and the others must not wait for it inside the model."""
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / "epoch_0001").write_text("in the way", encoding="utf-8")
+    heard = {"preview_every": 1, "preview_prompt": "x", "preview_duration": 1.0}
+    said, _ = finish(start(data, tmp_path, FSDP, gradient_accumulation=1, epochs=2, **heard), sharded=True)
+    warnings = [event["message"] for event in map(json.loads, said.splitlines()) if event.get("level") == "warning"]
+    assert [text for text in warnings if text.startswith("No previews this time")], warnings
+    assert (tmp_path / "previews" / "epoch_0002" / "01-x.flac").is_file()
+    assert (tmp_path / "final").is_dir()

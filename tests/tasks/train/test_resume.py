@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from sidestep.settings.config import TrainConfig
 from sidestep.settings.option import resolve
 from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.stopping import SAVE, StopRequest
+from sidestep.tasks.train import checkpoints, songs
 from sidestep.tasks.train.checkpoints import read_checkpoint, what_stands, write_settings
 from sidestep.tasks.train.processes import Processes
-from sidestep.tasks.train.setup import train
-from tests.training_world import LYRICS, Log, adapter, differing, record, run, settings, write_data
+from sidestep.tasks.train.run import BackgroundWriter
+from sidestep.tasks.train.setup import set_up, train
+from tests.training_world import LYRICS, Log, adapter, differing, prepared, record, run, settings, write_data
 
 LATEST = Path("latest")
 
@@ -136,6 +140,61 @@ def test_a_stop_right_after_a_checkpoint_saves_no_second_one(data, tmp_path):
         run(settings(data, tmp_path, save_every=1), act)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["epoch_0001"]
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_that_died_between_its_last_files_writes_the_one_that_is_missing(data, tmp_path):
+    config = settings(data, tmp_path, ema_decay=0.9)
+    run(config)
+    average = adapter(tmp_path / "ema")
+    shutil.rmtree(tmp_path / "ema")
+    run(replace(config, resume_from=LATEST))
+    assert not list(differing(average, adapter(tmp_path / "ema")))
+    with pytest.raises(JobError, match="Nothing was trained: all 8"):
+        run(replace(config, resume_from=LATEST))
+
+
+def test_a_final_adapter_that_another_process_has_just_written_is_not_one_of_before(data, tmp_path, monkeypatch):
+    config = settings(data, tmp_path)
+    run(config)
+    (tmp_path / "final").rename(tmp_path / "written by the first process")
+
+    def later(*arguments):
+        made = set_up(*arguments)
+        (tmp_path / "written by the first process").rename(tmp_path / "final")
+        return made
+
+    monkeypatch.setattr("sidestep.tasks.train.setup.set_up", later)
+    assert run(replace(config, resume_from=LATEST)).events[-1].message.startswith("Trained 8 optimizer steps")
+
+
+def test_processes_that_read_different_songs_are_refused_by_all(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Processes, "gather", lambda _, value: [value, {**value, "late.pt": {"audio": "1"}}])
+    with pytest.raises(UserError, match=r"do not read the same songs \(1 song, such as late.pt\)"):
+        run(settings(data, tmp_path))
+
+
+def test_records_are_kept_in_a_share_of_the_memory_for_each_process(data, monkeypatch):
+    budgets: list[int] = []
+    monkeypatch.setattr(songs, "reader", budgets.append)
+    monkeypatch.setattr(songs.psutil, "virtual_memory", lambda: SimpleNamespace(available=80))
+    for processes in ("1", "8"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        songs.songs_of(data, {})
+    assert budgets == [80 // songs.MEMORY_SHARE, 80 // songs.MEMORY_SHARE // 8]
+
+
+def test_all_processes_wait_for_a_save_before_they_put_the_next_one_together(data, tmp_path, monkeypatch):
+    """What shards are gathered by waits ten minutes on a GPU, and a disk may be away for longer."""
+    calls: list[str] = []
+    monkeypatch.setattr(Processes, "wait", lambda _: calls.append("processes"))
+    monkeypatch.setattr(BackgroundWriter, "wait", lambda _: calls.append("writer"))
+    monkeypatch.setattr(checkpoints, "state_of", lambda _: calls.append("state"))
+    monkeypatch.setattr(checkpoints, "adapter_snapshot", lambda _: calls.append("state"))
+    made = prepared(settings(data, tmp_path))
+    made.processes.index = 1
+    checkpoints.save_checkpoint(made, "x")
+    checkpoints.save_adapter(made, "final")
+    assert calls == ["writer", "processes", "state"] * 2
 
 
 def test_a_longer_run_rebuilds_its_schedule_and_says_so(data, tmp_path):

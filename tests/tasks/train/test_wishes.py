@@ -10,8 +10,10 @@ from sidestep.errors import Interrupted, JobError
 from sidestep.events import Notice, Progress, Saved, StepDone, TrainingStarted
 from sidestep.settings.path_checks import complete_checkpoints
 from sidestep.stopping import PREVIEW, SAVE, StopRequest
+from sidestep.tasks.train.previews import preview_now
+from sidestep.tasks.train.processes import Processes
 from sidestep.tasks.train.setup import train
-from tests.training_world import Log, adapter, differing, run, settings, write_data
+from tests.training_world import Log, adapter, differing, prepared, run, settings, write_data
 
 
 def wishing(wishes: dict[int, list[str]]):
@@ -107,3 +109,22 @@ def test_a_stop_before_previews_that_were_asked_for_makes_none(tmp_path, monkeyp
     with pytest.raises(Interrupted):
         train(settings(write_data(tmp_path / "data"), tmp_path / "run", preview_duration=1.0), Log(act))
     assert made == []
+
+
+def test_previews_that_one_process_cannot_prepare_are_made_by_none(tmp_path, monkeypatch):
+    """Or the others wait for it where it never comes."""
+    made, log = prepared(settings(write_data(tmp_path / "data"), tmp_path / "run")), Log()
+    made.report = log
+    monkeypatch.setattr(Processes, "any", lambda _, *flags: [True for _ in flags])
+    preview_now(made)
+    assert made.asked_previews is None
+    assert [event.message for event in log.of(Notice)] == ["No previews: another process could not prepare them"]
+
+
+def test_only_the_process_that_plays_loads_what_it_takes(tmp_path, monkeypatch):
+    made, loaded = prepared(settings(write_data(tmp_path / "data"), tmp_path / "run")), []
+    monkeypatch.setattr("sidestep.tasks.train.previews.players_for", lambda *_: loaded.append(1) or [])
+    for index in (1, 0):
+        made.processes.index, made.asked_previews = index, None
+        preview_now(made)
+        assert len(loaded) == (index == 0)
