@@ -11,20 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sidestep.acestep.attention import use_attention
 from sidestep.acestep.checkpoint import open_checkpoint
 from sidestep.acestep.conditions import encode_texts
 from sidestep.data.records import load_record
 from sidestep.errors import UserError
 from sidestep.events import Decision, Notice
 from sidestep.flow_matching.timesteps import turbo_timesteps
-from sidestep.settings.config import EstimateConfig, SampleConfig
+from sidestep.settings.config import EstimateConfig, SampleConfig, ScoreConfig
 from sidestep.tasks import sample as sampling_module
 from sidestep.tasks.estimate import estimate
+from sidestep.tasks.estimate import run as estimate_run
 from sidestep.tasks.preprocess import preprocess
 from sidestep.tasks.sample import sample
 from sidestep.tasks.score import run as score
 from sidestep.tasks.score.captions import CAPTIONS
-from sidestep.tasks.train import previews, songs
+from sidestep.tasks.train import previews, setup, songs
 from sidestep.tasks.train.songs import plan_windows
 from tests.preprocessing import job, make_library
 from tests.training_world import (
@@ -258,3 +260,22 @@ def test_a_model_for_stems_is_judged_on_other_music_in_its_own_form(named, monke
     )
     torch.testing.assert_close(states, own)
     assert states.shape != other.shape
+
+
+def test_the_attention_that_is_typed_is_the_one_that_computes(data, tmp_path, monkeypatch):
+    """Its kinds give the same music, so nothing but the choice itself would show that it was not taken."""
+    asked: list[str] = []
+
+    def noted(decoder, request, *where):
+        asked.append(request)
+        return use_attention(decoder, request, *where)
+
+    for module in (setup, sampling_module, estimate_run):
+        monkeypatch.setattr(module, "use_attention", noted)
+    run(settings(data, tmp_path / "run", attention="sdpa", max_steps=1))
+    sampling(CHECKPOINTS, "turbo", tmp_path / "out", attention="sdpa")
+    measured = {"dataset_dir": data, "checkpoint_dir": CHECKPOINTS, "output": tmp_path / "rank_map.json"}
+    estimate(EstimateConfig(**measured, device="cpu", attention="sdpa", batches="8"), Log())
+    assert asked == ["sdpa"] * 3
+    score.score(ScoreConfig(run_folder=tmp_path / "run", attention="local", clips=0), Log())
+    assert set(asked[3:]) == {"local"}
