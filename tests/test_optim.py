@@ -9,7 +9,7 @@ import torch
 
 from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
-from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler, warmup_steps
+from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
 from sidestep.settings.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
 from tests.training_world import settings
 
@@ -128,10 +128,23 @@ def test_schedules_warm_up_and_end_where_they_should(name):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert warmup_steps(c, 400) == 40  # at most a tenth of the run
     if name != "constant":
         assert rates[0] < 0.05
         assert rates[40] == pytest.approx(1.0)
     assert rates[-1] < 0.01 if name in ("cosine", "linear", "warmup_stable_decay") else rates[200] > 0
     rises = sum(b > a + 0.5 for a, b in itertools.pairwise(rates))
     assert rises == (3 if name == "cosine_restarts" else 0)
+
+
+@pytest.mark.parametrize(("typed", "taken"), [(0, 0), (7, 7), (40, 40), (41, 40)])
+def test_a_run_warms_up_for_as_many_steps_as_are_typed_and_at_most_a_tenth_of_it(typed, taken):
+    c = config(scheduler_type="linear", warmup_steps=typed, lr=1.0)
+    optimizer = make_optimizer(c, [parameter()], CPU)
+    schedule = make_scheduler(c, optimizer, 400)
+    rates = []
+    for _ in range(400):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates.index(max(rates)) == taken
+    assert max(rates) == 1.0
