@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sidestep.acestep.attention import use_attention
-from sidestep.acestep.checkpoint import open_checkpoint
+from sidestep.acestep.checkpoint import Checkpoint, open_checkpoint
 from sidestep.acestep.conditions import encode_texts
 from sidestep.data.records import load_record
 from sidestep.errors import UserError
@@ -262,20 +262,27 @@ def test_a_model_for_stems_is_judged_on_other_music_in_its_own_form(named, monke
     assert states.shape != other.shape
 
 
-def test_the_attention_that_is_typed_is_the_one_that_computes(data, tmp_path, monkeypatch):
-    """Its kinds give the same music, so nothing but the choice itself would show that it was not taken."""
-    asked: list[str] = []
+def test_the_attention_and_the_weights_that_are_typed_are_those_that_compute(data, tmp_path, monkeypatch):
+    """They give the same music, or nearly, so nothing but the choice itself would show that it was not taken."""
+    asked: list[tuple[str, str]] = []
+    load, weights = Checkpoint.load_decoder, []
+
+    def loaded(checkpoint, device, dtype, quantize):
+        weights.append(quantize)
+        return load(checkpoint, device, dtype)
 
     def noted(decoder, request, *where):
-        asked.append(request)
+        asked.append((request, weights[-1]))
         return use_attention(decoder, request, *where)
 
+    monkeypatch.setattr(Checkpoint, "load_decoder", loaded)
     for module in (setup, sampling_module, estimate_run):
         monkeypatch.setattr(module, "use_attention", noted)
-    run(settings(data, tmp_path / "run", attention="sdpa", max_steps=1))
-    sampling(CHECKPOINTS, "turbo", tmp_path / "out", attention="sdpa")
+    typed = {"attention": "sdpa", "base_precision": "int8"}
+    run(settings(data, tmp_path / "run", **typed, max_steps=1))
+    sampling(CHECKPOINTS, "turbo", tmp_path / "out", **typed)
     measured = {"dataset_dir": data, "checkpoint_dir": CHECKPOINTS, "output": tmp_path / "rank_map.json"}
-    estimate(EstimateConfig(**measured, device="cpu", attention="sdpa", batches="8"), Log())
-    assert asked == ["sdpa"] * 3
-    score.score(ScoreConfig(run_folder=tmp_path / "run", attention="local", clips=0), Log())
-    assert set(asked[3:]) == {"local"}
+    estimate(EstimateConfig(**measured, **typed, device="cpu", batches="8"), Log())
+    assert asked == [("sdpa", "int8")] * 3
+    score.score(ScoreConfig(run_folder=tmp_path / "run", attention="local", base_precision="nf4", clips=0), Log())
+    assert set(asked[3:]) == {("local", "nf4")}

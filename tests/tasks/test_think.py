@@ -39,6 +39,7 @@ from tests.acestep.lm.test_decoding import GREEDY
 from tests.conftest import assert_golden
 from tests.tasks.plan.test_plan import card  # noqa: F401  a fixture
 from tests.tasks.train.test_language import VARIANT, write_songs
+from tests.training_world import prepared, settings, write_data
 
 CPU = torch.device("cpu")
 MODEL = "acestep-5Hz-lm-0.6B"
@@ -257,6 +258,16 @@ def test_adapters_in_each_other_s_place_are_told_apart(tmp_path, lm_home, adapte
     device = torch.device("cpu")
     with pytest.raises(UserError, match="--preview-adapter .*: was not trained on a language model"):
         previews_for(training, open_checkpoint(lm_home, VARIANT), (), device, torch.float32, null)
+
+
+def test_the_composer_is_kept_in_as_many_bits_as_are_typed(tmp_path, lm_home, monkeypatch):
+    load, asked = module.load_language_model, []
+    monkeypatch.setattr(module, "load_language_model", lambda *how: asked.append(how[4]) or load(*how))
+    made(config(lm_home, tmp_path / "out", base_precision="int8"))
+    data = write_data(tmp_path / "data")
+    changes = {"preview_prompt": "x", "preview_think": True, "preview_duration": 1.0, "base_precision": "nf4"}
+    prepared(settings(data, tmp_path / "run", checkpoint_dir=lm_home, model_variant=VARIANT, **changes))
+    assert asked == ["int8", "nf4"]
 
 
 def test_loading_the_language_model_is_told(tmp_path, lm_home, monkeypatch):

@@ -207,6 +207,14 @@ def test_loading_what_hears_is_told(tmp_path, lm_home, monkeypatch):
     assert {"Loading the vae", "Loading the language model"} <= told
 
 
+def test_what_hears_is_kept_in_as_many_bits_as_are_typed(tmp_path, lm_home, monkeypatch):
+    load, asked = listener.load_language_model, []
+    monkeypatch.setattr(listener, "load_language_model", lambda *how: asked.append(how[4]) or load(*how))
+    write_sndfile(tmp_path / "song 0.wav", tone(300, 0.5), 48_000)
+    described(tmp_path, lm_home, base_precision="int8")
+    assert asked == ["int8"]
+
+
 def test_a_long_song_is_heard_in_parts_and_says_so(tmp_path, lm_home, monkeypatch):
     monkeypatch.setattr(listener, "HEARD_SECONDS", 1)
     monkeypatch.setattr(listener, "LEAST_SECONDS", 0.4)

@@ -28,6 +28,7 @@ from sidestep.settings.option import options_of
 from sidestep.tasks.history import history
 from sidestep.tasks.plan.language import check_language_memory
 from sidestep.tasks.sample import sample
+from sidestep.tasks.train import language
 from sidestep.tasks.train.language import Language
 from sidestep.tasks.train.previews import preview_now
 from sidestep.tasks.train.report import previews_in
@@ -203,11 +204,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, lm_home, monk
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_a_quantised_base_learns_too(tmp_path, lm_home, precision):
-    data = write_songs(tmp_path / "data", 2)
+def test_a_quantised_base_learns_too(tmp_path, lm_home, precision, monkeypatch):
+    data, load, asked = write_songs(tmp_path / "data", 2), language.load_language_model, []
+    monkeypatch.setattr(language, "load_language_model", lambda *how: asked.append(how[4]) or load(*how))
     log = run(settings(data, tmp_path / "run", lm_home, base_precision=precision, epochs=3))
     losses = [event.loss for event in log.of(EpochDone)]
     assert losses[-1] < losses[0]
+    assert asked == [precision]
 
 
 @pytest.mark.slow
