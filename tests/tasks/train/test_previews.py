@@ -295,6 +295,13 @@ def test_prompts_from_a_pipe_are_refused_and_the_pipe_never_opened(tmp_path):
     os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # the thread ends
 
 
+def test_a_typed_prompt_has_the_lyrics_the_length_and_the_seed_that_were_typed(tmp_path):
+    typed = {"preview_lyrics": "[Verse]\\nsoft rain", "preview_duration": 7.0, "preview_seed": 5}
+    [prompt] = prompts_for(config(tmp_path, tmp_path, preview_prompt="slow jazz", **typed), [])
+    assert (prompt.caption, prompt.lyrics) == ("slow jazz", "[Verse]\nsoft rain")
+    assert (prompt.duration, prompt.seed) == (7.0, 5)
+
+
 def test_without_prompts_there_are_no_previews_and_nothing_is_loaded(tmp_path):
     checkpoint = open_checkpoint(CHECKPOINTS, "turbo")
     assert previews_for(config(tmp_path, tmp_path), checkpoint, [], torch.device("cpu"), torch.float32, null) is None
