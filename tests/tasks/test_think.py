@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +258,31 @@ def test_adapters_in_each_other_s_place_are_told_apart(tmp_path, lm_home, adapte
     device = torch.device("cpu")
     with pytest.raises(UserError, match="--preview-adapter .*: was not trained on a language model"):
         previews_for(training, open_checkpoint(lm_home, VARIANT), (), device, torch.float32, null)
+
+
+def test_each_setting_of_the_composer_reaches_it(tmp_path):
+    drawing = {"lm_temperature": 0.5, "lm_top_p": 0.8, "lm_guidance": 3.0, "lm_negative": "noise"}
+    typed = {"lm": "0.6B", "lm_adapter": tmp_path, "lm_strength": 0.4, "rewrite_caption": True}
+    asked = config(tmp_path, tmp_path, base_precision="int8", **typed, **drawing)
+    found = asdict(thinking_of(asked))
+    drawn = found.pop("sampling")
+    assert {f"lm_{name}": drawn[name] for name in ("temperature", "top_p", "guidance", "negative")} == drawing
+    assert found == {
+        "lm": "0.6B",
+        "adapter": tmp_path,
+        "flag": "--lm-adapter",
+        "strength": 0.4,
+        "rewrites": True,
+        "base_precision": "int8",
+    }
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_the_composers_adapter_writes_at_the_strength_that_is_typed(tmp_path, lm_home, adapters, strength):
+    typed = {"lm_adapter": adapters["lm"], "lm_strength": strength}
+    _, plain = made(config(lm_home, tmp_path / "plain"))
+    _, changed_one = made(config(lm_home, tmp_path / "changed", **typed))
+    assert (plain["composed"]["codes"] == changed_one["composed"]["codes"]) == (strength == 0.0)
 
 
 def test_the_composer_is_kept_in_as_many_bits_as_are_typed(tmp_path, lm_home, monkeypatch):
