@@ -10,7 +10,7 @@ import torch
 from sidestep.cli.parser import configs_of, parse
 from sidestep.errors import UserError
 from sidestep.optim import learning_rate_note, make_optimizer, make_scheduler
-from sidestep.settings.config import OPTIMIZER_TYPES, SCHEDULER_TYPES
+from sidestep.settings.config import OPTIMIZER_TYPES, SCHEDULER_TYPES, TrainConfig
 from tests.training_world import settings
 
 CPU = torch.device("cpu")
@@ -118,9 +118,8 @@ def test_prodigys_lr_is_a_multiplier_around_one(lr, noted):
     assert not learning_rate_note(config(lr=lr))
 
 
-@pytest.mark.parametrize("name", SCHEDULER_TYPES)
-def test_schedules_warm_up_and_end_where_they_should(name):
-    c = config(scheduler_type=name, warmup_steps=100, lr=1.0)
+def rates_of(c: TrainConfig) -> list[float]:
+    """The learning rate of each of 400 optimizer steps."""
     optimizer = make_optimizer(c, [parameter()], CPU)
     schedule = make_scheduler(c, optimizer, 400)
     rates = []
@@ -128,6 +127,12 @@ def test_schedules_warm_up_and_end_where_they_should(name):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULER_TYPES)
+def test_schedules_warm_up_and_end_where_they_should(name):
+    rates = rates_of(config(scheduler_type=name, warmup_steps=100, lr=1.0))
     if name != "constant":
         assert rates[0] < 0.05
         assert rates[40] == pytest.approx(1.0)
@@ -138,13 +143,6 @@ def test_schedules_warm_up_and_end_where_they_should(name):
 
 @pytest.mark.parametrize(("typed", "taken"), [(0, 0), (7, 7), (40, 40), (41, 40)])
 def test_a_run_warms_up_for_as_many_steps_as_are_typed_and_at_most_a_tenth_of_it(typed, taken):
-    c = config(scheduler_type="linear", warmup_steps=typed, lr=1.0)
-    optimizer = make_optimizer(c, [parameter()], CPU)
-    schedule = make_scheduler(c, optimizer, 400)
-    rates = []
-    for _ in range(400):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(config(scheduler_type="linear", warmup_steps=typed, lr=1.0))
     assert rates.index(max(rates)) == taken
     assert max(rates) == 1.0
